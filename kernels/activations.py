@@ -1,0 +1,72 @@
+"""The activations: one record each, in plain torch.
+
+Every derivative here is a function of the *output* y, never of the pre-activation z, so a layer saves one
+tensor: sigmoid' = y (1 - y), tanh' = 1 - y^2, relu' = [y > 0], identity' = 1. The device functions of the
+same names are in `device.py`, the only other place that knows an activation by name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Activation:
+    name: str
+    forward: Callable[[Tensor], Tensor]  # z -> y
+    forward_: Callable[[Tensor], Tensor]  # z -> y, written over z
+    prime: Callable[[Tensor], Tensor]  # y -> dy/dz, from differentiable operations
+    backward: Callable[[Tensor, Tensor], Tensor]  # (dy, y) -> dz, in one pass
+    backward_into: Callable[[Tensor, Tensor, Tensor], Tensor]  # (dy, y, dz) -> dz, written into dz
+    post_op: str  # the name of oneDNN's fused post-operation; "none" where it is missing or wrong
+
+
+def _relu_backward_into(dy: Tensor, y: Tensor, dz: Tensor) -> Tensor:
+    return _aten.threshold_backward.grad_input(dy, y, 0, grad_input=dz)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    record.name: record
+    for record in (
+        Activation(
+            "sigmoid",
+            torch.sigmoid,
+            torch.sigmoid_,
+            lambda y: y * (1 - y),
+            _aten.sigmoid_backward.default,
+            lambda dy, y, dz: _aten.sigmoid_backward.grad_input(dy, y, grad_input=dz),
+            "sigmoid",
+        ),
+        Activation(
+            "tanh",
+            torch.tanh,
+            torch.tanh_,
+            lambda y: 1 - y * y,
+            _aten.tanh_backward.default,
+            lambda dy, y, dz: _aten.tanh_backward.grad_input(dy, y, grad_input=dz),
+            "tanh",
+        ),
+        Activation(
+            "relu",
+            torch.relu,
+            torch.relu_,
+            lambda y: (y > 0).to(y.dtype),
+            lambda dy, y: _aten.threshold_backward.default(dy, y, 0),
+            _relu_backward_into,
+            "none",  # oneDNN's relu turns NaN into 0
+        ),
+        Activation(
+            "identity",
+            lambda z: z,
+            lambda z: z,
+            torch.ones_like,
+            lambda dy, y: dy,
+            lambda dy, y, dz: dz.copy_(dy),
+            "none",
+        ),
+    )
+}

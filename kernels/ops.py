@@ -1,0 +1,253 @@
+"""The door to the kernels: describes devices, makes plans, flattens leading dimensions, runs what was chosen.
+
+Below it nothing is checked again. Layers ask `refusal` first; it names what keeps a call from the kernels.
+"""
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from . import plan as planning
+from . import reference
+from .plan import Device, Plan
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias
+IMPLS = (None, "triton", "torch")
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+# --- devices -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _launchers():
+    from . import linear  # the first use of a kernel imports triton
+
+    return linear
+
+
+@functools.cache
+def cpu_vendor() -> str:
+    """The first word of the CPU's name ("AMD", "Intel"), or "" where torch does not tell."""
+    try:
+        return str(torch.cpu.get_capabilities().get("cpu_name", "")).partition(" ")[0]
+    except (AttributeError, RuntimeError):
+        return ""
+
+
+@functools.cache
+def _describe(device: torch.device, interpreted: bool = False) -> Device:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described = Device(
+            "cuda", 10 * properties.major + properties.minor, properties.multi_processor_count, triton=has_triton()
+        )
+        if not torch.compiler.is_compiling() and (reason := planning.refusal(1, 1, 1, "float32", described)):
+            warnings.warn(f"perceptriton runs as plain torch on {device}: {reason}", stacklevel=2)
+        return described
+    if device.type == "cpu":
+        return Device("cpu", 90, 1, cpu_vendor(), triton=interpreted)
+    return Device(device.type)
+
+
+def _device_for(device: torch.device, impl: str | None) -> Device:
+    # CPU tensors reach the kernels only when asked for, and only under triton's interpreter.
+    return _describe(device, device.type == "cpu" and impl == "triton" and _launchers().INTERPRETED)
+
+
+def _precision(device: Device) -> str:
+    """How fp32 products are to be computed, from torch's setting at the time of the call."""
+    if device.kind != "cuda":
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+small_cpu_products: dict[torch.dtype, int] = {}  # filled on first use: multiply-adds below which plain torch wins
+
+
+def small_cpu_product(dtype: torch.dtype) -> int:
+    limit = small_cpu_products[dtype] = (
+        planning.cpu_small(_NAMES[dtype], cpu_vendor()) if dtype in _NAMES else 1 << 62
+    )
+    return limit
+
+
+# --- what the kernels take ---------------------------------------------------------------------------------
+
+
+def refusal(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, autocast: bool, impl: str | None
+) -> str | None:
+    """Why this call is left to plain torch operations (which may in turn raise), or None.
+
+    dtype: what the product is computed in: that of x, or autocast's.
+    """
+    device = x.device
+    if dtype not in _NAMES:
+        return f"x is {dtype}; the kernels take {', '.join(map(str, _NAMES))}"
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernels for {device.type} devices"
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"{name} is a {type(tensor).__name__}, a subclass of Tensor with rules of its own"
+        if tensor.layout is not torch.strided:
+            return f"{name} is {tensor.layout}"
+        if tensor.device != device or not (tensor.dtype is dtype or autocast and tensor.dtype in _NAMES):
+            return f"{name} is {tensor.dtype} on {tensor.device}, not {dtype} on {device}"
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        return f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}"
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return f"bias {tuple(bias.shape)} is not ({weight.shape[0]},)"
+    if _functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit is tracing"
+    if impl == "triton" and device.type == "cpu" and not (has_triton() and _launchers().INTERPRETED):
+        return "x is on the CPU, which triton reaches only under its interpreter (TRITON_INTERPRET=1)"
+    return None
+
+
+def launchable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a traced program may call the kernels for this dtype on this device. Looks at no shape."""
+    described = _describe(device)
+    return described.triton and described.arch >= 80 and dtype in _NAMES
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and with it triton.
+launchable._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+# --- the ops -----------------------------------------------------------------------------------------------
+
+
+def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, impl: str | None) -> Tensor:
+    """act(x @ weight.T + bias) for x (..., K), weight (N, K), bias (N,): (..., N), contiguous, in x's dtype."""
+    if torch.compiler.is_compiling():
+        return torch.ops.perceptriton.linear_act(x, weight, bias, activation, impl)
+    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    device = _device_for(x.device, impl)
+    plan = planning.linear_act_fwd(
+        x2.shape[0], x2.shape[1], weight.shape[0], _NAMES.get(x.dtype, str(x.dtype)), _precision(device), device, impl
+    )
+    _obey(impl, plan)
+    implementation = _launchers() if plan.triton else reference
+    y = implementation.linear_act_fwd(x2, weight, bias, activation, plan)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_act_bwd(
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    activation: str,
+    wanted: tuple[bool, bool, bool],
+    impl: str | None,
+) -> Gradients:
+    """(dx, dweight, dbias) of `linear_act_fwd` from its output y and the gradient dy, (..., N) each."""
+    if torch.compiler.is_compiling():
+        gradients = torch.ops.perceptriton.linear_act_backward(dy, y, x, weight, activation, wanted, impl)
+        dx, dweight, dbias = (g if want else None for g, want in zip(gradients, wanted, strict=True))
+        return dx, dweight, dbias
+    n, k = weight.shape
+    dy2, y2, x2 = (dy, y, x) if x.dim() == 2 else (dy.reshape(-1, n), y.reshape(-1, n), x.reshape(-1, k))
+    if not y2.is_contiguous():
+        y2 = y2.contiguous()
+    device = _device_for(x.device, impl)
+    plan = planning.linear_act_bwd(
+        x2.shape[0], k, n, _NAMES.get(x.dtype, str(x.dtype)), _precision(device), device, impl
+    )
+    implementation = _launchers() if plan.triton else reference
+    dx, dweight, dbias = implementation.linear_act_bwd(dy2, y2, x2, weight, activation, wanted, plan)
+    return dx if dx is None or x.dim() == 2 else dx.view(x.shape), dweight, dbias
+
+
+def _obey(impl: str | None, plan: Plan) -> None:
+    if impl == "triton" and not plan.triton and plan.reason != planning.EMPTY:
+        raise NotImplementedError(f'impl="triton": {plan.reason}')
+
+
+class Explanation(NamedTuple):
+    """The plans for one layer at one shape."""
+
+    forward: Plan
+    backward: Plan
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:8}  {plan.impl:8}  {plan.reason}" for name, plan in self._asdict().items())
+
+
+def explain(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | Device = "cpu",
+    *,
+    impl: str | None = None,
+) -> Explanation:
+    """Which implementation a linear + activation layer takes, with its tile and the reason. Launches nothing.
+
+    x_shape: (..., in_features). weight_shape: (out_features, in_features). device: where the tensors would be, or a
+    `Device` that describes a chip which is not at hand, as in `Device("cuda", arch=90, units=132, triton=True)`.
+    Raises ValueError for shapes that do not fit.
+    """
+    if len(weight_shape) != 2 or not x_shape or x_shape[-1] != weight_shape[1]:
+        raise ValueError(f"weight_shape {tuple(weight_shape)} does not fit x_shape {tuple(x_shape)}")
+    if not isinstance(device, Device):
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {str(device)!r} is not at hand; describe it with perceptriton.kernels.Device")
+        device = _device_for(device, impl)
+    rows = 1
+    for size in x_shape[:-1]:
+        rows *= size
+    n, k = weight_shape
+    arguments = (rows, k, n, _NAMES.get(dtype, str(dtype)), _precision(device), device, impl)
+    return Explanation(planning.linear_act_fwd(*arguments), planning.linear_act_bwd(*arguments))
+
+
+# --- registration: what torch.compile calls -------------------------------------------------------------------
+
+_library = torch.library.Library("perceptriton", "DEF")
+_library.define("linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str? impl) -> Tensor")
+_library.define(
+    "linear_act_backward(Tensor dy, Tensor y, Tensor x, Tensor weight, str activation, bool[3] wanted, str? impl)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _linear_act_backward(dy, y, x, weight, activation, wanted, impl):
+    gradients = linear_act_bwd(dy, y, x, weight, activation, tuple(wanted), impl)
+    # A registered op returns tensors: an empty one stands for a gradient that nobody wants.
+    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+
+
+_library.impl("linear_act", linear_act_fwd, "CompositeExplicitAutograd")
+_library.impl("linear_act_backward", _linear_act_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("perceptriton::linear_act", lib=_library)
+def _(x, weight, bias, activation, impl):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("perceptriton::linear_act_backward", lib=_library)
+def _(dy, y, x, weight, activation, wanted, impl):
+    shapes = (x.shape, weight.shape, (weight.shape[0],))
+    return tuple(x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))

@@ -1,0 +1,223 @@
+"""Which implementation an op takes for given shapes, dtype and device, with which tile, and why.
+
+Pure functions of numbers and names: no torch, no triton, no device is touched. The tables under `tuned/` are
+data: `gpu_tiles.json` lists the tiles that compile without register spills for each chip generation
+(`benches/tune_tiles.py` writes it), `cpu.json` the measured crossovers between torch's two CPU matrix libraries
+(`benches/tune_cpu.py` writes it).
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+TABLES = Path(__file__).parent / "tuned"
+
+DTYPES = ("float32", "bfloat16", "float16")
+EMPTY = "nothing to compute"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan needs to know of a device."""
+
+    kind: str  # "cpu", "cuda", or any other torch device type
+    arch: int = 0  # CUDA compute capability, as 10 * major + minor
+    units: int = 1  # CUDA streaming multiprocessors
+    vendor: str = ""  # CPU: the first word of its name, "AMD" or "Intel"
+    triton: bool = False  # kernels can be launched here
+
+
+@dataclass(frozen=True)
+class Tile:
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One choice. `impl` names it, `reason` says why, the rest is what that implementation needs.
+
+    On a GPU: "rows" (whole weight on chip, programs walk rows), "tiled" (output tiles, loop over K), "passes" (one
+    pass for dz and dbias, then library GEMMs), "library" (library GEMM, activation in place). On a CPU: "aten"
+    (plain torch under autograd) and "explicit" (forward and backward written out in `reference.py`).
+    """
+
+    impl: str
+    reason: str
+    tile: Tile | None = None
+    programs: int = 1
+    precision: str = "ieee"  # of fp32 products in the kernels: "ieee" or "tf32"
+    forward_gemm: str = "mm"  # "mm" (the BLAS behind torch.mm) or "onednn"
+    dx_gemm: str = "mm"
+    dweight_gemm: str = "mm"
+    chunk: int = 0  # rows of dz that exist at a time; 0: all of them
+
+    @property
+    def triton(self) -> bool:
+        return self.impl in ("rows", "tiled", "passes")
+
+
+@functools.cache
+def _table(name: str) -> dict:
+    return json.loads((TABLES / name).read_text())
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _generation(arch: int) -> str:
+    # Tiles are chosen per chip: one that is clean on sm_90 may spill on sm_80. Chips between or beyond the
+    # generations of the table take the next one below.
+    return "sm_90" if arch >= 90 else "sm_80"
+
+
+def _kind(dtype: str, precision: str) -> str:
+    return precision if dtype == "float32" else "half"
+
+
+def _rows_tile(op: str, k: int, n: int, kind: str, arch: int) -> tuple[Tile, int] | None:
+    """The clean tile of a one-tile-wide kernel and how many programs fit on an SM, or None."""
+    block_k, block_n = max(_next_power_of_2(k), 16), max(_next_power_of_2(n), 16)
+    row = _table("gpu_tiles.json")["tiles"][_generation(arch)][op].get(kind, {}).get(f"{block_k}x{block_n}")
+    if row is None:
+        return None
+    block_m, num_warps, num_stages, per_sm = row
+    return Tile(block_m, block_n, block_k, num_warps, num_stages), per_sm
+
+
+# Output tiles of the general kernel, by product kind and chip generation: (block_m, block_n, block_k, warps, stages),
+# largest first. The first whose tile count fills the chip is taken.
+TILED = {
+    ("half", "sm_90"): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
+    ("half", "sm_80"): (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
+    ("tf32", "sm_90"): (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("tf32", "sm_80"): (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("ieee", "sm_90"): (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
+    ("ieee", "sm_80"): (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
+}
+
+# Up to this many in_features a layer is bound by memory, and writing y once beats a library GEMM followed by a
+# pass over its output. Derived from peak rates, 2 K flops against 2 passes saved per output; not yet measured.
+TILED_MAX_K = {"half": 256, "tf32": 128, "ieee": 32}
+
+# fp32 products on the FMA units make the one-kernel backward compute-bound beyond this width.
+IEEE_BACKWARD_MAX = 64 * 64
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_act_fwd(
+    m: int, k: int, n: int, dtype: str, precision: str, device: Device, impl: str | None = None
+) -> Plan:
+    """The plan for act(x @ weight.T + bias) with x (m, k) and weight (n, k)."""
+    if reason := refusal(m, k, n, dtype, device):
+        return Plan("aten", reason)
+    if device.kind == "cpu" and not device.triton:
+        return _cpu_fwd(m, k, n, dtype, device)
+    if impl == "torch":
+        return Plan("library", 'impl="torch": library GEMM, activation in place')
+    kind = _kind(dtype, precision)
+    if found := _rows_tile("linear_act_fwd", k, n, kind, device.arch):
+        tile, per_sm = found
+        programs = min(_cdiv(m, tile.block_m), device.units * per_sm)
+        return Plan("rows", f"{k}x{n} weight stays on chip; x is read once, y written once", tile, programs, precision)
+    if impl is None and k > TILED_MAX_K[kind]:
+        return Plan("library", f"{k} in_features: bound by arithmetic, where the library GEMM is faster")
+    tiles = TILED[kind, _generation(device.arch)]
+    counts = [_cdiv(m, t.block_m) * _cdiv(n, t.block_n) for t in tiles]
+    pick = next((i for i, count in enumerate(counts) if count >= device.units), len(tiles) - 1)
+    reason = "bias and activation in the epilogue of the product"
+    return Plan("tiled", reason, tiles[pick], counts[pick], precision)
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_act_bwd(
+    m: int, k: int, n: int, dtype: str, precision: str, device: Device, impl: str | None = None
+) -> Plan:
+    """The plan for (dx, dweight, dbias) of the same layer from dy, y, x and weight."""
+    if reason := refusal(m, k, n, dtype, device):
+        return Plan("aten", reason)
+    if device.kind == "cpu" and not device.triton:
+        return _cpu_bwd(m, k, n, dtype, device)
+    if impl == "torch":
+        return Plan("library", 'impl="torch": activation gradient, then library GEMMs')
+    found = _rows_tile("linear_act_bwd", k, n, _kind(dtype, precision), device.arch)
+    if found and not (_kind(dtype, precision) == "ieee" and k * n > IEEE_BACKWARD_MAX):
+        tile, per_sm = found
+        tiles = _cdiv(m, tile.block_m)
+        # A few row tiles are walked by one program, which writes the gradients itself: one launch, no reduction.
+        programs = 1 if tiles <= 4 else min(tiles, device.units * per_sm)
+        return Plan("rows", "dx, dweight and dbias from one read of dy, y and x", tile, programs, precision)
+    tile = Tile(32, 128, 0, 4, 1)
+    reason = f"{k}x{n}: no register tile for dweight; dz and dbias in one pass, then library GEMMs"
+    return Plan("passes", reason, tile, _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n), precision)
+
+
+def refusal(m: int, k: int, n: int, dtype: str, device: Device) -> str | None:
+    """Why plain torch has to do it, or None."""
+    if 0 in (m, k, n):
+        return EMPTY
+    if dtype not in DTYPES:
+        return f"{dtype}: the kernels take {', '.join(DTYPES)}"
+    if device.kind not in ("cpu", "cuda"):
+        return f"no kernels for {device.kind} devices"
+    if device.kind == "cuda" and device.arch < 80:
+        return f"compute capability {device.arch // 10}.{device.arch % 10}: the kernels need 8.0"
+    if device.kind == "cuda" and not device.triton:
+        return "triton is not installed"
+    return None
+
+
+# --- CPU ---------------------------------------------------------------------------------------------------
+
+
+def cpu_small(dtype: str, vendor: str) -> int:
+    """Products of fewer than this many multiply-adds cost less as plain torch operations than any plan for them."""
+    return _cpu_table(dtype, vendor)["small"]
+
+
+def _cpu_table(dtype: str, vendor: str) -> dict:
+    table = _table("cpu.json")["thresholds"]
+    return table.get(vendor, table["any"]).get(dtype, table["any"]["float16"])
+
+
+def _onednn(rule: dict | None, m: int, k: int, n: int) -> bool:
+    return (
+        rule is not None
+        and m * k * n >= rule["min_macs"]
+        and min(k, n) >= rule["min_width"]
+        and m <= rule["max_rows_per_width"] * min(k, n)
+    )
+
+
+def _cpu_fwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
+    table = _cpu_table(dtype, device.vendor)
+    if m * k * n < table["small"]:
+        return Plan("aten", "small: plain torch operations cost least")
+    if _onednn(table["forward"], m, k, n):
+        return Plan("explicit", "oneDNN's product with the activation in it", forward_gemm="onednn")
+    return Plan("explicit", "torch's product, activation in place")
+
+
+def _cpu_bwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
+    table = _cpu_table(dtype, device.vendor)
+    if m * k * n < table["small"]:
+        return Plan("aten", "small: plain torch operations cost least")
+    itemsize = 4 if dtype == "float32" else 2
+    chunk = 0
+    if m * n * itemsize > table["chunk_above_bytes"]:
+        # dz in pieces that stay in cache, instead of a fresh tensor that the system must map page by page.
+        chunk = max(2048, table["chunk_bytes"] // (n * itemsize))
+    rows = min(m, chunk or m)
+    dx = "onednn" if _onednn(table["dx"], rows, k, n) else "mm"
+    dweight = "onednn" if _onednn(table["dweight"], rows, k, n) else "mm"
+    reason = f"dx by {dx}, dweight by {dweight}" + (f", dz in pieces of {chunk} rows" if chunk else "")
+    return Plan("explicit", reason, dx_gemm=dx, dweight_gemm=dweight, chunk=chunk)

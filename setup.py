@@ -1,0 +1,35 @@
+from setuptools import setup
+
+# The repository's folders are the packages of the namespace `perceptriton`, which has no folder of its own.
+setup(
+    name="perceptriton",
+    version="0.1.0",
+    description="Sigmoid MLPs in fused Triton kernels for PyTorch",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir={"perceptriton.kernels": "kernels", "perceptriton.mlp": "mlp"},
+    packages=["perceptriton.kernels", "perceptriton.mlp"],
+    package_data={
+        "perceptriton.kernels": ["py.typed", "tuned/*.json"],
+        "perceptriton.mlp": ["py.typed", "reference/*.json"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "numpy",
+        # CUDA builds of torch bring the one triton that they were built for; CPU builds bring none.
+        'triton>=3.6; platform_system == "Linux"',
+    ],
+    extras_require={
+        "cli": ["matplotlib", "tqdm"],
+        "dev": ["matplotlib", "tqdm", "pytest", "pytest-benchmark", "ruff", "basedpyright", "setuptools", "wheel"],
+    },
+    entry_points={"console_scripts": ["perceptriton = perceptriton.mlp.__main__:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
