@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import setup
 
 # The repository's folders are the packages of the namespace `perceptriton`, which has no folder of its own.
@@ -5,7 +7,7 @@ setup(
     name="perceptriton",
     version="0.1.0",
     description="Sigmoid MLPs in fused Triton kernels for PyTorch",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -24,7 +26,7 @@ setup(
     ],
     extras_require={
         "cli": ["matplotlib", "tqdm"],
-        "dev": ["matplotlib", "tqdm", "pytest", "pytest-benchmark", "ruff", "basedpyright", "setuptools", "wheel"],
+        "dev": ["matplotlib", "tqdm", "pytest", "pytest-benchmark", "ruff", "basedpyright", "setuptools>=77", "wheel"],
     },
     entry_points={"console_scripts": ["perceptriton = perceptriton.mlp.__main__:main"]},
     classifiers=[

@@ -141,8 +141,8 @@ def linear_act_fwd_tiled_kernel(
 def linear_act_bwd_rows_kernel(
     dy_ptr,
     y_ptr,
-    x_ptr,
-    weight_ptr,
+    x_ptr,  # None without dweight
+    weight_ptr,  # None without dx
     dx_ptr,  # None: not wanted
     dweight_ptr,  # None: not wanted; else one slot per program
     dbias_ptr,  # None: not wanted; else one slot per program
@@ -195,7 +195,7 @@ def linear_act_bwd_rows_kernel(
         dz = dy * ACT_PRIME(y)  # [BLOCK_M, BLOCK_N]
         if dbias_ptr is not None:
             db += tl.sum(dz, axis=0)
-        dz = dz if WIDEN else dz.to(x_ptr.dtype.element_ty)
+        dz = dz if WIDEN else dz.to(y_ptr.dtype.element_ty)
         if dweight_ptr is not None:
             x = tl.load(
                 x_ptr + offs_m[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk,
@@ -324,9 +324,15 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
 
 
 def linear_act_bwd(
-    dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, activation: str, wanted: tuple[bool, bool, bool], plan: Plan
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    activation: str,
+    wanted: tuple[bool, bool, bool],
+    plan: Plan,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias), None where not wanted."""
+    """(dx, dweight, dbias), None where not wanted. x may be None without dweight, weight without dx."""
     if plan.impl == "rows":
         return _linear_act_bwd_rows(dy, y, x, weight, activation, wanted, plan)
     need_dx, need_dweight, need_dbias = wanted
@@ -335,29 +341,36 @@ def linear_act_bwd(
 
 
 def _linear_act_bwd_rows(
-    dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, activation: str, wanted: tuple[bool, bool, bool], plan: Plan
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    activation: str,
+    wanted: tuple[bool, bool, bool],
+    plan: Plan,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """One kernel and, with several programs, one reduction."""
-    (M, K), N = x.shape, weight.shape[0]
+    M, N = y.shape
+    K = weight.shape[1] if weight is not None else x.shape[1] if x is not None else 1
     tile = plan.tile
     need_dx, need_dweight, need_dbias = wanted
-    dx = torch.empty((M, K), dtype=x.dtype, device=x.device) if need_dx else None
-    dweight = torch.empty((N, K), dtype=x.dtype, device=x.device) if need_dweight else None
-    dbias = torch.empty((N,), dtype=x.dtype, device=x.device) if need_dbias else None
+    dx = y.new_empty((M, K)) if need_dx else None
+    dweight = y.new_empty((N, K)) if need_dweight else None
+    dbias = y.new_empty((N,)) if need_dbias else None
     # One program writes the gradients themselves; several write fp32 slots that are then summed.
     size = (N * K if need_dweight else 0) + (N if need_dbias else 0)
     slots = None
     dweight_slots, dbias_slots = dweight, dbias
     if plan.programs > 1 and size:
-        slots = torch.empty((plan.programs, size), dtype=torch.float32, device=x.device)
+        slots = torch.empty((plan.programs, size), dtype=torch.float32, device=y.device)
         dweight_slots = slots if need_dweight else None
         dbias_slots = slots[:, size - N :] if need_dbias else None
-    with _current(x):
+    with _current(y):
         linear_act_bwd_rows_kernel[(plan.programs,)](
             dy_ptr=dy,
             y_ptr=y,
-            x_ptr=x,
-            weight_ptr=weight,
+            x_ptr=x if need_dweight else None,
+            weight_ptr=weight if need_dx else None,
             dx_ptr=dx,
             dweight_ptr=dweight_slots,
             dbias_ptr=dbias_slots,
@@ -366,10 +379,10 @@ def _linear_act_bwd_rows(
             K=K,
             stride_dym=dy.stride(0),
             stride_dyn=dy.stride(1),
-            stride_xm=x.stride(0),
-            stride_xk=x.stride(1),
-            stride_wn=weight.stride(0),
-            stride_wk=weight.stride(1),
+            stride_xm=x.stride(0) if x is not None else 0,
+            stride_xk=x.stride(1) if x is not None else 0,
+            stride_wn=weight.stride(0) if weight is not None else 0,
+            stride_wk=weight.stride(1) if weight is not None else 0,
             stride_slot=size,
             ACT_PRIME=device.ACTIVATIONS[activation][1],
             PRECISION=plan.precision,

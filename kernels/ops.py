@@ -5,6 +5,7 @@ Below it nothing is checked again. Layers ask `refusal` first; it names what kee
 
 import functools
 import importlib.util
+import math
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -78,9 +79,7 @@ small_cpu_products: dict[torch.dtype, int] = {}  # filled on first use: multiply
 
 
 def small_cpu_product(dtype: torch.dtype) -> int:
-    limit = small_cpu_products[dtype] = (
-        planning.cpu_small(_NAMES[dtype], cpu_vendor()) if dtype in _NAMES else 1 << 62
-    )
+    limit = small_cpu_products[dtype] = planning.cpu_small(_NAMES[dtype], cpu_vendor()) if dtype in _NAMES else 1 << 62
     return limit
 
 
@@ -140,42 +139,53 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     """act(x @ weight.T + bias) for x (..., K), weight (N, K), bias (N,): (..., N), contiguous, in x's dtype."""
     if torch.compiler.is_compiling():
         return torch.ops.perceptriton.linear_act(x, weight, bias, activation, impl)
-    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    n, k = weight.shape
+    # Not -1: a size of 0 beside it would leave it undetermined.
+    x2 = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)
     device = _device_for(x.device, impl)
     plan = planning.linear_act_fwd(
-        x2.shape[0], x2.shape[1], weight.shape[0], _NAMES.get(x.dtype, str(x.dtype)), _precision(device), device, impl
+        x2.shape[0], k, n, _NAMES.get(x.dtype, str(x.dtype)), _precision(device), device, impl
     )
     _obey(impl, plan)
     implementation = _launchers() if plan.triton else reference
     y = implementation.linear_act_fwd(x2, weight, bias, activation, plan)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
 def linear_act_bwd(
     dy: Tensor,
     y: Tensor,
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
     activation: str,
     wanted: tuple[bool, bool, bool],
     impl: str | None,
 ) -> Gradients:
-    """(dx, dweight, dbias) of `linear_act_fwd` from its output y and the gradient dy, (..., N) each."""
+    """(dx, dweight, dbias) of `linear_act_fwd` from its output y and the gradient dy, (..., N) each.
+
+    A gradient that is not wanted is None. x may be None if dweight is not wanted, weight if dx is not.
+    """
     if torch.compiler.is_compiling():
         gradients = torch.ops.perceptriton.linear_act_backward(dy, y, x, weight, activation, wanted, impl)
         dx, dweight, dbias = (g if want else None for g, want in zip(gradients, wanted, strict=True))
         return dx, dweight, dbias
-    n, k = weight.shape
-    dy2, y2, x2 = (dy, y, x) if x.dim() == 2 else (dy.reshape(-1, n), y.reshape(-1, n), x.reshape(-1, k))
-    if not y2.is_contiguous():
-        y2 = y2.contiguous()
-    device = _device_for(x.device, impl)
-    plan = planning.linear_act_bwd(
-        x2.shape[0], k, n, _NAMES.get(x.dtype, str(x.dtype)), _precision(device), device, impl
-    )
+    n = y.shape[-1]
+    k = _in_features(x, weight)
+    if y.dim() != 2:
+        rows = math.prod(y.shape[:-1])
+        dy, flat_y, x = dy.reshape(rows, n), y.reshape(rows, n), None if x is None else x.reshape(rows, k)
+    else:
+        rows, flat_y = y.shape[0], y
+    device = _device_for(y.device, impl)
+    plan = planning.linear_act_bwd(rows, k, n, _NAMES.get(y.dtype, str(y.dtype)), _precision(device), device, impl)
     implementation = _launchers() if plan.triton else reference
-    dx, dweight, dbias = implementation.linear_act_bwd(dy2, y2, x2, weight, activation, wanted, plan)
-    return dx if dx is None or x.dim() == 2 else dx.view(x.shape), dweight, dbias
+    dx, dweight, dbias = implementation.linear_act_bwd(dy, flat_y.contiguous(), x, weight, activation, wanted, plan)
+    return dx if dx is None or y.dim() == 2 else dx.view(*y.shape[:-1], k), dweight, dbias
+
+
+def _in_features(x: Tensor | None, weight: Tensor | None) -> int:
+    # With neither, only dbias is wanted, and its cost does not depend on in_features.
+    return weight.shape[1] if weight is not None else x.shape[-1] if x is not None else 1
 
 
 def _obey(impl: str | None, plan: Plan) -> None:
@@ -214,11 +224,8 @@ def explain(
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {str(device)!r} is not at hand; describe it with perceptriton.kernels.Device")
         device = _device_for(device, impl)
-    rows = 1
-    for size in x_shape[:-1]:
-        rows *= size
     n, k = weight_shape
-    arguments = (rows, k, n, _NAMES.get(dtype, str(dtype)), _precision(device), device, impl)
+    arguments = (math.prod(x_shape[:-1]), k, n, _NAMES.get(dtype, str(dtype)), _precision(device), device, impl)
     return Explanation(planning.linear_act_fwd(*arguments), planning.linear_act_bwd(*arguments))
 
 
@@ -227,7 +234,7 @@ def explain(
 _library = torch.library.Library("perceptriton", "DEF")
 _library.define("linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str? impl) -> Tensor")
 _library.define(
-    "linear_act_backward(Tensor dy, Tensor y, Tensor x, Tensor weight, str activation, bool[3] wanted, str? impl)"
+    "linear_act_backward(Tensor dy, Tensor y, Tensor? x, Tensor? weight, str activation, bool[3] wanted, str? impl)"
     " -> (Tensor, Tensor, Tensor)"
 )
 
@@ -235,7 +242,7 @@ _library.define(
 def _linear_act_backward(dy, y, x, weight, activation, wanted, impl):
     gradients = linear_act_bwd(dy, y, x, weight, activation, tuple(wanted), impl)
     # A registered op returns tensors: an empty one stands for a gradient that nobody wants.
-    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+    return tuple(y.new_empty(0) if g is None else g for g in gradients)
 
 
 _library.impl("linear_act", linear_act_fwd, "CompositeExplicitAutograd")
@@ -249,5 +256,6 @@ def _(x, weight, bias, activation, impl):
 
 @torch.library.register_fake("perceptriton::linear_act_backward", lib=_library)
 def _(dy, y, x, weight, activation, wanted, impl):
-    shapes = (x.shape, weight.shape, (weight.shape[0],))
-    return tuple(x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
+    k, n = _in_features(x, weight), y.shape[-1]
+    shapes = ((*y.shape[:-1], k), (n, k), (n,))
+    return tuple(y.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))

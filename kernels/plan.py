@@ -114,9 +114,7 @@ IEEE_BACKWARD_MAX = 64 * 64
 
 
 @functools.lru_cache(maxsize=4096)
-def linear_act_fwd(
-    m: int, k: int, n: int, dtype: str, precision: str, device: Device, impl: str | None = None
-) -> Plan:
+def linear_act_fwd(m: int, k: int, n: int, dtype: str, precision: str, device: Device, impl: str | None = None) -> Plan:
     """The plan for act(x @ weight.T + bias) with x (m, k) and weight (n, k)."""
     if reason := refusal(m, k, n, dtype, device):
         return Plan("aten", reason)
@@ -139,9 +137,7 @@ def linear_act_fwd(
 
 
 @functools.lru_cache(maxsize=4096)
-def linear_act_bwd(
-    m: int, k: int, n: int, dtype: str, precision: str, device: Device, impl: str | None = None
-) -> Plan:
+def linear_act_bwd(m: int, k: int, n: int, dtype: str, precision: str, device: Device, impl: str | None = None) -> Plan:
     """The plan for (dx, dweight, dbias) of the same layer from dy, y, x and weight."""
     if reason := refusal(m, k, n, dtype, device):
         return Plan("aten", reason)
@@ -154,7 +150,8 @@ def linear_act_bwd(
         tile, per_sm = found
         tiles = _cdiv(m, tile.block_m)
         # A few row tiles are walked by one program, which writes the gradients itself: one launch, no reduction.
-        programs = 1 if tiles <= 4 else min(tiles, device.units * per_sm)
+        # Beyond that a second program per SM must earn its slot: eight tiles of reading for one slot of writing.
+        programs = 1 if tiles <= 4 else min(tiles, device.units * per_sm, max(device.units, tiles // 8))
         return Plan("rows", "dx, dweight and dbias from one read of dy, y and x", tile, programs, precision)
     tile = Tile(32, 128, 0, 4, 1)
     reason = f"{k}x{n}: no register tile for dweight; dz and dbias in one pass, then library GEMMs"
@@ -221,3 +218,43 @@ def _cpu_bwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
     dweight = "onednn" if _onednn(table["dweight"], rows, k, n) else "mm"
     reason = f"dx by {dx}, dweight by {dweight}" + (f", dz in pieces of {chunk} rows" if chunk else "")
     return Plan("explicit", reason, dx_gemm=dx, dweight_gemm=dweight, chunk=chunk)
+
+
+# --- whole networks ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MlpTile:
+    block_m: int
+    num_warps: int
+    num_stages: int
+    resident: bool = True  # weights stay on chip; else they are loaded again for every row tile
+
+
+@dataclass(frozen=True)
+class MlpSegment:
+    """Layers first to last - 1, run by one kernel."""
+
+    first: int
+    last: int
+    tile: MlpTile
+    programs: int
+
+
+@dataclass(frozen=True)
+class MlpPlan:
+    """How a whole network runs in one direction.
+
+    `impl` is "fused" (each segment is one kernel, activations stay in registers inside it; forward in the order of
+    `segments`, backward in reverse) or "layers" (the network does not fit: layer by layer, or plain torch).
+    """
+
+    impl: str
+    reason: str
+    segments: tuple[MlpSegment, ...] = ()
+    precision: str = "ieee"
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """The layers at which a segment other than the first begins: a backward pass needs their inputs."""
+        return tuple(segment.first for segment in self.segments[1:])

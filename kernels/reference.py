@@ -47,32 +47,45 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
 
 
 def linear_act_bwd(
-    dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, activation: str, wanted: tuple[bool, bool, bool], plan: Plan
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    activation: str,
+    wanted: tuple[bool, bool, bool],
+    plan: Plan,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias), None where not wanted."""
+    """(dx, dweight, dbias), None where not wanted. x may be None without dweight, weight without dx."""
     act = ACTIVATIONS[activation]
-    if plan.chunk and plan.chunk < x.shape[0]:
+    if plan.chunk and plan.chunk < dy.shape[0]:
         return _linear_act_bwd_chunked(dy, y, x, weight, act, wanted, plan)
     need_dx, need_dweight, need_dbias = wanted
     dz = act.backward(dy, y)
     return (
-        _product(dz, weight, plan.dx_gemm) if need_dx else None,
-        _product(dz.t(), x, plan.dweight_gemm) if need_dweight else None,
+        _product(dz, weight, plan.dx_gemm) if need_dx and weight is not None else None,
+        _product(dz.t(), x, plan.dweight_gemm) if need_dweight and x is not None else None,
         dz.sum(0) if need_dbias else None,
     )
 
 
 def _linear_act_bwd_chunked(
-    dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, act: Activation, wanted: tuple[bool, bool, bool], plan: Plan
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    act: Activation,
+    wanted: tuple[bool, bool, bool],
+    plan: Plan,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     need_dx, need_dweight, need_dbias = wanted
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else None
+    m, n = dy.shape
+    dx = dy.new_empty((m, weight.shape[1])) if need_dx and weight is not None else None
     # Sums over the pieces are kept in fp32 whatever the dtype.
-    dweight = torch.zeros(weight.shape, dtype=torch.float32) if need_dweight else None
-    dbias = torch.zeros(weight.shape[0], dtype=torch.float32) if need_dbias else None
-    buffer = torch.empty((plan.chunk, weight.shape[0]), dtype=dy.dtype)
-    for start in range(0, x.shape[0], plan.chunk):
-        rows = slice(start, min(start + plan.chunk, x.shape[0]))
+    dweight = torch.zeros((n, x.shape[1]), dtype=torch.float32) if need_dweight and x is not None else None
+    dbias = torch.zeros(n, dtype=torch.float32) if need_dbias else None
+    buffer = dy.new_empty((plan.chunk, n))
+    for start in range(0, m, plan.chunk):
+        rows = slice(start, min(start + plan.chunk, m))
         dz = act.backward_into(dy[rows], y[rows], buffer[: rows.stop - start])
         if dx is not None:
             if plan.dx_gemm == "onednn":
@@ -86,11 +99,7 @@ def _linear_act_bwd_chunked(
                 dweight.addmm_(dz.t(), x[rows])
         if dbias is not None:
             dbias += dz.sum(0, dtype=torch.float32)
-    return (
-        dx,
-        None if dweight is None else dweight.to(weight.dtype),
-        None if dbias is None else dbias.to(weight.dtype),
-    )
+    return dx, None if dweight is None else dweight.to(dy.dtype), None if dbias is None else dbias.to(dy.dtype)
 
 
 def _product(a: Tensor, b: Tensor, gemm: str) -> Tensor:
@@ -99,7 +108,12 @@ def _product(a: Tensor, b: Tensor, gemm: str) -> Tensor:
 
 
 def linear_act_double(
-    dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, activation: str, wanted: tuple[bool, bool, bool]
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    activation: str,
+    wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The same gradients from differentiable operations: what backward returns under create_graph."""
     need_dx, need_dweight, need_dbias = wanted

@@ -17,7 +17,7 @@ class LinearActFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, activation, impl):
         y = ops.linear_act_fwd(x, weight, bias, activation, impl)
         need_dx, need_dweight, _ = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(x, weight, y)
+        ctx.save_for_backward(x if need_dweight else None, weight if need_dx else None, y)
         ctx.activation, ctx.impl = activation, impl
         return y
 
@@ -127,7 +127,9 @@ def _check(x, weight, bias, activation, impl) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight must be (out_features, in_features), not {tuple(weight.shape)}") from None
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x {tuple(x.shape)} does not end in the in_features of weight {tuple(weight.shape)}") from None
+        raise ValueError(
+            f"x {tuple(x.shape)} does not end in the in_features of weight {tuple(weight.shape)}"
+        ) from None
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)} is not the out_features of weight {tuple(weight.shape)}") from None
     for name, tensor in tensors.items():

@@ -41,6 +41,6 @@ class LinearReLU(LinearAct):
     activation = "relu"
 
 
-LAYERS: dict[str, type[nn.Linear]] = {
-    layer.activation: layer for layer in (LinearSigmoid, LinearTanh, LinearReLU)
-} | {"identity": nn.Linear}
+LAYERS: dict[str, type[nn.Linear]] = {layer.activation: layer for layer in (LinearSigmoid, LinearTanh, LinearReLU)} | {
+    "identity": nn.Linear
+}

@@ -1,5 +1,8 @@
 """The cases that every op is tested with, each with its reason, and the yardstick that they are measured by."""
 
+import importlib.util
+import os
+
 import torch
 
 # (rows, in_features, out_features): why
@@ -26,6 +29,75 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 4e-4}
 
 
+def kernel_device():
+    """Where kernels run in this process: "cpu" in triton's interpreter, "cuda" on a GPU, None nowhere."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    # Asked first: in the interpreter even a machine with a GPU computes on the CPU.
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) else None
+
+
+NO_KERNELS = "needs a GPU or TRITON_INTERPRET=1; make test runs it under the interpreter"
+
+
+# How the same operand may lie in memory. What lies between and around the values is NaN, so that whoever reads
+# past a view, or reads it as if it were dense, computes NaN.
+
+
+def every_other(t):
+    view = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), torch.nan)[..., ::2]
+    return view.copy_(t)
+
+
+def inside(t):
+    """The interior of a larger tensor: rows are farther apart than they are long."""
+    view = t.new_full([size + 6 for size in t.shape], torch.nan)[(slice(3, -3),) * t.dim()]
+    return view.copy_(t)
+
+
+def off_by_one(t):
+    """One element after an aligned address, which no 16-byte load may assume."""
+    return t.new_full((t.numel() + 2,), torch.nan)[1:-1].view(t.shape).copy_(t)
+
+
+def transposed(t):
+    return t.t().contiguous().t()
+
+
+def one_row(t):
+    return t[:1].expand_as(t)
+
+
+def one_column(t):
+    return t[:, :1].expand_as(t)
+
+
+def one_value(t):
+    return t[(slice(1),) * t.dim()].expand_as(t)
+
+
+LAYOUTS = {
+    f"{operand}-{layout.__name__}": (operand, layout)
+    for operand, layouts in {
+        "x": (every_other, inside, off_by_one, transposed, one_row, one_column),
+        "weight": (every_other, inside, off_by_one, transposed),
+        "bias": (every_other, off_by_one, one_value),
+        # sum() sends stride (0, 0), t().contiguous() (1, M), cat rows inside longer ones
+        "dy": (every_other, inside, off_by_one, transposed, one_row, one_column, one_value),
+    }.items()
+    for layout in layouts
+}
+
+
+def lay_out(tensors, name):
+    """make_layer's tensors with one of them in the layout of that name."""
+    operand, layout = LAYOUTS[name]
+    operands = dict(zip(("x", "weight", "bias", "dy"), tensors, strict=True))
+    return tuple((operands | {operand: layout(operands[operand])}).values())
+
+
 def make_layer(m, k, n, dtype, device="cpu", seed=0):
     """x, weight, bias, dy with pre-activations of std near 1.5 and upstream gradients of order 1.
 
@@ -38,6 +110,16 @@ def make_layer(m, k, n, dtype, device="cpu", seed=0):
 
     x, weight, bias, dy = normal(m, k), 1.4 * normal(n, k) / max(k, 1) ** 0.5, 0.5 * normal(n), normal(m, n)
     return tuple(t.to(device, dtype) for t in (x, weight, bias, dy))
+
+
+def make_layers(m, k, n, dtype, device="cpu"):
+    """make_layer for as many seeds as it takes that a layer of a few numbers is not near the truth by luck."""
+    return [make_layer(m, k, n, dtype, device, seed) for seed in range(max(1, 32 // (m * n)))]
+
+
+def join(results):
+    """The results of several layers as one of each name, for one relative norm over all of them."""
+    return tuple(torch.cat([t.flatten() for t in tensors]) for tensors in zip(*results, strict=True))
 
 
 def torch_layer(x, weight, bias, dy, activation, dtype=None):

@@ -1,0 +1,112 @@
+# One line per target: `make help`. Needs python3 (3.10 or newer), a package index and, for `cuda`, none of them.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OLD_TRITON := 3.6.0
+OVERLAY := .build/triton-$(OLD_TRITON)
+SUMMARY := .build/summary.txt
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
+# The script, not `python -m pytest`: that puts the root on the path, where `import kernels` would find ours.
+PYTEST := $(BIN)/pytest
+
+# $(call step,title,command): says what runs, runs it, and keeps its last line for the summary.
+define step
+	@printf '\n== %s\n' '$(1)'
+	@mkdir -p .build
+	$(2) | tee .build/step.txt
+	@printf '%-44s %s\n' '$(1)' "$$(tail -n 1 .build/step.txt | tr -d =)" >> $(SUMMARY)
+endef
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 20
+
+# --- set-up ------------------------------------------------------------------------------------------------
+
+$(READY): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	@echo 'installing into $(VENV) (a minute or two)'
+	@$(PYTHON) -m venv $(VENV)
+	@# torch first, alone: nothing that comes later may choose another build of it.
+	@$(PIP) torch
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+# The compiler that torch 2.11 ships on CUDA, laid over the one in the environment.
+$(OVERLAY)/.ready: $(READY)
+	@rm -rf $(OVERLAY)
+	@$(BIN)/python -m pip install -qq --no-deps --target $(OVERLAY) triton==$(OLD_TRITON)
+	@touch $@
+
+.PHONY: test-setup
+test-setup: $(READY) ## create .venv with everything that the other targets need
+
+# --- what people run ---------------------------------------------------------------------------------------
+
+.PHONY: run
+run: $(READY) ## train the XOR lesson, draw xor.png, say what this machine can do
+	$(BIN)/perceptriton lesson xor --plot xor.png
+	$(BIN)/perceptriton doctor
+
+.PHONY: bench
+bench: $(READY) ## time the layers against torch; JSON and tables into benches/results
+	OMP_PROC_BIND=true $(BIN)/python benches/run.py
+
+.PHONY: cuda
+cuda: ## on a machine with a CUDA device: correctness, then benchmarks (PARTS=, OUT=); installs nothing
+	@bash .ci/cuda
+
+.PHONY: lint
+lint: $(READY) ## ruff, formatting, types of kernels and mlp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+.PHONY: clean
+clean: ## remove everything that make made
+	rm -rf $(VENV) .build build dist *.egg-info .benchmarks .pytest_cache .ruff_cache xor.png
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# --- tests -------------------------------------------------------------------------------------------------
+
+.PHONY: test test-start test-all test-kernels test-old-triton test-deterministic test-benches
+test: test-start test-all test-kernels test-old-triton test-deterministic test-benches ## everything that needs no GPU
+	@printf '\n== all passed\n'
+	@cat $(SUMMARY)
+
+test-start: $(READY)
+	@mkdir -p .build
+	@: > $(SUMMARY)
+
+test-all: $(READY)
+	$(call step,whole suite,$(PYTEST))
+
+test-kernels: $(READY)
+	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels.py)
+
+test-old-triton: $(READY)
+	@# A package index without this version must not hide the other tests, but nobody may overlook it either.
+	@if $(MAKE) --no-print-directory $(OVERLAY)/.ready; then \
+		$(MAKE) --no-print-directory test-old-triton-compile; \
+	else \
+		echo 'NOT RUN: pip cannot install triton $(OLD_TRITON)' | tee -a $(SUMMARY); \
+	fi
+
+.PHONY: test-old-triton-compile
+test-old-triton-compile:
+	$(call step,compile-only on triton $(OLD_TRITON),PYTHONPATH=$(OVERLAY) $(PYTEST) tests/test_compile.py)
+
+test-deterministic: $(READY)
+	$(call step,deterministic: layers,$(PYTEST) --deterministic tests/test_functional.py)
+	$(call step,deterministic: kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) --deterministic tests/test_kernels.py)
+
+test-benches: $(READY)
+	$(call step,benchmarks run once,$(PYTEST) benches/bench_layers.py --benchmark-disable)

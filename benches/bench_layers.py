@@ -1,0 +1,167 @@
+"""The benchmark suite: every contender on every case, checked against fp64 before it is timed.
+
+usage: pytest benches/bench_layers.py [--benchmark-json=FILE] [-k EXPRESSION] [--layers-quick] ...
+       pytest benches/bench_layers.py --benchmark-disable       checks everything, times nothing
+
+pytest-benchmark times each contender by itself. The figures to compare are in `extra_info`: those of one interleaved
+measurement per case and mode, taken when the first contender of the group comes up, over all that are selected.
+
+    interleaved_us          median time per call; on CUDA with one synchronize per batch of calls
+    event_us                on CUDA, the same calls between two events
+    speedup_over_eager      median over the rounds of the ratio within a round
+    speedups_over_eager     the same for each run: there are three where the first was not clearly above 1
+    interleaved_spread      interquartile range over median: beyond a few percent, the machine was busy
+"""
+
+import time
+from functools import cached_property
+
+import pytest
+import timing
+import torch
+from contenders import BASELINE, IMPLS, JUDGED, Check, Contender, Problem
+from layer_cases import MODES, Case, cases
+
+from perceptriton.kernels import explain
+
+# Compilers warn about settings that are not theirs to choose.
+pytestmark = pytest.mark.filterwarnings("default")
+
+# Compiling takes seconds per case and mode: where nothing is timed, these few are proof enough.
+COMPILED_IN_SMOKE_RUN = ("launch-2", "classifier")
+
+
+def pytest_generate_tests(metafunc):
+    config = metafunc.config
+    device = config.getoption("--layers-device")
+    dtypes = config.getoption("--layers-dtypes")
+    parameters = [
+        pytest.param(impl, case, dtype, mode, id=f"{case.name}-{dtype}-{mode}-{impl}")
+        for case, dtype in cases(device, tuple(dtypes.split(",")) if dtypes else None)
+        for mode in MODES
+        for impl, record in IMPLS.items()
+        if device in record.devices and (impl != "autotuned" or config.getoption("--layers-autotune"))
+    ]
+    metafunc.parametrize(("impl", "case", "dtype", "mode"), parameters)
+
+
+class Group:
+    """The contenders of one case, dtype and mode."""
+
+    def __init__(self, case: Case, dtype: str, mode: str, device: str, impls: list[str], quick: bool) -> None:
+        self.key = case, dtype, mode
+        self.impls, self.device = impls, device
+        # Long calls get fewer rounds: eleven, or five.
+        self.pace = {"seconds": 0.3, "rounds": (5, 51)} if quick else {"seconds": 2.0, "rounds": (11, 501)}
+        self.problem = Problem.make(case, dtype, mode, device)
+        self.check = Check(self.problem)
+        self.built: dict[str, tuple[Contender, dict[str, float]] | Exception] = {}
+
+    def contender(self, impl: str) -> tuple[Contender, dict[str, float]]:
+        """The contender and its errors. Raises what building or checking it raised, each time it is asked for."""
+        if impl not in self.built:
+            try:
+                contender = IMPLS[impl].build(self.problem)
+                self.built[impl] = contender, self.check(contender)
+            except Exception as error:  # it fails its own test, and must not stop the others from being compared
+                self.built[impl] = error
+        found = self.built[impl]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    @cached_property
+    def comparison(self) -> timing.Comparison:
+        steps = {}
+        for impl in self.impls:
+            try:
+                steps[impl] = self.contender(impl)[0].step
+            except Exception:
+                continue
+        return timing.compare(steps, BASELINE, JUDGED, **self.pace, cuda=self.device == "cuda")
+
+
+class Suite:
+    """Holds one group at a time: groups are large, and come one after the other."""
+
+    def __init__(self, session: pytest.Session) -> None:
+        config = session.config
+        self.device = config.getoption("--layers-device")
+        self.quick = config.getoption("--layers-quick")
+        self.smoke = config.getoption("benchmark_disable")
+        self.seconds = config.getoption("--layers-seconds")
+        self.began = time.monotonic()
+        self.group: Group | None = None
+        self.late: set[tuple] = set()
+        self.impls: dict[tuple, list[str]] = {}
+        for item in session.items:
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec") and "impl" in item.callspec.params:
+                wanted = item.callspec.params
+                self.impls.setdefault((wanted["case"], wanted["dtype"], wanted["mode"]), []).append(wanted["impl"])
+
+    def enter(self, case: Case, dtype: str, mode: str) -> Group:
+        key = case, dtype, mode
+        if self.group is not None and self.group.key == key:
+            return self.group
+        self.group = None
+        if key in self.late or (self.seconds is not None and time.monotonic() - self.began > self.seconds):
+            self.late.add(key)
+            pytest.skip(f"not run: {self.seconds:g} s were over before its turn came")
+        # All models share the code of nn.Sequential.forward, and the compiler keeps only so many versions of one code.
+        torch.compiler.reset()
+        self.group = Group(case, dtype, mode, self.device, self.impls[key], self.quick)
+        return self.group
+
+
+@pytest.fixture(scope="session")
+def suite(request, limits):
+    return Suite(request.session)
+
+
+def test_layer(benchmark, suite, impl, case, dtype, mode):
+    if suite.smoke and impl in ("compiled", "autotuned") and case.name not in COMPILED_IN_SMOKE_RUN:
+        pytest.skip("not compiled in a run without timings")
+    with torch.set_grad_enabled(mode != "forward"):
+        group = suite.enter(case, dtype, mode)
+        contender, errors = group.contender(impl)
+        cuda = suite.device == "cuda"
+        benchmark.group = f"{case.name} {dtype} {mode}"
+        benchmark.extra_info |= {
+            "impl": impl,
+            "label": IMPLS[impl].label,
+            "case": case.name,
+            "shape": [case.rows, *case.sizes],
+            "dtype": dtype,
+            "device": suite.device,
+            "mode": mode,
+            "flops": case.flops(mode),
+            "bytes": case.bytes(mode, dtype),
+            "errors": errors,
+        }
+        if impl.startswith(JUDGED) and len(case.sizes) == 2:
+            (k, n), x = case.sizes, group.problem.x
+            plans = explain(x.shape, (n, k), x.dtype, x.device)
+            benchmark.extra_info["plan"] = f"{plans.forward.reason}; {plans.backward.reason}"
+
+        def target():
+            contender.step()
+            if cuda:
+                torch.cuda.synchronize()
+
+        if suite.smoke:
+            benchmark.pedantic(target)
+            return
+        comparison = group.comparison
+        samples = comparison.samples[impl]
+        benchmark.extra_info |= {
+            "interleaved_us": 1e6 * samples.seconds,
+            "interleaved_rounds": len(samples.wall),
+            "interleaved_spread": samples.spread,
+            "event_us": 1e6 * samples.event_seconds if samples.event_seconds is not None else None,
+        }
+        if impl in comparison.speedup:
+            benchmark.extra_info["speedup_over_eager"] = comparison.speedup[impl]
+            benchmark.extra_info["speedups_over_eager"] = comparison.all_speedups[impl]
+        iterations = 1 if cuda else timing.calls_per_batch(contender.step, 1e-3)
+        rounds = max(5, min(100, round(0.2 / (iterations * samples.seconds))))
+        benchmark.pedantic(target, rounds=rounds, iterations=iterations, warmup_rounds=1)

@@ -1,0 +1,99 @@
+"""Options, OpenMP binding and machine information of the benchmarks."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+
+import binding  # first of all that may import torch
+import numpy
+import pytest
+import timing
+import torch
+from layer_cases import DTYPES
+
+LIMITS = pytest.StashKey[dict]()
+
+if binding.LATE:
+    raise pytest.UsageError(binding.LATE)
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("layers")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    group.addoption("--layers-device", choices=("cpu", "cuda"), default=auto, help="where to run")
+    group.addoption("--layers-dtypes", default=None, help="comma-separated; default: float32, on CUDA bfloat16 too")
+    group.addoption("--layers-quick", action="store_true", help="few rounds: to look, not to quote")
+    group.addoption("--layers-seconds", type=float, default=None, help="start no case after this many seconds")
+    group.addoption("--layers-autotune", action="store_true", help="time torch.compile max-autotune too (minutes)")
+
+
+def pytest_configure(config):
+    if config.getoption("--layers-device") == "cuda":
+        # Only timings on the CPU gain from bound threads; the compilers' worker processes inherit the binding.
+        binding.free_main_thread()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _nvidia_smi(*fields: str) -> list[str] | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--id=0", "--query-gpu=" + ",".join(fields), "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    values = answer.stdout.strip().split(", ")
+    return values if answer.returncode == 0 and len(values) == len(fields) else None
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.pop("node", None)  # a host's name says nothing about its speed
+    device = config.getoption("--layers-device")
+    machine_info["device"] = device
+    machine_info["versions"] = {
+        "perceptriton": _version("perceptriton") or "source tree",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": numpy.__version__,
+        "cuda": torch.version.cuda,
+    }
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["openmp"] = {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_"))}
+    machine_info["quick"] = config.getoption("--layers-quick")
+    machine_info["load_average"] = list(os.getloadavg())
+    machine_info["limits"] = config.stash.get(LIMITS, None)
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        driver = _nvidia_smi("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit") or [None] * 4
+        machine_info["gpu"] = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "fp32_precision": torch.backends.cuda.matmul.fp32_precision,
+            **dict(zip(("driver", "max_sm_clock", "max_memory_clock", "power_limit"), driver, strict=True)),
+        }
+
+
+def _measure_limits(config) -> dict:
+    device, dtypes = config.getoption("--layers-device"), config.getoption("--layers-dtypes")
+    names = tuple(dtypes.split(",")) if dtypes else DTYPES[device]
+    return timing.measure_limits(device, names, 0.3 if config.getoption("--layers-quick") else 2.0)
+
+
+@pytest.fixture(scope="session")
+def limits(pytestconfig):
+    """Measures what the machine can do at best before the first and after the last case, for the JSON."""
+    if pytestconfig.getoption("benchmark_disable"):
+        yield
+        return
+    pytestconfig.stash[LIMITS] = first = _measure_limits(pytestconfig)
+    yield
+    pytestconfig.stash[LIMITS] = timing.better_limits(first, _measure_limits(pytestconfig))

@@ -1,0 +1,91 @@
+"""What is timed: shapes with their reasons, and the arithmetic and memory traffic that each cannot do without.
+
+A case is a stack of linear + sigmoid layers over `rows` rows; most are one layer. With M rows and a layer from K
+inputs to N outputs, counting the products only (2 operations per multiply-add; the bias, the sigmoid and its
+derivative add 1/K to 1/N of that):
+
+    forward              2 M K N
+    backward             2 M K N for dweight, and as many for dx where x requires a gradient
+
+Bytes are those of an ideal fused implementation, each operand moved once, nothing kept in a cache between the forward
+and the backward pass:
+
+    one layer, forward   reads x (M K), weight (N K), bias (N); writes y (M N)
+    one layer, backward  reads dy, y (M N each), x (M K), weight (N K); writes dx (M K), dweight (N K), dbias (N)
+    stack, forward       reads x and all parameters; writes the last y: activations in between never leave the chip
+    stack, backward      reads x, all parameters and dy, recomputing the activations; writes the parameters' gradients
+                         (x is data there and gets none)
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+MODES = ("forward", "forward+backward")
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    rows: int
+    sizes: tuple[int, ...]  # the widths of the input and of every layer's output
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    @property
+    def x_requires_grad(self) -> bool:
+        """One layer stands for a layer inside a network; a stack is a whole network, whose input is data."""
+        return len(self.sizes) == 2
+
+    @property
+    def parameters(self) -> int:
+        return sum(n * k + n for k, n in pairwise(self.sizes))
+
+    @property
+    def shape(self) -> str:
+        return " x ".join(f"{size:,}" for size in (self.rows, *self.sizes))
+
+    def flops(self, mode: str) -> int:
+        products = [2 * self.rows * k * n for k, n in pairwise(self.sizes)]
+        forward = sum(products)
+        if mode == "forward":
+            return forward
+        dx = forward if self.x_requires_grad else sum(products[1:])
+        return 2 * forward + dx
+
+    def bytes(self, mode: str, dtype: str) -> int:
+        x, y = self.rows * self.sizes[0], self.rows * self.sizes[-1]
+        forward = x + self.parameters + y
+        if mode == "forward":
+            return forward * ITEMSIZE[dtype]
+        if self.x_requires_grad:
+            biases = self.sizes[1]
+            weights = self.parameters - biases
+            backward = 2 * y + x + weights + x + weights + biases
+        else:
+            backward = x + self.parameters + y + self.parameters
+        return (forward + backward) * ITEMSIZE[dtype]
+
+
+CASES = (
+    # Bound by launches and by Python: the hidden layer of XOR, and a small batch.
+    Case("launch-2", 4, (2, 2)),
+    Case("launch-64", 64, (64, 64)),
+    # A whole network at the batch size of the textbooks: digits of 28 x 28 pixels into ten classes.
+    Case("classifier", 128, (784, 128, 10)),
+    # Narrow layers over many rows, bound by memory: neural fields, policies, gates.
+    Case("narrow-16", 65_536, (16, 16)),
+    Case("narrow-64", 65_536, (64, 64)),
+    Case("narrow-64-long", 1_048_576, (64, 64), devices=("cuda",)),
+    # Between the two limits.
+    Case("middle-256", 16_384, (256, 256)),
+    # Wide layers, bound by arithmetic.
+    Case("wide-1024", 1024, (1024, 1024)),
+    Case("wide-1024-tall", 4096, (1024, 1024)),
+    Case("wide-8192", 8192, (8192, 8192), devices=("cuda",)),
+)
+
+
+def cases(device: str, dtypes: tuple[str, ...] | None = None) -> list[tuple[Case, str]]:
+    """(case, dtype) in the order in which they run on a device of this type."""
+    return [(case, dtype) for case in CASES if device in case.devices for dtype in dtypes or DTYPES[device]]

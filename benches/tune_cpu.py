@@ -1,0 +1,395 @@
+"""Measures torch's two CPU matrix libraries against each other and fits the thresholds that kernels/plan.py reads.
+
+usage: python benches/tune_cpu.py [--quick] [--dtypes float32,bfloat16] [--out kernels/tuned/cpu.json]
+
+For this CPU's vendor and each dtype, over a grid of shapes and with both sides of every comparison timed in turn:
+
+    forward, dx, dweight         the product by torch.mm against oneDNN: rules for each role
+    small_forward, small_both    plain torch operations against the explicit forward, and forward + backward: `small`
+    chunk_<bytes>                dz whole against dz in pieces of that size: `chunk_above_bytes`, `chunk_bytes`
+
+The file keeps what it holds of other vendors and dtypes. "measured" holds the rows behind the thresholds:
+[role, rows, in_features, out_features, us of the first side, us of the second].
+"""
+
+import argparse
+import contextlib
+import datetime
+import itertools
+import json
+import math
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import atomic
+import binding  # before torch
+import numpy as np
+import timing
+import torch
+
+from perceptriton.kernels import ops, plan, reference
+from perceptriton.kernels.plan import Device, Plan
+from perceptriton.mlp import linear_sigmoid
+
+ROLES = ("forward", "dx", "dweight")
+NEVER = 1 << 62
+MEGABYTE = 1 << 20
+
+
+class Row(NamedTuple):
+    role: str
+    m: int
+    k: int
+    n: int
+    first_us: float
+    second_us: float
+
+    @property
+    def macs(self) -> int:
+        return self.m * self.k * self.n
+
+
+# --- the grid ----------------------------------------------------------------------------------------------
+
+# Widths in all pairs, widths in squares only, and pairs that real networks have.
+PAIRED = (1, 8, 16, 64, 256, 1024)
+SQUARE = (2, 32, 128, 512)
+ODD = ((784, 128), (128, 10), (100, 50), (300, 200))
+ROWS = (64, 128, 256, 1024, 4096, 16_384, 65_536)
+
+
+def grid(quick: bool) -> list[tuple[int, int, int]]:
+    """Shapes (m, k, n), none of which takes more than some 40 ms on two cores."""
+    if quick:
+        pairs = [(width, width) for width in (8, 64, 256, 1024)] + [(256, 16), (16, 256), (512, 1), (784, 128)]
+        rows = (128, 1024, 16_384)
+    else:
+        pairs = list(itertools.product(PAIRED, PAIRED)) + [(width, width) for width in SQUARE] + list(ODD)
+        rows = ROWS
+    return [(m, k, n) for m in rows for k, n in pairs if 1 << 14 <= m * k * n <= 1 << 32 and m * (k + n) <= 1 << 26]
+
+
+def of_products(shapes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    return [shape for shape in shapes if math.prod(shape) >= 1 << 17]
+
+
+def of_small(shapes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    # Closely where an explicit backward costs as much as it saves, and now and then beyond.
+    close = [shape for shape in shapes if 1 << 15 <= math.prod(shape) <= 1 << 25]
+    return close + [shape for shape in shapes if 1 << 25 < math.prod(shape) <= 1 << 30][::4]
+
+
+def of_chunks(shapes: list[tuple[int, int, int]], itemsize: int) -> list[tuple[int, int, int]]:
+    return [(m, k, n) for m, k, n in shapes if m > 2048 and m * n * itemsize >= MEGABYTE]
+
+
+CHUNK_BYTES = (256 << 10, MEGABYTE // 2, MEGABYTE, 2 * MEGABYTE, 4 * MEGABYTE)
+
+# --- both sides of each comparison -------------------------------------------------------------------------
+
+
+class Tensors:
+    def __init__(self, m: int, k: int, n: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).mul_(scale).to(dtype)
+
+        self.x, self.weight, self.bias = normal(m, k), normal(n, k, scale=1.4 / k**0.5), normal(n)
+        self.y, self.dy = torch.sigmoid(normal(m, n)), normal(m, n)
+
+
+def product_steps(role: str, tensors: Tensors) -> dict[str, timing.Step]:
+    t = tensors
+    steps: dict[str, timing.Step] = {}
+    for gemm in ("mm", "onednn"):
+        if role == "forward":
+            own = Plan("explicit", "", forward_gemm=gemm)
+            steps[gemm] = lambda own=own: reference.linear_act_fwd(t.x, t.weight, t.bias, "sigmoid", own)
+        else:
+            # The backward pass of the identity is the product alone.
+            own = Plan("explicit", "", dx_gemm=gemm, dweight_gemm=gemm)
+            wanted = (role == "dx", role == "dweight", False)
+            steps[gemm] = lambda own=own, wanted=wanted: reference.linear_act_bwd(
+                t.dy, t.y, t.x, t.weight, "identity", wanted, own
+            )
+    return steps
+
+
+@contextlib.contextmanager
+def in_force(thresholds: dict) -> Iterator[None]:
+    """Inside, the package plans by these thresholds, for every dtype."""
+
+    def forget():
+        plan._table.cache_clear()
+        plan.linear_act_fwd.cache_clear()
+        plan.linear_act_bwd.cache_clear()
+        ops.small_cpu_products.clear()
+
+    before = plan.TABLES
+    with tempfile.TemporaryDirectory() as folder:
+        table = {"thresholds": {"any": dict.fromkeys(plan.DTYPES, thresholds)}}
+        Path(folder, "cpu.json").write_text(json.dumps(table))
+        plan.TABLES = Path(folder)
+        forget()
+        try:
+            yield
+        finally:
+            plan.TABLES = before
+            forget()
+
+
+def small_steps(role: str, tensors: Tensors) -> dict[str, timing.Step]:
+    """To be timed inside `in_force` with `small` at 0."""
+    x, weight, bias = (t.detach().clone() for t in (tensors.x, tensors.weight, tensors.bias))
+    dy, dtype = tensors.dy, tensors.x.dtype
+    leaves = (x, weight, bias)
+    training = role == "small_both"
+    for leaf in leaves:
+        leaf.requires_grad_(training)
+
+    def side(limit: int) -> timing.Step:
+        def forward():
+            ops.small_cpu_products[dtype] = limit
+            return linear_sigmoid(x, weight, bias)
+
+        def both():
+            for leaf in leaves:
+                leaf.grad = None
+            forward().backward(dy)
+
+        return both if training else forward
+
+    return {"aten": side(NEVER), "explicit": side(1)}
+
+
+def chunk_steps(m: int, k: int, n: int, dtype: str, thresholds: dict, tensors: Tensors) -> dict[str, timing.Step]:
+    t, wanted = tensors, (True, True, True)
+
+    def planned(above: int, size: int) -> Plan:
+        with in_force(thresholds | {"small": 0, "chunk_above_bytes": above, "chunk_bytes": size}):
+            return plan.linear_act_bwd(m, k, n, dtype, "ieee", Device("cpu"))
+
+    plans = {"whole": planned(NEVER, MEGABYTE)} | {f"chunk_{size}": planned(0, size) for size in CHUNK_BYTES}
+    return {
+        name: lambda own=own: reference.linear_act_bwd(t.dy, t.y, t.x, t.weight, "sigmoid", wanted, own)
+        for name, own in plans.items()
+        if name == "whole" or own.chunk < m
+    }
+
+
+# --- the fit -----------------------------------------------------------------------------------------------
+
+# A choice slower than its alternative by more than this counts double: nobody thanks for a loss.
+LOSS = 1.03
+
+
+def preference(rows: list[Row]) -> np.ndarray:
+    """What choosing the second side costs over choosing the first, in log time, per row; negative where it gains."""
+    ratio = np.log(np.array([row.second_us / row.first_us for row in rows], dtype=float))
+    return np.where(np.abs(ratio) > math.log(LOSS), 2 * ratio, ratio)
+
+
+def fit_rule(rows: list[Row]) -> dict | None:
+    """The rule {min_macs, min_width, max_rows_per_width} for taking oneDNN (second) over mm (first); None: never.
+
+    Rules that choose alike in all rows tie, and the most reluctant of them wins.
+    """
+    cost = preference(rows)
+    macs = np.array([row.macs for row in rows])
+    width = np.array([min(row.k, row.n) for row in rows])
+    m = np.array([row.m for row in rows])
+    best, rule = -1e-9, None
+    widths = sorted({1, 2, 4, 8, 16, 32, 64, 128, 256, 512}, reverse=True)
+    for min_width in widths:
+        for max_rows in (*(1 << i for i in range(17)), 1_000_000):
+            inside = (width >= min_width) & (m <= max_rows * width)
+            for min_macs in (1 << i for i in range(32, 9, -1)):
+                total = cost[inside & (macs >= min_macs)].sum()
+                if total < best - 1e-9:
+                    best = total
+                    rule = {"min_macs": min_macs, "min_width": min_width, "max_rows_per_width": max_rows}
+    return rule
+
+
+def fit_small(rows: list[Row]) -> int:
+    """The number of multiply-adds from which the explicit path (second) is taken over plain operations (first)."""
+    cost, macs = preference(rows), np.array([row.macs for row in rows])
+    candidates = [NEVER, *(1 << i for i in range(32, 9, -1))]
+    return min(candidates, key=lambda limit: round(cost[macs >= limit].sum(), 9))
+
+
+def fit_chunks(rows: list[Row], itemsize: int) -> tuple[int, int]:
+    """(chunk_above_bytes, chunk_bytes) from rows whose role is chunk_<bytes> (second) against dz whole (first)."""
+    found = []
+    for size in sorted({int(row.role.removeprefix("chunk_")) for row in rows}):
+        own = [row for row in rows if row.role == f"chunk_{size}"]
+        cost, traffic = preference(own), np.array([row.m * row.n * itemsize for row in own])
+        for above in (NEVER, *(MEGABYTE << i for i in range(9, -1, -1))):
+            found.append((round(cost[traffic > above].sum(), 9), -above, -size))
+    return (-min(found)[1], -min(found)[2]) if found else (NEVER, MEGABYTE)
+
+
+def quality(rows: list[Row], takes_second: Callable[[Row], bool]) -> str:
+    """How good a choice is over the rows: against always taking the first side, and against the best of each row."""
+    if not rows:
+        return "no rows"
+    chosen = np.array([row.second_us if takes_second(row) else row.first_us for row in rows])
+    first, best = np.array([row.first_us for row in rows]), np.array([min(row[-2:]) for row in rows])
+    gain, possible = (np.exp(np.log(first / times).mean()) for times in (chosen, best))
+    worse = chosen / first
+    losses = f"{int((worse > LOSS).sum())} lose, by {worse.max() - 1:.0%} at most"
+    return f"{gain:.3f}x of {possible:.3f}x possible over {len(rows)} rows; {losses}"
+
+
+def takes_onednn(rule: dict | None) -> Callable[[Row], bool]:
+    return lambda row: plan._onednn(rule, row.m, row.k, row.n)
+
+
+# --- the measurement ---------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A line on stderr, at a terminal only."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.began = total, 0, time.monotonic()
+
+    def step(self, what: str) -> None:
+        self.done += 1
+        if sys.stderr.isatty():
+            passed = time.monotonic() - self.began
+            left = passed / self.done * (self.total - self.done)
+            end = "\n" if self.done == self.total else ""
+            sys.stderr.write(f"\r\x1b[K{self.done}/{self.total}  {left:4.0f} s left  {what}{end}")
+            sys.stderr.flush()
+
+
+def timed(steps: dict[str, timing.Step], seconds: float) -> dict[str, float]:
+    """Median microseconds of each side."""
+    samples = timing.interleaved(steps, seconds=seconds, batch_seconds=5e-4, rounds=(5, 101))
+    return {name: 1e6 * own.seconds for name, own in samples.items()}
+
+
+def measure(
+    dtype: str, shapes: list[tuple[int, int, int]], seconds: float, progress: Progress
+) -> tuple[dict, list[Row]]:
+    """The thresholds of one dtype and the rows behind them. seconds: per shape and comparison."""
+    torch_dtype = getattr(torch, dtype)
+    rows: list[Row] = []
+    for m, k, n in of_products(shapes):
+        tensors = Tensors(m, k, n, torch_dtype)
+        for role in ROLES:
+            us = timed(product_steps(role, tensors), seconds)
+            rows.append(Row(role, m, k, n, us["mm"], us["onednn"]))
+            progress.step(f"{dtype} {role} {m}x{k}x{n}")
+
+    def fit_products(small: int) -> dict:
+        return {role: fit_rule([row for row in rows if row.role == role and row.macs >= small]) for role in ROLES}
+
+    thresholds = {"small": 0, **fit_products(0), "chunk_above_bytes": NEVER, "chunk_bytes": MEGABYTE}
+    with in_force(thresholds):
+        for m, k, n in of_small(shapes):
+            tensors = Tensors(m, k, n, torch_dtype)
+            for role in ("small_forward", "small_both"):
+                us = timed(small_steps(role, tensors), seconds)
+                rows.append(Row(role, m, k, n, us["aten"], us["explicit"]))
+                progress.step(f"{dtype} {role} {m}x{k}x{n}")
+    thresholds["small"] = fit_small([row for row in rows if row.role.startswith("small_")])
+    # Products that never take the explicit path have no say in its rules.
+    thresholds |= fit_products(thresholds["small"])
+
+    itemsize = torch_dtype.itemsize
+    chunked = []
+    for m, k, n in of_chunks(shapes, itemsize):
+        if m * k * n >= thresholds["small"]:
+            us = timed(chunk_steps(m, k, n, dtype, thresholds, Tensors(m, k, n, torch_dtype)), 2 * seconds)
+            chunked += [Row(side, m, k, n, us["whole"], us[side]) for side in us if side != "whole"]
+        progress.step(f"{dtype} chunks {m}x{k}x{n}")
+    thresholds["chunk_above_bytes"], thresholds["chunk_bytes"] = fit_chunks(chunked, itemsize)
+    return thresholds, rows + chunked
+
+
+def summary(thresholds: dict, rows: list[Row], itemsize: int) -> list[str]:
+    small = thresholds["small"]
+    lines = []
+    for role in ROLES:
+        own = [row for row in rows if row.role == role and row.macs >= small]
+        lines.append(f"{role:9} {thresholds[role]}: {quality(own, takes_onednn(thresholds[role]))}")
+    own = [row for row in rows if row.role.startswith("small_")]
+    lines.append(f"small     {small}: {quality(own, lambda row: row.macs >= small)}")
+    above, size = thresholds["chunk_above_bytes"], thresholds["chunk_bytes"]
+    own = [row for row in rows if row.role == f"chunk_{size}"]
+    lines.append(f"chunk     {size} above {above}: {quality(own, lambda row: row.m * row.n * itemsize > above)}")
+    return lines
+
+
+def count(shapes: list[tuple[int, int, int]], dtypes: list[str]) -> int:
+    chunks = sum(len(of_chunks(shapes, getattr(torch, dtype).itemsize)) for dtype in dtypes)
+    return len(dtypes) * (3 * len(of_products(shapes)) + 2 * len(of_small(shapes))) + chunks
+
+
+def text(document: dict) -> str:
+    """JSON with each innermost list on one line."""
+
+    def joined(found: re.Match) -> str:
+        return "[" + re.sub(r"\s*\n\s*", " ", found[1]) + "]"
+
+    return re.sub(r"\[\s+([^][{}]*?)\s+\]", joined, json.dumps(document, indent=1)) + "\n"
+
+
+def merge(document: dict, vendor: str, found: dict[str, tuple[dict, list[Row]]], facts: dict) -> dict:
+    """The document with this vendor's entries for the dtypes that were measured, and everything else as it was."""
+    thresholds = {dtype: own for dtype, (own, _) in found.items()}
+    rows = {dtype: [[*row[:4], round(row[4], 2), round(row[5], 2)] for row in own] for dtype, (_, own) in found.items()}
+    known, measured = document["thresholds"], document.get("measured", {})
+    old = measured.get(vendor, {})
+    return document | {
+        "thresholds": known | {vendor: known.get(vendor, {}) | thresholds},
+        "measured": measured | {vendor: facts | {"rows": old.get("rows", {}) | rows}},
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=plan.TABLES / "cpu.json", help="the table to bring up to date")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
+    parser.add_argument("--quick", action="store_true", help="a coarse grid in a minute, to try the script out")
+    parser.add_argument("--seconds", type=float, help="for the whole run; default: 420, or 50 with --quick")
+    options = parser.parse_args(arguments)
+    if binding.LATE:
+        parser.error(binding.LATE)
+    vendor = ops.cpu_vendor()
+    if not vendor:
+        parser.error("torch does not tell this CPU's name, so the plans could not find the table")
+    if reference.onednn_linear() is None:
+        parser.error("this torch has no oneDNN product: there is nothing to choose between")
+
+    dtypes = options.dtypes.split(",")
+    shapes = grid(options.quick)
+    progress = Progress(count(shapes, dtypes))
+    seconds = (options.seconds or (50 if options.quick else 420)) / progress.total
+    found = {}
+    for dtype in dtypes:
+        found[dtype] = measure(dtype, shapes, seconds, progress)
+        print(dtype, *summary(*found[dtype], getattr(torch, dtype).itemsize), sep="\n    ")
+    facts = {
+        "machine": torch.cpu.get_capabilities()["cpu_name"],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "quick": options.quick,
+    }
+    base = options.out if options.out.exists() else plan.TABLES / "cpu.json"
+    atomic.write(options.out, text(merge(json.loads(base.read_text()), vendor, found, facts)))
+    print("written:", options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

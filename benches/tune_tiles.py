@@ -1,0 +1,125 @@
+"""Picks, without a GPU, the tiles of the kernels that hold a whole weight on chip: writes kernels/tuned/gpu_tiles.json.
+
+For each chip generation, op, kind of product and padded weight size, candidates are compiled in order of preference
+(most rows first: fewer trips around the loop and larger loads) until one needs no stack, aligned and ragged, and its
+shared memory fits. Sizes without such a tile are left out, and plan.py sends them elsewhere.
+
+A tile must be clean on every triton that the project supports. With --resume the search for a size starts at the
+tile that the table has, and sizes that it has not stay out: run once, then with --resume under the other version.
+
+usage: python benches/tune_tiles.py [--resume] [--out FILE] [--processes N]
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+
+from perceptriton.kernels import aot, linear
+from perceptriton.kernels.plan import TABLES, Plan, Tile
+
+WIDTHS = (16, 32, 64, 128, 256)
+KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
+ARCHS = (90, 80)
+# Elements of the padded weight beyond which no tile was ever clean.
+LARGEST = {"half": 128 * 256, "tf32": 128 * 128, "ieee": 128 * 128}
+OPS = ("linear_act_fwd", "linear_act_bwd")
+ROWS = (128, 64, 32, 16)
+
+
+def candidates(op: str, kind: str, block_k: int, block_n: int):
+    wide = max(block_k, block_n) >= 128
+    # fp32 dots on the FMA units unroll fully: more rows than 32 only lengthen the code.
+    rows = [r for r in ROWS if not (kind == "ieee" and r > 32)]
+    for block_m, num_warps in itertools.product(rows, (8, 4) if wide else (4, 8)):
+        # What a thread must hold at least: its share of the sums and of the row tiles. Beyond 160 nothing was clean.
+        held = block_m * (block_k + 2 * block_n) + (block_k * block_n if op == "linear_act_bwd" else 0)
+        if held <= 160 * 32 * num_warps:
+            for num_stages in (2, 1):
+                yield Tile(block_m, block_n, block_k, num_warps, num_stages)
+
+
+def launch(op: str, dtype: torch.dtype, precision: str, m: int, k: int, n: int, tile: Tile) -> aot.Launch:
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    plan = Plan("rows", "", tile, programs=2, precision=precision)
+    if op == "linear_act_fwd":
+        # tanh has the longest epilogue
+        return aot.launches(linear.linear_act_fwd, empty(m, k), empty(n, k), empty(n), "tanh", plan)[0]
+    wanted = (True, True, True)
+    arguments = (empty(m, n), empty(m, n), empty(m, k), empty(n, k), "sigmoid", wanted, plan)
+    return aot.launches(linear.linear_act_bwd, *arguments)[0]
+
+
+def pick(task: tuple[int, str, str, int, int], start: list[int] | None = None) -> list[int] | None:
+    """[block_m, num_warps, num_stages, programs per SM] of the first clean candidate, from `start` on, or None."""
+    arch, op, kind, block_k, block_n = task
+    dtype, precision = KINDS[kind]
+    tiles = list(candidates(op, kind, block_k, block_n))
+    if start:
+        tiles = tiles[[[t.block_m, t.num_warps, t.num_stages] for t in tiles].index(start[:3]) :]
+    for tile in tiles:
+        fits = []
+        for m, k, n in ((4099, block_k - 3, block_n - 1), (4096, block_k, block_n)):
+            try:
+                resources = aot.compile_for(arch, launch(op, dtype, precision, m, k, n, tile))
+            except Exception as error:  # a tile that the compiler refuses is not a candidate
+                print(f"{task} {tile}: {type(error).__name__}", file=sys.stderr)
+                break
+            if resources.stack or resources.shared > aot.SHARED_LIMIT[arch]:
+                break
+            fits.append(resources.programs_per_sm(arch))
+        else:
+            return [tile.block_m, tile.num_warps, tile.num_stages, min(fits)]
+    return None
+
+
+def _pick(task):
+    return pick(*task)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=TABLES / "gpu_tiles.json")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args()
+    old = json.loads(options.out.read_text()) if options.resume else None
+    tasks = []
+    for arch, op, kind, block_k, block_n in itertools.product(ARCHS, OPS, KINDS, WIDTHS, WIDTHS):
+        start = old and old["tiles"][f"sm_{arch}"][op][kind].get(f"{block_k}x{block_n}")
+        if block_k * block_n <= LARGEST[kind] and (start or not old):
+            tasks.append(((arch, op, kind, block_k, block_n), start))
+    tiles: dict = {f"sm_{arch}": {op: {kind: {} for kind in KINDS} for op in OPS} for arch in ARCHS}
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        for done, (task, row) in enumerate(zip(tasks, pool.map(_pick, tasks), strict=True), 1):
+            (arch, op, kind, block_k, block_n), start = task
+            if row:
+                tiles[f"sm_{arch}"][op][kind][f"{block_k}x{block_n}"] = row
+            print(f"{done}/{len(tasks)} {task[0]} {start or ''} -> {row}", file=sys.stderr)
+    table = {
+        "about": "block_k x block_n: [block_m, num_warps, num_stages, programs per SM]; written by benches/tune_tiles.py",
+        "triton": sorted({triton.__version__, *(old["triton"] if old else [])}),
+        "tiles": tiles,
+    }
+    with tempfile.NamedTemporaryFile("w", dir=options.out.parent, delete=False) as file:
+        # A row per line: a table to read and to diff.
+        text = re.sub(
+            r"\[\s+([^\[\]]*?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", json.dumps(table, indent=1)
+        )
+        file.write(text + "\n")
+    os.replace(file.name, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""The arrows between the parts, and habits of the package's code, read from the syntax trees of its files."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = [*sorted((ROOT / "kernels").glob("**/*.py")), *sorted((ROOT / "mlp").glob("**/*.py"))]
+TESTS = sorted((ROOT / "tests").glob("**/*.py"))
+BENCHES = sorted((ROOT / "benches").glob("**/*.py"))
+
+# What a call passes through on its way to a kernel works without triton; aot.py holds no kernel but reads their code.
+WITHOUT_TRITON = {"__init__.py", "activations.py", "ops.py", "plan.py", "reference.py"}
+WITHOUT_KERNELS = {"aot.py"}
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def imported(source, package=""):
+    """The dotted name of everything that a source text imports, at any depth; relative names are made absolute.
+
+    `package` is where the file lives, as in "perceptriton.mlp". `from .a import b` may mean a module b or a name b
+    in a module a: both a and a.b are in the set.
+    """
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def imports_of(path):
+    folder = path.relative_to(ROOT).parts[0]
+    return imported(path.read_text(), f"perceptriton.{folder}" if path in PACKAGE else folder)
+
+
+def under(names, *roots):
+    """Those of the names that are one of the roots or lie inside one."""
+    return sorted(n for n in names if any(n == root or n.startswith(root + ".") for root in roots))
+
+
+def jitted(tree):
+    """The functions under @triton.jit."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [f for f in functions if any("triton.jit" in ast.unparse(d) for d in f.decorator_list)]
+
+
+def test_imported_sees_every_form():
+    source = "import a.b\ndef f():\n    from ..kernels import ops\n    from . import x\n    from c import d as e"
+    found = imported(source, "perceptriton.mlp")
+    assert found >= {"a.b", "perceptriton.kernels.ops", "perceptriton.mlp.x", "c.d"}
+    assert under(found, "perceptriton.kernels") == ["perceptriton.kernels", "perceptriton.kernels.ops"]
+    assert under({"tritonish"}, "triton") == []
+
+
+# --- which way imports run ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_only_files_of_kernels_import_triton(path):
+    if not under(imports_of(path), "triton"):
+        return
+    assert path.parent.name == "kernels", "mlp/ knows nothing of triton"
+    assert path.name not in WITHOUT_TRITON
+    assert jitted(ast.parse(path.read_text())) or path.name in WITHOUT_KERNELS, "imports triton, but holds no kernel"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_package_imports_run_one_way(path):
+    names = imports_of(path)
+    if path.parent.name == "kernels":
+        assert under(names, "perceptriton.mlp") == []
+    # Our own names are relative in the package: only those resolve alike on disk, installed and in a type checker.
+    ours = {p.stem for p in (*TESTS, *BENCHES)} | {"tests", "benches", "kernels", "mlp", "perceptriton"}
+    assert under(imported(path.read_text(), "some.package"), *ours) == []
+
+
+def test_mlp_reaches_no_kernel_but_through_ops():
+    files = {p.stem for p in PACKAGE if p.parent.name == "kernels" and p.name not in WITHOUT_TRITON}
+    for path in PACKAGE:
+        if path.parent.name == "mlp":
+            assert under(imports_of(path), *(f"perceptriton.kernels.{stem}" for stem in files)) == [], name(path)
+
+
+def test_reference_and_kernels_do_not_meet():
+    with_triton = {p for p in PACKAGE if under(imports_of(p), "triton")}
+    assert with_triton, "nothing was checked"
+    modules = [f"perceptriton.kernels.{p.stem}" for p in with_triton]
+    for free in ("reference.py", "activations.py", "plan.py"):
+        assert under(imports_of(ROOT / "kernels" / free), *modules) == [], free
+    for path in with_triton:
+        assert under(imports_of(path), "perceptriton.kernels.reference", "perceptriton.kernels.ops") == [], name(path)
+
+
+def test_ops_imports_kernels_only_when_one_is_used():
+    modules = [f"perceptriton.kernels.{p.stem}" for p in PACKAGE if under(imports_of(p), "triton")]
+    tree = ast.parse((ROOT / "kernels" / "ops.py").read_text())
+    at_import = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    source = "\n".join(ast.unparse(node) for node in at_import)
+    assert under(imported(source, "perceptriton.kernels"), *modules) == []
+
+
+def test_plan_is_pure():
+    tops = {n.partition(".")[0] for n in imports_of(ROOT / "kernels" / "plan.py")}
+    assert tops - sys.stdlib_module_names == set()
+
+
+def test_tests_and_benches_do_not_import_each_other():
+    tests, benches = {p.stem for p in TESTS}, {p.stem for p in BENCHES}
+    assert tests & benches - {"conftest"} == set(), "both folders are on the path: one name, one module"
+    for paths, others, folder in ((TESTS, benches, "benches"), (BENCHES, tests, "tests")):
+        for path in paths:
+            assert under(imports_of(path), folder, *others - {"conftest"}) == [], name(path)
+
+
+# --- habits ------------------------------------------------------------------------------------------------
+
+
+def calls(source, *functions):
+    """Lines on which one of the functions is called, by its bare name or as an attribute."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", None)
+            if called in functions:
+                found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_nothing_prints_but_the_command_line(path):
+    functions = ("device_print", "breakpoint") if path == ROOT / "mlp" / "__main__.py" else ("print", "device_print")
+    assert calls("x = 1\nprint(x)\ntl.device_print('x', x)", "print", "device_print") == [2, 3]
+    assert calls(path.read_text(), *functions) == []
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_nothing_tunes_at_run_time(path):
+    # A multi-config @triton.autotune cannot even launch without a GPU, and it may run a kernel twice over its outputs.
+    attributes = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    assert "autotune" not in attributes
+    assert under(imports_of(path), "triton.autotune", "triton.heuristics") == []
+
+
+@pytest.mark.parametrize("folder", ["kernels", "mlp"])
+def test_init_says_what_is_public(folder):
+    tree = ast.parse((ROOT / folder / "__init__.py").read_text())
+    public = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    assert len(public) == 1
+    assert public[0], "empty"
+    imported_here = {
+        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert set(public[0]) <= imported_here
+
+
+# --- 64-bit offsets ----------------------------------------------------------------------------------------
+
+BOUNDED, UNBOUNDED, WIDE = "tl.arange in 32 bits", "a program's number in 32 bits", "64 bits"
+# The others (tl.load, tl.sum, tl.dot, ...) return data, which is no offset.
+KEEP_KIND = {"minimum", "maximum", "where", "expand_dims", "broadcast_to", "reshape", "multiple_of", "max_contiguous"}
+
+
+class Offsets(ast.NodeVisitor):
+    """Products of a kernel that may pass 2^31 before anything widens them.
+
+    A stride may be any number, so nothing in 32 bits may be multiplied with one, not even a `tl.arange`. A size
+    (an argument that is no constexpr) may be multiplied with a `tl.arange`, which is shorter than a tile, but not
+    with what grows with the grid: program numbers, and indices of loops that run to such numbers or to a size.
+    """
+
+    def __init__(self, kernel):
+        arguments = [*kernel.args.args, *kernel.args.kwonlyargs]
+        self.sizes = {a.arg for a in arguments if a.annotation is None or "constexpr" not in ast.unparse(a.annotation)}
+        self.kinds = {}
+        self.found = {}
+        for statement in kernel.body:
+            self.visit(statement)
+
+    def kind(self, node):
+        if isinstance(node, ast.Name):
+            return self.kinds.get(node.id)
+        if isinstance(node, ast.Subscript):
+            return self.kind(node.value)
+        if isinstance(node, ast.UnaryOp):
+            return self.kind(node.operand)
+        if isinstance(node, ast.IfExp):
+            return self.join([node.body, node.orelse])
+        if isinstance(node, ast.BinOp):
+            parts = [self.kind(node.left), self.kind(node.right)]
+            return WIDE if WIDE in parts else self.join([node.left, node.right])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            return self.kind_of_call(node, node.func)
+        return None
+
+    def kind_of_call(self, node, function):
+        if function.attr == "program_id":
+            return UNBOUNDED
+        if function.attr == "arange":
+            return BOUNDED
+        if function.attr in ("to", "cast", "full", "zeros"):
+            if "int64" in ast.unparse(node):
+                return WIDE
+            return self.kind(function.value if function.attr == "to" else node.args[0])
+        return self.join(node.args) if function.attr in KEEP_KIND else None
+
+    def join(self, nodes):
+        kinds = {self.kind(node) for node in nodes}
+        return next((kind for kind in (UNBOUNDED, BOUNDED, WIDE) if kind in kinds), None)
+
+    def assign(self, target, kind):
+        if isinstance(target, ast.Name):
+            self.kinds[target.id] = kind
+        elif isinstance(target, ast.Tuple):
+            for element in target.elts:
+                self.assign(element, kind)
+
+    def visit_Assign(self, node):
+        self.generic_visit(node)
+        for target in node.targets:
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                for element, value in zip(target.elts, node.value.elts, strict=True):
+                    self.assign(element, self.kind(value))
+            else:
+                self.assign(target, self.kind(node.value))
+
+    def visit_AugAssign(self, node):
+        product = ast.BinOp(node.target, node.op, node.value)
+        self.visit(ast.copy_location(product, node))
+        self.assign(node.target, self.kind(product))
+
+    def visit_For(self, node):
+        names = {n.id for n in ast.walk(node.iter) if isinstance(n, ast.Name)}
+        grows = names & self.sizes or any(self.kind(a) == UNBOUNDED for a in getattr(node.iter, "args", []))
+        self.assign(node.target, UNBOUNDED if grows else None)
+        self.visit_loop(node)
+
+    def visit_loop(self, node):
+        # Twice: what a loop assigns at its end is used at its start.
+        self.generic_visit(node)
+        self.generic_visit(node)
+
+    visit_While = visit_loop
+
+    def visit_BinOp(self, node):
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.Mult) or self.kind(node) == WIDE:
+            return
+        for index, factor in ((node.left, node.right), (node.right, node.left)):
+            names = {n.id for n in ast.walk(factor) if isinstance(n, ast.Name)} & self.sizes
+            strides = {n for n in names if n.startswith("stride")}
+            if {UNBOUNDED: names, BOUNDED: strides}.get(self.kind(index)):
+                self.found[node.lineno] = f"line {node.lineno}: {ast.unparse(node)} ({self.kind(index)})"
+
+
+def narrow_offsets(source):
+    return [found for kernel in jitted(ast.parse(source)) for found in Offsets(kernel).found.values()]
+
+
+@pytest.mark.parametrize("path", [p for p in PACKAGE if jitted(ast.parse(p.read_text()))], ids=name)
+def test_offsets_have_64_bits(path):
+    assert narrow_offsets(path.read_text()) == []
+
+
+NARROW = {
+    "arange-by-stride": "offs = tl.arange(0, BLOCK)\n    tl.load(x_ptr + offs[:, None] * stride_xm)",
+    "stride-first": "tl.load(x_ptr + stride_xm * tl.arange(0, BLOCK)[None, :])",
+    "program-by-size": "rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)\n    tl.load(x_ptr + rows * N)",
+    "cast-too-late": "pid = tl.program_id(0)\n    tl.load(x_ptr + (pid * stride_xm).to(tl.int64))",
+    "cast-to-32": "pid = tl.program_id(0).to(tl.int32)\n    x_ptr += pid * stride_xm",
+    "loop-index": "for tile in tl.range(tl.program_id(0), 9):\n        tl.load(x_ptr + tile * BLOCK * N)",
+    "loop-to-size": "for row in range(M):\n        tl.load(x_ptr + row * N)",
+    "carried": "row = 0\n    for _ in range(3):\n        tl.load(x_ptr + row * N)\n        row = tl.program_id(0)",
+    "in-place": "pid = tl.program_id(0)\n    pid *= stride_xm",
+    "through-minimum": "tl.load(x_ptr + tl.minimum(tl.program_id(0), 7) * stride_xm)",
+}
+CLEAN = {
+    "cast-first": "offs = tl.arange(0, BLOCK).to(tl.int64)\n    tl.load(x_ptr + offs[:, None] * stride_xm)",
+    "one-wide-term": "row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)\n    x_ptr += row * stride_xm",
+    "cast-function": "for tile in range(tl.program_id(0), M):\n        x_ptr += tl.cast(tile, tl.int64) * N",
+    "arange-by-size": "tl.load(x_ptr + tl.arange(0, BLOCK)[:, None] * N)",
+    "program-by-tile": "mask = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) < M",
+    "loaded-data": "offs = tl.load(x_ptr + tl.arange(0, BLOCK))\n    y = offs * stride_xm",
+    "static-loop": "for i in tl.static_range(4):\n        tl.load(x_ptr + i * stride_xm)",
+}
+
+
+def kernel_source(body):
+    return f"@triton.jit\ndef kernel(x_ptr, M, N, stride_xm, BLOCK: tl.constexpr):\n    {body}\n"
+
+
+@pytest.mark.parametrize("body", NARROW.values(), ids=NARROW)
+def test_the_check_of_offsets_finds(body):
+    assert len(narrow_offsets(kernel_source(body))) == 1
+
+
+@pytest.mark.parametrize("body", CLEAN.values(), ids=CLEAN)
+def test_the_check_of_offsets_lets_pass(body):
+    assert narrow_offsets(kernel_source(body)) == []

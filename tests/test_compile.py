@@ -1,0 +1,148 @@
+"""Compile-only: every tile that a plan can pick, compiled ahead of time for its chip, with gates on the machine code.
+
+No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource table is printed with -rA or -s.
+"""
+
+import itertools
+import multiprocessing
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
+
+from perceptriton.kernels import Device, Plan, Tile, aot, linear
+from perceptriton.kernels import plan as planning
+
+# The dtype and fp32 precision that stand for each kind of product.
+KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
+CHIPS = {80: Device("cuda", 80, 108, triton=True), 90: Device("cuda", 90, 132, triton=True)}
+NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+def _forward(m, k, n, dtype, plan):
+    return linear.linear_act_fwd, _empty(dtype, (m, k), (n, k), (n,)), ("tanh", plan)
+
+
+def _backward(m, k, n, dtype, plan):
+    tensors = _empty(dtype, (m, n), (m, n), (m, k), (n, k))
+    return linear.linear_act_bwd, tensors, ("sigmoid", (True, True, True), plan)
+
+
+def _empty(dtype, *shapes):
+    return tuple(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+
+
+def _cases():
+    """(id, arch, op, kind, shape, plan): every tile of the tables, through the plan of a shape that picks it."""
+    ops = {"linear_act_fwd": planning.linear_act_fwd, "linear_act_bwd": planning.linear_act_bwd}
+    table = planning._table("gpu_tiles.json")["tiles"]
+    for arch, (op, plan_for), kind in itertools.product(CHIPS, ops.items(), KINDS):
+        dtype, precision = KINDS[kind]
+        for size in table[f"sm_{arch}"][op][kind]:
+            k, n = map(int, size.split("x"))
+            # Odd widths inside the same tile: every access is scalar and masked, which costs registers.
+            for layout, shape in (("aligned", (65536, k, n)), ("ragged", (65531, k - 3, n - 1))):
+                plan = plan_for(*shape, NAMES[dtype], precision, CHIPS[arch])
+                if plan.impl == "rows":
+                    yield f"sm_{arch}-{op}-{kind}-{size}-{layout}", arch, op, kind, shape, plan
+        if op == "linear_act_fwd":
+            # Row counts from many to few reach every entry of the list of output tiles.
+            for m in (16384, 2048, 256):
+                plan = planning.linear_act_fwd(
+                    m, 4096, 4096 if m > 256 else 128, NAMES[dtype], precision, CHIPS[arch], "triton"
+                )
+                shape = (m, 4096, 4096 if m > 256 else 128)
+                yield f"sm_{arch}-{op}-{kind}-tiled-{m}", arch, op, kind, shape, plan
+        elif kind != "tf32":
+            shape = (4096, 1024, 1024)
+            plan = planning.linear_act_bwd(*shape, NAMES[dtype], precision, CHIPS[arch])
+            yield f"sm_{arch}-{op}-{kind}-passes", arch, op, kind, shape, plan
+
+
+CASES = {case[0]: case[1:] for case in _cases()}
+
+
+def _compile(case, target=None):
+    """Resources of every launch of a case, compiled for its chip or for `target`."""
+    arch, op, kind, shape, plan = case
+    launcher, tensors, rest = (_forward if op == "linear_act_fwd" else _backward)(*shape, KINDS[kind][0], plan)
+    return [aot.compile_for(target or arch, launch) for launch in aot.launches(launcher, *tensors, *rest)]
+
+
+@pytest.fixture(scope="session")
+def compiled(pytestconfig):
+    """name -> Resources of the launches, compiled in as many processes as there are cores."""
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        table = dict(zip(CASES, pool.map(_compile, CASES.values(), chunksize=1), strict=True))
+    if folder := pytestconfig.getoption("--cubins"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, results in table.items():
+            for index, resources in enumerate(results):
+                (folder / f"{name}.{index}.cubin").write_bytes(resources.cubin)
+    print(
+        f"\n{'kernel':56} {'regs':>5} {'stack':>5} {'smem':>7} {'warps':>5} {'HGMMA':>5} {'HMMA':>5} {'FFMA':>5} {'MUFU':>5}"
+    )
+    for name, (first, *_) in table.items():
+        counts = [first.opcodes.get(opcode, 0) for opcode in ("HGMMA", "HMMA", "FFMA", "MUFU")]
+        cells = " ".join(f"{count:5}" for count in counts)
+        print(f"{name:56} {first.registers:5} {first.stack:5} {first.shared:7} {first.num_warps:5} {cells}")
+    return table
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_spills_and_fits(name, compiled):
+    arch, *_ = CASES[name]
+    for resources in compiled[name]:
+        assert resources.stack == 0, f"{resources.stack} bytes of stack per thread"
+        assert resources.opcodes.get("LDL", 0) + resources.opcodes.get("STL", 0) == 0
+        assert resources.shared <= aot.SHARED_LIMIT[arch]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "passes" not in name])
+def test_products_use_the_right_units(name, compiled):
+    _, _, kind, _, _ = CASES[name]
+    opcodes = compiled[name][0].opcodes
+    tensor_cores = opcodes.get("HMMA", 0) + opcodes.get("HGMMA", 0)
+    if kind == "ieee":
+        # fp32 that went through tensor cores would be TF32 in disguise.
+        assert tensor_cores == 0
+        assert opcodes["FFMA"] >= 16
+    else:
+        assert tensor_cores > 0
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, c in CASES.items() if c[0] == 90 and c[2] == "half" and c[4].impl == "tiled"]
+)
+def test_large_16_bit_tiles_use_wgmma(name, compiled):
+    assert compiled[name][0].opcodes.get("HGMMA", 0) > 0
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c[1] == "linear_act_fwd" and c[2] == "half"])
+def test_special_function_units_per_output(name, compiled):
+    plan = CASES[name][4]
+    elements_per_thread = plan.tile.block_m * plan.tile.block_n / (32 * plan.tile.num_warps)
+    # exp2 and one division or rsqrt for each output; the pipeliner may copy the loop body once.
+    assert compiled[name][0].opcodes["MUFU"] <= 2 * 2 * max(elements_per_thread, 1) + 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", ["linear_act_fwd", "linear_act_bwd"])
+def test_compiles_for_sm_100(op, kind):
+    name = f"sm_90-{op}-{kind}-32x32-aligned"
+    for resources in _compile(CASES[name], target=100):
+        assert resources.registers > 0
+        assert resources.shared <= aot.SHARED_LIMIT[100]
+
+
+def test_a_spilling_tile_is_seen():
+    # Negative control: 128 rows of a 64x64 backward in 4 warps cannot keep its sums in sm_80's registers.
+    plan = Plan("rows", "", Tile(128, 64, 64, 4, 2), programs=2)
+    launcher, tensors, rest = _backward(4096, 64, 64, torch.bfloat16, plan)
+    resources = aot.compile_for(80, aot.launches(launcher, *tensors, *rest)[0])
+    assert resources.stack > 0
+    assert resources.opcodes.get("STL", 0) > 0

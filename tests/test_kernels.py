@@ -1,0 +1,624 @@
+"""Every kernel against fp64: on a GPU, or on the CPU in triton's interpreter."""
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    ACTIVATIONS,
+    DTYPES,
+    EMPTY_SHAPES,
+    LAYOUTS,
+    NO_KERNELS,
+    SHAPES,
+    assert_as_good_as_torch,
+    join,
+    kernel_device,
+    lay_out,
+    make_layer,
+    make_layers,
+    relative_error,
+    torch_layer,
+)
+
+from perceptriton.kernels import Plan, Tile
+from perceptriton.mlp import linear_act
+
+DEVICE = kernel_device()
+if DEVICE is None:
+    pytest.skip(NO_KERNELS, allow_module_level=True)
+
+linear = pytest.importorskip("perceptriton.kernels.linear")
+pytestmark = pytest.mark.usefixtures("device")
+
+IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+KERNELS = (
+    "linear_act_fwd_rows_kernel",
+    "linear_act_fwd_tiled_kernel",
+    "linear_act_bwd_rows_kernel",
+    "act_bwd_kernel",
+    "sum_slots_kernel",
+)
+
+
+def run(x, weight, bias, dy, activation="sigmoid", impl="triton"):
+    """y and the gradients of x, weight and bias (where there is one) through the public function."""
+    inputs = [t if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = linear_act(*inputs, activation, impl=impl)
+    return (y.detach(), *torch.autograd.grad(y, [t for t in inputs if t is not None], dy))
+
+
+def check(x, weight, bias, dy, activation="sigmoid", actual=None):
+    actual = run(x, weight, bias, dy, activation) if actual is None else actual
+    expected = torch_layer(x, weight, bias, dy, activation)
+    exact = torch_layer(x, weight, bias, dy, activation, torch.float64)
+    names = ("y", "dx", "dweight", "dbias")[: len(exact)]
+    for name, result in zip(names, actual, strict=True):
+        assert result.dtype is x.dtype, name
+        assert result.is_contiguous(), name
+    assert_as_good_as_torch(actual, expected, exact, x.dtype, names)
+
+
+def same_bits(actual, expected):
+    return all(torch.equal(a.view(BITS[a.dtype]), e.view(BITS[e.dtype])) for a, e in zip(actual, expected, strict=True))
+
+
+class Spy:
+    """A kernel that keeps what it was launched with."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(**arguments):
+            self.launches.append(arguments | {"grid": grid})
+            return self.kernel[grid](**arguments)
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """{kernel name: [arguments of each launch]}"""
+    found = {name: [] for name in KERNELS}
+    for name in KERNELS:
+        monkeypatch.setattr(linear, name, Spy(getattr(linear, name), found[name]))
+    return found
+
+
+# --- plans, so that a test says which kernel it means -------------------------------------------------------------
+
+
+def rows(k, n, programs, block_m=16):
+    block_k, block_n = (max(16, 1 << (size - 1).bit_length()) for size in (k, n))
+    return Plan("rows", "the test says so", Tile(block_m, block_n, block_k, 4, 1), programs)
+
+
+def tiled(m, n, block_m, block_n, block_k):
+    programs = math.ceil(m / block_m) * math.ceil(n / block_n)
+    return Plan("tiled", "the test says so", Tile(block_m, block_n, block_k, 4, 1), programs)
+
+
+def passes(block_m, block_n):
+    return Plan("passes", "the test says so", Tile(block_m, block_n, 0, 4, 1))
+
+
+# (m, k, n), forward, backward: why
+PATHS = {
+    # one program walks every row tile and writes the gradients itself
+    "rows-alone": ((100, 10, 31), rows(10, 31, 1), rows(10, 31, 1)),
+    # 7 tiles over 3 programs: they get 3, 2 and 2
+    "rows-three": ((100, 10, 31), rows(10, 31, 3), rows(10, 31, 3)),
+    # programs without a tile must leave zeros, not garbage, in their slots
+    "rows-idle": ((100, 10, 31), rows(10, 31, 9), rows(10, 31, 9)),
+    "rows-head": ((70, 3, 1), rows(3, 1, 5), rows(3, 1, 5)),
+    # more slots than the reduction sums side by side
+    "rows-many": ((300, 17, 5), rows(17, 5, 19), rows(17, 5, 19)),
+    # every tile is ragged, the loop over K has a tail
+    "tiled-ragged": ((65, 37, 41), tiled(65, 41, 32, 32, 16), passes(32, 32)),
+    # the shape is a whole number of tiles
+    "tiled-exact": ((64, 64, 32), tiled(64, 32, 32, 16, 32), passes(16, 32)),
+    # one tile larger than the matrix
+    "tiled-one": ((5, 20, 3), tiled(5, 3, 64, 64, 32), passes(32, 128)),
+    # 10 row tiles in two column tiles: a full group of 8 and one of 2
+    "tiled-groups": ((150, 5, 20), tiled(150, 20, 16, 16, 16), passes(16, 16)),
+}
+ROWS, TILED = PATHS["rows-three"], PATHS["tiled-ragged"]
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+# On a GPU each combination is two compilations; there every activation meets one shape of each kernel.
+COMBINATIONS = {
+    f"{shape}-{activation}-{IDS[dtype]}": (shape, activation, dtype)
+    for shape in SHAPES
+    for activation in ACTIVATIONS
+    if DEVICE == "cpu" or activation == "sigmoid" or shape in ("xor-hidden", "wide")
+    for dtype in DTYPES
+}
+
+
+@pytest.mark.parametrize(("shape", "activation", "dtype"), COMBINATIONS.values(), ids=COMBINATIONS)
+def test_shapes(shape, activation, dtype):
+    layers = make_layers(*SHAPES[shape], dtype, DEVICE)
+    actual = [run(*layer, activation) for layer in layers]
+    assert [t.shape for t in actual[0]] == [t.shape for t in torch_layer(*layers[0], activation)]
+    expected = [torch_layer(*layer, activation) for layer in layers]
+    exact = [torch_layer(*layer, activation, torch.float64) for layer in layers]
+    assert_as_good_as_torch(join(actual), join(expected), join(exact), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
+@pytest.mark.parametrize("path", PATHS)
+def test_paths(path, dtype, force, launches):
+    shape, forward, backward = PATHS[path]
+    force(forward, backward)
+    check(*make_layer(*shape, dtype, DEVICE))
+    fired = {name for name in KERNELS if launches[name]}
+    expected = {f"linear_act_fwd_{forward.impl}_kernel"}
+    expected.add("linear_act_bwd_rows_kernel" if backward.impl == "rows" else "act_bwd_kernel")
+    if backward.impl == "passes" or backward.programs > 1:
+        expected.add("sum_slots_kernel")
+    assert fired == expected
+
+
+@pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
+def test_without_bias(path, force):
+    shape, forward, backward = PATHS[path]
+    force(forward, backward)
+    x, weight, _, dy = make_layer(*shape, torch.float32, DEVICE)
+    check(x, weight, None, dy)
+
+
+def test_one_program_writes_the_gradients_themselves(force, launches):
+    shape, forward, backward = PATHS["rows-alone"]
+    force(forward, backward)
+    _, dx, dweight, dbias = run(*make_layer(*shape, torch.bfloat16, DEVICE))
+    (arguments,) = launches["linear_act_bwd_rows_kernel"]
+    written = [arguments[name] for name in ("dx_ptr", "dweight_ptr", "dbias_ptr")]
+    assert [t.data_ptr() for t in written] == [t.data_ptr() for t in (dx, dweight, dbias)]
+    assert not launches["sum_slots_kernel"]
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 4, 5, 9])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    # sizes around the block of 64, the seam between the two tensors inside a block and on its edge
+    [(1, 0), (63, 0), (65, 0), (1, 1), (30, 40), (64, 64), (100, 3)],
+)
+def test_sum_of_slots(num_slots, first, second):
+    generator = torch.Generator().manual_seed(0)
+    slots = torch.randn(num_slots, first + second, generator=generator).to(DEVICE)
+    outputs = [torch.full((size,), torch.nan, device=DEVICE) for size in (first, second) if size]
+    linear._sum_slots(slots, outputs[0], outputs[1] if second else None)
+    assert relative_error(torch.cat(outputs), slots.double().sum(0)) < 2e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=IDS.get)
+def test_sums_over_many_rows_stay_in_fp32(dtype):
+    # 4,096 times 0.25: a bf16 sum would stop at 64, an fp16 one at 512.
+    x, weight, bias = (
+        torch.full(size, v, dtype=dtype, device=DEVICE) for size, v in (((4096, 1), 1), ((1, 1), 0), ((1,), 0))
+    )
+    _, _, dweight, dbias = run(x, weight, bias, torch.ones_like(x))
+    assert (dweight.item(), dbias.item()) == (1024.0, 1024.0)
+
+
+@pytest.mark.parametrize("shape", EMPTY_SHAPES)
+def test_empty(shape):
+    x, weight, bias, dy = make_layer(*EMPTY_SHAPES[shape], torch.float32, DEVICE)
+    y, dx, dweight, dbias = run(x, weight, bias, dy)
+    torch.testing.assert_close(y, torch.sigmoid(bias).expand_as(y))
+    assert [t.shape for t in (dx, dweight, dbias)] == [t.shape for t in (x, weight, bias)]
+    torch.testing.assert_close(dbias, (dy * y * (1 - y)).sum(0))
+    assert not dx.any()
+    assert not dweight.any()
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 1, 2), (2, 0)], ids=str)
+def test_leading_dimensions(leading):
+    m = math.prod(leading)
+    x, weight, bias, dy = make_layer(m, 5, 3, torch.float32, DEVICE)
+    flat = run(x, weight, bias, dy)
+    y, dx, dweight, dbias = run(x.view(*leading, 5), weight, bias, dy.view(*leading, 3))
+    assert (y.shape, dx.shape) == ((*leading, 3), (*leading, 5))
+    assert same_bits((y.view(m, 3), dx.view(m, 5), dweight, dbias), flat)
+
+
+def test_permuted_leading_dimensions():
+    x, weight, bias, dy = make_layer(24, 5, 3, torch.float32, DEVICE)
+    x, dy = x.view(2, 3, 4, 5).permute(2, 0, 1, 3), dy.view(2, 3, 4, 3).permute(2, 0, 1, 3)
+    check(x, weight, bias, dy)
+
+
+ZS = (0.0, 17.0, 88.0, 89.0, 104.0, 1e4, torch.inf)
+
+
+# numpy warns where the interpreter overflows as the hardware does.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extremes(activation, dtype):
+    for z in (*ZS, *(-z for z in ZS), torch.nan):
+        # z comes in through the bias, so that its gradient is dz; a row of 1 by 1 keeps the extremes apart.
+        x, weight, bias, dy = (
+            torch.full(size, v, dtype=dtype, device=DEVICE)
+            for size, v in (((1, 1), 0.0), ((1, 1), 0.5), ((1,), z), ((1, 1), 1.0))
+        )
+        actual = run(x, weight, bias, dy, activation)
+        expected = torch_layer(x, weight, bias, dy, activation)
+        # One rounding of the dtype; the approximate reciprocal root flushes the subnormal y below z = -87.
+        rtol, atol = 4 * torch.finfo(dtype).eps, 2 * torch.finfo(dtype).tiny
+        torch.testing.assert_close(
+            actual, expected, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, z=z: f"z = {z}: {m}"
+        )
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
+def test_nan_and_inf_stay_in_their_rows(path, force):
+    shape, forward, backward = PATHS[path]
+    force(forward, backward)
+    x, weight, bias, dy = make_layer(*shape, torch.float32, DEVICE)
+    clean = run(x, weight, bias, dy)
+    x[40, 3], x[41, 0] = torch.nan, torch.inf
+    y, dx, *_ = run(x, weight, bias, dy)
+    others = [row for row in range(shape[0]) if row not in (40, 41)]
+    assert same_bits((y[others], dx[others]), (clean[0][others], clean[1][others]))
+    assert y[40].isnan().all()
+    assert dx[40].isnan().all()
+    assert torch.equal(y[41], (weight[:, 0] > 0).float())
+
+
+def zeros(t):
+    return torch.zeros_like(t)
+
+
+def constant(t):
+    return torch.full_like(t, t.mean().item())
+
+
+def transpose(t):
+    return t.t().contiguous()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [(name, wrong) for name in ("y", "dx", "dweight", "dbias") for wrong in (zeros, constant)]
+    + [("dweight", transpose)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_yardstick_fails_wrong_results(name, wrong):
+    # Square, so that a transposed gradient has the right shape.
+    tensors = make_layer(50, 16, 16, torch.bfloat16, DEVICE)
+    results = dict(zip(("y", "dx", "dweight", "dbias"), run(*tensors), strict=True))
+    check(*tensors, actual=tuple(results.values()))
+    results[name] = wrong(results[name])
+    with pytest.raises(AssertionError, match=f"^{name}: error"):
+        check(*tensors, actual=tuple(results.values()))
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
+def test_layouts(path, layout, force, launches):
+    shape, forward, backward = PATHS[path]
+    force(forward, backward)
+    tensors = lay_out(make_layer(*shape, torch.float32, DEVICE), layout)
+    check(*tensors)
+    # Seen as it is: a launcher that makes its operands dense first would pass everything above.
+    operand = layout.partition("-")[0]
+    tensor = dict(zip(("x", "weight", "bias", "dy"), tensors, strict=True))[operand]
+    name = "stride_b" if operand == "bias" else f"stride_{operand.replace('weight', 'w')}"
+    (kernel,) = (
+        k for k in launches if launches[k] and (k.startswith("linear_act_fwd") if operand != "dy" else "bwd" in k)
+    )
+    strides = tuple(value for key, value in launches[kernel][0].items() if key.startswith(name))
+    assert strides == tensor.stride()
+
+
+def test_dense_and_other_layouts_agree_to_the_bit(force):
+    # Addresses must not change the arithmetic.
+    for shape, forward, backward in (ROWS, TILED):
+        force(forward, backward)
+        tensors = make_layer(*shape, torch.float32, DEVICE)
+        dense = run(*tensors)
+        for layout in ("x-every_other", "weight-off_by_one", "bias-every_other", "dy-inside"):
+            other = run(*lay_out(tensors, layout))
+            # dx and dweight of the two passes come from the library, which may choose by layout.
+            count = 4 if backward.impl == "rows" else 1
+            assert same_bits(other[:count], dense[:count]), layout
+
+
+# A loss, and the strides of the gradient that autograd sends back from it, for y (M, N)
+LOSSES = {
+    "sum": (lambda y, c: y.sum(), lambda m, n: (0, 0)),
+    "mean": (lambda y, c: (y * c).mean(), lambda m, n: (n, 1)),
+    "row-sums": (lambda y, c: (y.sum(1) * c[:, 0]).sum(), lambda m, n: (1, 0)),
+    "transposed": (lambda y, c: (y.t().contiguous() * c.t().contiguous()).sum(), lambda m, n: (1, m)),
+    "cat-columns": (lambda y, c: (torch.cat([y, y], 1) * torch.cat([c, -2 * c], 1)).sum(), None),
+    "cat-left": (lambda y, c: (torch.cat([y, c], 1) * torch.cat([c, c], 1)).sum(), lambda m, n: (2 * n, 1)),
+    "cat-rows": (lambda y, c: (torch.cat([c, y], 0) * torch.cat([c, c], 0)).sum(), lambda m, n: (n, 1)),
+    "every-other": (lambda y, c: (y[:, ::2] * c[:, ::2]).sum(), None),
+    "first-row": (lambda y, c: (y[0] * c[0]).sum(), None),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
+def test_losses(path, loss, force, launches):
+    shape, forward, backward = PATHS[path]
+    force(forward, backward)
+    x, weight, bias, c = make_layer(*shape, torch.float32, DEVICE)
+    function, strides = LOSSES[loss]
+
+    def gradients(layer, dtype):
+        inputs = [t.to(dtype).detach().requires_grad_() for t in (x, weight, bias)]
+        return torch.autograd.grad(function(layer(*inputs), c.to(dtype)), inputs)
+
+    def plain(x, weight, bias):
+        return torch.sigmoid(F.linear(x, weight, bias))
+
+    actual = gradients(functools.partial(linear_act, impl="triton"), torch.float32)
+    expected, exact = gradients(plain, torch.float32), gradients(plain, torch.float64)
+    assert_as_good_as_torch(actual, expected, exact, torch.float32, ("dx", "dweight", "dbias"))
+    if strides is not None:
+        (arguments,) = launches["linear_act_bwd_rows_kernel"] + launches["act_bwd_kernel"]
+        assert (arguments["stride_dym"], arguments["stride_dyn"]) == strides(shape[0], shape[2])
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Fresh tensors are NaN, and lie between canaries: [buffer, ...], to be looked at after the launches."""
+    buffers = []
+
+    def empty(*size, dtype=torch.float32, device="cpu"):
+        shape = torch.Size(size[0] if isinstance(size[0], (tuple, list, torch.Size)) else size)
+        buffer = torch.zeros(shape.numel() + 256, dtype=dtype, device=device).fill_(-77)
+        buffers.append(buffer)
+        return buffer[128:-128].fill_(torch.nan).view(shape)
+
+    new_empty = torch.Tensor.new_empty
+
+    def guarded_new_empty(self, *size, **options):
+        # The interpreter passes options, the launchers do not.
+        return new_empty(self, *size, **options) if options else empty(*size, dtype=self.dtype, device=self.device)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded_new_empty)
+    return buffers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=IDS.get)
+@pytest.mark.parametrize("path", PATHS)
+def test_writes_everything_and_nothing_else(path, dtype, force, guarded):
+    shape, forward, backward = PATHS[path]
+    force(forward, backward)
+    tensors = make_layer(*shape, dtype, DEVICE)
+    y = linear.linear_act_fwd(*tensors[:3], "sigmoid", forward)
+    gradients = linear.linear_act_bwd(tensors[3], y, *tensors[:2], "sigmoid", (True, True, True), backward)
+    # y, dx, dweight, dbias; instead of dx and dweight the two passes make dz; and slots.
+    assert len(guarded) >= (4 if backward.impl == "rows" else 3)
+    for buffer in guarded:
+        assert (buffer[:128] == -77).all()
+        assert (buffer[-128:] == -77).all()
+        assert buffer.isfinite().all()
+    check(*tensors, actual=(y, *gradients))
+
+
+@pytest.fixture(scope="module")
+def wide_memory():
+    """5 GB of addresses; only the pages that a test touches take memory."""
+    return torch.empty(2**31 + 2**29, dtype=torch.float16, device=DEVICE)
+
+
+# What passes 2^31 elements: the offset of one row, and of one step along K.
+@pytest.mark.parametrize("path", ["rows", "tiled"])
+@pytest.mark.parametrize(
+    ("operand", "stride"),
+    [
+        ("x", (2**31 + 64, 1)),
+        ("x", (1, 2**26 + 2)),
+        ("weight", (2**31 + 64, 1)),
+        ("weight", (1, 2**26 + 2)),
+        ("bias", (2**31 + 64,)),
+        ("dy", (2**31 + 64, 1)),
+        ("dy", (1, 2**31 + 64)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
+)
+def test_offsets_beyond_int32(operand, stride, path, force, wide_memory):
+    m, k, n = 2, 36, 2
+    force(*((rows(k, n, 1), rows(k, n, 1)) if path == "rows" else (tiled(m, n, 16, 16, 32), passes(16, 16))))
+    operands = dict(zip(("x", "weight", "bias", "dy"), make_layer(m, k, n, torch.float16, DEVICE), strict=True))
+    dense = run(*operands.values())
+    far = wide_memory.as_strided(operands[operand].shape, stride)
+    operands[operand] = far.copy_(operands[operand])
+    apart = run(*operands.values())
+    if path == "rows":
+        assert same_bits(apart, dense)
+    else:
+        # dx and dweight come from the library's product.
+        assert same_bits((apart[0], apart[3]), (dense[0], dense[3]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
+@pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
+def test_inputs_are_left_alone(path, dtype, force):
+    shape, forward, backward = PATHS[path]
+    force(forward, backward)
+    x, weight, bias, dy = make_layer(*shape, dtype, DEVICE)
+    before = [t.clone() for t in (x, weight, bias, dy)]
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    y = linear_act(*inputs, impl="triton")
+    output = y.detach().clone()
+    first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    first_copies = [g.clone() for g in first]
+    other = torch.autograd.grad(y, inputs, 2 * dy, retain_graph=True)
+    again = torch.autograd.grad(y, inputs, dy)
+    assert same_bits((*(t.detach() for t in inputs), dy, y.detach()), (*before, output))
+    # Neither do later calls reach into what earlier ones returned.
+    assert same_bits(again, first_copies)
+    assert same_bits(first, first_copies)
+    # A factor of 2 is exact in every dtype.
+    assert same_bits(other, [2 * g for g in first])
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [(rows(3, 5, 2), rows(3, 5, 3)), (tiled(40, 5, 16, 16, 16), passes(16, 16))],
+    ids=["rows", "tiled"],
+)
+def test_same_bits_every_time(forward, backward, force):
+    force(forward, backward)
+    tensors = make_layer(40, 3, 5, torch.float32, DEVICE)
+    first = run(*tensors)
+    for _ in range(50):
+        assert same_bits(run(*tensors), first)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------
+
+WANTED = [(dx, dw, db) for dx in (True, False) for dw in (True, False) for db in (True, False) if dx or dw or db]
+
+
+@pytest.mark.parametrize(
+    "wanted", WANTED, ids=lambda w: "+".join(n for n, on in zip(("dx", "dw", "db"), w, strict=True) if on)
+)
+@pytest.mark.parametrize("path", ["rows-alone", "rows-three", "tiled-ragged"])
+def test_computes_only_what_is_asked_for(path, wanted, force, launches, monkeypatch):
+    shape, forward, backward = PATHS[path]
+    force(forward, backward)
+    x, weight, bias, dy = make_layer(*shape, torch.float32, DEVICE)
+    full = run(x, weight, bias, dy)[1:]
+    for calls in launches.values():
+        calls.clear()
+    products = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *operands: products.append(operands) or mm(*operands))
+    for tensor, want in zip((x, weight, bias), wanted, strict=True):
+        tensor.requires_grad_(want)
+    linear_act(x, weight, bias, impl="triton").backward(dy)
+    gradients = [t.grad for t in (x, weight, bias)]
+    assert [g is not None for g in gradients] == list(wanted)
+    assert same_bits([g for g in gradients if g is not None], [g for g, want in zip(full, wanted, strict=True) if want])
+    need_dx, need_dweight, need_dbias = wanted
+    if backward.impl == "rows":
+        (arguments,) = launches["linear_act_bwd_rows_kernel"]
+        given = tuple(arguments[name] is not None for name in ("dx_ptr", "dweight_ptr", "dbias_ptr"))
+        assert given == wanted
+        # A reduction of nothing is not launched.
+        assert len(launches["sum_slots_kernel"]) == (backward.programs > 1 and (need_dweight or need_dbias))
+    else:
+        (arguments,) = launches["act_bwd_kernel"]
+        assert (arguments["dbias_ptr"] is not None) is need_dbias
+        assert len(launches["sum_slots_kernel"]) == need_dbias
+        assert len(products) == need_dx + need_dweight
+
+
+def test_no_backward_without_gradients(launches):
+    x, weight, bias, _ = make_layer(*SHAPES["row"], torch.float32, DEVICE)
+    with torch.no_grad():
+        y = linear_act(x, weight.requires_grad_(), bias, impl="triton")
+    assert not y.requires_grad
+    torch.testing.assert_close(y, torch.sigmoid(F.linear(x, weight, bias)).detach())
+    assert sum(map(len, launches.values())) == 1
+
+
+def test_second_order_is_exact():
+    # Under create_graph the gradients come from differentiable operations; 1-Lipschitz penalties depend on it.
+    def penalty(layer, dtype):
+        x, weight, bias, dy = (t.to(dtype) for t in make_layer(33, 7, 5, torch.float32, DEVICE))
+        inputs = [t.requires_grad_() for t in (x, weight, bias)]
+        (dx,) = torch.autograd.grad((layer(*inputs) * dy).sum(), x, create_graph=True)
+        return torch.autograd.grad(((dx.norm(dim=1) - 1) ** 2).sum(), inputs)
+
+    def plain(x, weight, bias):
+        return torch.sigmoid(F.linear(x, weight, bias))
+
+    actual = penalty(functools.partial(linear_act, impl="triton"), torch.float32)
+    expected, exact = penalty(plain, torch.float32), penalty(plain, torch.float64)
+    assert_as_good_as_torch(actual, expected, exact, torch.float32, ("dx", "dweight", "dbias"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=IDS.get)
+def test_autocast(dtype):
+    x, weight, bias, dy = make_layer(*SHAPES["ragged"], torch.float32, DEVICE)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    with torch.autocast(DEVICE, dtype):
+        y = linear_act(*inputs, impl="triton")
+        plain = torch.sigmoid(F.linear(*inputs))
+    assert y.dtype is plain.dtype is dtype
+    dy = dy.to(dtype)
+    actual, expected = ((v.detach(), *torch.autograd.grad(v, inputs, dy)) for v in (y, plain))
+    assert [t.dtype for t in actual[1:]] == [torch.float32] * 3
+    # The values that both see are the parameters rounded to the dtype.
+    exact = torch_layer(*(t.to(dtype) for t in (x, weight, bias)), dy, "sigmoid", torch.float64)
+    assert_as_good_as_torch(actual, expected, exact, dtype)
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------
+
+
+def test_torch_is_obeyed(launches):
+    tensors = make_layer(*SHAPES["ragged"], torch.float32, DEVICE)
+    check(*tensors, actual=run(*tensors, impl="torch"))
+    assert not any(launches.values())
+
+
+def test_kernels_are_the_default_on_gpus_alone(launches):
+    run(*make_layer(*SHAPES["row"], torch.float32, DEVICE), impl=None)
+    assert bool(launches["linear_act_fwd_rows_kernel"]) is (DEVICE == "cuda")
+
+
+def test_triton_refuses_what_it_cannot_do():
+    x, weight, bias, _ = make_layer(*SHAPES["row"], torch.float64, DEVICE)
+    with pytest.raises(NotImplementedError, match=r"x is torch\.float64; the kernels take torch\.float32"):
+        linear_act(x, weight, bias, impl="triton")
+
+
+# --- tracing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leading", [(6,), (2, 3)], ids=str)
+def test_forward_op_is_registered_right(leading):
+    x, weight, bias, _ = make_layer(6, 5, 3, torch.float32, DEVICE)
+    for b in (bias, None):
+        result = torch.library.opcheck(
+            torch.ops.perceptriton.linear_act.default, (x.view(*leading, 5), weight, b, "tanh", "triton")
+        )
+        assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False), (False, False, True)], ids=str)
+def test_backward_op_is_registered_right(wanted):
+    x, weight, bias, dy = make_layer(6, 5, 3, torch.float32, DEVICE)
+    y = torch.tanh(F.linear(x, weight, bias))
+    result = torch.library.opcheck(
+        torch.ops.perceptriton.linear_act_backward.default, (dy, y, x, weight, "tanh", wanted, "triton")
+    )
+    assert set(result.values()) == {"SUCCESS"}
+
+
+# Dynamo itself makes such an instance.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_compiled(bias, launches):
+    x, weight, b, dy = make_layer(*SHAPES["ragged"], torch.float32, DEVICE)
+    tensors = (x, weight, b if bias else None, dy)
+    eager = run(*tensors)
+    for calls in launches.values():
+        calls.clear()
+    layer = torch.compile(functools.partial(linear_act, impl="triton"), fullgraph=True, backend="aot_eager")
+    inputs = [t if t is None else t.detach().requires_grad_() for t in tensors[:3]]
+    y = layer(*inputs)
+    compiled = (y.detach(), *torch.autograd.grad(y, [t for t in inputs if t is not None], dy))
+    assert same_bits(compiled, eager)
+    assert launches["linear_act_fwd_rows_kernel"] + launches["linear_act_fwd_tiled_kernel"]
+    assert launches["linear_act_bwd_rows_kernel"] + launches["act_bwd_kernel"]

@@ -1,0 +1,210 @@
+"""The package as others get it: what the wheel holds, and what importing it does, from outside the repository."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("kernels", "mlp")
+DATA = ("py.typed", "tuned/*.json", "reference/*.json")
+
+
+def shipped():
+    """Every path that a wheel has to hold, metadata aside."""
+    return {
+        f"perceptriton/{path.relative_to(ROOT).as_posix()}"
+        for package in PACKAGES
+        for pattern in ("**/*.py", *DATA)
+        for path in (ROOT / package).glob(pattern)
+    }
+
+
+def python(*arguments, path=None):
+    """Runs this Python from / with only `path` on PYTHONPATH; returns what it printed."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd="/", env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def python_json(code, path=None):
+    """The value that `code` leaves in `result`."""
+    return json.loads(python("-c", f"{code}\nimport json\nprint(json.dumps(result))", path=path).splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of this tree, built from a copy: building leaves folders behind, and picks up those of an older build."""
+    for tool in ("pip", "setuptools"):
+        if importlib.util.find_spec(tool) is None:
+            pytest.skip(f"{tool} is not installed: no wheel can be built")
+    tmp = tmp_path_factory.mktemp("wheel")
+    ignore = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tmp / "source", ignore=ignore)
+    build = ("wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(tmp))
+    python("-m", "pip", *build, str(tmp / "source"))
+    (built,) = tmp.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel):
+    """A folder that holds the package, installed from the wheel."""
+    site = wheel.parent / "site"
+    python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel))
+    return site
+
+
+# --- what is in it -----------------------------------------------------------------------------------------
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (entry_points,) = (n for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt"))
+        assert "perceptriton = perceptriton.mlp.__main__:main" in archive.read(entry_points).decode()
+    assert names == shipped()
+    # The list of what has to be there is not empty by mistake.
+    for kind in ("kernels/py.typed", "mlp/py.typed", "kernels/plan.py", "kernels/tuned/cpu.json", "mlp/layers.py"):
+        assert f"perceptriton/{kind}" in names
+
+
+def test_requirements_of_users_hold_no_test_tools(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        lines = archive.read(metadata).decode().splitlines()
+    required = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert sorted(line.split()[1].partition(">")[0].rstrip(";") for line in required) == ["numpy", "torch", "triton"]
+
+
+# --- where it works ----------------------------------------------------------------------------------------
+
+USE = """
+import importlib.util
+import torch
+import perceptriton.kernels, perceptriton.mlp
+from perceptriton.kernels import Device, explain
+from perceptriton.mlp import MLP
+model = MLP([3, 300, 2])
+for rows in (1, 700):  # a small layer and a large one take different paths
+    y = model(torch.ones(rows, 3))
+    y.square().sum().backward()
+    gradients = [float(p.grad.abs().sum()) for p in model.parameters()]
+    model.zero_grad()
+chip = Device("cuda", arch=90, units=132, triton=importlib.util.find_spec("triton") is not None)
+result = {
+    "kernels": perceptriton.kernels.__file__,
+    "mlp": perceptriton.mlp.__file__,
+    "shape": list(y.shape),
+    "gradients": gradients,
+    "on a chip": [plan.impl for plan in explain((64, 16), (16, 16), device=chip)],
+    "taken names": [getattr(importlib.util.find_spec(name), "origin", None) for name in ("kernels", "mlp", "tests")],
+}
+"""
+
+
+def assert_used(result, folder):
+    """`result` of USE is right, from the copy of the package in `folder`."""
+    for package in PACKAGES:
+        found = Path(result[package])
+        assert found.name == "__init__.py"
+        assert found.parent == folder / package, "another copy was imported"
+    assert result["shape"] == [700, 2]
+    assert len(result["gradients"]) == 4
+    assert min(result["gradients"]) > 0
+    for origin in result["taken names"]:
+        assert origin is None or not Path(origin).is_relative_to(folder), "a top-level name that is not ours to take"
+
+
+def test_installed_package_works_from_anywhere(installed):
+    result = python_json(USE, installed)
+    assert_used(result, installed / "perceptriton")
+    assert result["on a chip"] == ["rows", "rows"]
+
+
+def test_editable_install_works_from_anywhere():
+    try:
+        about = json.loads(importlib.metadata.distribution("perceptriton").read_text("direct_url.json") or "{}")
+    except importlib.metadata.PackageNotFoundError:
+        about = {}
+    if not about.get("dir_info", {}).get("editable") or about["url"] != ROOT.as_uri():
+        pytest.skip("this environment holds no editable install of this repository")
+    assert_used(python_json(USE), ROOT)
+
+
+def test_works_without_triton(installed):
+    # None in sys.modules: `import triton` raises and find_spec finds nothing, as if it were not installed.
+    result = python_json(f"import sys\nsys.modules['triton'] = None\n{USE}", installed)
+    assert_used(result, installed / "perceptriton")
+    assert result["on a chip"] == ["aten", "aten"]
+
+
+@pytest.mark.skipif(not (ROOT / "mlp" / "__main__.py").exists(), reason="there is no command line yet")
+def test_command_line_of_the_installed_package(installed):
+    assert "torch" in python("-m", "perceptriton.mlp", "doctor", path=installed)
+    script = installed / "bin" / "perceptriton"
+    assert python(str(script), "--help", path=installed).startswith("usage: perceptriton")
+
+
+# --- what importing it does --------------------------------------------------------------------------------
+
+IMPORT = """
+import sys, time
+import torch
+before = set(sys.modules)
+def probe(*_):
+    raise RuntimeError("importing the package asks for a driver")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.get_device_properties = probe
+began = time.perf_counter()
+import perceptriton.kernels, perceptriton.mlp
+seconds = time.perf_counter() - began
+result = {
+    "seconds": seconds,
+    "new": sorted({name.partition(".")[0] for name in set(sys.modules) - before}),
+    "cuda": torch.cuda.is_initialized(),
+}
+"""
+
+
+def test_import_is_light(installed):
+    for _ in range(3):  # the best of three, for machines that do other things too
+        result = python_json(IMPORT, installed)
+        assert "perceptriton" in result["new"]
+        assert {"triton", "matplotlib", "tqdm"} & set(result["new"]) == set()
+        assert not result["cuda"]
+        if result["seconds"] < 0.3:
+            return
+    pytest.fail(f"importing takes {result['seconds']:.2f} s beyond torch, three times over")
+
+
+def environment_reads(source):
+    names = {"environ", "environb", "getenv", "getenvb", "putenv", "knobs"}
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if (isinstance(node, ast.Attribute) and node.attr in names) or (
+            isinstance(node, ast.ImportFrom) and names & {alias.name for alias in node.names}
+        ):
+            found.append(node.lineno)
+    return sorted(found)
+
+
+def test_package_reads_no_environment_variable():
+    assert environment_reads("import os\nos.environ['A']\nfrom os import getenv as g\nos.getenv('A')") == [2, 3, 4]
+    for package in PACKAGES:
+        for path in (ROOT / package).glob("**/*.py"):
+            # The command line may: its report of the machine names a variable that triton reads.
+            if path != ROOT / "mlp" / "__main__.py":
+                assert environment_reads(path.read_text()) == [], path
