@@ -22,7 +22,7 @@ define step
 	@printf '\n== %s\n' '$(1)'
 	@mkdir -p .build
 	$(2) | tee .build/step.txt
-	@printf '%-44s %s\n' '$(1)' "$$(tail -n 1 .build/step.txt | tr -d =)" >> $(SUMMARY)
+	@printf '%-44s %s\n' '$(1)' "$$(tail -n 1 .build/step.txt | sed 's/^[= ]*//; s/[= ]*$$//')" >> $(SUMMARY)
 endef
 
 .PHONY: help

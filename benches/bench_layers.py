@@ -30,6 +30,9 @@ pytestmark = pytest.mark.filterwarnings("default")
 # Compiling takes seconds per case and mode: where nothing is timed, these few are proof enough.
 COMPILED_IN_SMOKE_RUN = ("launch-2", "classifier")
 
+# Time on a GPU is lent, and a run that is cut off leaves nothing: by default no case starts after this many seconds.
+CUDA_SECONDS = 180.0
+
 
 def pytest_generate_tests(metafunc):
     config = metafunc.config
@@ -51,8 +54,9 @@ class Group:
     def __init__(self, case: Case, dtype: str, mode: str, device: str, impls: list[str], quick: bool) -> None:
         self.key = case, dtype, mode
         self.impls, self.device = impls, device
-        # Long calls get fewer rounds: eleven, or five.
-        self.pace = {"seconds": 0.3, "rounds": (5, 51)} if quick else {"seconds": 2.0, "rounds": (11, 501)}
+        # A GPU drifts less than a shared CPU. Long calls get fewer rounds: eleven, or five.
+        seconds = 0.3 if quick else 0.5 if device == "cuda" else 2.0
+        self.pace = {"seconds": seconds, "rounds": (5, 51) if quick else (11, 501)}
         self.problem = Problem.make(case, dtype, mode, device)
         self.check = Check(self.problem)
         self.built: dict[str, tuple[Contender, dict[str, float]] | Exception] = {}
@@ -84,15 +88,17 @@ class Group:
 class Suite:
     """Holds one group at a time: groups are large, and come one after the other."""
 
-    def __init__(self, session: pytest.Session) -> None:
+    def __init__(self, session: pytest.Session, not_reached: list[str]) -> None:
         config = session.config
         self.device = config.getoption("--layers-device")
         self.quick = config.getoption("--layers-quick")
         self.smoke = config.getoption("benchmark_disable")
         self.seconds = config.getoption("--layers-seconds")
+        if self.seconds is None and self.device == "cuda" and not self.smoke:
+            self.seconds = CUDA_SECONDS
         self.began = time.monotonic()
         self.group: Group | None = None
-        self.late: set[tuple] = set()
+        self.not_reached = not_reached
         self.impls: dict[tuple, list[str]] = {}
         for item in session.items:
             if isinstance(item, pytest.Function) and hasattr(item, "callspec") and "impl" in item.callspec.params:
@@ -104,8 +110,10 @@ class Suite:
         if self.group is not None and self.group.key == key:
             return self.group
         self.group = None
-        if key in self.late or (self.seconds is not None and time.monotonic() - self.began > self.seconds):
-            self.late.add(key)
+        name = f"{case.name} {dtype} {mode}"
+        if name in self.not_reached or (self.seconds is not None and time.monotonic() - self.began > self.seconds):
+            if name not in self.not_reached:
+                self.not_reached.append(name)
             pytest.skip(f"not run: {self.seconds:g} s were over before its turn came")
         # All models share the code of nn.Sequential.forward, and the compiler keeps only so many versions of one code.
         torch.compiler.reset()
@@ -114,8 +122,8 @@ class Suite:
 
 
 @pytest.fixture(scope="session")
-def suite(request, limits):
-    return Suite(request.session)
+def suite(request, limits, not_reached):
+    return Suite(request.session, not_reached)
 
 
 def test_layer(benchmark, suite, impl, case, dtype, mode):

@@ -13,6 +13,7 @@ import torch
 from layer_cases import DTYPES
 
 LIMITS = pytest.StashKey[dict]()
+NOT_REACHED = pytest.StashKey[list[str]]()
 
 if binding.LATE:
     raise pytest.UsageError(binding.LATE)
@@ -24,7 +25,7 @@ def pytest_addoption(parser):
     group.addoption("--layers-device", choices=("cpu", "cuda"), default=auto, help="where to run")
     group.addoption("--layers-dtypes", default=None, help="comma-separated; default: float32, on CUDA bfloat16 too")
     group.addoption("--layers-quick", action="store_true", help="few rounds: to look, not to quote")
-    group.addoption("--layers-seconds", type=float, default=None, help="start no case after this many seconds")
+    group.addoption("--layers-seconds", type=float, default=None, help="start no case after this many; on CUDA: 180")
     group.addoption("--layers-autotune", action="store_true", help="time torch.compile max-autotune too (minutes)")
 
 
@@ -69,6 +70,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["quick"] = config.getoption("--layers-quick")
     machine_info["load_average"] = list(os.getloadavg())
     machine_info["limits"] = config.stash.get(LIMITS, None)
+    machine_info["not_reached"] = config.stash.get(NOT_REACHED, [])
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         driver = _nvidia_smi("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit") or [None] * 4
@@ -85,7 +87,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 def _measure_limits(config) -> dict:
     device, dtypes = config.getoption("--layers-device"), config.getoption("--layers-dtypes")
     names = tuple(dtypes.split(",")) if dtypes else DTYPES[device]
-    return timing.measure_limits(device, names, 0.3 if config.getoption("--layers-quick") else 2.0)
+    quick = config.getoption("--layers-quick") or device == "cuda"
+    return timing.measure_limits(device, names, 0.3 if quick else 2.0)
 
 
 @pytest.fixture(scope="session")
@@ -97,3 +100,9 @@ def limits(pytestconfig):
     pytestconfig.stash[LIMITS] = first = _measure_limits(pytestconfig)
     yield
     pytestconfig.stash[LIMITS] = timing.better_limits(first, _measure_limits(pytestconfig))
+
+
+@pytest.fixture(scope="session")
+def not_reached(pytestconfig):
+    """Names of the groups that the time did not suffice for, into the JSON."""
+    return pytestconfig.stash.setdefault(NOT_REACHED, [])

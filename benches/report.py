@@ -105,9 +105,10 @@ def machine(document: dict) -> str:
     """One line: device, versions, threads, date."""
     info = document["machine_info"]
     if gpu := info.get("gpu"):
-        device = f"{gpu['name']} (compute capability {gpu['capability']}, driver {gpu['driver']})"
+        driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
+        device = f"{gpu['name']} (compute capability {gpu['capability']}{driver})"
     else:
-        device = f"{info['cpu'].get('brand_raw', info['machine'])}, {info['threads']} threads"
+        device = f"{info['cpu'].get('brand_raw', info['machine'])}, threads: {info['threads']}"
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version)
     quick = "; quick run" if info.get("quick") else ""
     return f"{device}; {versions}; {document['datetime'][:10]}{quick}"
@@ -150,11 +151,13 @@ def markdown(document: dict) -> str:
     if any(row.spread > NOISY for row in rows):
         text.append(f"`~`: timings scattered by more than {NOISY:.0%} (interquartile range over median).")
     if limits := document["machine_info"].get("limits"):
-        rates = ", ".join(f"{name} products {rate / 1e12:.3g} Tflop/s" for name, rate in limits["flops_per_s"].items())
+        rates = ", ".join(f"{name} products {rate / 1e9:,.0f} Gflop/s" for name, rate in limits["flops_per_s"].items())
         text.append(
-            f"Limits, measured in the same run: {rates}; a copy {limits['copy_bytes_per_s'] / 1e9:.3g} GB/s. Memory "
+            f"Limits, measured in the same run: {rates}; a copy {limits['copy_bytes_per_s'] / 1e9:,.0f} GB/s. Memory "
             "counts only where the traffic is at least twice the last-level cache, and no limit under 1 us is shown."
         )
+    if left_out := document["machine_info"].get("not_reached"):
+        text.append(f"Not reached in the time set for the run: {', '.join(left_out)}.")
     return "\n".join(text) + "\n"
 
 
@@ -184,10 +187,8 @@ def _bars(document: dict, title: str, axis: str, value, text, marks: dict, unit:
         for row in own:
             y = place + (MODES.index(row.mode) - 0.5) * height * 1.08
             axes.barh(y, value(row), height, color=COLOURS[row.mode], zorder=2)
-            axes.text(
-                value(row) + 0.008 * longest, y, text(row), va="center", ha="left", fontsize=8, color=INK, zorder=5,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
-            )  # fmt: skip
+            # In a column of their own, clear of the marks.
+            axes.text(1.01, y, text(row), transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=INK)
             for mark, marker in marks.values():
                 if (where := mark(row)) is not None:
                     axes.plot(
@@ -202,7 +203,7 @@ def _bars(document: dict, title: str, axis: str, value, text, marks: dict, unit:
         axes.axvline(unit, color=INK, linewidth=1, zorder=3)
     axes.set_yticks(range(len(groups)), ticks, fontsize=8)
     axes.set_ylim(len(groups) - 0.4, -0.6)
-    axes.set_xlim(0, (1.02 + 0.014 * max(len(text(row)) for row in rows)) * longest)
+    axes.set_xlim(0, 1.03 * longest)
     axes.set_xlabel(axis, color=INK)
     axes.tick_params(colors=INK, left=False)
     axes.grid(axis="x", color=FAINT, linewidth=0.5, zorder=0)
@@ -228,7 +229,7 @@ def pictures(document: dict) -> dict[str, bytes]:
         found["speedup"] = _bars(
             document,
             "perceptriton against eager torch",
-            "times faster than nn.Linear + nn.Sigmoid (more is better)",
+            "speed-up over nn.Linear + nn.Sigmoid (more is better)",
             lambda row: row.speedup.get(JUDGED),
             lambda row: f"{row.speedup[JUDGED]:.2f}x",
             marks,

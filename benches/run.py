@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import atomic
+import binding  # noqa: F401 - the child process inherits the settings
 import report
 
 HERE = Path(__file__).resolve().parent
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="a rehearsal on the CPU in a few seconds")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--dtypes", help="comma-separated; default: float32, on CUDA bfloat16 too")
-    parser.add_argument("--seconds", type=float, help="start no case after this many seconds")
+    parser.add_argument("--seconds", type=float, help="start no case after this many; default on CUDA: 180")
     parser.add_argument("--autotune", action="store_true", help="on CUDA, time torch.compile max-autotune too")
     options = parser.parse_args(arguments)
 

@@ -71,7 +71,7 @@ def grid(quick: bool) -> list[tuple[int, int, int]]:
     else:
         pairs = list(itertools.product(PAIRED, PAIRED)) + [(width, width) for width in SQUARE] + list(ODD)
         rows = ROWS
-    return [(m, k, n) for m in rows for k, n in pairs if 1 << 14 <= m * k * n <= 1 << 32 and m * (k + n) <= 1 << 26]
+    return [(m, k, n) for m in rows for k, n in pairs if 1 << 14 <= m * k * n <= 1 << 32 and m * (k + n) <= 1 << 25]
 
 
 def of_products(shapes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -95,10 +95,12 @@ CHUNK_BYTES = (256 << 10, MEGABYTE // 2, MEGABYTE, 2 * MEGABYTE, 4 * MEGABYTE)
 
 class Tensors:
     def __init__(self, m: int, k: int, n: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
+        # One block of numbers over and over: to draw them all takes longer than to time the products.
+        block = torch.randn(65_537, generator=torch.Generator().manual_seed(0)).to(dtype)
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator).mul_(scale).to(dtype)
+            size = math.prod(shape)
+            return block.repeat(-(-size // block.numel()))[:size].view(shape).mul(scale)
 
         self.x, self.weight, self.bias = normal(m, k), normal(n, k, scale=1.4 / k**0.5), normal(n)
         self.y, self.dy = torch.sigmoid(normal(m, n)), normal(m, n)
@@ -192,6 +194,8 @@ LOSS = 1.03
 def preference(rows: list[Row]) -> np.ndarray:
     """What choosing the second side costs over choosing the first, in log time, per row; negative where it gains."""
     ratio = np.log(np.array([row.second_us / row.first_us for row in rows], dtype=float))
+    # No row outvotes all others because the machine was disturbed just then.
+    ratio = ratio.clip(-math.log(4), math.log(4))
     return np.where(np.abs(ratio) > math.log(LOSS), 2 * ratio, ratio)
 
 
@@ -243,8 +247,11 @@ def quality(rows: list[Row], takes_second: Callable[[Row], bool]) -> str:
     first, best = np.array([row.first_us for row in rows]), np.array([min(row[-2:]) for row in rows])
     gain, possible = (np.exp(np.log(first / times).mean()) for times in (chosen, best))
     worse = chosen / first
-    losses = f"{int((worse > LOSS).sum())} lose, by {worse.max() - 1:.0%} at most"
-    return f"{gain:.3f}x of {possible:.3f}x possible over {len(rows)} rows; {losses}"
+    text = f"{gain:.3f}x of {possible:.3f}x possible over {len(rows)} rows"
+    if count := int((worse > LOSS).sum()):
+        at = rows[int(worse.argmax())]
+        text += f"; {count} lose, by up to {worse.max() - 1:.0%} ({at.m}x{at.k}x{at.n})"
+    return text
 
 
 def takes_onednn(rule: dict | None) -> Callable[[Row], bool]:
@@ -255,18 +262,22 @@ def takes_onednn(rule: dict | None) -> Callable[[Row], bool]:
 
 
 class Progress:
-    """A line on stderr, at a terminal only."""
+    """Shares out the time, and writes a line on stderr at a terminal."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.began = total, 0, time.monotonic()
+    def __init__(self, total: int, seconds: float) -> None:
+        self.left, self.total = total, total
+        self.deadline = time.monotonic() + seconds
+
+    def share(self) -> float:
+        """Seconds for the next comparison: what earlier ones took too much of, later ones get less of."""
+        return max(0.0, self.deadline - time.monotonic()) / max(1, self.left)
 
     def step(self, what: str) -> None:
-        self.done += 1
+        self.left -= 1
         if sys.stderr.isatty():
-            passed = time.monotonic() - self.began
-            left = passed / self.done * (self.total - self.done)
-            end = "\n" if self.done == self.total else ""
-            sys.stderr.write(f"\r\x1b[K{self.done}/{self.total}  {left:4.0f} s left  {what}{end}")
+            remaining = max(0.0, self.deadline - time.monotonic())
+            end = "" if self.left else "\n"
+            sys.stderr.write(f"\r\x1b[K{self.total - self.left}/{self.total}  {remaining:4.0f} s left  {what}{end}")
             sys.stderr.flush()
 
 
@@ -276,16 +287,14 @@ def timed(steps: dict[str, timing.Step], seconds: float) -> dict[str, float]:
     return {name: 1e6 * own.seconds for name, own in samples.items()}
 
 
-def measure(
-    dtype: str, shapes: list[tuple[int, int, int]], seconds: float, progress: Progress
-) -> tuple[dict, list[Row]]:
-    """The thresholds of one dtype and the rows behind them. seconds: per shape and comparison."""
+def measure(dtype: str, shapes: list[tuple[int, int, int]], progress: Progress) -> tuple[dict, list[Row]]:
+    """The thresholds of one dtype and the rows behind them."""
     torch_dtype = getattr(torch, dtype)
     rows: list[Row] = []
     for m, k, n in of_products(shapes):
         tensors = Tensors(m, k, n, torch_dtype)
         for role in ROLES:
-            us = timed(product_steps(role, tensors), seconds)
+            us = timed(product_steps(role, tensors), progress.share())
             rows.append(Row(role, m, k, n, us["mm"], us["onednn"]))
             progress.step(f"{dtype} {role} {m}x{k}x{n}")
 
@@ -297,7 +306,7 @@ def measure(
         for m, k, n in of_small(shapes):
             tensors = Tensors(m, k, n, torch_dtype)
             for role in ("small_forward", "small_both"):
-                us = timed(small_steps(role, tensors), seconds)
+                us = timed(small_steps(role, tensors), progress.share())
                 rows.append(Row(role, m, k, n, us["aten"], us["explicit"]))
                 progress.step(f"{dtype} {role} {m}x{k}x{n}")
     thresholds["small"] = fit_small([row for row in rows if row.role.startswith("small_")])
@@ -308,7 +317,8 @@ def measure(
     chunked = []
     for m, k, n in of_chunks(shapes, itemsize):
         if m * k * n >= thresholds["small"]:
-            us = timed(chunk_steps(m, k, n, dtype, thresholds, Tensors(m, k, n, torch_dtype)), 2 * seconds)
+            sides = chunk_steps(m, k, n, dtype, thresholds, Tensors(m, k, n, torch_dtype))
+            us = timed(sides, 2 * progress.share())
             chunked += [Row(side, m, k, n, us["whole"], us[side]) for side in us if side != "whole"]
         progress.step(f"{dtype} chunks {m}x{k}x{n}")
     thresholds["chunk_above_bytes"], thresholds["chunk_bytes"] = fit_chunks(chunked, itemsize)
@@ -372,11 +382,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     dtypes = options.dtypes.split(",")
     shapes = grid(options.quick)
-    progress = Progress(count(shapes, dtypes))
-    seconds = (options.seconds or (50 if options.quick else 420)) / progress.total
+    progress = Progress(count(shapes, dtypes), options.seconds or (50 if options.quick else 420))
     found = {}
     for dtype in dtypes:
-        found[dtype] = measure(dtype, shapes, seconds, progress)
+        found[dtype] = measure(dtype, shapes, progress)
         print(dtype, *summary(*found[dtype], getattr(torch, dtype).itemsize), sep="\n    ")
     facts = {
         "machine": torch.cpu.get_capabilities()["cpu_name"],

@@ -108,15 +108,14 @@ def main() -> None:
                 tiles[f"sm_{arch}"][op][kind][f"{block_k}x{block_n}"] = row
             print(f"{done}/{len(tasks)} {task[0]} {start or ''} -> {row}", file=sys.stderr)
     table = {
-        "about": "block_k x block_n: [block_m, num_warps, num_stages, programs per SM]; written by benches/tune_tiles.py",
+        "about": "block_k x block_n: [block_m, num_warps, num_stages, programs per SM]; from benches/tune_tiles.py",
         "triton": sorted({triton.__version__, *(old["triton"] if old else [])}),
         "tiles": tiles,
     }
     with tempfile.NamedTemporaryFile("w", dir=options.out.parent, delete=False) as file:
         # A row per line: a table to read and to diff.
-        text = re.sub(
-            r"\[\s+([^\[\]]*?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", json.dumps(table, indent=1)
-        )
+        text = json.dumps(table, indent=1)
+        text = re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", text)
         file.write(text + "\n")
     os.replace(file.name, options.out)
 

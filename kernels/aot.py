@@ -36,6 +36,7 @@ class Resources:
     num_warps: int
     opcodes: dict[str, int]
     cubin: bytes
+    ttgir: str  # the compiler's last representation in which dots and transposes are still operations
 
     def programs_per_sm(self, arch: int) -> int:
         """How many programs fit on a streaming multiprocessor at once (65,536 registers, 64 warps, 32 programs)."""
@@ -69,7 +70,7 @@ def launches(launcher: Callable, *arguments: Any) -> list[Launch]:
         )
 
     run = JITFunction.run
-    JITFunction.run = record
+    JITFunction.run = record  # pyright: ignore[reportAttributeAccessIssue]
     try:
         launcher(*arguments)
     finally:
@@ -120,7 +121,15 @@ def compile_for(arch: int, launch: Launch) -> Resources:
         code = _cuobjdump("-sass", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # pyright: ignore
     opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", code))
-    return Resources(registers, stack, compiled.metadata.shared, compiled.metadata.num_warps, dict(opcodes), cubin)
+    return Resources(
+        registers,
+        stack,
+        compiled.metadata.shared,
+        compiled.metadata.num_warps,
+        dict(opcodes),
+        cubin,
+        compiled.asm["ttgir"],
+    )
 
 
 @functools.cache
@@ -130,3 +139,66 @@ def _tool() -> str:
 
 def _cuobjdump(flag: str, path: str) -> str:
     return subprocess.run([_tool(), flag, path], check=True, capture_output=True, text=True).stdout
+
+
+# --- what one trip around a loop costs -----------------------------------------------------------------------
+
+# Cycles until the result of an instruction of variable latency is there: assumed, with every load a cache hit.
+_LATENCIES = {
+    "MUFU": 23, "SHFL": 24, "LDS": 29, "LDSM": 33, "STS": 10, "LDG": 35, "LDL": 35, "STL": 10, "STG": 10, "LDC": 30,
+    "BAR": 20, "I2F": 20, "F2I": 20, "HGMMA": 128, "HMMA": 33, "S2R": 25, "S2UR": 25,
+}  # fmt: skip
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)\S*\s*([^;]*);\s*/\* 0x[0-9a-f]{16} \*/")
+_HIGH_WORD = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
+
+
+@dataclass(frozen=True)
+class LoopCost:
+    """One trip around the largest innermost loop of a kernel."""
+
+    instructions: int
+    special: int  # of them on the special function units, which take 16 lanes a cycle
+    cycles: int  # for one warp that issues alone and never misses a cache
+
+
+def loop_cost(resources: Resources) -> LoopCost | None:
+    """The cost of the loop that a kernel spends its time in, None without a loop.
+
+    Machine code since Volta carries its schedule: in the high word of each instruction, bits 41-44 are the stall
+    count, 46-48 the scoreboard that it sets when done, 49-51 the one when its operands are read, 52-57 those that it
+    waits for (Jia et al., arXiv 1804.06826). Issuing in order by those fields gives a figure to compare versions of a
+    kernel with; it is no measurement.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(resources.cubin)
+        file.flush()
+        lines = _cuobjdump("-sass", file.name).splitlines()
+    code = []  # (address, opcode, operands, high word)
+    for line, following in zip(lines, lines[1:]):  # noqa: B905 (one is shorter)
+        if (found := _INSTRUCTION.search(line)) and (high := _HIGH_WORD.match(following)):
+            code.append((int(found[1], 16), found[2], found[3], int(high[1], 16)))
+    backward = [
+        (int(target[1], 16), address)
+        for address, opcode, operands, _ in code
+        if opcode == "BRA" and (target := re.search(r"0x([0-9a-f]+)", operands)) and int(target[1], 16) < address
+    ]
+    innermost = [a for a in backward if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in backward)]
+    if not innermost:
+        return None
+    start, end = max(innermost, key=lambda loop: loop[1] - loop[0])
+    body = [instruction for instruction in code if start <= instruction[0] <= end]
+    ready, time, marks = [0] * 8, 0, []
+    # The first trips fill what later ones wait for.
+    for _ in range(6):
+        for _, opcode, _, high in body:
+            waits = high >> 52 & 63
+            time = max([time] + [ready[i] for i in range(6) if waits >> i & 1])
+            latency = _LATENCIES.get(opcode, 15)
+            done, read = high >> 46 & 7, high >> 49 & 7
+            if done != 7:
+                ready[done] = max(ready[done], time + latency)
+            if read != 7:
+                ready[read] = max(ready[read], time + min(latency, 12))
+            time += max(high >> 41 & 15, 1)
+        marks.append(time)
+    return LoopCost(len(body), sum(opcode == "MUFU" for _, opcode, _, _ in body), marks[-1] - marks[-2])

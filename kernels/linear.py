@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# Launch options (num_warps) and loops over tl.range are not in triton's types.
 """y = act(x @ weight.T + bias) and its backward in Triton: the kernels and their launchers.
 
 Shapes: x (M, K), weight (N, K), bias (N,), y and dy (M, N). Any strides in; fresh contiguous tensors out. All
@@ -337,7 +339,9 @@ def linear_act_bwd(
         return _linear_act_bwd_rows(dy, y, x, weight, activation, wanted, plan)
     need_dx, need_dweight, need_dbias = wanted
     dz, dbias = _act_bwd(dy, y, activation, need_dbias, plan)
-    return torch.mm(dz, weight) if need_dx else None, torch.mm(dz.t(), x) if need_dweight else None, dbias
+    dx = torch.mm(dz, weight) if need_dx and weight is not None else None
+    dweight = torch.mm(dz.t(), x) if need_dweight and x is not None else None
+    return dx, dweight, dbias
 
 
 def _linear_act_bwd_rows(
@@ -396,8 +400,7 @@ def _linear_act_bwd_rows(
             enable_fp_fusion=True,
         )
         if slots is not None:
-            first, second = (dweight, dbias) if need_dweight else (dbias, None)
-            _sum_slots(slots, first, second)
+            _sum_slots(slots, *(g for g in (dweight, dbias) if g is not None))
     return dx, dweight, dbias
 
 
@@ -406,7 +409,7 @@ def _act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Pla
     M, N = y.shape
     tile = plan.tile
     dz = torch.empty((M, N), dtype=y.dtype, device=y.device)
-    grid = (triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n))
+    grid = (-(-M // tile.block_m), -(-N // tile.block_n))  # triton.cdiv is typed as device code
     slots = torch.empty((grid[0], N), dtype=torch.float32, device=y.device) if need_dbias else None
     dbias = torch.empty((N,), dtype=y.dtype, device=y.device) if need_dbias else None
     with _current(y):
@@ -430,7 +433,7 @@ def _act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Pla
     return dz, dbias
 
 
-def _sum_slots(slots: Tensor, first: Tensor, second: Tensor | None) -> None:
+def _sum_slots(slots: Tensor, first: Tensor, second: Tensor | None = None) -> None:
     num_slots, size = slots.shape
     sum_slots_kernel[(triton.cdiv(size, SUM_BLOCK),)](
         slots_ptr=slots,

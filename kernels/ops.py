@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from . import plan as planning
 from . import reference
@@ -105,7 +105,7 @@ def refusal(
             return f"{name} is a {type(tensor).__name__}, a subclass of Tensor with rules of its own"
         if tensor.layout is not torch.strided:
             return f"{name} is {tensor.layout}"
-        if tensor.device != device or not (tensor.dtype is dtype or autocast and tensor.dtype in _NAMES):
+        if tensor.device != device or not (tensor.dtype is dtype or (autocast and tensor.dtype in _NAMES)):
             return f"{name} is {tensor.dtype} on {tensor.device}, not {dtype} on {device}"
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}"

@@ -48,7 +48,7 @@ class Plan:
 
     impl: str
     reason: str
-    tile: Tile | None = None
+    tile: Tile = Tile(0, 0, 0, 0, 0)
     programs: int = 1
     precision: str = "ieee"  # of fp32 products in the kernels: "ieee" or "tf32"
     forward_gemm: str = "mm"  # "mm" (the BLAS behind torch.mm) or "onednn"

@@ -87,12 +87,12 @@ def _linear_act_bwd_chunked(
     for start in range(0, m, plan.chunk):
         rows = slice(start, min(start + plan.chunk, m))
         dz = act.backward_into(dy[rows], y[rows], buffer[: rows.stop - start])
-        if dx is not None:
+        if dx is not None and weight is not None:
             if plan.dx_gemm == "onednn":
                 dx[rows] = _product(dz, weight, "onednn")
             else:
                 torch.mm(dz, weight, out=dx[rows])
-        if dweight is not None:
+        if dweight is not None and x is not None:
             if plan.dweight_gemm == "onednn" or dz.dtype != torch.float32:
                 dweight += _product(dz.t(), x[rows], plan.dweight_gemm)
             else:
@@ -119,7 +119,7 @@ def linear_act_double(
     need_dx, need_dweight, need_dbias = wanted
     dz = dy * ACTIVATIONS[activation].prime(y)
     return (
-        torch.mm(dz, weight) if need_dx else None,
-        torch.mm(dz.t(), x) if need_dweight else None,
+        torch.mm(dz, weight) if need_dx and weight is not None else None,
+        torch.mm(dz.t(), x) if need_dweight and x is not None else None,
         dz.sum(0) if need_dbias else None,
     )

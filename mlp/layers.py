@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .functional import linear_act
 
-__all__ = ["LinearAct", "LinearReLU", "LinearSigmoid", "LinearTanh", "LAYERS"]
+__all__ = ["LAYERS", "LinearAct", "LinearReLU", "LinearSigmoid", "LinearTanh"]
 
 
 class LinearAct(nn.Linear):

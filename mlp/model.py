@@ -1,14 +1,30 @@
 """Whole networks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from .layers import LAYERS
+from ..kernels import ops
+from ..kernels.activations import ACTIVATIONS
+from .layers import LAYERS, LinearAct
 
 __all__ = ["MLP"]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What `MLP.forward` needs to skip the calls of its layers, valid as long as `modules` are those of the network."""
+
+    modules: tuple[nn.Module, ...]
+    layers: list[tuple[dict, dict, Callable[[Tensor], Tensor]]]  # attributes, parameters, activation; [] to call all
+    hooks: list[dict]  # the hooks of every module: alive, so seen as soon as one is registered
+    growth: float  # multiply-adds of the largest layer per element of the input
 
 
 class MLP(nn.Sequential):
@@ -45,6 +61,57 @@ class MLP(nn.Sequential):
         for name, (inputs, outputs) in zip(names, pairwise(sizes), strict=True):
             modules += [LAYERS[name](inputs, outputs, bias, device, dtype), nn.Identity()]
         super().__init__(*modules)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., sizes[0]) -> (..., sizes[-1])."""
+        if torch.compiler.is_compiling():
+            return super().forward(input)
+        run = self.__dict__.get("_run")
+        if run is None or run.modules != tuple(self._modules.values()):
+            run = self.__dict__["_run"] = self._plan()
+        if run.layers and input.is_cpu and not any(run.hooks) and not _has_any_global_hook():
+            small = ops.small_cpu_products.get(input.dtype) or ops.small_cpu_product(input.dtype)
+            if input.numel() * run.growth < small:
+                try:
+                    return self._small(run, input)
+                except (LookupError, RuntimeError, TypeError):
+                    pass  # a parametrized layer; or a wrong input, for which the layer has the better message
+        return super().forward(input)
+
+    def _small(self, run: _Run, y: Tensor) -> Tensor:
+        # Plain torch operations, as the layers themselves would choose here, without the calls of 2 L modules.
+        for attributes, parameters, activation in run.layers:
+            if "forward" in attributes:
+                raise LookupError
+            y = activation(F.linear(y, parameters["weight"], parameters["bias"]))
+        return y
+
+    def _plan(self) -> _Run:
+        modules = tuple(self._modules.values())
+        layers = [cast(nn.Linear, module) for module in modules if type(module) is not nn.Identity]
+        if not layers or not all(type(layer) in LAYERS.values() for layer in layers):
+            return _Run(modules, [], [], 0.0)
+        macs = max(layer.in_features * layer.out_features for layer in layers)
+        return _Run(
+            modules,
+            [
+                (
+                    layer.__dict__,
+                    layer._parameters,
+                    ACTIVATIONS[layer.activation if isinstance(layer, LinearAct) else "identity"].forward,
+                )
+                for layer in layers
+            ],
+            [
+                hooks
+                for m in modules
+                for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+            ],
+            macs / max(layers[0].in_features, 1),
+        )
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_run"}
 
     def __getitem__(self, index):
         # A slice is no longer the network that the constructor describes.

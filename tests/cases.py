@@ -98,6 +98,20 @@ def lay_out(tensors, name):
     return tuple((operands | {operand: layout(operands[operand])}).values())
 
 
+# A loss, and the strides of the gradient that autograd sends back from it, for y (M, N)
+LOSSES = {
+    "sum": (lambda y, c: y.sum(), lambda m, n: (0, 0)),
+    "mean": (lambda y, c: (y * c).mean(), lambda m, n: (n, 1)),
+    "row-sums": (lambda y, c: (y.sum(1) * c[:, 0]).sum(), lambda m, n: (1, 0)),
+    "transposed": (lambda y, c: (y.t().contiguous() * c.t().contiguous()).sum(), lambda m, n: (1, m)),
+    "cat-columns": (lambda y, c: (torch.cat([y, y], 1) * torch.cat([c, -2 * c], 1)).sum(), None),
+    "cat-left": (lambda y, c: (torch.cat([y, c], 1) * torch.cat([c, c], 1)).sum(), lambda m, n: (2 * n, 1)),
+    "cat-rows": (lambda y, c: (torch.cat([c, y], 0) * torch.cat([c, c], 0)).sum(), lambda m, n: (n, 1)),
+    "every-other": (lambda y, c: (y[:, ::2] * c[:, ::2]).sum(), None),
+    "first-row": (lambda y, c: (y[0] * c[0]).sum(), None),
+}
+
+
 def make_layer(m, k, n, dtype, device="cpu", seed=0):
     """x, weight, bias, dy with pre-activations of std near 1.5 and upstream gradients of order 1.
 
@@ -152,3 +166,14 @@ def assert_as_good_as_torch(actual, torch_result, truth, dtype, names=("y", "dx"
                 f"{name}: error {error:.2e} > {bound:.2e} (torch {torch_error:.2e}); "
                 f"at {index}: {a[index].item()} instead of {exact[index].item()}"
             )
+
+
+# Results that the yardstick has to refuse, as (name of the result, what is done to it).
+WRONG = {
+    **{f"{name}-zeros": (name, torch.zeros_like) for name in ("y", "dx", "dweight", "dbias")},
+    **{
+        f"{name}-constant": (name, lambda t: torch.full_like(t, t.mean().item()))
+        for name in ("y", "dx", "dweight", "dbias")
+    },
+    "dweight-transposed": ("dweight", lambda t: t.t().contiguous()),
+}

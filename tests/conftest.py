@@ -31,6 +31,11 @@ def _round_bfloat16(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", rounding_convert)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def device():
     """Where kernels run: "cuda", or "cpu" in triton's interpreter, which then rounds as the hardware does."""

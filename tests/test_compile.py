@@ -83,13 +83,11 @@ def compiled(pytestconfig):
         for name, results in table.items():
             for index, resources in enumerate(results):
                 (folder / f"{name}.{index}.cubin").write_bytes(resources.cubin)
-    print(
-        f"\n{'kernel':56} {'regs':>5} {'stack':>5} {'smem':>7} {'warps':>5} {'HGMMA':>5} {'HMMA':>5} {'FFMA':>5} {'MUFU':>5}"
-    )
+    opcodes = ("HGMMA", "HMMA", "FFMA", "MUFU")
+    print("\n" + f"{'kernel':56}" + "".join(f"{head:>7}" for head in ("regs", "stack", "smem", "warps", *opcodes)))
     for name, (first, *_) in table.items():
-        counts = [first.opcodes.get(opcode, 0) for opcode in ("HGMMA", "HMMA", "FFMA", "MUFU")]
-        cells = " ".join(f"{count:5}" for count in counts)
-        print(f"{name:56} {first.registers:5} {first.stack:5} {first.shared:7} {first.num_warps:5} {cells}")
+        cells = (first.registers, first.stack, first.shared, first.num_warps, *map(first.opcodes.get, opcodes))
+        print(f"{name:56}" + "".join(f"{cell or 0:7}" for cell in cells))
     return table
 
 

@@ -11,8 +11,10 @@ from cases import (
     DTYPES,
     EMPTY_SHAPES,
     LAYOUTS,
+    LOSSES,
     NO_KERNELS,
     SHAPES,
+    WRONG,
     assert_as_good_as_torch,
     join,
     kernel_device,
@@ -251,13 +253,16 @@ def test_extremes(activation, dtype):
         )
         actual = run(x, weight, bias, dy, activation)
         expected = torch_layer(x, weight, bias, dy, activation)
-        # One rounding of the dtype; the approximate reciprocal root flushes the subnormal y below z = -87.
-        rtol, atol = 4 * torch.finfo(dtype).eps, 2 * torch.finfo(dtype).tiny
-        torch.testing.assert_close(
-            actual, expected, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, z=z: f"z = {z}: {m}"
-        )
+        # A rounding or two of the dtype. The approximate reciprocal root flushes the subnormal y below z = -87; the
+        # gradient of a saturated unit is made of the last bit of y.
+        eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+        for results, atol in ((slice(1), 2 * tiny), (slice(1, 4), eps if z > 0 else 2 * tiny)):
+            torch.testing.assert_close(
+                actual[results], expected[results], rtol=4 * eps, atol=atol, equal_nan=True, msg=f"z = {z}: {{}}".format
+            )
 
 
+# Here too.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
 def test_nan_and_inf_stay_in_their_rows(path, force):
@@ -274,24 +279,7 @@ def test_nan_and_inf_stay_in_their_rows(path, force):
     assert torch.equal(y[41], (weight[:, 0] > 0).float())
 
 
-def zeros(t):
-    return torch.zeros_like(t)
-
-
-def constant(t):
-    return torch.full_like(t, t.mean().item())
-
-
-def transpose(t):
-    return t.t().contiguous()
-
-
-@pytest.mark.parametrize(
-    ("name", "wrong"),
-    [(name, wrong) for name in ("y", "dx", "dweight", "dbias") for wrong in (zeros, constant)]
-    + [("dweight", transpose)],
-    ids=lambda value: value if isinstance(value, str) else value.__name__,
-)
+@pytest.mark.parametrize(("name", "wrong"), WRONG.values(), ids=WRONG)
 def test_yardstick_fails_wrong_results(name, wrong):
     # Square, so that a transposed gradient has the right shape.
     tensors = make_layer(50, 16, 16, torch.bfloat16, DEVICE)
@@ -334,20 +322,6 @@ def test_dense_and_other_layouts_agree_to_the_bit(force):
             # dx and dweight of the two passes come from the library, which may choose by layout.
             count = 4 if backward.impl == "rows" else 1
             assert same_bits(other[:count], dense[:count]), layout
-
-
-# A loss, and the strides of the gradient that autograd sends back from it, for y (M, N)
-LOSSES = {
-    "sum": (lambda y, c: y.sum(), lambda m, n: (0, 0)),
-    "mean": (lambda y, c: (y * c).mean(), lambda m, n: (n, 1)),
-    "row-sums": (lambda y, c: (y.sum(1) * c[:, 0]).sum(), lambda m, n: (1, 0)),
-    "transposed": (lambda y, c: (y.t().contiguous() * c.t().contiguous()).sum(), lambda m, n: (1, m)),
-    "cat-columns": (lambda y, c: (torch.cat([y, y], 1) * torch.cat([c, -2 * c], 1)).sum(), None),
-    "cat-left": (lambda y, c: (torch.cat([y, c], 1) * torch.cat([c, c], 1)).sum(), lambda m, n: (2 * n, 1)),
-    "cat-rows": (lambda y, c: (torch.cat([c, y], 0) * torch.cat([c, c], 0)).sum(), lambda m, n: (n, 1)),
-    "every-other": (lambda y, c: (y[:, ::2] * c[:, ::2]).sum(), None),
-    "first-row": (lambda y, c: (y[0] * c[0]).sum(), None),
-}
 
 
 @pytest.mark.parametrize("loss", LOSSES)

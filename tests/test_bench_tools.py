@@ -1,0 +1,490 @@
+"""The benchmarks' own tools: formulas, timer, check before timing, fit of thresholds, report, driver.
+
+Modules of benches/ are imported by name at run time only: the two folders know nothing of each other.
+"""
+
+import functools
+import importlib
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from perceptriton import kernels
+
+BENCHES = Path(__file__).parents[1] / "benches"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """bench(name): that module of benches/."""
+    monkeypatch.syspath_prepend(BENCHES)
+    return importlib.import_module
+
+
+def in_benches(code, *arguments, **options):
+    """A python process that finds the modules of benches/ first."""
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=BENCHES, text=True, **options)
+
+
+# --- flops and bytes, by hand ------------------------------------------------------------------------------
+
+# 65,536 x 64 is 4,194,304 elements, 64 x 64 4,096. Forward moves x, weight, bias, y: 8,392,768 elements. Backward
+# moves dy, y, x, weight, dx, dweight, dbias: 16,785,472 elements.
+# The classifier multiplies 128 x 784 x 128 and 128 x 128 x 10 (12,845,056 and 163,840 multiply-adds) forward, both
+# for the weights' gradients and the second for dx. It has 101,770 parameters, 100,352 inputs and 1,280 outputs.
+BY_HAND = {
+    ("narrow-64", "forward"): (536_870_912, 4 * 8_392_768),
+    ("narrow-64", "forward+backward"): (3 * 536_870_912, 4 * (8_392_768 + 16_785_472)),
+    ("launch-2", "forward"): (32, 4 * (8 + 4 + 2 + 8)),
+    ("launch-2", "forward+backward"): (96, 4 * (22 + 8 + 8 + 8 + 4 + 8 + 4 + 2)),
+    ("classifier", "forward"): (26_017_792, 4 * (100_352 + 101_770 + 1_280)),
+    ("classifier", "forward+backward"): (2 * 26_017_792 + 327_680, 4 * (203_402 + 203_402 + 101_770)),
+}
+
+
+@pytest.mark.parametrize(("name", "mode"), BY_HAND)
+def test_formulas(bench, name, mode):
+    case = next(case for case in bench("layer_cases").CASES if case.name == name)
+    assert (case.flops(mode), case.bytes(mode, "float32")) == BY_HAND[name, mode]
+    assert case.bytes(mode, "bfloat16") * 2 == case.bytes(mode, "float32")
+
+
+def test_cases_of_a_device(bench):
+    cases = bench("layer_cases").cases
+    on_cpu, on_cuda = cases("cpu"), cases("cuda")
+    assert {dtype for _, dtype in on_cpu} == {"float32"}
+    assert {dtype for _, dtype in on_cuda} == {"float32", "bfloat16"}
+    assert {case.name for case, _ in on_cuda} - {case.name for case, _ in on_cpu} == {"narrow-64-long", "wide-8192"}
+    assert len({case.name for case, _ in on_cuda}) == len(on_cuda) / 2
+
+
+# --- the timer ---------------------------------------------------------------------------------------------
+
+
+def of_known_duration(seconds, log):
+    def step():
+        start = time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            pass
+        log.append(time.perf_counter() - start)
+
+    return step
+
+
+def test_the_timer_is_honest(bench):
+    # The steps keep a log of how long they really took, so that a busy machine does not spoil the comparison.
+    logs = {0.002: [], 0.0002: []}
+    steps = {str(seconds): of_known_duration(seconds, log) for seconds, log in logs.items()}
+    samples = bench("timing").interleaved(steps, seconds=0.5, rounds=(21, 41))
+    for seconds, log in logs.items():
+        own = samples[str(seconds)]
+        assert 21 <= len(own.wall) <= 41
+        assert seconds <= own.seconds
+        assert own.seconds == pytest.approx(statistics.median(log), rel=0.05)
+    assert len(logs[0.0002]) > 3 * len(logs[0.002]), "short steps are timed in batches"
+
+
+def test_rounds_take_turns(bench):
+    order = []
+    # The clock's resolution would let a step of no length fill a batch with a million calls.
+    steps = {name: lambda name=name: (order.append(name), time.sleep(0.001)) for name in "abc"}
+    bench("timing").interleaved(steps, seconds=0, batch_seconds=1e-4, rounds=(10, 10))
+    rounds = ["".join(order[-30:][i : i + 3]) for i in range(0, 30, 3)]
+    assert {"".join(sorted(r)) for r in rounds} == {"abc"}
+    assert len(set(rounds)) > 1, "always in the same order"
+
+
+def test_speedup_is_taken_within_rounds(bench):
+    timing = bench("timing")
+    # A machine that halves its speed for some rounds: medians over all rounds would say 3 / 2, and 1.5 / 1.
+    slow = timing.Samples([2.0, 2.0, 4.0, 4.0, 4.0])
+    fast = timing.Samples([1.0, 1.0, 2.0, 2.0, 2.0])
+    assert timing.speedup(slow, fast) == 2
+    noisy = timing.Samples([1.0, 1.0, 2.0, 2.0, 20.0])
+    assert timing.speedup(slow, noisy) == 2
+
+
+@pytest.mark.parametrize(
+    ("ratios", "kept"),
+    [((1.5, 9, 9), 1.5), ((0.9, 1.2, 1.0), 1.0), ((1.02, 0.8, 0.7), 0.8)],
+    ids=["faster-once", "slower-thrice", "nearly-thrice"],
+)
+def test_rows_below_one_are_timed_three_times(bench, monkeypatch, ratios, kept):
+    timing = bench("timing")
+    runs = iter([{"eager": timing.Samples([1.0]), "fused": timing.Samples([1 / ratio])} for ratio in ratios])
+    monkeypatch.setattr(timing, "interleaved", lambda steps, **options: next(runs))
+    comparison = timing.compare({"eager": None, "fused": None}, "eager", "fused")
+    assert comparison.speedup["fused"] == pytest.approx(kept)
+    assert comparison.samples["fused"].seconds == pytest.approx(1 / kept)
+    tried = 1 if ratios[0] > timing.RETIME_BELOW else 3
+    assert comparison.all_speedups["fused"] == pytest.approx(list(ratios[:tried]))
+    assert len(comparison.all_speedups["eager"]) == tried
+
+
+def test_threads_are_bound_before_torch():
+    code = """
+import os, sys
+for name in ("OMP_PROC_BIND", "OMP_NUM_THREADS"):
+    os.environ.pop(name, None)
+if sys.argv[1] == "torch":
+    sys.modules["torch"] = None
+import binding
+print(binding.LATE is None, os.environ.get("OMP_PROC_BIND"), os.environ.get("OMP_NUM_THREADS", "0") > "0")
+"""
+    for first, said in (("nothing", "True true True"), ("torch", "False None False")):
+        process = in_benches(code, first, stdout=subprocess.PIPE)
+        assert process.communicate(timeout=60)[0].split() == said.split()
+
+
+# --- the check before timing -------------------------------------------------------------------------------
+
+
+MODES = ("forward", "forward+backward")
+
+
+def make_problem(bench, mode):
+    case = bench("layer_cases").Case("test", 33, (20, 20))
+    return bench("contenders").Problem.make(case, "float32", mode, "cpu")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_check_lets_the_contenders_pass(bench, mode):
+    contenders, problem = bench("contenders"), make_problem(bench, mode)
+    check = contenders.Check(problem)
+    with torch.set_grad_enabled(problem.training):
+        for name in ("eager", "fused"):
+            errors = check(contenders.IMPLS[name].build(problem))
+            assert set(errors) == ({"y", "dx", "dweight0", "dbias0"} if problem.training else {"y"})
+            assert max(errors.values()) < 1e-5
+
+
+def test_the_check_sees_every_gradient_of_a_network(bench):
+    contenders = bench("contenders")
+    case = bench("layer_cases").Case("network", 9, (6, 5, 4))
+    problem = contenders.Problem.make(case, "float32", "forward+backward", "cpu")
+    errors = contenders.Check(problem)(contenders.IMPLS["fused"].build(problem))
+    assert set(errors) == {"y", "dweight0", "dbias0", "dweight1", "dbias1"}
+
+
+class ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (1 + 1e-4) * dy
+
+
+WRONG = {
+    "zeros": lambda model, x: 0 * model(x),
+    "constant": lambda model, x: 0 * model(x) + 0.5,
+    "nan": lambda model, x: torch.nan * model(x),
+    "transposed": lambda model, x: torch.sigmoid(x @ model[0].weight + model[0].bias),
+    "no-bias": lambda model, x: torch.sigmoid(x @ model[0].weight.t()) + 0 * model[0].bias,
+    "off-by-1e-4": lambda model, x: (1 + 1e-4) * model(x),
+    "gradient-off-by-1e-4": lambda model, x: ScaledGradient.apply(model(x)),
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [(m, w) for m in MODES for w in WRONG if not (w.startswith("gradient") and m == "forward")]
+)
+def test_the_check_rejects(bench, mode, name):
+    contenders, problem = bench("contenders"), make_problem(bench, mode)
+    with torch.set_grad_enabled(problem.training):
+        model = contenders.eager_model(problem)
+        wrong = contenders.contend(problem, model, functools.partial(WRONG[name], model))
+        with pytest.raises(ArithmeticError, match="is off by"):
+            contenders.Check(problem)(wrong)
+
+
+def test_the_check_rejects_another_shape(bench):
+    contenders, problem = bench("contenders"), make_problem(bench, "forward")
+    model = contenders.eager_model(problem)
+    with torch.no_grad(), pytest.raises(ArithmeticError, match=r"y is \(32, 20\), not \(33, 20\)"):
+        contenders.Check(problem)(contenders.contend(problem, model, lambda x: model(x)[:-1]))
+
+
+# --- thresholds for the CPU --------------------------------------------------------------------------------
+
+SHAPES = [(m, k, n) for m in (64, 256, 1024, 4096, 65_536) for k in (1, 8, 16, 64, 256) for n in (1, 8, 16, 64, 256)]
+SHAPES += [(300, 64, 64), (16 * 64, 64, 256), (16 * 64 + 1, 64, 256)]
+
+
+def rows_of(tune, takes_second, role="forward", gain=1.5):
+    """Rows in which the second side is `gain` times faster where it should be taken, and slower elsewhere."""
+    return [tune.Row(role, m, k, n, 100.0, 100 / gain if takes_second(m, k, n) else 100 * gain) for m, k, n in SHAPES]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"min_macs": 1 << 20, "min_width": 8, "max_rows_per_width": 16},
+        {"min_macs": 1 << 23, "min_width": 64, "max_rows_per_width": 4},
+        {"min_macs": 1 << 16, "min_width": 16, "max_rows_per_width": 1 << 12},
+    ],
+    ids=str,
+)
+def test_fit_recovers_a_rule(bench, rule):
+    tune = bench("tune_cpu")
+
+    def takes_onednn(m, k, n):
+        return m * k * n >= rule["min_macs"] and rule["min_width"] <= min(k, n) >= m / rule["max_rows_per_width"]
+
+    rows = rows_of(tune, takes_onednn)
+    assert 0 < sum(takes_onednn(*shape) for shape in SHAPES) < len(SHAPES)
+    found = tune.fit_rule(rows)
+    # `tune.takes_onednn` asks plan.py, which has to read the rule in the same way.
+    assert [row[1:4] for row in rows if tune.takes_onednn(found)(row)] == [s for s in SHAPES if takes_onednn(*s)]
+    # Reluctant, never beyond the rule: where no row tells, mm stays.
+    assert found["min_width"] >= rule["min_width"]
+    assert found["min_macs"] >= rule["min_macs"]
+    assert found["max_rows_per_width"] <= rule["max_rows_per_width"]
+
+
+def test_fit_leaves_alone_what_always_loses(bench):
+    tune = bench("tune_cpu")
+    assert tune.fit_rule(rows_of(tune, lambda *_: False)) is None
+    assert tune.fit_small(rows_of(tune, lambda *_: False)) == tune.NEVER
+    assert tune.fit_chunks(rows_of(tune, lambda *_: False, role="chunk_1048576"), 4)[0] == tune.NEVER
+
+
+def test_fit_counts_losses_double(bench):
+    tune = bench("tune_cpu")
+    # No rule tells these two shapes apart. Three gains of 2 % outweigh one loss of 4 %, but not twice that loss.
+    gain, loss = tune.Row("dx", 64, 64, 64, 1.02, 1.0), tune.Row("dx", 64, 64, 65, 1.0, 1.04)
+    assert tune.fit_rule([gain, gain, gain, loss]) is None
+    assert tune.fit_rule([gain] * 5 + [loss]) is not None
+
+
+def test_fit_of_small_and_chunks(bench):
+    tune = bench("tune_cpu")
+    limit = 1 << 22
+    small = tune.fit_small(rows_of(tune, lambda m, k, n: m * k * n >= limit, role="small_both"))
+    assert all((math.prod(shape) >= small) == (math.prod(shape) >= limit) for shape in SHAPES)
+
+    # Pieces of 1 MB gain 1.5 above 8 MB and lose below; pieces of 256 KB gain less.
+    def large(m, k, n):
+        return 4 * m * n > 8 << 20
+
+    rows = rows_of(tune, large, "chunk_1048576") + rows_of(tune, large, "chunk_262144", gain=1.2)
+    above, size = tune.fit_chunks(rows, 4)
+    assert size == 1 << 20
+    assert all((4 * m * n > above) == large(m, k, n) for m, k, n in SHAPES)
+
+
+def test_thresholds_are_in_force_only_inside(bench):
+    tune = bench("tune_cpu")
+    rule = {"min_macs": 1, "min_width": 1, "max_rows_per_width": 1 << 20}
+    thresholds = {"small": 0, "forward": rule, "dx": None, "dweight": rule, "chunk_above_bytes": 0, "chunk_bytes": 1}
+    before = kernels.explain((4096, 8), (8, 8))
+    with tune.in_force(thresholds):
+        forward, backward = kernels.explain((4096, 8), (8, 8))
+    assert (forward.impl, forward.forward_gemm) == ("explicit", "onednn")
+    assert (backward.dx_gemm, backward.dweight_gemm, backward.chunk) == ("mm", "onednn", 2048)
+    assert kernels.explain((4096, 8), (8, 8)) == before
+
+
+def test_both_sides_of_each_comparison_agree(bench):
+    tune = bench("tune_cpu")
+    shape = (40, 24, 16)
+    tensors = tune.Tensors(*shape, torch.float32)
+    gradients = {"forward": None, "dx": 0, "dweight": 1}
+    for role, index in gradients.items():
+        mm, onednn = (step() for step in tune.product_steps(role, tensors).values())
+        torch.testing.assert_close(*(side if index is None else side[index] for side in (mm, onednn)))
+    thresholds = {"small": 0, **dict.fromkeys(tune.ROLES), "chunk_above_bytes": tune.NEVER, "chunk_bytes": 1 << 20}
+    tall = (5000, 8, 8)
+    sides = tune.chunk_steps(*tall, "float32", thresholds, tune.Tensors(*tall, torch.float32))
+    assert "whole" in sides
+    assert len(sides) == 1, "a piece would hold all rows"
+    wide = (5000, 8, 128)
+    sides = tune.chunk_steps(*wide, "float32", thresholds, tune.Tensors(*wide, torch.float32))
+    assert len(sides) > 2
+    whole, *chunked = (step() for step in sides.values())
+    for gradients in chunked:
+        for one, other in zip(whole, gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_table_keeps_other_vendors(bench):
+    tune = bench("tune_cpu")
+    document = {
+        "thresholds": {"any": {"float32": {"small": 1}}, "AMD": {"float32": {"small": 2}, "float16": {"small": 3}}},
+        "measured": {"Intel": {"rows": {}}, "AMD": {"rows": {"bfloat16": [["dx", 1, 1, 1, 1.0, 1.0]]}}},
+    }
+    rows = [tune.Row("forward", 64, 32, 16, 1.23456, 2.0)]
+    merged = tune.merge(document, "AMD", {"float32": ({"small": 9}, rows)}, {"threads": 2})
+    assert merged["thresholds"]["any"] == {"float32": {"small": 1}}
+    assert merged["thresholds"]["AMD"] == {"float32": {"small": 9}, "float16": {"small": 3}}
+    assert merged["measured"]["Intel"] == {"rows": {}}
+    assert merged["measured"]["AMD"]["threads"] == 2
+    text = tune.text(merged)
+    assert '["forward", 64, 32, 16, 1.23, 2.0]' in text
+    assert json.loads(text)["measured"]["AMD"]["rows"].keys() == {"float32", "bfloat16"}
+
+
+# --- the report --------------------------------------------------------------------------------------------
+
+
+def result(impl, us, speedup, mode="forward", flops=0, traffic=0, **more):
+    info = {"impl": impl, "label": impl.upper(), "case": "one", "shape": [4, 2, 2], "dtype": "float32", "mode": mode}
+    info |= {"flops": flops, "bytes": traffic, "interleaved_us": us, "interleaved_spread": 0.01}
+    info |= {"speedup_over_eager": speedup, "speedups_over_eager": [speedup]}
+    return {"extra_info": info | more}
+
+
+def document(*benchmarks):
+    return {
+        "machine_info": {
+            "machine": "x86_64",
+            "cpu": {"brand_raw": "Some CPU"},
+            "threads": 2,
+            "versions": {"torch": "9.9", "cuda": None},
+            "limits": {
+                "copy_bytes_per_s": 1e9,
+                "flops_per_s": {"float32": 1e12},
+                "last_level_cache_bytes": 1000,
+            },
+        },
+        "datetime": "2026-01-02T03:04:05",
+        "benchmarks": list(benchmarks),
+    }
+
+
+TINY = document(
+    result("eager", 200.0, 1.0, flops=50_000_000),
+    result("fused", 100.0, 2.0, flops=50_000_000),
+    result("compiled", 250.0, 0.8, flops=50_000_000),
+    result("eager", 80.0, 1.0, mode="forward+backward", traffic=5000, interleaved_spread=0.5),
+    result("fused", 10.0, 8.0, mode="forward+backward", traffic=5000),
+    {"extra_info": {"case": "a run without timings"}},
+)
+
+
+def test_report(bench):
+    report = bench("report")
+    rows, labels = report.read(TINY)
+    assert labels == {"eager": "EAGER", "fused": "FUSED", "compiled": "COMPILED"}
+    assert report.means(rows) == pytest.approx({"forward": 2, "forward+backward": 8, "all rows": 4})
+    text = report.markdown(TINY)
+    assert "Some CPU, threads: 2; torch 9.9; 2026-01-02" in text
+    assert "forward 2.00x, forward+backward 8.00x, all rows 4.00x" in text
+    # 50 Mflop at 1 Tflop/s are 50 us; 5,000 bytes at 1 GB/s are 5.
+    assert "| one | 4 x 2 x 2 | float32 | forward | 200 | 100 | **2.00x** | 50%, arithmetic | 250 (0.80x) |" in text
+    assert "| one | 4 x 2 x 2 | float32 | forward+backward | 80.0 | 10.0 | **8.00x** ~ | 50%, memory |  |" in text
+
+
+def test_limits_that_say_nothing_are_left_out(bench):
+    least = bench("report").least_us
+    limits = TINY["machine_info"]["limits"]
+    assert least(10**9, 10**7, "float32", None) == (None, "")
+    assert least(10**9, 10**5, "float32", limits) == (1000, "arithmetic")
+    assert least(10**9, 10**7, "float32", limits) == (10_000, "memory")
+    assert least(10**9, 1999, "bfloat16", limits) == (None, ""), "in cache, and no rate for the dtype"
+    assert least(10**5, 100, "float32", limits) == (None, ""), "under a microsecond launches decide"
+
+
+def test_report_writes_pictures(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    source = tmp_path / "tiny.json"
+    source.write_text(json.dumps(TINY))
+    written = bench("report").write(source, tmp_path / "out")
+    assert [path.name for path in written] == ["tiny.md", "tiny-speedup.png", "tiny-limits.png"]
+    for path in written[1:]:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 5000
+
+
+# --- files appear whole or not at all ----------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file(bench, tmp_path, monkeypatch):
+    atomic = bench("atomic")
+    target = tmp_path / "table.json"
+    atomic.write(target, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            atomic.write(target, "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+    atomic.write(target, b"new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "files"),
+    [
+        (json.dumps(TINY), 0, "layers-cpu"),
+        (json.dumps(TINY), 1, "layers-cpu-incomplete"),
+        (json.dumps(TINY)[:100], 2, None),
+        (json.dumps(TINY)[:100], 0, None),
+        (None, 1, None),
+    ],
+    ids=["passed", "some-failed", "interrupted", "half", "nothing"],
+)
+def test_driver_publishes_only_whole_results(bench, tmp_path, monkeypatch, capsys, content, code, files):
+    run = bench("run")
+    script = "import pathlib, sys\nif sys.argv[2]: pathlib.Path(sys.argv[1]).write_text(sys.argv[2])\nsys.exit({})"
+    monkeypatch.setattr(
+        run, "command", lambda options, output: [sys.executable, "-c", script.format(code), output, content or ""]
+    )
+    returned = run.main(["--out", str(tmp_path)])
+    assert returned == (code or (0 if files else 1))
+    found = {
+        path.name.partition(".")[0].removesuffix("-speedup").removesuffix("-limits") for path in tmp_path.iterdir()
+    }
+    assert found == ({files} if files else set())
+    if files:
+        assert json.loads((tmp_path / f"{files}.json").read_text()) == TINY
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_driver_leaves_nothing(tmp_path, number):
+    out, pid = tmp_path / "out", tmp_path / "pid"
+    child = (
+        "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('{half');"
+        "pathlib.Path(sys.argv[2] + '.new').write_text(str(os.getpid())); os.rename(sys.argv[2] + '.new', sys.argv[2]);"
+        "time.sleep(60)"
+    )
+    code = (
+        "import sys, run; run.command = lambda _, output: [sys.executable, '-c', sys.argv[1], output, sys.argv[2]];"
+        "sys.exit(run.main(['--out', sys.argv[3]]))"
+    )
+    driver = in_benches(code, child, pid, out, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 30
+        while not pid.exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        driver.send_signal(number)
+        assert driver.wait(30) != 0
+    finally:
+        driver.kill()
+        driver.wait()
+    assert not out.exists() or not list(out.iterdir())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_driver_asks_for_what_it_was_told(bench, tmp_path):
+    run = bench("run")
+    seen = {}
+    run_to_end, run.run_to_end = run.run_to_end, lambda arguments: seen.setdefault("arguments", arguments) and 3
+    try:
+        arguments = ["--out", str(tmp_path), "--cases", "narrow", "--quick", "--device", "cuda", "--seconds", "9"]
+        assert run.main(arguments) == 3
+    finally:
+        run.run_to_end = run_to_end
+    assert {"--layers-quick", "--layers-device=cuda", "--layers-seconds=9.0", "(narrow)"} <= set(seen["arguments"])
+    assert list(tmp_path.iterdir()) == []
