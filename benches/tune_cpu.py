@@ -8,8 +8,8 @@ For this CPU's vendor and each dtype, over a grid of shapes and with both sides 
     small_forward, small_both    plain torch operations against the explicit forward, and forward + backward: `small`
     chunk_<bytes>                dz whole against dz in pieces of that size: `chunk_above_bytes`, `chunk_bytes`
 
-The file keeps what it holds of other vendors and dtypes. "measured" holds the rows behind the thresholds:
-[role, rows, in_features, out_features, us of the first side, us of the second].
+The table keeps what it holds of other vendors and dtypes. The rows behind the thresholds go to a file that is not
+shipped, benches/results/tune-cpu.json: [role, rows, in_features, out_features, us of the first side, us of the second].
 """
 
 import argparse
@@ -37,6 +37,7 @@ from perceptriton.kernels.plan import Device, Plan
 from perceptriton.mlp import linear_sigmoid
 
 ROLES = ("forward", "dx", "dweight")
+RESULTS = Path(__file__).parent / "results"
 NEVER = 1 << 62
 MEGABYTE = 1 << 20
 
@@ -200,24 +201,23 @@ def preference(rows: list[Row]) -> np.ndarray:
 
 
 def fit_rule(rows: list[Row]) -> dict | None:
-    """The rule {min_macs, min_width, max_rows_per_width} for taking oneDNN (second) over mm (first); None: never.
+    """The rule {min_macs, min_width, min_in} for taking oneDNN (second) over mm (first); None: never.
 
     Rules that choose alike in all rows tie, and the most reluctant of them wins.
     """
     cost = preference(rows)
     macs = np.array([row.macs for row in rows])
-    width = np.array([min(row.k, row.n) for row in rows])
-    m = np.array([row.m for row in rows])
+    width, inputs = np.array([min(row.k, row.n) for row in rows]), np.array([row.k for row in rows])
     best, rule = -1e-9, None
-    widths = sorted({1, 2, 4, 8, 16, 32, 64, 128, 256, 512}, reverse=True)
-    for min_width in widths:
-        for max_rows in (*(1 << i for i in range(17)), 1_000_000):
-            inside = (width >= min_width) & (m <= max_rows * width)
-            for min_macs in (1 << i for i in range(32, 9, -1)):
-                total = cost[inside & (macs >= min_macs)].sum()
-                if total < best - 1e-9:
-                    best = total
-                    rule = {"min_macs": min_macs, "min_width": min_width, "max_rows_per_width": max_rows}
+    widths = [512, 256, 128, 96, 64, 32, 16, 8, 4, 2, 1]
+    for min_width, min_in in itertools.product(widths, widths):
+        if min_in < min_width:
+            continue
+        inside = (width >= min_width) & (inputs >= min_in)
+        for min_macs in (1 << i for i in range(32, 9, -1)):
+            total = cost[inside & (macs >= min_macs)].sum()
+            if total < best - 1e-9:
+                best, rule = total, {"min_macs": min_macs, "min_width": min_width, "min_in": min_in}
     return rule
 
 
@@ -353,21 +353,19 @@ def text(document: dict) -> str:
     return re.sub(r"\[\s+([^][{}]*?)\s+\]", joined, json.dumps(document, indent=1)) + "\n"
 
 
-def merge(document: dict, vendor: str, found: dict[str, tuple[dict, list[Row]]], facts: dict) -> dict:
+def merge(document: dict, vendor: str, thresholds: dict[str, dict], facts: dict) -> dict:
     """The document with this vendor's entries for the dtypes that were measured, and everything else as it was."""
-    thresholds = {dtype: own for dtype, (own, _) in found.items()}
-    rows = {dtype: [[*row[:4], round(row[4], 2), round(row[5], 2)] for row in own] for dtype, (_, own) in found.items()}
-    known, measured = document["thresholds"], document.get("measured", {})
-    old = measured.get(vendor, {})
+    known = document["thresholds"]
     return document | {
         "thresholds": known | {vendor: known.get(vendor, {}) | thresholds},
-        "measured": measured | {vendor: facts | {"rows": old.get("rows", {}) | rows}},
+        "measured": document.get("measured", {}) | {vendor: facts},
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=plan.TABLES / "cpu.json", help="the table to bring up to date")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "tune-cpu.json", help="what was measured")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
     parser.add_argument("--quick", action="store_true", help="a coarse grid in a minute, to try the script out")
     parser.add_argument("--seconds", type=float, help="for the whole run; default: 420, or 50 with --quick")
@@ -395,8 +393,11 @@ def main(arguments: list[str] | None = None) -> int:
         "quick": options.quick,
     }
     base = options.out if options.out.exists() else plan.TABLES / "cpu.json"
-    atomic.write(options.out, text(merge(json.loads(base.read_text()), vendor, found, facts)))
-    print("written:", options.out)
+    thresholds = {dtype: own for dtype, (own, _) in found.items()}
+    rows = {dtype: [[*row[:4], round(row[4], 1), round(row[5], 1)] for row in own] for dtype, (_, own) in found.items()}
+    atomic.write(options.rows, text(facts | {"vendor": vendor, "rows": rows}))
+    atomic.write(options.out, text(merge(json.loads(base.read_text()), vendor, thresholds, facts)))
+    print("written:", options.out, options.rows)
     return 0
 
 

@@ -1,13 +1,14 @@
 """Picks, without a GPU, the tiles of the kernels that hold a whole weight on chip: writes kernels/tuned/gpu_tiles.json.
 
-For each chip generation, op, kind of product and padded weight size, candidates are compiled in order of preference
-(most rows first: fewer trips around the loop and larger loads) until one needs no stack, aligned and ragged, and its
-shared memory fits. Sizes without such a tile are left out, and plan.py sends them elsewhere.
+For each chip generation, op, kind of product, alignment and padded weight size, candidates are compiled in order of
+preference (most rows first: fewer trips around the loop and larger loads) until one needs no stack and its shared
+memory fits. Widths that are no multiple of 16 ("ragged") are loaded element by element, which takes more registers, so
+they have tiles of their own. Sizes without a clean tile are left out, and plan.py sends them elsewhere.
 
 A tile must be clean on every triton that the project supports. With --resume the search for a size starts at the
 tile that the table has, and sizes that it has not stay out: run once, then with --resume under the other version.
 
-usage: python benches/tune_tiles.py [--resume] [--out FILE] [--processes N]
+usage: python benches/tune_tiles.py [--resume] [--layouts aligned,ragged] [--out FILE] [--processes N]
 """
 
 import argparse
@@ -33,6 +34,7 @@ ARCHS = (90, 80)
 # Elements of the padded weight beyond which no tile was ever clean.
 LARGEST = {"half": 128 * 256, "tf32": 128 * 128, "ieee": 128 * 128}
 OPS = ("linear_act_fwd", "linear_act_bwd")
+LAYOUTS = ("aligned", "ragged")
 ROWS = (128, 64, 32, 16)
 
 
@@ -61,26 +63,22 @@ def launch(op: str, dtype: torch.dtype, precision: str, m: int, k: int, n: int, 
     return aot.launches(linear.linear_act_bwd, *arguments)[0]
 
 
-def pick(task: tuple[int, str, str, int, int], start: list[int] | None = None) -> list[int] | None:
+def pick(task: tuple[int, str, str, str, int, int], start: list[int] | None = None) -> list[int] | None:
     """[block_m, num_warps, num_stages, programs per SM] of the first clean candidate, from `start` on, or None."""
-    arch, op, kind, block_k, block_n = task
+    arch, op, kind, layout, block_k, block_n = task
     dtype, precision = KINDS[kind]
+    shape = (4096, block_k, block_n) if layout == "aligned" else (4099, block_k - 3, block_n - 1)
     tiles = list(candidates(op, kind, block_k, block_n))
     if start:
         tiles = tiles[[[t.block_m, t.num_warps, t.num_stages] for t in tiles].index(start[:3]) :]
     for tile in tiles:
-        fits = []
-        for m, k, n in ((4099, block_k - 3, block_n - 1), (4096, block_k, block_n)):
-            try:
-                resources = aot.compile_for(arch, launch(op, dtype, precision, m, k, n, tile))
-            except Exception as error:  # a tile that the compiler refuses is not a candidate
-                print(f"{task} {tile}: {type(error).__name__}", file=sys.stderr)
-                break
-            if resources.stack or resources.shared > aot.SHARED_LIMIT[arch]:
-                break
-            fits.append(resources.programs_per_sm(arch))
-        else:
-            return [tile.block_m, tile.num_warps, tile.num_stages, min(fits)]
+        try:
+            resources = aot.compile_for(arch, launch(op, dtype, precision, *shape, tile))
+        except Exception as error:  # a tile that the compiler refuses is not a candidate
+            print(f"{task} {tile}: {type(error).__name__}", file=sys.stderr)
+            continue
+        if resources.stack == 0 and resources.shared <= aot.SHARED_LIMIT[arch]:
+            return [tile.block_m, tile.num_warps, tile.num_stages, resources.programs_per_sm(arch)]
     return None
 
 
@@ -93,19 +91,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=TABLES / "gpu_tiles.json")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS))
     options = parser.parse_args()
     old = json.loads(options.out.read_text()) if options.resume else None
     tasks = []
-    for arch, op, kind, block_k, block_n in itertools.product(ARCHS, OPS, KINDS, WIDTHS, WIDTHS):
-        start = old and old["tiles"][f"sm_{arch}"][op][kind].get(f"{block_k}x{block_n}")
+    for task in itertools.product(ARCHS, OPS, KINDS, options.layouts.split(","), WIDTHS, WIDTHS):
+        arch, op, kind, layout, block_k, block_n = task
+        start = old and old["tiles"][f"sm_{arch}"][op][kind][layout].get(f"{block_k}x{block_n}")
         if block_k * block_n <= LARGEST[kind] and (start or not old):
-            tasks.append(((arch, op, kind, block_k, block_n), start))
-    tiles: dict = {f"sm_{arch}": {op: {kind: {} for kind in KINDS} for op in OPS} for arch in ARCHS}
+            tasks.append((task, start))
+    tiles: dict = {
+        f"sm_{arch}": {op: {kind: {layout: {} for layout in LAYOUTS} for kind in KINDS} for op in OPS} for arch in ARCHS
+    }
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for done, (task, row) in enumerate(zip(tasks, pool.map(_pick, tasks), strict=True), 1):
-            (arch, op, kind, block_k, block_n), start = task
+            (arch, op, kind, layout, block_k, block_n), start = task
             if row:
-                tiles[f"sm_{arch}"][op][kind][f"{block_k}x{block_n}"] = row
+                tiles[f"sm_{arch}"][op][kind][layout][f"{block_k}x{block_n}"] = row
             print(f"{done}/{len(tasks)} {task[0]} {start or ''} -> {row}", file=sys.stderr)
     table = {
         "about": "block_k x block_n: [block_m, num_warps, num_stages, programs per SM]; from benches/tune_tiles.py",

@@ -16,7 +16,7 @@ transpose of something that itself came from a product: triton 3.4.0-3.7.0 misco
 (flash-linear-attention #640, #826).
 """
 
-import math
+import itertools
 
 import torch
 import triton
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import device
 from .linear import INTERPRETED, _current, _sum_slots
-from .plan import MlpPlan, MlpSegment
+from .plan import MlpPlan
 
 Tensors = tuple[Tensor, ...]
 Maybe = tuple[Tensor | None, ...]
@@ -175,9 +175,8 @@ def mlp_fwd_kernel(
                     loss.to(loss_ptr.dtype.element_ty),
                     mask=mask_mt,
                 )
-    if loss_ptr is not None:
-        if SUMMED:
-            tl.store(loss_ptr + tl.program_id(0), (tl.sum(sums, axis=0) * scale).to(loss_ptr.dtype.element_ty))
+    if loss_ptr is not None and SUMMED:
+        tl.store(loss_ptr + tl.program_id(0), (tl.sum(sums, axis=0) * scale).to(loss_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -488,7 +487,7 @@ def _slots(widths, wanted):
     """Where each wanted gradient begins in a slot, -1 for the others, and the slot's size. 8 elements align all."""
     _, weights, biases = wanted
     at_weights, at_biases, size = [], [], 0
-    for l, (k, n) in enumerate(zip(widths, widths[1:])):
+    for l, (k, n) in enumerate(itertools.pairwise(widths)):
         at_weights.append(size if weights[l] else -1)
         size += -(-n * k // 8) * 8 if weights[l] else 0
         at_biases.append(size if biases[l] else -1)
@@ -507,7 +506,7 @@ def _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head=N
     at_weights, at_biases, size = _slots(widths, wanted)
     inputs = dict(zip(plan.boundaries, saved, strict=True)) | {0: x}
     # Below the first layer of which anything is wanted, dz need not be known.
-    first = 0 if need_dx else min((l for l in range(len(weights)) if wanted[1][l] or wanted[2][l]), default=len(weights))
+    first = next((l for l in range(len(weights)) if need_dx or wanted[1][l] or wanted[2][l]), len(weights))
     # One program writes the gradients themselves; several write fp32 slots that are then summed.
     programs = plan.segments[0].programs
     flat = x.new_empty((size,)) if size else None
@@ -568,6 +567,8 @@ def _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head=N
         if size and programs > 1:
             _sum_slots(slots, flat, None)
     # Views are made once all is launched: the launches are what a GPU waits for.
-    dweights = tuple(None if a < 0 else flat[a : a + w.numel()].view(w.shape) for a, w in zip(at_weights, weights))
-    dbiases = tuple(None if a < 0 else flat[a : a + w.shape[0]] for a, w in zip(at_biases, weights))
+    dweights = tuple(
+        None if a < 0 else flat[a : a + w.numel()].view(w.shape) for a, w in zip(at_weights, weights, strict=True)
+    )
+    dbiases = tuple(None if a < 0 else flat[a : a + w.shape[0]] for a, w in zip(at_biases, weights, strict=True))
     return dx if need_dx else None, dweights, dbiases

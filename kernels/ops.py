@@ -3,6 +3,7 @@
 Below it nothing is checked again. Layers ask `refusal` first; it names what keeps a call from the kernels.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -49,18 +50,21 @@ def cpu_vendor() -> str:
 
 
 @functools.cache
-def _describe(device: torch.device, interpreted: bool = False) -> Device:
+def _look_at(device: torch.device) -> Device:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        described = Device(
-            "cuda", 10 * properties.major + properties.minor, properties.multi_processor_count, triton=has_triton()
-        )
-        if not torch.compiler.is_compiling() and (reason := planning.refusal(1, 1, 1, "float32", described)):
-            warnings.warn(f"perceptriton runs as plain torch on {device}: {reason}", stacklevel=2)
-        return described
-    if device.type == "cpu":
-        return Device("cpu", 90, 1, cpu_vendor(), triton=interpreted)
-    return Device(device.type)
+        arch = 10 * properties.major + properties.minor
+        return Device("cuda", arch, properties.multi_processor_count, triton=has_triton())
+    return Device("cpu", 90, 1, cpu_vendor()) if device.type == "cpu" else Device(device.type)
+
+
+@functools.cache
+def _describe(device: torch.device, interpreted: bool = False) -> Device:
+    """What plans need to know of a device. Says once if it is a GPU that the kernels cannot use."""
+    described = _look_at(device)
+    if described.kind == "cuda" and (reason := planning.refusal(1, 1, 1, "float32", described)):
+        warnings.warn(f"perceptriton runs as plain torch on {device}: {reason}", stacklevel=2)
+    return dataclasses.replace(described, triton=True) if interpreted else described
 
 
 def _device_for(device: torch.device, impl: str | None) -> Device:
@@ -124,7 +128,7 @@ def refusal(
 
 def launchable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a traced program may call the kernels for this dtype on this device. Looks at no shape."""
-    described = _describe(device)
+    described = _look_at(device)  # in a traced program a warning would be an error
     return described.triton and described.arch >= 80 and dtype in _NAMES
 
 

@@ -7,6 +7,7 @@ data: `gpu_tiles.json` lists the tiles that compile without register spills for 
 """
 
 import functools
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,9 @@ def _kind(dtype: str, precision: str) -> str:
 def _rows_tile(op: str, k: int, n: int, kind: str, arch: int) -> tuple[Tile, int] | None:
     """The clean tile of a one-tile-wide kernel and how many programs fit on an SM, or None."""
     block_k, block_n = max(_next_power_of_2(k), 16), max(_next_power_of_2(n), 16)
-    row = _table("gpu_tiles.json")["tiles"][_generation(arch)][op].get(kind, {}).get(f"{block_k}x{block_n}")
+    # Widths that are no multiple of 16 are loaded element by element, which takes registers from the tile.
+    layout = "ragged" if k % 16 or n % 16 else "aligned"
+    row = _table("gpu_tiles.json")["tiles"][_generation(arch)][op][kind][layout].get(f"{block_k}x{block_n}")
     if row is None:
         return None
     block_m, num_warps, num_stages, per_sm = row
@@ -187,12 +190,7 @@ def _cpu_table(dtype: str, vendor: str) -> dict:
 
 
 def _onednn(rule: dict | None, m: int, k: int, n: int) -> bool:
-    return (
-        rule is not None
-        and m * k * n >= rule["min_macs"]
-        and min(k, n) >= rule["min_width"]
-        and m <= rule["max_rows_per_width"] * min(k, n)
-    )
+    return rule is not None and m * k * n >= rule["min_macs"] and min(k, n) >= rule["min_width"] and k >= rule["min_in"]
 
 
 def _cpu_fwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
@@ -228,7 +226,7 @@ class MlpTile:
     block_m: int
     num_warps: int
     num_stages: int
-    resident: bool = True  # weights stay on chip; else they are loaded again for every row tile
+    resident: bool = True  # weights are loaded once per program; else once per row tile (forward only)
 
 
 @dataclass(frozen=True)
@@ -245,8 +243,8 @@ class MlpSegment:
 class MlpPlan:
     """How a whole network runs in one direction.
 
-    `impl` is "fused" (each segment is one kernel, activations stay in registers inside it; forward in the order of
-    `segments`, backward in reverse) or "layers" (the network does not fit: layer by layer, or plain torch).
+    `impl` is "fused" (each segment is one kernel, inside which activations never leave the chip; forward in the order
+    of `segments`, backward in reverse, with one number of programs) or "layers" (not as a whole: layer by layer).
     """
 
     impl: str
@@ -258,3 +256,139 @@ class MlpPlan:
     def boundaries(self) -> tuple[int, ...]:
         """The layers at which a segment other than the first begins: a backward pass needs their inputs."""
         return tuple(segment.first for segment in self.segments[1:])
+
+
+MLP_MAX_WIDTH = 128
+
+# Sums of weight gradients live in registers next to the activations: one backward kernel takes 8, 4, 2 or 1 layers of
+# width 16, 32, 64 or 128. In between, a layer counts as the geometric mean of its two widths.
+MLP_BACKWARD_WIDTHS = 128
+
+# fp32 products on the FMA units make a pass bound by arithmetic from these widths on, and the backward pass computes
+# the forward once more. Up to so many rows the launches that are saved count for more. Derived from peak rates, not
+# yet measured.
+MLP_IEEE_MAX_WIDTH = {False: 64, True: 32}  # backward?
+MLP_IEEE_ROWS = 1 << 14
+
+
+@functools.lru_cache(maxsize=4096)
+def mlp_fwd(
+    m: int,
+    widths: tuple[int, ...],
+    dtype: str,
+    precision: str,
+    device: Device,
+    save: bool = False,
+    loss: bool = False,
+    impl: str | None = None,
+) -> MlpPlan:
+    """The plan for a network of layers widths[l] -> widths[l + 1] on m rows.
+
+    save: activations between the layers are to be stored too, those at `boundaries` of the backward plan. loss: the
+    network ends in the fused cross entropy.
+    """
+    return _mlp("mlp_fwd" if save else "mlp_infer", m, widths, dtype, precision, device, loss, impl)
+
+
+@functools.lru_cache(maxsize=4096)
+def mlp_bwd(
+    m: int,
+    widths: tuple[int, ...],
+    dtype: str,
+    precision: str,
+    device: Device,
+    loss: bool = False,
+    impl: str | None = None,
+) -> MlpPlan:
+    """The plan for all gradients of the same network from dy, x, the parameters and the inputs of `boundaries`."""
+    return _mlp("mlp_bwd", m, widths, dtype, precision, device, loss, impl)
+
+
+def mlp_bytes(m: int, widths: tuple[int, ...], itemsize: int, forward: MlpPlan, backward: MlpPlan | None = None) -> int:
+    """Bytes that fused plans move between the chip and its memory: a forward pass, or a training step.
+
+    Forward, every segment reads its input and its parameters and writes its output; with a backward plan of S segments
+    the S - 1 activations at its boundaries are written too. Backward, every segment reads its input, dy and its
+    parameters and writes dx; several programs write and read a slot of fp32 sums each, and the gradients are written
+    once. With one forward segment and all widths equal that is 2 activations for inference, and 1 + 4 S for a training
+    step, plus parameters and slots.
+    """
+    parameters = sum(n * (k + 1) for k, n in itertools.pairwise(widths))
+    ends = {segment.last for segment in forward.segments}
+    stored = ends | set(backward.boundaries if backward else ())
+    activations = sum(widths[segment.first] for segment in forward.segments) + sum(widths[l] for l in stored)
+    total = itemsize * (m * activations + parameters)
+    if backward:
+        activations = sum(2 * widths[segment.first] + widths[segment.last] for segment in backward.segments)
+        programs = backward.segments[0].programs
+        total += itemsize * (m * activations + 2 * parameters) + (8 * programs * parameters if programs > 1 else 0)
+    return total
+
+
+def _mlp(op: str, m, widths, dtype, precision, device, loss, impl) -> MlpPlan:
+    if reason := refusal(m, min(widths), 1, dtype, device):
+        return MlpPlan("layers", reason)
+    if device.kind == "cpu" and not device.triton:
+        return MlpPlan("layers", "no kernels for the CPU")
+    if impl == "torch":
+        return MlpPlan("layers", 'impl="torch"')
+    if max(widths) > MLP_MAX_WIDTH:
+        return MlpPlan("layers", f"a width of {max(widths)}: networks stay on chip up to {MLP_MAX_WIDTH}")
+    kind, backward = _kind(dtype, precision), op == "mlp_bwd"
+    if impl is None and kind == "ieee" and m > MLP_IEEE_ROWS and max(widths) > MLP_IEEE_MAX_WIDTH[backward]:
+        return MlpPlan("layers", f"fp32 at a width of {max(widths)} is bound by arithmetic, and fusing saves none")
+    found = _mlp_segments(op, widths, loss, kind, device.arch)
+    if found is None:
+        return MlpPlan("layers", f"{kind} products at these widths spill registers in every tile")
+    programs = [min(_cdiv(m, tile.block_m), device.units * per_sm) for _, _, tile, per_sm in found]
+    if backward:
+        # One slot of sums per program: what the slots take must stay small beside the activations.
+        slot = 4 * sum(n * (k + 1) for k, n in itertools.pairwise(widths))
+        activations = (4 if dtype == "float32" else 2) * m * (widths[0] + widths[-1])
+        few = all(m <= 4 * tile.block_m for _, _, tile, _ in found)
+        programs = [1 if few else min(*programs, max(device.units, activations // (8 * slot)))] * len(found)
+    segments = tuple(
+        MlpSegment(first, last, tile, count) for (first, last, tile, _), count in zip(found, programs, strict=True)
+    )
+    cut = f" in {len(segments)} segments" if len(segments) > 1 else ""
+    rest = "x and dy are read once each" if backward else "x is read once, y written once"
+    return MlpPlan("fused", f"activations stay on chip{cut}; {rest}", segments, precision)
+
+
+def _mlp_segments(
+    op: str, widths: tuple[int, ...], loss: bool, kind: str, arch: int
+) -> list[tuple[int, int, MlpTile, int]] | None:
+    """(first, last, tile, programs per SM) of the fewest segments, cut where the network is narrow, or None."""
+    # best[l]: (number of segments, widths at their boundaries, segments) for the layers before l
+    best: list = [(0, 0, [])]
+    for last in range(1, len(widths)):
+        options = []
+        for first in range(last - 1, -1, -1):
+            row = _mlp_row(op, widths[first : last + 1], loss and last == len(widths) - 1, kind, arch)
+            if row is None:
+                continue
+            count, width, segments = best[first]
+            tile = MlpTile(row[0], row[1], row[2], bool(row[3]))
+            options.append((count + 1, width + widths[first], [*segments, (first, last, tile, row[4])]))
+        if not options:
+            return None
+        best.append(min(options, key=lambda option: option[:2]))
+    return best[-1][2]
+
+
+@functools.lru_cache(maxsize=4096)
+def _mlp_row(op: str, widths: tuple[int, ...], loss: bool, kind: str, arch: int) -> list[int] | None:
+    """The first row of the table whose chain is at least as wide everywhere and at least as long, or None."""
+    chain = tuple(max(_next_power_of_2(width), 16) for width in widths)
+    if op == "mlp_bwd" and sum((k * n) ** 0.5 for k, n in itertools.pairwise(chain)) > MLP_BACKWARD_WIDTHS:
+        return None
+    table = _table("mlp_tiles.json")["tiles"][_generation(arch)]
+    exact = not loss and widths[0] % 16 == 0 and widths[-1] % 16 == 0
+    for name in (op, "mlp_fwd") if op == "mlp_infer" else (op,):
+        for layout in ("exact", "ragged") if exact else ("ragged",):
+            for key, row in table[name].get(kind, {}).get(layout, {}).items():
+                other = tuple(map(int, key.split("-")))
+                starts = range(len(other) - len(chain) + 1)
+                if any(all(a >= b for a, b in zip(other[i:], chain, strict=False)) for i in starts):
+                    return row
+    return None

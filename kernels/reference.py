@@ -6,6 +6,7 @@ Shapes: x (M, K), weight (N, K), bias (N,), y and dy (M, N). With dz = dy * act'
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -23,7 +24,10 @@ def onednn_linear():
     """
     try:
         linear = torch.ops.mkldnn._linear_pointwise.default
-        x, weight, bias = torch.eye(3, 4), torch.arange(8.0).view(2, 4), torch.tensor([0.5, -0.5])
+        # Whatever device and dtype this process has as its defaults.
+        x = torch.eye(3, 4, dtype=torch.float32, device="cpu")
+        weight = torch.arange(8, dtype=torch.float32, device="cpu").view(2, 4)
+        bias = x.new_tensor([0.5, -0.5])
         for post_op, function in (("none", torch.clone), ("sigmoid", torch.sigmoid), ("tanh", torch.tanh)):
             want = function(torch.addmm(bias, x, weight.t()))
             if not torch.allclose(linear(x, weight, bias, post_op, [], ""), want, atol=1e-6):
@@ -81,8 +85,8 @@ def _linear_act_bwd_chunked(
     m, n = dy.shape
     dx = dy.new_empty((m, weight.shape[1])) if need_dx and weight is not None else None
     # Sums over the pieces are kept in fp32 whatever the dtype.
-    dweight = torch.zeros((n, x.shape[1]), dtype=torch.float32) if need_dweight and x is not None else None
-    dbias = torch.zeros(n, dtype=torch.float32) if need_dbias else None
+    dweight = dy.new_zeros((n, x.shape[1]), dtype=torch.float32) if need_dweight and x is not None else None
+    dbias = dy.new_zeros(n, dtype=torch.float32) if need_dbias else None
     buffer = dy.new_empty((plan.chunk, n))
     for start in range(0, m, plan.chunk):
         rows = slice(start, min(start + plan.chunk, m))
@@ -115,11 +119,12 @@ def linear_act_double(
     activation: str,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The same gradients from differentiable operations: what backward returns under create_graph."""
+    """The same gradients from differentiable operations, for any leading dimensions: what create_graph needs."""
     need_dx, need_dweight, need_dbias = wanted
     dz = dy * ACTIVATIONS[activation].prime(y)
+    flat = dz.reshape(math.prod(dz.shape[:-1]), dz.shape[-1])
     return (
-        torch.mm(dz, weight) if need_dx and weight is not None else None,
-        torch.mm(dz.t(), x) if need_dweight and x is not None else None,
-        dz.sum(0) if need_dbias else None,
+        torch.matmul(dz, weight) if need_dx and weight is not None else None,
+        torch.mm(flat.t(), x.reshape(flat.shape[0], x.shape[-1])) if need_dweight and x is not None else None,
+        flat.sum(0) if need_dbias else None,
     )

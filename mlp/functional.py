@@ -17,13 +17,17 @@ class LinearActFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, activation, impl):
         y = ops.linear_act_fwd(x, weight, bias, activation, impl)
         need_dx, need_dweight, _ = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(x if need_dweight else None, weight if need_dx else None, y)
+        ctx.save_for_backward(
+            x if need_dweight else None, weight if need_dx else None, None if activation == "identity" else y
+        )
         ctx.activation, ctx.impl = activation, impl
         return y
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, y = ctx.saved_tensors
+        if y is None:
+            y = dy  # identity: its derivative asks for a shape only
         wanted = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph: gradients that can themselves be differentiated, exact to any order.
@@ -78,12 +82,18 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, imp
     return linear_act(x, weight, bias, "sigmoid", impl=impl)
 
 
+def _product_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
+    """The dtype in which torch would multiply x, and whether that is autocast's."""
+    kind = x.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(kind), True
+    return x.dtype, False
+
+
 def _planned(x, weight, bias, activation, impl):
     if activation not in ACTIVATIONS or impl not in ops.IMPLS:
         raise ValueError
-    kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and x.dtype is not torch.float64
-    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    dtype, autocast = _product_dtype(x)
     if refused := ops.refusal(x, weight, bias, dtype, autocast, impl):
         if impl == "triton":
             _check(x, weight, bias, activation, impl)
@@ -102,9 +112,7 @@ def _planned(x, weight, bias, activation, impl):
 def _traced(x, weight, bias, activation, impl):
     # Nothing here looks at a size, so that a dynamic batch compiles once. On the CPU and under export plain
     # operations are traced: the compiler fuses them, and an exported graph needs no op of ours.
-    kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and x.dtype is not torch.float64
-    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    dtype, autocast = _product_dtype(x)
     if impl == "triton" or (
         impl is None and x.is_cuda and not torch.compiler.is_exporting() and ops.launchable(x.device, dtype)
     ):
@@ -135,5 +143,5 @@ def _check(x, weight, bias, activation, impl) -> None:
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}") from None
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if tensor.dtype != x.dtype and not _product_dtype(x)[1]:
             raise ValueError(f"{name} is {tensor.dtype}, but x {x.dtype}") from None

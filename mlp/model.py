@@ -1,5 +1,6 @@
 """Whole networks."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +23,8 @@ class _Run:
     """What `MLP.forward` needs to skip the calls of its layers, valid as long as `modules` are those of the network."""
 
     modules: tuple[nn.Module, ...]
-    layers: list[tuple[dict, dict, Callable[[Tensor], Tensor]]]  # attributes, parameters, activation; [] to call all
+    layers: list[tuple[dict, Callable[[Tensor], Tensor]]]  # parameters, activation; [] to call all modules
+    attributes: list[dict]  # those of every module: an instance may get a forward of its own
     hooks: list[dict]  # the hooks of every module: alive, so seen as soon as one is registered
     growth: float  # multiply-adds of the largest layer per element of the input
 
@@ -37,7 +39,8 @@ class MLP(nn.Sequential):
     Each fused layer is followed by an `nn.Identity` in the place where the activation would stand, so `state_dict`
     loads strictly into `nn.Sequential(nn.Linear(...), nn.Sigmoid(), ...)` and back.
 
-    Raises ValueError for fewer than two sizes, a size below 0 and an unknown activation.
+    Raises TypeError for sizes that are no sequence of ints, ValueError for fewer than two of them, for one below 0 and
+    for an unknown activation.
     """
 
     def __init__(
@@ -49,14 +52,18 @@ class MLP(nn.Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not isinstance(sizes, Sequence) or not all(isinstance(size, int) for size in sizes):
+            raise TypeError(f"sizes must be a sequence of ints, not {sizes!r}")
         if len(sizes) < 2:
             raise ValueError(f"sizes must hold an input and an output width, not {list(sizes)}")
         if min(sizes) < 0:
             raise ValueError(f"sizes must not be negative: {list(sizes)}")
-        names = [activation] * (len(sizes) - 2) + [activation if output_activation is None else output_activation]
-        for name in (activation, *names):
+        if output_activation is None:
+            output_activation = activation
+        for argument, name in (("activation", activation), ("output_activation", output_activation)):
             if name not in LAYERS:
-                raise ValueError(f"activation must be one of {', '.join(LAYERS)}, not {name!r}")
+                raise ValueError(f"{argument} must be one of {', '.join(LAYERS)}, not {name!r}")
+        names = [activation] * (len(sizes) - 2) + [output_activation]
         modules: list[nn.Module] = []
         for name, (inputs, outputs) in zip(names, pairwise(sizes), strict=True):
             modules += [LAYERS[name](inputs, outputs, bias, device, dtype), nn.Identity()]
@@ -71,7 +78,7 @@ class MLP(nn.Sequential):
             run = self.__dict__["_run"] = self._plan()
         if run.layers and input.is_cpu and not any(run.hooks) and not _has_any_global_hook():
             small = ops.small_cpu_products.get(input.dtype) or ops.small_cpu_product(input.dtype)
-            if input.numel() * run.growth < small:
+            if input.numel() * run.growth < small and not any("forward" in own for own in run.attributes):
                 try:
                     return self._small(run, input)
                 except (LookupError, RuntimeError, TypeError):
@@ -80,9 +87,7 @@ class MLP(nn.Sequential):
 
     def _small(self, run: _Run, y: Tensor) -> Tensor:
         # Plain torch operations, as the layers themselves would choose here, without the calls of 2 L modules.
-        for attributes, parameters, activation in run.layers:
-            if "forward" in attributes:
-                raise LookupError
+        for parameters, activation in run.layers:
             y = activation(F.linear(y, parameters["weight"], parameters["bias"]))
         return y
 
@@ -90,18 +95,18 @@ class MLP(nn.Sequential):
         modules = tuple(self._modules.values())
         layers = [cast(nn.Linear, module) for module in modules if type(module) is not nn.Identity]
         if not layers or not all(type(layer) in LAYERS.values() for layer in layers):
-            return _Run(modules, [], [], 0.0)
+            return _Run(modules, [], [], [], 0.0)
         macs = max(layer.in_features * layer.out_features for layer in layers)
         return _Run(
             modules,
             [
                 (
-                    layer.__dict__,
                     layer._parameters,
                     ACTIVATIONS[layer.activation if isinstance(layer, LinearAct) else "identity"].forward,
                 )
                 for layer in layers
             ],
+            [module.__dict__ for module in modules],
             [
                 hooks
                 for m in modules
@@ -114,5 +119,9 @@ class MLP(nn.Sequential):
         return {name: value for name, value in self.__dict__.items() if name != "_run"}
 
     def __getitem__(self, index):
-        # A slice is no longer the network that the constructor describes.
-        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+        # A slice is no longer the network that the constructor describes. Its modules keep their names, as in torch.
+        return (
+            nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+            if isinstance(index, slice)
+            else super().__getitem__(index)
+        )

@@ -229,9 +229,9 @@ def rows_of(tune, takes_second, role="forward", gain=1.5):
 @pytest.mark.parametrize(
     "rule",
     [
-        {"min_macs": 1 << 20, "min_width": 8, "max_rows_per_width": 16},
-        {"min_macs": 1 << 23, "min_width": 64, "max_rows_per_width": 4},
-        {"min_macs": 1 << 16, "min_width": 16, "max_rows_per_width": 1 << 12},
+        {"min_macs": 1 << 20, "min_width": 8, "min_in": 8},
+        {"min_macs": 1 << 23, "min_width": 64, "min_in": 64},
+        {"min_macs": 1 << 16, "min_width": 2, "min_in": 128},
     ],
     ids=str,
 )
@@ -239,7 +239,7 @@ def test_fit_recovers_a_rule(bench, rule):
     tune = bench("tune_cpu")
 
     def takes_onednn(m, k, n):
-        return m * k * n >= rule["min_macs"] and rule["min_width"] <= min(k, n) >= m / rule["max_rows_per_width"]
+        return m * k * n >= rule["min_macs"] and min(k, n) >= rule["min_width"] and k >= rule["min_in"]
 
     rows = rows_of(tune, takes_onednn)
     assert 0 < sum(takes_onednn(*shape) for shape in SHAPES) < len(SHAPES)
@@ -249,7 +249,7 @@ def test_fit_recovers_a_rule(bench, rule):
     # Reluctant, never beyond the rule: where no row tells, mm stays.
     assert found["min_width"] >= rule["min_width"]
     assert found["min_macs"] >= rule["min_macs"]
-    assert found["max_rows_per_width"] <= rule["max_rows_per_width"]
+    assert found["min_in"] >= rule["min_in"]
 
 
 def test_fit_leaves_alone_what_always_loses(bench):
@@ -285,7 +285,7 @@ def test_fit_of_small_and_chunks(bench):
 
 def test_thresholds_are_in_force_only_inside(bench):
     tune = bench("tune_cpu")
-    rule = {"min_macs": 1, "min_width": 1, "max_rows_per_width": 1 << 20}
+    rule = {"min_macs": 1, "min_width": 1, "min_in": 1}
     thresholds = {"small": 0, "forward": rule, "dx": None, "dweight": rule, "chunk_above_bytes": 0, "chunk_bytes": 1}
     before = kernels.explain((4096, 8), (8, 8))
     with tune.in_force(thresholds):
@@ -321,17 +321,20 @@ def test_table_keeps_other_vendors(bench):
     tune = bench("tune_cpu")
     document = {
         "thresholds": {"any": {"float32": {"small": 1}}, "AMD": {"float32": {"small": 2}, "float16": {"small": 3}}},
-        "measured": {"Intel": {"rows": {}}, "AMD": {"rows": {"bfloat16": [["dx", 1, 1, 1, 1.0, 1.0]]}}},
+        "measured": {"Intel": {"threads": 4}, "AMD": {"threads": 1}},
     }
-    rows = [tune.Row("forward", 64, 32, 16, 1.23456, 2.0)]
-    merged = tune.merge(document, "AMD", {"float32": ({"small": 9}, rows)}, {"threads": 2})
+    merged = tune.merge(document, "AMD", {"float32": {"small": 9}}, {"threads": 2})
     assert merged["thresholds"]["any"] == {"float32": {"small": 1}}
     assert merged["thresholds"]["AMD"] == {"float32": {"small": 9}, "float16": {"small": 3}}
-    assert merged["measured"]["Intel"] == {"rows": {}}
-    assert merged["measured"]["AMD"]["threads"] == 2
-    text = tune.text(merged)
-    assert '["forward", 64, 32, 16, 1.23, 2.0]' in text
-    assert json.loads(text)["measured"]["AMD"]["rows"].keys() == {"float32", "bfloat16"}
+    assert merged["measured"] == {"Intel": {"threads": 4}, "AMD": {"threads": 2}}
+
+
+def test_table_holds_a_row_per_line(bench):
+    tune = bench("tune_cpu")
+    document = {"rows": {"float32": [["forward", 64, 32, 16, 1.2, 2.0]]}}
+    text = tune.text(document)
+    assert '["forward", 64, 32, 16, 1.2, 2.0]' in text
+    assert json.loads(text) == document
 
 
 # --- the report --------------------------------------------------------------------------------------------

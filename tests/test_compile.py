@@ -42,10 +42,10 @@ def _cases():
     table = planning._table("gpu_tiles.json")["tiles"]
     for arch, (op, plan_for), kind in itertools.product(CHIPS, ops.items(), KINDS):
         dtype, precision = KINDS[kind]
-        for size in table[f"sm_{arch}"][op][kind]:
-            k, n = map(int, size.split("x"))
-            # Odd widths inside the same tile: every access is scalar and masked, which costs registers.
-            for layout, shape in (("aligned", (65536, k, n)), ("ragged", (65531, k - 3, n - 1))):
+        for layout, sizes in table[f"sm_{arch}"][op][kind].items():
+            for size in sizes:
+                k, n = map(int, size.split("x"))
+                shape = (65536, k, n) if layout == "aligned" else (65531, k - 3, n - 1)
                 plan = plan_for(*shape, NAMES[dtype], precision, CHIPS[arch])
                 if plan.impl == "rows":
                     yield f"sm_{arch}-{op}-{kind}-{size}-{layout}", arch, op, kind, shape, plan

@@ -94,9 +94,10 @@ def test_every_plan_gives_a_reason():
 def test_tile_table_is_well_formed(arch):
     for op, kinds in planning._table("gpu_tiles.json")["tiles"][arch].items():
         assert op in ("linear_act_fwd", "linear_act_bwd")
-        for kind, rows in kinds.items():
+        for (kind, layouts), layout in itertools.product(kinds.items(), ("aligned", "ragged")):
             assert kind in ("half", "tf32", "ieee")
-            for size, (block_m, num_warps, num_stages, per_sm) in rows.items():
+            assert layouts[layout]
+            for size, (block_m, num_warps, num_stages, per_sm) in layouts[layout].items():
                 assert all(int(width) in (16, 32, 64, 128, 256) for width in size.split("x"))
                 assert block_m in (16, 32, 64, 128)
                 assert num_warps in (4, 8)

@@ -1,0 +1,514 @@
+"""The whole-network kernels against fp64: on a GPU, or on the CPU in triton's interpreter."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    ACTIVATIONS,
+    DTYPES,
+    FLOOR,
+    NO_KERNELS,
+    every_other,
+    inside,
+    kernel_device,
+    off_by_one,
+    one_row,
+    one_value,
+    relative_error,
+    transposed,
+)
+
+from perceptriton.kernels.plan import MlpPlan, MlpSegment, MlpTile
+
+DEVICE = kernel_device()
+if DEVICE is None:
+    pytest.skip(NO_KERNELS, allow_module_level=True)
+
+mlp = pytest.importorskip("perceptriton.kernels.mlp")
+pytestmark = pytest.mark.usefixtures("device")
+
+IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NETS = {
+    "xor": (2, 2, 1),
+    "xor-deep": (2, 10, 10, 10, 1),
+    "digits": (32, 64, 5),
+    "one-layer": (31, 10),
+    "one-wide-layer": (128, 128),
+    "policy": (31, 64, 64, 2),
+    "funnel": (36, 64, 9, 1),
+    "wide": (100, 128, 64),
+    "exact-deep": (16, 16, 16, 16, 16, 16, 16, 16, 16),
+    "ragged-deep": (7, 33, 20, 16, 3, 9, 17, 2, 40),  # every mask is false somewhere, wide and narrow alternate
+}
+
+
+class Net:
+    """x, weights, biases (None without) and dy, with pre-activations of std 1 to 2, and what torch makes of them."""
+
+    def __init__(self, widths, m=100, dtype=torch.float32, bias=True, hidden="sigmoid", output="sigmoid", seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        def cast(tensor):
+            return tensor.to(DEVICE, dtype)
+
+        self.widths, self.dtype, self.hidden, self.output = widths, dtype, hidden, output
+        self.layers = len(widths) - 1
+        # Sigmoid layers put out 0.5 on average, with a small spread: weights of 4 / sqrt(K) keep the net alive.
+        gains = [1.4] + [4.0 if hidden == "sigmoid" else 1.6] * (self.layers - 1)
+        self.x, self.dy = cast(normal(m, widths[0])), cast(normal(m, widths[-1]))
+        self.weights = tuple(
+            cast(gain * normal(n, k) / k**0.5) for gain, (k, n) in zip(gains, itertools.pairwise(widths), strict=True)
+        )
+        # A negative mean keeps sums of half-open sigmoids out of saturation.
+        self.biases = tuple(cast(0.5 * normal(n)) for n in widths[1:]) if bias else None
+
+    def everything(self):
+        return (True, (True,) * self.layers, (self.biases is not None,) * self.layers)
+
+    def run(self, plan, forward=None, wanted=None):
+        """y, the saved activations, dx, dweights, dbiases from the launchers, whose fresh memory is full of NaN."""
+        forward, wanted = forward or plan, wanted or self.everything()
+        parameters = (self.weights, self.biases, self.hidden, self.output)
+        with poisoned():
+            y, saved = mlp.mlp_fwd(self.x, *parameters, forward, plan.boundaries)
+            dx, dweights, dbiases = mlp.mlp_bwd(self.dy, self.x, saved, *parameters, wanted, plan)
+        return y, saved, dx, dweights, dbiases
+
+    def torch(self, dtype=None, loss=None):
+        """[h_1, .., y], dx, dweights, dbiases by torch's own operations in `dtype`; y is the loss if there is one."""
+        tensors = [self.x, *self.weights, *(self.biases or ())]
+        inputs = [t.detach().to(dtype or self.dtype).requires_grad_() for t in tensors]
+        hs = [inputs[0]]
+        for l in range(self.layers):
+            z = F.linear(hs[-1], inputs[1 + l], inputs[1 + self.layers + l] if self.biases is not None else None)
+            act = self.output if l == self.layers - 1 else self.hidden
+            hs.append(z if act == "identity" or (loss and l == self.layers - 1) else getattr(torch, act)(z))
+        y = loss(hs[-1]) if loss else hs[-1]
+        dy = self.dy.reshape(y.shape) if y.numel() == self.dy.numel() else torch.tensor(0.7, device=DEVICE)
+        dx, *gradients = torch.autograd.grad(y, inputs, dy.to(y.dtype))
+        return [h.detach() for h in hs[1:-1]] + [y.detach()], dx, gradients[: self.layers], gradients[self.layers :]
+
+
+@contextlib.contextmanager
+def poisoned():
+    """torch.empty gives NaN. Around the launchers only: some of torch's own operations refuse this mode on a GPU."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1, device=DEVICE).isnan().all()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def fused(layers, *cuts, programs=3, block_m=16, resident=True, num_warps=4):
+    """A plan with a new segment at each of the cuts."""
+    ends = (0, *cuts, layers)
+    tile = MlpTile(block_m, num_warps, 1, resident)
+    return MlpPlan(
+        "fused", "the test says so", tuple(MlpSegment(*pair, tile, programs) for pair in itertools.pairwise(ends))
+    )
+
+
+def check(net, actual, loss=None):
+    """Every tensor is as near the truth as the worst of its kind that torch computes in this dtype, twice.
+
+    A tensor of one or two numbers may be near by luck; the worst of torch's is not.
+    """
+    y, _, dx, dweights, dbiases = actual
+    torch_hs, torch_dx, torch_dweights, torch_dbiases = net.torch(loss=loss)
+    hs, exact_dx, exact_dweights, exact_dbiases = net.torch(torch.float64, loss)
+    kinds = {
+        "y": ([y], torch_hs[-1:], hs[-1:]),
+        "dx": ([dx], [torch_dx], [exact_dx]),
+        "dweight": (dweights, torch_dweights, exact_dweights),
+        "dbias": (dbiases if net.biases is not None else (), torch_dbiases, exact_dbiases),
+    }
+    for name, (ours, theirs, exact) in kinds.items():
+        torch_error = max((relative_error(t, e) for t, e in zip(theirs, exact, strict=True)), default=0)
+        bound = 2 * torch_error + FLOOR[net.dtype]
+        for l, (a, e) in enumerate(zip(ours, exact, strict=True)):
+            error = relative_error(a, e)
+            # `not <=`: a NaN must fail
+            if not error <= bound:
+                raise AssertionError(f"{name} {l}: error {error:.2e} > {bound:.2e} (torch {torch_error:.2e})")
+
+
+def flat(actual):
+    y, saved, dx, dweights, dbiases = actual
+    return [t for t in (y, *saved, dx, *dweights, *dbiases) if t is not None]
+
+
+# --- against fp64 -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
+@pytest.mark.parametrize("widths", NETS.values(), ids=NETS)
+def test_as_good_as_torch(widths, dtype, bias):
+    # 100 rows are 7 tiles over 3 programs, the last tile partly filled.
+    net = Net(widths, dtype=dtype, bias=bias)
+    actual = net.run(fused(net.layers))
+    for name, tensor in zip("y dx".split(), (actual[0], actual[2]), strict=True):
+        assert tensor.dtype is dtype, name
+        assert tensor.is_contiguous(), name
+    for parameter, gradient in zip((*net.weights, *(net.biases or ())), (*actual[3], *actual[4]), strict=False):
+        assert gradient.dtype is dtype
+        assert gradient.shape == parameter.shape
+        assert gradient.data_ptr() % 16 == 0
+    check(net, actual)
+
+
+@pytest.mark.parametrize("output", ACTIVATIONS)
+@pytest.mark.parametrize("hidden", ACTIVATIONS)
+def test_activations(hidden, output):
+    net = Net((7, 20, 33, 3), hidden=hidden, output=output)
+    check(net, net.run(fused(3, 1)))
+
+
+@pytest.mark.parametrize("m", [1, 15, 16, 17, 64])
+def test_row_counts(m):
+    net = Net((7, 20, 3), m=m)
+    check(net, net.run(fused(2)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
+@pytest.mark.parametrize("cuts", [(1,), (4,), (2, 5), tuple(range(1, 8))], ids=str)
+def test_segments_change_nothing(cuts, dtype):
+    net = Net(NETS["ragged-deep"], dtype=dtype)
+    actual = net.run(fused(8, *cuts))
+    check(net, actual)
+    for l, saved, h in zip(cuts, actual[1], (net.torch(torch.float64)[0][cut - 1] for cut in cuts), strict=True):
+        assert relative_error(saved, h) <= 8 * FLOOR[dtype], l
+    if dtype is torch.float32:
+        for a, b in zip(flat(net.run(fused(8))), flat((actual[0], (), *actual[2:])), strict=True):
+            assert relative_error(a, b) < 2e-6
+
+
+def test_forward_segments_need_not_be_those_of_backward():
+    net = Net(NETS["ragged-deep"])
+    check(net, net.run(fused(8, 3), forward=fused(8, 2, 6)))
+    check(net, net.run(fused(8), forward=fused(8, 4)))
+
+
+def test_weights_loaded_for_every_tile():
+    net = Net((100, 128, 64))
+    a = net.run(fused(2), forward=fused(2, resident=False))
+    check(net, a)
+
+
+def test_inference_stores_the_output_only(monkeypatch):
+    stored = []
+    kernel = mlp.mlp_fwd_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(**arguments):
+                stored.append([pointer is not None for pointer in arguments["out_ptrs"]])
+                return kernel[grid](**arguments)
+
+            return launch
+
+    monkeypatch.setattr(mlp, "mlp_fwd_kernel", Spy())
+    net = Net((7, 20, 33, 3))
+    y, saved = mlp.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "sigmoid", fused(3))
+    assert saved == ()
+    assert stored == [[False, False, True]]
+    assert relative_error(y, net.torch(torch.float64)[0][-1]) < 1e-6
+
+
+# --- the same result every time -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7, 12])
+def test_programs(programs):
+    # 7 tiles: one program for all, uneven shares, one each, and programs that have none and must leave zeros
+    net = Net(NETS["ragged-deep"])
+    actual = net.run(fused(8, 3, programs=programs))
+    check(net, actual)
+    assert all(
+        torch.equal(a, b) for a, b in zip(flat(actual), flat(net.run(fused(8, 3, programs=programs))), strict=True)
+    )
+
+
+@pytest.mark.parametrize("num_warps", [1, 2, 4, 8])
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+def test_tiles(block_m, num_warps):
+    if DEVICE == "cpu" and num_warps != 4:
+        pytest.skip("the interpreter has no warps")
+    net = Net((10, 31, 20, 3), m=150)
+    check(net, net.run(fused(3, 1, block_m=block_m, num_warps=num_warps)))
+
+
+def test_batch_equals_rows_one_by_one():
+    net = Net((7, 20, 33, 3), m=20)
+    y, saved, dx, dweights, dbiases = net.run(fused(3, 2))
+    x, dy = net.x, net.dy
+    sums = [torch.zeros_like(t, dtype=torch.float64) for t in (*dweights, *dbiases)]
+    for i in range(20):
+        net.x, net.dy = x[i : i + 1], dy[i : i + 1]
+        row = net.run(fused(3, 2))
+        for batched, alone in zip((y, *saved, dx), (row[0], *row[1], row[2]), strict=True):
+            assert relative_error(alone, batched[i : i + 1]) < 1e-6
+        sums = [s + t.double() for s, t in zip(sums, (*row[3], *row[4]), strict=True)]
+    for total, s in zip((*dweights, *dbiases), sums, strict=True):
+        assert relative_error(total, s) < 2e-6
+
+
+def test_two_forwards_then_a_joint_backward():
+    # What the second pass does must not disturb what the first one saved.
+    first, second = Net((7, 20, 33, 3), seed=1), Net((7, 20, 33, 3), seed=2)
+    plan, results = fused(3, 1), []
+    for net in (first, second):
+        results.append(mlp.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "sigmoid", plan, plan.boundaries))
+    for net, (y, saved) in zip((first, second), results, strict=True):
+        parameters = (net.weights, net.biases, "sigmoid", "sigmoid")
+        check(net, (y, saved, *mlp.mlp_bwd(net.dy, net.x, saved, *parameters, net.everything(), plan)))
+
+
+def test_inputs_are_left_alone():
+    net = Net((7, 20, 3))
+    target, pos_weight = torch.rand(100, 3, device=DEVICE), torch.rand(3, device=DEVICE)
+    inputs = [net.x, net.dy, *net.weights, *net.biases, target, pos_weight]
+    before = [t.clone() for t in inputs]
+    plan = fused(2, 1)
+    y, saved = mlp.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "tanh", plan, plan.boundaries)
+    inputs, before = [*inputs, y, *saved], [*before, y.clone(), *(s.clone() for s in saved)]
+    mlp.mlp_bwd(net.dy, net.x, saved, net.weights, net.biases, "sigmoid", "tanh", net.everything(), plan)
+    head = (target, pos_weight, "none")
+    mlp.mlp_bce_fwd(net.x, net.weights, net.biases, "sigmoid", *head, torch.float32, plan, plan.boundaries)
+    mlp.mlp_bce_bwd(net.dy, net.x, saved, net.weights, net.biases, "sigmoid", *head, net.everything(), plan)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+# --- only what is wanted ------------------------------------------------------------------------------------------
+
+WANTED = {
+    "dx": (True, (False,) * 3, (False,) * 3),
+    "weights": (False, (True,) * 3, (False,) * 3),
+    "biases": (False, (False,) * 3, (True,) * 3),
+    "last-layer": (False, (False, False, True), (False, False, True)),  # the chain stops early
+    "first-bias": (False, (False,) * 3, (True, False, False)),
+    "middle": (False, (False, True, False), (False, True, True)),
+    "dx-and-middle": (True, (False, True, False), (False,) * 3),
+    "nothing": (False, (False,) * 3, (False,) * 3),
+}
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("cuts", [(), (1,), (1, 2)], ids=str)
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
+def test_only_what_is_wanted(wanted, cuts, programs):
+    net = Net((7, 20, 33, 3))
+    plan = fused(3, *cuts, programs=programs)
+    everything, some = net.run(plan), net.run(plan, wanted=wanted)
+    flags = [wanted[0], *wanted[1], *wanted[2]]
+    full, part = ((r[2], *r[3], *r[4]) for r in (everything, some))
+    for want, a, b in zip(flags, full, part, strict=True):
+        assert (b is not None) == want
+        if want:
+            assert relative_error(b, a) < 1e-6
+
+
+def test_no_launch_below_the_first_layer_that_is_wanted(monkeypatch):
+    launches = []
+    kernel = mlp.mlp_bwd_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(**arguments):
+                launches.append(arguments)
+                return kernel[grid](**arguments)
+
+            return launch
+
+    monkeypatch.setattr(mlp, "mlp_bwd_kernel", Spy())
+    net = Net((7, 20, 33, 3))
+    net.run(fused(3, 1, 2), wanted=WANTED["last-layer"])
+    assert len(launches) == 1
+    assert launches[0]["dx_ptr"] is None
+    net.run(fused(3, 1, 2), wanted=WANTED["nothing"])
+    assert len(launches) == 1
+
+
+# --- any strides --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [every_other, inside, off_by_one, transposed, one_row], ids=lambda f: f.__name__)
+def test_strides_of_x(layout):
+    net = Net((7, 20, 3))
+    net.x = layout(net.x)
+    check(net, net.run(fused(2, 1)))
+
+
+@pytest.mark.parametrize("layout", [every_other, inside, off_by_one, transposed, one_value], ids=lambda f: f.__name__)
+def test_strides_of_dy(layout):
+    net = Net((7, 20, 3))
+    net.dy = layout(net.dy)
+    check(net, net.run(fused(2, 1)))
+
+
+# --- the cross-entropy head ---------------------------------------------------------------------------------------
+
+
+def bce(net, target, pos_weight, reduction, plan, dloss, dtype=None):
+    dtype = dtype or net.dtype
+    with poisoned():
+        loss, saved = mlp.mlp_bce_fwd(
+            net.x,
+            net.weights,
+            net.biases,
+            net.hidden,
+            target,
+            pos_weight,
+            reduction,
+            dtype,
+            plan,
+            plan.boundaries,
+        )
+        gradients = mlp.mlp_bce_bwd(
+            dloss,
+            net.x,
+            saved,
+            net.weights,
+            net.biases,
+            net.hidden,
+            target,
+            pos_weight,
+            reduction,
+            net.everything(),
+            plan,
+        )
+    return loss, saved, *gradients
+
+
+def torch_bce(target, pos_weight, reduction):
+    def loss(z):
+        weight = None if pos_weight is None else pos_weight.to(z.dtype)
+        return F.binary_cross_entropy_with_logits(z, target.to(z.dtype), pos_weight=weight, reduction=reduction)
+
+    return loss
+
+
+@pytest.mark.parametrize("programs", [1, 3, 12])
+@pytest.mark.parametrize("cuts", [(), (1, 2)], ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "pos_weight"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
+def test_bce(dtype, reduction, weighted, cuts, programs):
+    net = Net((7, 20, 33, 3), dtype=dtype)
+    # soft targets, in another dtype than x
+    target = torch.rand(100, 3, device=DEVICE)
+    pos_weight = torch.tensor([0.3, 1.0, 8.0], device=DEVICE) if weighted else None
+    dloss = net.dy if reduction == "none" else torch.tensor(0.7, device=DEVICE)
+    actual = bce(net, target, pos_weight, reduction, fused(3, *cuts, programs=programs), dloss)
+    assert actual[0].dtype is dtype
+    assert actual[0].shape == (target.shape if reduction == "none" else ())
+    check(net, actual, torch_bce(target, pos_weight, reduction))
+
+
+@pytest.mark.parametrize("layout", [every_other, inside, transposed, one_row, one_value], ids=lambda f: f.__name__)
+def test_bce_strides(layout):
+    net = Net((7, 20, 3))
+    target, pos_weight = layout(torch.rand(100, 3, device=DEVICE)), torch.rand(1, device=DEVICE).expand(3)
+    actual = bce(net, target, pos_weight, "mean", fused(2), torch.tensor(0.7, device=DEVICE))
+    check(net, actual, torch_bce(target, pos_weight, "mean"))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("weight", [None, 5.0])
+def test_bce_extreme_logits(t, weight):
+    z = torch.tensor(
+        [0, 1e-30, -1e-30, 1e-4, 1, -1, 16, -16, 88, -88, 104, -104, 1e4, -1e4, 1e30, -1e30], device=DEVICE
+    )
+    # a network that passes its input through: the logits are x
+    net = Net((1, 1))
+    net.x, net.weights, net.biases = z[:, None], (torch.ones(1, 1, device=DEVICE),), (torch.zeros(1, device=DEVICE),)
+    target = torch.full_like(net.x, t)
+    pos_weight = None if weight is None else torch.tensor([weight], device=DEVICE)
+    loss, _, dx, _, _ = bce(net, target, pos_weight, "none", fused(1), torch.ones_like(target))
+    w = 1 if weight is None else weight
+    z = z.double()[:, None]
+    # written for no cancellation: torch's own form loses small losses of either sign in z - z
+    exact = torch.where(z >= 0, 1 - t, -w * t) * z + (1 + (w - 1) * t) * torch.log1p(torch.exp(-z.abs()))
+    assert ((loss - exact).abs() <= 1e-5 * exact.abs() + 1e-30).all()
+    exact = torch.sigmoid(z) * (1 + (w - 1) * t) - w * t
+    assert ((dx - exact).abs() <= 1e-6 * max(w, 1)).all()
+
+
+def test_bce_gradients_of_a_large_fp16_batch_do_not_underflow():
+    # (p - t) / 2^20 is below the normal numbers of fp16; summed first and scaled last it is not lost.
+    net = Net((7, 20, 3), m=64, dtype=torch.float16)
+    target = torch.rand(64, 3, device=DEVICE)
+    scale = 2.0**-18
+    _, _, _, dweights, _ = bce(net, target, None, "mean", fused(2), torch.tensor(scale, device=DEVICE))
+    _, _, exact, _ = net.torch(torch.float64, torch_bce(target, None, "mean"))
+    for dweight, e in zip(dweights, exact, strict=True):
+        # what is left is the rounding of the result itself, to steps of 2^-24
+        assert (dweight.double() - e * scale / 0.7).abs().max() <= 2.0**-24
+
+
+def test_bce_loss_in_another_dtype():
+    net = Net((7, 20, 3), dtype=torch.bfloat16)
+    target = torch.rand(100, 3, device=DEVICE)
+    dloss = torch.tensor(0.7, device=DEVICE)
+    for programs in (1, 3):
+        loss = bce(net, target, None, "mean", fused(2, programs=programs), dloss, torch.float32)[0]
+        assert loss.dtype is torch.float32
+        assert relative_error(loss, net.torch(torch.float64, torch_bce(target, None, "mean"))[0][-1]) < 5e-3
+
+
+# --- the yardstick itself -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["y", "dx", "dweight", "dbias"])
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.zeros_like, lambda t: torch.full_like(t, t.mean().item()), lambda t: t.flip(-1), lambda t: t * 1.05],
+    ids=["zeros", "constant", "flipped", "scaled"],
+)
+def test_wrong_results_are_refused(which, wrong):
+    net = Net((7, 20, 33, 3))
+    y, saved, dx, dweights, dbiases = net.run(fused(3))
+    if which == "y":
+        y = wrong(y)
+    elif which == "dx":
+        dx = wrong(dx)
+    elif which == "dweight":
+        dweights = (wrong(dweights[0]), *dweights[1:])
+    else:
+        dbiases = (*dbiases[:-1], wrong(dbiases[-1]))
+    with pytest.raises(AssertionError):
+        check(net, (y, saved, dx, dweights, dbiases))
+
+
+def test_transposed_weight_is_refused():
+    net = Net((20, 20, 3))
+    weights = net.weights
+    net.weights = (weights[0].t().contiguous(), *weights[1:])
+    actual = net.run(fused(2))
+    net.weights = weights
+    with pytest.raises(AssertionError):
+        check(net, actual)
+
+
+# --- on the device only -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="the interpreter cannot see what a compiler makes of it")
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
+@pytest.mark.parametrize("block_m", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+def test_gradients_of_weights_on_the_device(width, block_m, dtype):
+    # Products of transposed registers were once miscompiled for some of these tiles (see the docstring of mlp.py).
+    layers = max(128 // width, 2)
+    for num_warps in (4, 8):
+        net = Net((width,) * (layers + 1), m=1000, dtype=dtype)
+        check(net, net.run(fused(layers, *range(1, layers), block_m=block_m, num_warps=num_warps)))
