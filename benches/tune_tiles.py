@@ -18,10 +18,10 @@ import multiprocessing
 import os
 import re
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import atomic
 import torch
 import triton
 
@@ -107,6 +107,8 @@ def main() -> None:
         for done, (task, row) in enumerate(zip(tasks, pool.map(_pick, tasks), strict=True), 1):
             (arch, op, kind, layout, block_k, block_n), start = task
             if row:
+                if start and row[:3] == start[:3]:
+                    row[3] = min(row[3], start[3])
                 tiles[f"sm_{arch}"][op][kind][layout][f"{block_k}x{block_n}"] = row
             print(f"{done}/{len(tasks)} {task[0]} {start or ''} -> {row}", file=sys.stderr)
     table = {
@@ -114,12 +116,10 @@ def main() -> None:
         "triton": sorted({triton.__version__, *(old["triton"] if old else [])}),
         "tiles": tiles,
     }
-    with tempfile.NamedTemporaryFile("w", dir=options.out.parent, delete=False) as file:
-        # A row per line: a table to read and to diff.
-        text = json.dumps(table, indent=1)
-        text = re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", text)
-        file.write(text + "\n")
-    os.replace(file.name, options.out)
+    # A row per line: a table to read and to diff.
+    text = json.dumps(table, indent=1)
+    text = re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", text)
+    atomic.write(options.out, text + "\n")
 
 
 if __name__ == "__main__":

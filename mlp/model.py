@@ -76,13 +76,13 @@ class MLP(nn.Sequential):
         run = self.__dict__.get("_run")
         if run is None or run.modules != tuple(self._modules.values()):
             run = self.__dict__["_run"] = self._plan()
-        if run.layers and input.is_cpu and not any(run.hooks) and not _has_any_global_hook():
-            small = ops.small_cpu_products.get(input.dtype) or ops.small_cpu_product(input.dtype)
-            if input.numel() * run.growth < small and not any("forward" in own for own in run.attributes):
-                try:
+        try:
+            if run.layers and input.is_cpu and not any(run.hooks) and not _has_any_global_hook():
+                small = ops.small_cpu_products.get(input.dtype) or ops.small_cpu_product(input.dtype)
+                if input.numel() * run.growth < small and not any("forward" in own for own in run.attributes):
                     return self._small(run, input)
-                except (LookupError, RuntimeError, TypeError):
-                    pass  # a parametrized layer; or a wrong input, for which the layer has the better message
+        except (AttributeError, LookupError, RuntimeError, TypeError):
+            pass  # a parametrized layer; or a wrong input, for which the layer has the better message
         return super().forward(input)
 
     def _small(self, run: _Run, y: Tensor) -> Tensor:

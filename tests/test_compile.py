@@ -74,7 +74,7 @@ def _compile(case, target=None):
 
 
 @pytest.fixture(scope="session")
-def compiled(pytestconfig):
+def compiled(request, pytestconfig):
     """name -> Resources of the launches, compiled in as many processes as there are cores."""
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         table = dict(zip(CASES, pool.map(_compile, CASES.values(), chunksize=1), strict=True))

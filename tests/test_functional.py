@@ -529,6 +529,18 @@ def test_autocast(dtype, path, inside, take):
     assert_as_good_as_torch(actual, expected, exact, dtype)
 
 
+@pytest.mark.parametrize("path", ["mm", "chunked"])
+def test_backward_keeps_the_precision_of_forward(path, take):
+    take(path)
+    x, weight, bias, dy = make_layer(*SHAPES["ragged"], torch.float32)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    y = linear_act(*inputs)
+    outside = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y, inputs, dy)
+    assert same_bits(inside, outside)
+
+
 @pytest.mark.parametrize("path", ["small", "mm"])
 @pytest.mark.parametrize(
     ("x_dtype", "parameter_dtype"),
@@ -584,22 +596,22 @@ def test_functional_call(path, take):
     torch.testing.assert_close(torch.func.functional_call(model, parameters, (x,)), expected)
 
 
-@pytest.mark.parametrize("path", ["small", "mm"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "forward-and-reverse"])
+@pytest.mark.parametrize("path", ["small", "mm", "onednn"])
 @pytest.mark.parametrize("operand", range(3), ids=["x", "weight", "bias"])
-def test_forward_mode_duals(operand, path, take):
+def test_forward_mode_duals(operand, path, reverse, take):
     take(path)
-    tensors = list(make_layer(6, 4, 3, torch.float32)[:3])
+    tensors = [t.requires_grad_(reverse) for t in make_layer(6, 4, 3, torch.float32)[:3]]
     tangent = torch.randn_like(tensors[operand])
 
-    def derivative(layer):
+    def derivatives(layer):
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(tensors[operand], tangent)
-            y = layer(*tensors[:operand], dual, *tensors[operand + 1 :])
-            return forward_ad.unpack_dual(y)
+            y = forward_ad.unpack_dual(layer(*tensors[:operand], dual, *tensors[operand + 1 :]))
+            mixed = torch.autograd.grad(y.tangent.square().sum(), tensors[:2]) if reverse else ()
+            return y.primal, y.tangent, *mixed
 
-    actual, expected = derivative(linear_act), derivative(plain)
-    torch.testing.assert_close(actual.tangent, expected.tangent)
-    torch.testing.assert_close(actual.primal, expected.primal)
+    torch.testing.assert_close(derivatives(linear_act), derivatives(plain))
 
 
 # --- what is not for us -------------------------------------------------------------------------------------------

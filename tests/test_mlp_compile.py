@@ -1,0 +1,297 @@
+"""Compile-only: every tile that a plan for a whole network can pick, compiled ahead of time for its chip, with gates.
+
+No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource table is printed with -rA or -s.
+"""
+
+import itertools
+import multiprocessing
+import os
+import re
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+
+from perceptriton.kernels import Device, aot, mlp  # noqa: E402
+from perceptriton.kernels import plan as planning  # noqa: E402
+from perceptriton.kernels.plan import MlpPlan, MlpSegment, MlpTile  # noqa: E402
+
+KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
+NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+CHIPS = {80: Device("cuda", 80, 108, triton=True), 90: Device("cuda", 90, 132, triton=True)}
+TABLE = planning._table("mlp_tiles.json")["tiles"]
+
+# Nets that take the tiles of wider chains, as most nets do.
+EXAMPLES = {
+    "xor": (2, 10, 10, 10, 1),
+    "digits": (32, 64, 5),
+    "policy": (31, 64, 64, 2),
+    "funnel": (36, 64, 9, 1),
+    "field": (48, 64, 64, 64, 64, 16),
+    "ragged": (7, 33, 20, 16, 3, 9, 17, 2, 40),
+}
+
+
+def _plan(arch, op, kind, widths, rows, loss=False):
+    dtype, precision = KINDS[kind]
+    arguments = (rows, widths, NAMES[dtype], precision, CHIPS[arch])
+    if op == "mlp_bwd":
+        return planning.mlp_bwd(*arguments, loss=loss, impl="triton")
+    return planning.mlp_fwd(*arguments, save=op == "mlp_fwd", loss=loss, impl="triton")
+
+
+def _launches(op, kind, widths, rows, plan, act="sigmoid", loss=False):
+    """The launches of a plan, for tensors of the fewest attributes that a launch would see."""
+    dtype, _ = KINDS[kind]
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weights = tuple(empty(n, k) for k, n in itertools.pairwise(widths))
+    biases = tuple(empty(n) for n in widths[1:])
+    layers = len(weights)
+    x, y = empty(rows, widths[0]), empty(rows, widths[-1])
+    net, wanted = (weights, biases, act), (True, (True,) * layers, (True,) * layers)
+    if op != "mlp_bwd":
+        save = tuple(range(1, layers)) if op == "mlp_fwd" else ()
+        if loss:
+            return aot.launches(mlp.mlp_bce_fwd, x, *net, y, empty(widths[-1]), "mean", dtype, plan, save)
+        return aot.launches(mlp.mlp_fwd, x, *net, act, plan, save)
+    saved = tuple(empty(rows, -(-widths[l] // 16) * 16) for l in plan.boundaries)
+    if loss:
+        head = (y, empty(widths[-1]), "mean")
+        return aot.launches(mlp.mlp_bce_bwd, empty(), x, saved, *net, *head, wanted, plan)
+    return aot.launches(mlp.mlp_bwd, y, x, saved, *net, act, wanted, plan)
+
+
+def _cases():
+    """(arch, op, kind, widths, rows, plan, activation, loss) by name."""
+    for arch, op, kind in itertools.product(CHIPS, ("mlp_infer", "mlp_fwd", "mlp_bwd"), KINDS):
+        for layout, rows in TABLE[f"sm_{arch}"][op][kind].items():
+            for number, (name, row) in enumerate(rows.items()):
+                chain = tuple(map(int, name.split("-")))
+                tile = MlpTile(*row[:3], bool(row[3]))
+                exact = layout == "exact"
+                widths = chain if exact else tuple(width - 3 for width in chain)
+                # The tool has compiled all variants; here they take turns.
+                loss = not exact and number % 2 == 1
+                plan = MlpPlan("fused", "", (MlpSegment(0, len(chain) - 1, tile, 2),), KINDS[kind][1])
+                case = (arch, op, kind, widths, 65536 if exact else 65531, plan, "sigmoid", loss)
+                yield f"sm_{arch}-{op}-{kind}-{layout}-{name}", case
+        if kind != "tf32":
+            for name, widths in EXAMPLES.items():
+                plan = _plan(arch, op, kind, widths, 65531)
+                if op != "mlp_infer":
+                    yield f"sm_{arch}-{op}-{kind}-{name}", (arch, op, kind, widths, 65531, plan, "tanh", False)
+
+
+CASES = dict(_cases())
+
+
+def _compile(case, target=None):
+    """Resources of the launches of the network's kernels, compiled for their chip or for `target`."""
+    arch, op, kind, widths, rows, plan, act, loss = case
+    launches = _launches(op, kind, widths, rows, plan, act, loss)
+    kernels = (mlp.mlp_fwd_kernel, mlp.mlp_bwd_kernel)
+    return [aot.compile_for(target or arch, launch) for launch in launches if launch.kernel in kernels]
+
+
+@pytest.fixture(scope="session")
+def compiled(pytestconfig):
+    """name -> Resources of the launches, compiled in as many processes as there are cores."""
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        table = dict(zip(CASES, pool.map(_compile, CASES.values(), chunksize=1), strict=True))
+    if folder := pytestconfig.getoption("--cubins"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, results in table.items():
+            for index, resources in enumerate(results):
+                (folder / f"{name}.{index}.cubin").write_bytes(resources.cubin)
+    print(f"\n{'kernel':64} {'regs':>5} {'smem':>7} {'warps':>5} {'HGMMA':>5} {'HMMA':>5} {'FFMA':>5} {'MUFU':>5}")
+    for name, results in table.items():
+        for resources in results:
+            counts = [resources.opcodes.get(opcode, 0) for opcode in ("HGMMA", "HMMA", "FFMA", "MUFU")]
+            cells = " ".join(f"{count:5}" for count in counts)
+            print(f"{name:64} {resources.registers:5} {resources.shared:7} {resources.num_warps:5} {cells}")
+    return table
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_spills_and_fits(name, compiled):
+    arch, *_ = CASES[name]
+    for resources in compiled[name]:
+        assert resources.stack == 0, f"{resources.stack} bytes of stack per thread"
+        assert resources.opcodes.get("LDL", 0) + resources.opcodes.get("STL", 0) == 0
+        assert resources.shared <= aot.SHARED_LIMIT[arch]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_use_the_right_units(name, compiled):
+    kind = CASES[name][2]
+    for resources in compiled[name]:
+        tensor_cores = resources.opcodes.get("HMMA", 0) + resources.opcodes.get("HGMMA", 0)
+        if kind == "ieee":
+            # fp32 that went through tensor cores would be TF32 in disguise.
+            assert tensor_cores == 0
+            assert resources.opcodes["FFMA"] >= 16
+        else:
+            assert tensor_cores > 0
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if re.match(r"sm_90-mlp_\w+-half-exact-(64|128)-", name)])
+def test_wide_16_bit_products_use_wgmma(name, compiled):
+    for resources in compiled[name]:
+        assert resources.opcodes.get("HGMMA", 0) > 0
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if re.match(r"sm_90-mlp_(fwd|infer)-half-exact-", name)])
+def test_special_function_units_per_output(name, compiled):
+    *_, widths, _, plan, _, _ = CASES[name]
+    tile = plan.segments[0].tile
+    outputs = sum(widths[1:]) * tile.block_m / (32 * tile.num_warps)
+    # exp2 and rsqrt for each output of each layer, and a few for the loop; the pipeliner copies no dot.
+    assert compiled[name][0].opcodes["MUFU"] <= 2 * outputs + 8
+
+
+def test_every_row_is_the_choice_of_its_own_chain():
+    for name, (arch, op, kind, widths, rows, plan, _, _) in CASES.items():
+        if re.search(r"-(exact|ragged)-", name):
+            tiles = [segment.tile for segment in _plan(arch, op, kind, widths, rows).segments]
+            assert tiles == [plan.segments[0].tile], name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", ["mlp_fwd", "mlp_bwd"])
+def test_compiles_for_sm_100(op, kind):
+    widths = (32, 32, 32)
+    plan = _plan(90, op, kind, widths, 65536)
+    for resources in _compile((90, op, kind, widths, 65536, plan, "sigmoid", False), target=100):
+        assert resources.registers > 0
+        assert resources.shared <= aot.SHARED_LIMIT[100]
+
+
+def test_a_spilling_tile_is_seen():
+    # Negative control: the sums of four 64 x 64 weights do not fit in the registers of four warps.
+    plan = MlpPlan("fused", "", (MlpSegment(0, 4, MlpTile(64, 4, 1), 2),))
+    (resources,) = _compile((90, "mlp_bwd", "half", (64,) * 5, 4096, plan, "sigmoid", False))
+    assert resources.stack > 0
+    assert resources.opcodes.get("STL", 0) > 0
+
+
+# --- the product that was miscompiled -----------------------------------------------------------------------------
+
+DOTS = ("tt.dot", "ttng.warp_group_dot", "ttng.tc_gen5_mma")
+
+
+def dangerous_dots(ttgir):
+    """Dots whose left operand is the transpose, in registers, of something that came from another dot.
+
+    triton 3.4.0-3.7.0 miscompile them on Hopper. Between the transpose and the dot there may be conversions, arithmetic
+    and a round trip through shared memory.
+    """
+    definitions = {}
+    for line in ttgir.splitlines():
+        if found := re.match(r'\s*(%\w+)(?::\d+)? = "?([\w.]+)"?(.*)', line):
+            definitions[found[1]] = (found[2], re.findall(r"%\w+", found[3]))
+
+    def reaches(value, stops, goal, seen):
+        """Whether following operands back from `value`, not past `stops`, arrives at an op that is a goal."""
+        if value in seen or value not in definitions:
+            return False
+        seen.add(value)
+        op, operands = definitions[value]
+        if goal(op, operands):
+            return True
+        return op not in stops and any(reaches(operand, stops, goal, seen) for operand in operands)
+
+    def from_dot(op, operands):
+        return op in DOTS
+
+    def transposed_dot(op, operands):
+        return op == "tt.trans" and any(reaches(operand, ("tt.load",), from_dot, set()) for operand in operands)
+
+    return [
+        value
+        for value, (op, operands) in definitions.items()
+        if op in DOTS and operands and reaches(operands[0], (*DOTS, "tt.load"), transposed_dot, set())
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[1] == "mlp_bwd" and case[2] != "ieee"])
+def test_no_product_of_a_transposed_product(name, compiled):
+    for resources in compiled[name]:
+        assert any(op in resources.ttgir for op in DOTS)
+        assert dangerous_dots(resources.ttgir) == []
+
+
+@triton.jit
+def transposed_product_kernel(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
+    rows = tl.arange(0, BLOCK)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    a = tl.load(a_ptr + rows * BLOCK + columns)
+    b = tl.load(b_ptr + rows * BLOCK + columns)
+    dz = tl.dot(a, b).to(tl.bfloat16)
+    tl.store(c_ptr + rows * BLOCK + columns, tl.dot(tl.trans(dz), b))
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_a_transposed_product_is_seen(size):
+    # Positive control.
+    a = torch.empty((size, size), dtype=torch.bfloat16, device="meta")
+    c = torch.empty((size, size), device="meta")
+    arguments = {"a_ptr": a, "b_ptr": a, "c_ptr": c, "BLOCK": size}
+    resources = aot.compile_for(90, aot.Launch(transposed_product_kernel, arguments, {"num_warps": 4}))
+    assert dangerous_dots(resources.ttgir)
+
+
+# --- what is compiled here is what a launch compiles ----------------------------------------------------------------
+
+
+def _launch_signature(launch):
+    """Types, constants and attributes that triton's own launch code derives from the arguments."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    kernel = launch.kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    keywords = launch.arguments | launch.options | {"debug": False, "instrumentation_mode": ""}
+    bound, specialization, options = binder(**keywords)
+    _, types, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+    return types, constants, {path: value for path, value in attributes.items() if value}
+
+
+@pytest.mark.parametrize("op", ["mlp_infer", "mlp_fwd", "mlp_bwd"])
+@pytest.mark.parametrize("loss", [False, True], ids=["", "loss"])
+def test_ahead_of_time_is_what_a_launch_compiles(op, loss, monkeypatch):
+    widths, rows = (32, 64, 5), 4096
+    plan = _plan(90, op, "half", widths, rows, loss)
+    sources = []
+
+    def remember(source, **_):
+        sources.append(source)
+        raise StopIteration
+
+    monkeypatch.setattr(aot.triton, "compile", remember)
+    launches = _launches(op, "half", widths, rows, plan, loss=loss)
+    assert launches
+    for launch in launches:
+        # Tensors on a device that has addresses; "meta" has none.
+        def real(value):
+            if isinstance(value, tuple):
+                return tuple(map(real, value))
+            return torch.empty_like(value, device="cpu") if isinstance(value, torch.Tensor) else value
+
+        arguments = {name: real(value) for name, value in launch.arguments.items()}
+        with pytest.raises(StopIteration):
+            aot.compile_for(90, launch)
+        source = sources.pop()
+        types, constants, attributes = _launch_signature(aot.Launch(launch.kernel, arguments, launch.options))
+        assert source.signature == types
+        assert source.constants == constants
+        assert source.attrs == attributes
