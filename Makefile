@@ -87,7 +87,8 @@ test-start: $(READY)
 	@: > $(SUMMARY)
 
 test-all: $(READY)
-	$(call step,whole suite,$(PYTEST))
+	$(call step,everything on the CPU,$(PYTEST) --ignore tests/test_compile.py)
+	$(call step,compile-only: aligned tiles,$(PYTEST) tests/test_compile.py -k 'not ragged')
 
 test-kernels: $(READY)
 	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels.py)
@@ -104,12 +105,13 @@ test-old-triton: $(READY)
 test-old-triton-compile:
 	$(call step,compile-only on triton $(OLD_TRITON): a part,PYTHONPATH=$(OVERLAY) $(PYTEST) tests/test_compile.py -k '$(PART)')
 
-# Every tile on the older compiler takes minutes; `make test` tries those of the most used shapes.
+# Every tile on both compilers takes minutes; `make test` tries the most used on the older one.
 PART := sm_90 and half and 64x64
 
 .PHONY: test-tiles
-test-tiles: $(OVERLAY)/.ready ## compile every tile on the older triton too (minutes)
-	PYTHONPATH=$(OVERLAY) $(PYTEST) tests/test_compile.py
+test-tiles: $(OVERLAY)/.ready ## compile every tile on both tritons (minutes)
+	$(PYTEST) -q tests/test_compile.py
+	PYTHONPATH=$(OVERLAY) $(PYTEST) -q tests/test_compile.py
 
 test-deterministic: $(READY)
 	$(call step,deterministic: layers,$(PYTEST) --deterministic tests/test_functional.py)

@@ -34,14 +34,15 @@ def _uniform(width: int, *depths: int):
 
 
 # A network takes the tile of the first chain in the list that is as wide everywhere, so a few stand for all: lightest
-# first. "exact": inputs and outputs whose rows can be read in pieces of 16 bytes, without a loss. "ragged": all others,
-# which read element by element. "mlp_infer" stores nothing but the output and falls back on the tiles of "mlp_fwd",
-# which are clean with every activation stored.
+# first. Layouts: which of its two ends a segment shares with a network whose rows cannot be read in pieces of 16 bytes,
+# or that ends in a loss. "mlp_infer" stores nothing but the output and falls back on the tiles of "mlp_fwd", which are
+# clean with every activation stored.
 CHAINS = {
     ("mlp_infer", "exact"): [*_uniform(128, 4)],
-    ("mlp_infer", "ragged"): [],
     ("mlp_fwd", "exact"): [*_uniform(16, 8), *_uniform(32, 8), *_uniform(64, 4, 8), *_uniform(128, 2)],
-    ("mlp_fwd", "ragged"): [
+    ("mlp_fwd", "in"): [(32, 128, 128)],
+    ("mlp_fwd", "out"): [(128, 128, 16)],
+    ("mlp_fwd", "both"): [
         *_uniform(16, 8),
         *_uniform(32, 8),
         (32, 64, 64, 16),
@@ -57,21 +58,24 @@ CHAINS = {
         (128, 64),
         (128, 128),
     ],
-    ("mlp_bwd", "ragged"): [
+    ("mlp_bwd", "in"): [(32, 64, 64), (32, 128)],
+    ("mlp_bwd", "out"): [(64, 16), (64, 64, 16), (128, 16)],
+    ("mlp_bwd", "both"): [
         *_uniform(16, 4, 8),
         *_uniform(32, 2, 4),
-        (64, 16),
-        (32, 64, 64),
-        (64, 64, 16),
         (64, 64),
         (64, 64, 16, 16),
         (64, 64, 64),
-        (32, 128),
-        (128, 16),
         (128, 128),
     ],
 }
-VARIANTS = {"exact": ("exact",), "ragged": ("ragged", "head", "exact")}
+# What has to compile clean for a layout: (input ragged, output ragged, loss).
+VARIANTS = {
+    "exact": ((False, False, False),),
+    "in": ((True, False, False),),
+    "out": ((False, True, False), (False, True, True)),
+    "both": ((True, True, False), (True, True, True), (False, False, False)),
+}
 
 # (block_m, num_warps) in order of preference, by estimated cycles per row: the stalls that the machine code of a trip
 # around the loop declares, divided by the programs that fit, against issue slots and special function units. Narrow
@@ -81,7 +85,7 @@ PREFERENCES = {
     ("fwd", "half", 16): ((128, 4), (64, 4), (64, 2), (32, 1)),
     ("fwd", "half", 32): ((128, 4), (64, 4), (64, 2), (32, 1)),
     ("fwd", "half", 64): ((64, 4), (128, 8), (32, 4), (32, 8)),
-    ("fwd", "half", 128): ((64, 4), (128, 8), (64, 8), (32, 4), (32, 8)),
+    ("fwd", "half", 128): ((64, 4), (128, 8), (32, 4), (64, 8), (32, 8)),
     ("fwd", "tf32", 16): ((64, 4), (128, 4), (64, 2), (32, 2)),
     ("fwd", "tf32", 32): ((64, 4), (64, 2), (32, 2), (32, 1)),
     ("fwd", "tf32", 64): ((64, 4), (32, 4), (32, 8)),
@@ -118,12 +122,16 @@ def candidates(op: str, kind: str, chain: tuple[int, ...]) -> list[MlpTile]:
     return tiles
 
 
-def launch(op: str, kind: str, chain: tuple[int, ...], tile: MlpTile, variant: str) -> aot.Launch:
-    """The kernel of one segment. Variants: "exact" and "ragged" widths, "head" (ragged, with a cross-entropy loss)."""
+def launch(
+    op: str, kind: str, chain: tuple[int, ...], tile: MlpTile, ragged_in: bool, ragged_out: bool, loss: bool
+) -> aot.Launch:
+    """The kernel of one segment."""
     dtype, precision = KINDS[kind]
-    rows, widths = (65536, chain) if variant == "exact" else (65531, tuple(width - 3 for width in chain))
+    # The segment is a whole network here, and its inner activations are always read in pieces of 16 bytes.
+    widths = (chain[0] - 3 * ragged_in, *chain[1:-1], chain[-1] - 3 * ragged_out)
+    rows = 65531 if ragged_in or ragged_out else 65536
     # tanh has the longest code, forward and backward.
-    act = "sigmoid" if variant == "head" else "tanh"
+    act = "sigmoid" if loss else "tanh"
 
     def empty(*shape):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -136,11 +144,11 @@ def launch(op: str, kind: str, chain: tuple[int, ...], tile: MlpTile, variant: s
     wanted = (True, (True,) * layers, (True,) * layers)
     save = tuple(range(1, layers)) if op == "mlp_fwd" else ()
     if op == "mlp_bwd":
-        if variant == "head":
+        if loss:
             arguments = (empty(), x, (), weights, biases, act, y, pos_weight, "mean", wanted, plan)
             return aot.launches(mlp.mlp_bce_bwd, *arguments)[0]
         return aot.launches(mlp.mlp_bwd, y, x, (), weights, biases, act, act, wanted, plan)[0]
-    if variant == "head":
+    if loss:
         arguments = (x, weights, biases, act, y, pos_weight, "mean", dtype, plan, save)
         return aot.launches(mlp.mlp_bce_fwd, *arguments)[0]
     return aot.launches(mlp.mlp_fwd, x, weights, biases, act, act, plan, save)[0]
@@ -156,7 +164,7 @@ def pick(task) -> list[int] | None:
         fits = []
         for variant in VARIANTS[layout]:
             try:
-                resources = aot.compile_for(arch, launch(op, kind, chain, tile, variant))
+                resources = aot.compile_for(arch, launch(op, kind, chain, tile, *variant))
             except Exception as error:  # a tile that the compiler refuses is not a candidate
                 print(f"{arch} {op} {kind} {chain} {tile}: {type(error).__name__}", file=sys.stderr)
                 break

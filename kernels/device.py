@@ -43,7 +43,7 @@ def relu(z):
 
 @triton.jit
 def relu_prime(y):
-    return tl.where(y > 0, 1.0, 0.0)
+    return tl.where(y <= 0, 0.0, 1.0)  # NaN passes the gradient on, as in torch
 
 
 @triton.jit

@@ -121,7 +121,11 @@ def refusal(
         return "forward-mode differentiation is active"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
-    if impl == "triton" and device.type == "cpu" and not (has_triton() and _launchers().INTERPRETED):
+    return _cpu_refusal(device) if impl == "triton" else None
+
+
+def _cpu_refusal(device: torch.device) -> str | None:
+    if device.type == "cpu" and not (has_triton() and _launchers().INTERPRETED):
         return "x is on the CPU, which triton reaches only under its interpreter (TRITON_INTERPRET=1)"
     return None
 
@@ -219,18 +223,24 @@ def explain(
 
     x_shape: (..., in_features). weight_shape: (out_features, in_features). device: where the tensors would be, or a
     `Device` that describes a chip which is not at hand, as in `Device("cuda", arch=90, units=132, triton=True)`.
-    Raises ValueError for shapes that do not fit.
+    Raises ValueError for shapes that do not fit and an unknown impl, NotImplementedError where a call would.
     """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
     if len(weight_shape) != 2 or not x_shape or x_shape[-1] != weight_shape[1]:
         raise ValueError(f"weight_shape {tuple(weight_shape)} does not fit x_shape {tuple(x_shape)}")
     if not isinstance(device, Device):
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {str(device)!r} is not at hand; describe it with perceptriton.kernels.Device")
+        if impl == "triton" and (reason := _cpu_refusal(device)):
+            raise NotImplementedError(f'impl="triton": {reason}')
         device = _device_for(device, impl)
     n, k = weight_shape
     arguments = (math.prod(x_shape[:-1]), k, n, _NAMES.get(dtype, str(dtype)), _precision(device), device, impl)
-    return Explanation(planning.linear_act_fwd(*arguments), planning.linear_act_bwd(*arguments))
+    explanation = Explanation(planning.linear_act_fwd(*arguments), planning.linear_act_bwd(*arguments))
+    _obey(impl, explanation.forward)
+    return explanation
 
 
 # --- registration: what torch.compile calls -------------------------------------------------------------------

@@ -100,7 +100,7 @@ def _rows_tile(op: str, k: int, n: int, kind: str, arch: int) -> tuple[Tile, int
 # Output tiles of the general kernel, by product kind and chip generation: (block_m, block_n, block_k, warps, stages),
 # largest first. The first whose tile count fills the chip is taken.
 TILED = {
-    ("half", "sm_90"): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
+    ("half", "sm_90"): (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
     ("half", "sm_80"): (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
     ("tf32", "sm_90"): (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
     ("tf32", "sm_80"): (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
@@ -364,7 +364,10 @@ def _mlp_segments(
     for last in range(1, len(widths)):
         options = []
         for first in range(last - 1, -1, -1):
-            row = _mlp_row(op, widths[first : last + 1], loss and last == len(widths) - 1, kind, arch)
+            # Activations between segments are laid out for reading in pieces of 16 bytes; x and y may not be.
+            ragged_in = first == 0 and widths[0] % 16 != 0
+            ragged_out = last == len(widths) - 1 and (loss or widths[-1] % 16 != 0)
+            row = _mlp_row(op, widths[first : last + 1], ragged_in, ragged_out, kind, arch)
             if row is None:
                 continue
             count, width, segments = best[first]
@@ -377,18 +380,24 @@ def _mlp_segments(
 
 
 @functools.lru_cache(maxsize=4096)
-def _mlp_row(op: str, widths: tuple[int, ...], loss: bool, kind: str, arch: int) -> list[int] | None:
+def _mlp_row(
+    op: str, widths: tuple[int, ...], ragged_in: bool, ragged_out: bool, kind: str, arch: int
+) -> list[int] | None:
     """The first row of the table whose chain is at least as wide everywhere and at least as long, or None."""
     chain = tuple(max(_next_power_of_2(width), 16) for width in widths)
     if op == "mlp_bwd" and sum((k * n) ** 0.5 for k, n in itertools.pairwise(chain)) > MLP_BACKWARD_WIDTHS:
         return None
+    layouts = {
+        (False, False): ("exact", "in", "out", "both"),
+        (True, False): ("in", "both"),
+        (False, True): ("out", "both"),
+        (True, True): ("both",),
+    }[ragged_in, ragged_out]
     table = _table("mlp_tiles.json")["tiles"][_generation(arch)]
-    exact = not loss and widths[0] % 16 == 0 and widths[-1] % 16 == 0
-    for name in (op, "mlp_fwd") if op == "mlp_infer" else (op,):
-        for layout in ("exact", "ragged") if exact else ("ragged",):
-            for key, row in table[name].get(kind, {}).get(layout, {}).items():
-                other = tuple(map(int, key.split("-")))
-                starts = range(len(other) - len(chain) + 1)
-                if any(all(a >= b for a, b in zip(other[i:], chain, strict=False)) for i in starts):
-                    return row
+    for name, layout in itertools.product((op, "mlp_fwd") if op == "mlp_infer" else (op,), layouts):
+        for key, row in table[name].get(kind, {}).get(layout, {}).items():
+            other = tuple(map(int, key.split("-")))
+            starts = range(len(other) - len(chain) + 1)
+            if any(all(a >= b for a, b in zip(other[i:], chain, strict=False)) for i in starts):
+                return row
     return None

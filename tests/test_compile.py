@@ -6,6 +6,7 @@ No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource ta
 import itertools
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,10 +76,13 @@ def _compile(case, target=None):
 
 @pytest.fixture(scope="session")
 def compiled(request, pytestconfig):
-    """name -> Resources of the launches, compiled in as many processes as there are cores."""
+    """name -> Resources of the launches of every selected case, compiled in as many processes as there are cores."""
+    selected = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    names = [name for name in CASES if name in selected]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        table = dict(zip(CASES, pool.map(_compile, CASES.values(), chunksize=1), strict=True))
-    if folder := pytestconfig.getoption("--cubins"):
+        table = dict(zip(names, pool.map(_compile, [CASES[name] for name in names], chunksize=1), strict=True))
+    if option := pytestconfig.getoption("--cubins"):
+        folder = Path(option)
         folder.mkdir(parents=True, exist_ok=True)
         for name, results in table.items():
             for index, resources in enumerate(results):

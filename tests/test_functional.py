@@ -847,6 +847,15 @@ def test_explain_errors(shapes, message):
         explain(*shapes)
 
 
+def test_explain_promises_no_kernel_that_a_call_would_refuse():
+    with pytest.raises(NotImplementedError, match=r"TRITON_INTERPRET=1"):
+        explain((4096, 512), (512, 512), impl="triton")
+    with pytest.raises(NotImplementedError, match=r"compute capability 7\.5"):
+        explain((4096, 512), (512, 512), device=Device("cuda", 75, 40, triton=True), impl="triton")
+    with pytest.raises(ValueError, match=r"^impl must be one of None, 'triton', 'torch', not 'cuda'$"):
+        explain((4096, 512), (512, 512), impl="cuda")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device to explain")
 def test_explain_of_an_absent_gpu():
     with pytest.raises(ValueError, match=r"^device .cuda. is not at hand; describe it with"):

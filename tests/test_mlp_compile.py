@@ -76,12 +76,12 @@ def _cases():
             for number, (name, row) in enumerate(rows.items()):
                 chain = tuple(map(int, name.split("-")))
                 tile = MlpTile(*row[:3], bool(row[3]))
-                exact = layout == "exact"
-                widths = chain if exact else tuple(width - 3 for width in chain)
+                ragged_in, ragged_out = layout in ("in", "both"), layout in ("out", "both")
+                widths = (chain[0] - 3 * ragged_in, *chain[1:-1], chain[-1] - 3 * ragged_out)
                 # The tool has compiled all variants; here they take turns.
-                loss = not exact and number % 2 == 1
+                loss = ragged_out and number % 2 == 1
                 plan = MlpPlan("fused", "", (MlpSegment(0, len(chain) - 1, tile, 2),), KINDS[kind][1])
-                case = (arch, op, kind, widths, 65536 if exact else 65531, plan, "sigmoid", loss)
+                case = (arch, op, kind, widths, 65536 if layout == "exact" else 65531, plan, "sigmoid", loss)
                 yield f"sm_{arch}-{op}-{kind}-{layout}-{name}", case
         if kind != "tf32":
             for name, widths in EXAMPLES.items():
@@ -159,7 +159,7 @@ def test_special_function_units_per_output(name, compiled):
 
 def test_every_row_is_the_choice_of_its_own_chain():
     for name, (arch, op, kind, widths, rows, plan, _, _) in CASES.items():
-        if re.search(r"-(exact|ragged)-", name):
+        if re.search(r"-(exact|in|out|both)-", name):
             tiles = [segment.tile for segment in _plan(arch, op, kind, widths, rows).segments]
             assert tiles == [plan.segments[0].tile], name
 

@@ -48,7 +48,7 @@ NETS = {
 class Net:
     """x, weights, biases (None without) and dy, with pre-activations of std 1 to 2, and what torch makes of them."""
 
-    def __init__(self, widths, m=100, dtype=torch.float32, bias=True, hidden="sigmoid", output="sigmoid", seed=0):
+    def __init__(self, widths, m=70, dtype=torch.float32, bias=True, hidden="sigmoid", output="sigmoid", seed=0):
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape):
@@ -151,7 +151,7 @@ def flat(actual):
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 @pytest.mark.parametrize("widths", NETS.values(), ids=NETS)
 def test_as_good_as_torch(widths, dtype, bias):
-    # 100 rows are 7 tiles over 3 programs, the last tile partly filled.
+    # 70 rows are 5 tiles over 3 programs, the last tile partly filled.
     net = Net(widths, dtype=dtype, bias=bias)
     actual = net.run(fused(net.layers))
     for name, tensor in zip(("y", "dx"), (actual[0], actual[2]), strict=True):
@@ -180,7 +180,7 @@ def test_row_counts(m):
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 @pytest.mark.parametrize("cuts", [(1,), (4,), (2, 5), tuple(range(1, 8))], ids=str)
 def test_segments_change_nothing(cuts, dtype):
-    net = Net(NETS["ragged-deep"], dtype=dtype)
+    net = Net(NETS["ragged-deep"], m=40, dtype=dtype)
     actual = net.run(fused(8, *cuts))
     check(net, actual)
     for l, saved, h in zip(cuts, actual[1], (net.torch(torch.float64)[0][cut - 1] for cut in cuts), strict=True):
@@ -191,7 +191,7 @@ def test_segments_change_nothing(cuts, dtype):
 
 
 def test_forward_segments_need_not_be_those_of_backward():
-    net = Net(NETS["ragged-deep"])
+    net = Net(NETS["ragged-deep"], m=40)
     check(net, net.run(fused(8, 3), forward=fused(8, 2, 6)))
     check(net, net.run(fused(8), forward=fused(8, 4)))
 
@@ -224,15 +224,14 @@ def test_inference_stores_the_output_only(monkeypatch):
 # --- the same result every time -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("programs", [1, 2, 7, 12])
+@pytest.mark.parametrize("programs", [1, 2, 5, 9])
 def test_programs(programs):
-    # 7 tiles: one program for all, uneven shares, one each, and programs that have none and must leave zeros
-    net = Net(NETS["ragged-deep"])
-    actual = net.run(fused(8, 3, programs=programs))
+    # 5 tiles: one program for all, uneven shares, one each, and programs that have none and must leave zeros
+    net = Net((7, 20, 33, 3))
+    plan = fused(3, 1, programs=programs)
+    actual, again = net.run(plan), net.run(plan)
     check(net, actual)
-    assert all(
-        torch.equal(a, b) for a, b in zip(flat(actual), flat(net.run(fused(8, 3, programs=programs))), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(flat(actual), flat(again), strict=True))
 
 
 # The interpreter has no warps.
@@ -244,11 +243,11 @@ def test_tiles(block_m, num_warps):
 
 
 def test_batch_equals_rows_one_by_one():
-    net = Net((7, 20, 33, 3), m=20)
+    net = Net((7, 20, 33, 3), m=5)
     y, saved, dx, dweights, dbiases = net.run(fused(3, 2))
     x, dy = net.x, net.dy
     sums = [torch.zeros_like(t, dtype=torch.float64) for t in (*dweights, *dbiases)]
-    for i in range(20):
+    for i in range(5):
         net.x, net.dy = x[i : i + 1], dy[i : i + 1]
         row = net.run(fused(3, 2))
         for batched, alone in zip((y, *saved, dx), (row[0], *row[1], row[2]), strict=True):
@@ -271,7 +270,7 @@ def test_two_forwards_then_a_joint_backward():
 
 def test_inputs_are_left_alone():
     net = Net((7, 20, 3))
-    target, pos_weight = torch.rand(100, 3, device=DEVICE), torch.rand(3, device=DEVICE)
+    target, pos_weight = torch.rand(70, 3, device=DEVICE), torch.rand(3, device=DEVICE)
     inputs = [net.x, net.dy, *net.weights, *net.biases, target, pos_weight]
     before = [t.clone() for t in inputs]
     plan = fused(2, 1)
@@ -298,11 +297,10 @@ WANTED = {
 }
 
 
-@pytest.mark.parametrize("programs", [1, 3])
-@pytest.mark.parametrize("cuts", [(), (1,), (1, 2)], ids=str)
+@pytest.mark.parametrize(("cuts", "programs"), [((), 1), ((1,), 2), ((1, 2), 2)], ids=str)
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
 def test_only_what_is_wanted(wanted, cuts, programs):
-    net = Net((7, 20, 33, 3))
+    net = Net((7, 20, 33, 3), m=40)
     plan = fused(3, *cuts, programs=programs)
     everything, some = net.run(plan), net.run(plan, wanted=wanted)
     flags = [wanted[0], *wanted[1], *wanted[2]]
@@ -393,15 +391,14 @@ def torch_bce(target, pos_weight, reduction):
     return loss
 
 
-@pytest.mark.parametrize("programs", [1, 3, 12])
-@pytest.mark.parametrize("cuts", [(), (1, 2)], ids=str)
+@pytest.mark.parametrize(("cuts", "programs"), [((), 1), ((), 7), ((1, 2), 3)], ids=str)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "pos_weight"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 def test_bce(dtype, reduction, weighted, cuts, programs):
     net = Net((7, 20, 33, 3), dtype=dtype)
     # soft targets, in another dtype than x
-    target = torch.rand(100, 3, device=DEVICE)
+    target = torch.rand(len(net.x), 3, device=DEVICE)
     pos_weight = torch.tensor([0.3, 1.0, 8.0], device=DEVICE) if weighted else None
     dloss = net.dy if reduction == "none" else torch.tensor(0.7, device=DEVICE)
     actual = bce(net, target, pos_weight, reduction, fused(3, *cuts, programs=programs), dloss)
@@ -413,7 +410,7 @@ def test_bce(dtype, reduction, weighted, cuts, programs):
 @pytest.mark.parametrize("layout", [every_other, inside, transposed, one_row, one_value], ids=lambda f: f.__name__)
 def test_bce_strides(layout):
     net = Net((7, 20, 3))
-    target, pos_weight = layout(torch.rand(100, 3, device=DEVICE)), torch.rand(1, device=DEVICE).expand(3)
+    target, pos_weight = layout(torch.rand(70, 3, device=DEVICE)), torch.rand(1, device=DEVICE).expand(3)
     actual = bce(net, target, pos_weight, "mean", fused(2), torch.tensor(0.7, device=DEVICE))
     check(net, actual, torch_bce(target, pos_weight, "mean"))
 
@@ -454,7 +451,7 @@ def test_bce_gradients_of_a_large_fp16_batch_do_not_underflow():
 
 def test_bce_loss_in_another_dtype():
     net = Net((7, 20, 3), dtype=torch.bfloat16)
-    target = torch.rand(100, 3, device=DEVICE)
+    target = torch.rand(len(net.x), 3, device=DEVICE)
     dloss = torch.tensor(0.7, device=DEVICE)
     for programs in (1, 3):
         loss = bce(net, target, None, "mean", fused(2, programs=programs), dloss, torch.float32)[0]

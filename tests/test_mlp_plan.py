@@ -1,0 +1,143 @@
+"""Plans for whole networks: which segments, what they move, and why not."""
+
+import itertools
+
+import pytest
+
+from perceptriton.kernels import Device
+from perceptriton.kernels import plan as planning
+
+H200 = Device("cuda", 90, 132, triton=True)
+A100 = Device("cuda", 80, 108, triton=True)
+ROWS = 1 << 20
+
+
+def plans(widths, dtype="bfloat16", precision="ieee", device=H200, rows=ROWS, loss=False, impl=None):
+    """(inference, forward of a training step, backward)"""
+    backward = planning.mlp_bwd(rows, widths, dtype, precision, device, loss, impl)
+    save = bool(backward.boundaries)
+    return (
+        planning.mlp_fwd(rows, widths, dtype, precision, device, False, loss, impl),
+        planning.mlp_fwd(rows, widths, dtype, precision, device, save, loss, impl),
+        backward,
+    )
+
+
+def uniform(width, layers):
+    return (width,) * (layers + 1)
+
+
+@pytest.mark.parametrize("device", [A100, H200], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize(("width", "layers"), [(16, 8), (32, 4), (64, 2), (128, 1)])
+def test_layers_per_backward_segment(width, layers, device):
+    assert len(plans(uniform(width, layers), device=device)[2].segments) == 1
+    assert len(plans(uniform(width, 2 * layers), device=device)[2].segments) == 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("width", "layers"), [(16, 8), (32, 4), (64, 2), (64, 4), (64, 8), (128, 1), (128, 4)])
+def test_activations_that_are_moved(width, layers, dtype):
+    inference, forward, backward = plans(uniform(width, layers), dtype)
+    parameters = layers * width * (width + 1)
+    activation = ROWS * width * 2
+    segments = len(backward.segments)
+    inference_bytes = planning.mlp_bytes(ROWS, uniform(width, layers), 2, inference)
+    training_bytes = planning.mlp_bytes(ROWS, uniform(width, layers), 2, forward, backward)
+    # inference reads x and the parameters and writes y
+    assert inference_bytes == 2 * activation + 2 * parameters
+    slots = 8 * parameters * backward.segments[0].programs
+    extra = len(forward.segments) - 1
+    assert training_bytes == (1 + 4 * segments + extra) * activation + 6 * parameters + slots
+    # what several programs add stays small beside it
+    assert slots < 0.1 * training_bytes
+    assert extra == 0 or width == 128
+
+
+def test_bytes_of_a_ragged_network():
+    widths = (31, 64, 64, 2)
+    inference, forward, backward = plans(widths)
+    parameters = sum(n * (k + 1) for k, n in itertools.pairwise(widths))
+    assert planning.mlp_bytes(ROWS, widths, 2, inference) == 2 * (ROWS * (31 + 2) + parameters)
+    assert backward.boundaries in ((1,), (2,))
+    read = (31 + 64 + 2) + (31 + 64 + 31) + (64 + 2 + 64)
+    slots = 8 * parameters * backward.segments[0].programs
+    assert planning.mlp_bytes(ROWS, widths, 2, forward, backward) == 2 * (ROWS * read + 3 * parameters) + slots
+
+
+@pytest.mark.parametrize("device", [A100, H200], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("widths", "segments"),
+    [((2, 10, 10, 10, 1), 1), ((32, 64, 5), 1), ((31, 64, 64, 2), 2), ((36, 64, 9, 1), 1)],
+    ids=["xor", "digits", "policy", "funnel"],
+)
+def test_known_networks(widths, segments, device):
+    inference, forward, backward = plans(widths, device=device)
+    assert len(inference.segments) == len(forward.segments) == 1
+    assert len(backward.segments) == segments
+
+
+def test_segments_follow_each_other():
+    for widths, dtype in itertools.product(
+        ((2, 2, 1), (7, 33, 20, 16, 3, 9, 17, 2, 40), uniform(64, 11), (3, 128, 128, 64, 1), uniform(16, 30)),
+        planning.DTYPES,
+    ):
+        for plan in plans(widths, dtype, rows=1000):
+            ends = [0, *(segment.last for segment in plan.segments)]
+            assert [segment.first for segment in plan.segments] == ends[:-1]
+            assert ends[-1] == len(widths) - 1
+            assert plan.boundaries == tuple(ends[1:-1])
+
+
+def test_cuts_where_the_network_is_narrow():
+    backward = plans((64, 64, 64, 16, 64, 64, 64))[2]
+    assert 3 in backward.boundaries
+
+
+def test_few_rows_take_one_program():
+    for rows in (1, 16, 64):
+        assert {segment.programs for segment in plans((32, 64, 5), rows=rows)[2].segments} == {1}
+
+
+def test_one_number_of_programs_for_all_backward_segments():
+    for rows in (1, 1000, 100_000, ROWS):
+        assert len({segment.programs for segment in plans((3, 128, 64, 16, 1), rows=rows)[2].segments}) == 1
+
+
+def test_programs_never_exceed_row_tiles():
+    for rows, plan in ((rows, plan) for rows in (1, 17, 1000, ROWS) for plan in plans(uniform(64, 4), rows=rows)):
+        for segment in plan.segments:
+            assert 1 <= segment.programs <= -(-rows // segment.tile.block_m)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"widths": (784, 128, 10)}, "784"),
+        ({"widths": (2, 2, 1), "rows": 0}, "nothing to compute"),
+        ({"widths": (2, 0, 1)}, "nothing to compute"),
+        ({"widths": (2, 2, 1), "dtype": "float64"}, "float64"),
+        ({"widths": (2, 2, 1), "device": Device("cpu")}, "CPU"),
+        ({"widths": (2, 2, 1), "device": Device("cuda", 75, 40, triton=True)}, "7.5"),
+        ({"widths": (2, 2, 1), "device": Device("cuda", 90, 132)}, "triton"),
+        ({"widths": (2, 2, 1), "impl": "torch"}, "torch"),
+    ],
+    ids=str,
+)
+def test_reasons_for_layers(arguments, reason):
+    for plan in plans(**arguments):
+        assert plan.impl == "layers"
+        assert reason in plan.reason
+        assert plan.segments == ()
+
+
+def test_wide_fp32_is_left_to_layers_when_rows_are_many():
+    for widths, forward_fused, backward_fused in (
+        (uniform(32, 4), 1, 1),
+        (uniform(64, 2), 1, 0),
+        (uniform(128, 2), 0, 0),
+    ):
+        inference, _, backward = plans(widths, "float32")
+        assert (inference.impl == "fused", backward.impl == "fused") == (forward_fused, backward_fused)
+        assert planning.mlp_bwd(ROWS, widths, "float32", "tf32", H200).impl == "fused"
+    assert plans(uniform(64, 2), "float32", rows=4096)[2].impl == "fused"
+    assert plans(uniform(64, 2), "float32", impl="triton")[2].impl == "fused"
