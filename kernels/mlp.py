@@ -16,6 +16,9 @@ transpose of something that itself came from a product: triton 3.4.0-3.7.0 misco
 (flash-linear-attention #640, #826).
 """
 
+# triton's types know neither launch options nor tl.range.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
 import itertools
 
 import torch

@@ -49,7 +49,10 @@ def python_json(code, path=None):
 def wheel(tmp_path_factory):
     """A wheel of this tree, built from a copy: building leaves folders behind, and picks up those of an older build."""
     for tool in ("pip", "setuptools"):
-        if importlib.util.find_spec(tool) is None:
+        # By its metadata: looking for its module would wake setuptools' import hook, which warns in a busy process.
+        try:
+            importlib.metadata.version(tool)
+        except importlib.metadata.PackageNotFoundError:
             pytest.skip(f"{tool} is not installed: no wheel can be built")
     tmp = tmp_path_factory.mktemp("wheel")
     ignore = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
