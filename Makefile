@@ -91,7 +91,7 @@ test-all: $(READY)
 	$(call step,compile-only: aligned tiles,$(PYTEST) tests/test_compile.py -k 'not ragged')
 
 test-kernels: $(READY)
-	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels.py tests/test_mlp_kernels.py)
+	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels.py)
 
 test-old-triton: $(READY)
 	@# A package index without this version must not hide the other tests, but nobody may overlook it either.
