@@ -201,6 +201,13 @@ def _obey(impl: str | None, plan: Plan) -> None:
         raise NotImplementedError(f'impl="triton": {plan.reason}')
 
 
+def trains_plainly(x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer on the CPU that wants gradients costs least as plain torch operations under autograd."""
+    n, k = weight.shape
+    rows, name = math.prod(x.shape[:-1]), _NAMES.get(x.dtype, str(x.dtype))
+    return planning.linear_act_bwd(rows, k, n, name, "ieee", _describe(x.device), None).impl == "aten"
+
+
 class Explanation(NamedTuple):
     """The plans for one layer at one shape."""
 

@@ -206,6 +206,8 @@ def _cpu_bwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
     table = _cpu_table(dtype, device.vendor)
     if m * k * n < table["small"]:
         return Plan("aten", "small: plain torch operations cost least")
+    if min(k, n) < table.get("thin", 0):
+        return Plan("aten", "thin: where gradients are wanted, plain torch operations, forward too")
     itemsize = 4 if dtype == "float32" else 2
     chunk = 0
     if m * n * itemsize > table["chunk_above_bytes"]:

@@ -103,6 +103,9 @@ def _planned(x, weight, bias, activation, impl):
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
+        if impl is None and x.is_cpu and ops.trains_plainly(x, weight):
+            # In place: autograd keeps y, not z, and a fresh large tensor costs more than the sigmoid.
+            return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias))
         return LinearActFunction.apply(x, weight, bias, activation, impl)
     return ops.linear_act_fwd(x, weight, bias, activation, impl)
 
