@@ -208,6 +208,11 @@ def _cpu_bwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
         return Plan("aten", "small: plain torch operations cost least")
     if min(k, n) < table.get("thin", 0):
         return Plan("aten", "thin: where gradients are wanted, plain torch operations, forward too")
+    return _cpu_explicit_bwd(m, k, n, dtype, device)
+
+
+def _cpu_explicit_bwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
+    table = _cpu_table(dtype, device.vendor)
     itemsize = 4 if dtype == "float32" else 2
     chunk = 0
     if m * n * itemsize > table["chunk_above_bytes"]:
@@ -246,21 +251,36 @@ class MlpPlan:
     """How a whole network runs in one direction.
 
     `impl` is "fused" (each segment is one kernel, inside which activations never leave the chip; forward in the order
-    of `segments`, backward in reverse, with one number of programs) or "layers" (not as a whole: layer by layer).
+    of `segments`, backward in reverse, with one number of programs), "layers" (not as a whole: layer by layer), or on a
+    CPU "aten" (plain torch operations under autograd) and "explicit" (`reference.py`, one autograd node).
     """
 
     impl: str
     reason: str
     segments: tuple[MlpSegment, ...] = ()
     precision: str = "ieee"
+    layers: tuple[Plan, ...] = ()  # "explicit": each layer's own plan
+    chunk: int = 0  # "explicit", backward: rows that go through all layers at a time; 0: all of them
+
+    @property
+    def triton(self) -> bool:
+        return self.impl == "fused"
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """The layers at which a segment other than the first begins: a backward pass needs their inputs."""
+        """The l for which a backward pass needs the input of layer l: where a segment other than the first begins.
+
+        "explicit" needs all of them, and y, the input of the layer after the last.
+        """
+        if self.layers:
+            return tuple(range(1, len(self.layers) + 1))
         return tuple(segment.first for segment in self.segments[1:])
 
 
 MLP_MAX_WIDTH = 128
+
+# Fewer rows at a time cost the products on a CPU more than what they save in cache.
+CPU_MLP_CHUNK_ROWS = 1024
 
 # Sums of weight gradients live in registers next to the activations: one backward kernel takes 8, 4, 2 or 1 layers of
 # width 16, 32, 64 or 128. In between, a layer counts as the geometric mean of its two widths.
@@ -327,13 +347,24 @@ def mlp_bytes(m: int, widths: tuple[int, ...], itemsize: int, forward: MlpPlan, 
     return total
 
 
+def mlp_columns(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """How many columns x, the activations between layers and y have in memory where a fused network writes them.
+
+    Those in between nobody else reads, so their rows are rounded up to whole 16-byte pieces, which cost fewer
+    instructions than ragged ones. What padded neurons put out is finite, and the weights that read it are 0.
+    """
+    return (widths[0], *(_cdiv(width, 16) * 16 for width in widths[1:-1]), widths[-1])
+
+
 def _mlp(op: str, m, widths, dtype, precision, device, loss, impl) -> MlpPlan:
     if reason := refusal(m, min(widths), 1, dtype, device):
         return MlpPlan("layers", reason)
+    if len(widths) == 2 and not loss and impl != "triton":
+        return MlpPlan("layers", "a single layer has kernels of its own, which compute nothing twice")
     if device.kind == "cpu" and not device.triton:
-        return MlpPlan("layers", "no kernels for the CPU")
+        return _cpu_mlp(op, m, widths, dtype, device)
     if impl == "torch":
-        return MlpPlan("layers", 'impl="torch"')
+        return MlpPlan("layers", 'impl="torch": layer by layer')
     if max(widths) > MLP_MAX_WIDTH:
         return MlpPlan("layers", f"a width of {max(widths)}: networks stay on chip up to {MLP_MAX_WIDTH}")
     kind, backward = _kind(dtype, precision), op == "mlp_bwd"
@@ -355,6 +386,22 @@ def _mlp(op: str, m, widths, dtype, precision, device, loss, impl) -> MlpPlan:
     cut = f" in {len(segments)} segments" if len(segments) > 1 else ""
     rest = "x and dy are read once each" if backward else "x is read once, y written once"
     return MlpPlan("fused", f"activations stay on chip{cut}; {rest}", segments, precision)
+
+
+def _cpu_mlp(op: str, m: int, widths: tuple[int, ...], dtype: str, device: Device) -> MlpPlan:
+    pairs = list(itertools.pairwise(widths))
+    table = _cpu_table(dtype, device.vendor)
+    if m * max(k * n for k, n in pairs) < table["small"]:
+        return MlpPlan("aten", "small: plain torch operations, without the calls of the layers, cost least")
+    if op != "mlp_bwd":
+        layers = tuple(_cpu_fwd(m, k, n, dtype, device) for k, n in pairs)
+        return MlpPlan("explicit", "the faster product per layer, activation in place", layers=layers)
+    # Pieces of rows go back through all layers: every dz and dh stays in cache, and none asks the system for memory.
+    chunk = max(CPU_MLP_CHUNK_ROWS, table["chunk_bytes"] // (max(widths) * (4 if dtype == "float32" else 2)))
+    chunk = chunk if m > chunk else 0
+    layers = tuple(_cpu_explicit_bwd(chunk or m, k, n, dtype, device) for k, n in pairs)
+    reason = "one autograd node" + (f", back through all layers in pieces of {chunk} rows" if chunk else "")
+    return MlpPlan("explicit", reason, layers=layers, chunk=chunk)
 
 
 def _mlp_segments(

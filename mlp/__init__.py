@@ -1,7 +1,18 @@
 """Sigmoid MLPs in fused kernels: drop-in layers, whole networks, the classic lessons."""
 
-from .functional import linear_act, linear_sigmoid
-from .layers import LinearReLU, LinearSigmoid, LinearTanh
+from .functional import linear_act, linear_sigmoid, linear_sigmoid_bce, mlp_act, mlp_sigmoid_bce
+from .layers import LinearReLU, LinearSigmoid, LinearSigmoidBCELoss, LinearTanh
 from .model import MLP
 
-__all__ = ["MLP", "LinearReLU", "LinearSigmoid", "LinearTanh", "linear_act", "linear_sigmoid"]
+__all__ = [
+    "MLP",
+    "LinearReLU",
+    "LinearSigmoid",
+    "LinearSigmoidBCELoss",
+    "LinearTanh",
+    "linear_act",
+    "linear_sigmoid",
+    "linear_sigmoid_bce",
+    "mlp_act",
+    "mlp_sigmoid_bce",
+]

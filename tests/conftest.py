@@ -58,4 +58,20 @@ def force(monkeypatch):
         monkeypatch.setattr(plan, "linear_act_fwd", lambda *shape: forward)
         monkeypatch.setattr(plan, "linear_act_bwd", lambda *shape: backward)
 
-    return force
+        def network(own):
+            """A plan for a network whose layers all have this one; kernels of layers know no networks."""
+
+            def mlp_plan(m, widths, *_):
+                if own.impl != "explicit" or len(widths) == 2:
+                    return plan.MlpPlan("layers", "the test says so")
+                layers = (own,) * (len(widths) - 1)
+                return plan.MlpPlan("explicit", "the test says so", layers=layers, chunk=own.chunk)
+
+            return mlp_plan
+
+        ops._mlp_plans.cache_clear()
+        monkeypatch.setattr(plan, "mlp_fwd", network(forward))
+        monkeypatch.setattr(plan, "mlp_bwd", network(backward))
+
+    yield force
+    ops._mlp_plans.cache_clear()
