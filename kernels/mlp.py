@@ -184,6 +184,15 @@ def mlp_fwd_kernel(
 
 
 @triton.jit
+def _clear_gap(ptr, SIZE: tl.constexpr):
+    # Between this gradient and the next: it is summed with all others, and must not be whatever was in memory.
+    GAP: tl.constexpr = -SIZE % 8
+    if GAP > 0:
+        offs = tl.arange(0, 8)
+        tl.store(ptr + SIZE + offs, tl.zeros((8,), ptr.dtype.element_ty), mask=offs < GAP)
+
+
+@triton.jit
 def mlp_bwd_kernel(
     dy_ptr,  # (M, COLUMNS[1]); None: 1
     x_ptr,  # (M, COLUMNS[0])
@@ -320,12 +329,14 @@ def mlp_bwd_kernel(
                     (dweights[LAYERS - 1 - l] * factor).to(slots_ptr.dtype.element_ty),
                     mask=(out < WIDTHS[l + 1])[:, None] & (into < WIDTHS[l])[None, :],
                 )
+                _clear_gap(slot + DWEIGHT_AT[l], WIDTHS[l + 1] * WIDTHS[l])
             if DBIAS_AT[l] >= 0:
                 tl.store(
                     slot + DBIAS_AT[l] + out,
                     (dbiases[LAYERS - 1 - l] * factor).to(slots_ptr.dtype.element_ty),
                     mask=out < WIDTHS[l + 1],
                 )
+                _clear_gap(slot + DBIAS_AT[l], WIDTHS[l + 1])
 
 
 @triton.jit

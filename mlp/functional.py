@@ -336,17 +336,17 @@ def _check_network(x, weights, biases, activations, impl) -> None:
     if biases is not None and len(biases) != len(weights):
         raise ValueError(f"biases holds {len(biases)} Tensors, but weights {len(weights)}") from None
     for l, weight in enumerate(weights):
-        below = x if l == 0 else weights[l - 1]
-        act = activations[-1] if l == len(weights) - 1 else activations[0]
-        bias = None if biases is None else biases[l]
-        if l > 0 and isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] != below.shape[0]:
-            raise ValueError(
-                f"weights[{l}] {tuple(weight.shape)} does not take the out_features of weights[{l - 1}] "
-                f"{tuple(below.shape)}"
-            ) from None
+        inputs = x
+        if l > 0 and isinstance(weight, Tensor) and weight.dim() == 2:
+            if weight.shape[1] != weights[l - 1].shape[0]:
+                raise ValueError(
+                    f"weights[{l}] {tuple(weight.shape)} does not take the out_features of weights[{l - 1}] "
+                    f"{tuple(weights[l - 1].shape)}"
+                ) from None
+            inputs = x.new_empty(0, weight.shape[1])
         try:
-            # What a layer would say to x, or to an input that does fit.
-            _check(below if l == 0 else x.new_empty(0, weight.shape[1]), weight, bias, act, impl)
+            act = activations[-1] if l == len(weights) - 1 else activations[0]
+            _check(inputs, weight, None if biases is None else biases[l], act, impl)
         except (TypeError, ValueError) as error:
             message = str(error).replace("weight", f"weights[{l}]").replace("bias", f"biases[{l}]")
             raise type(error)(message) from None
@@ -467,7 +467,10 @@ def _check_loss(x, weights, target, pos_weight, reduction) -> None:
         raise ValueError(f"target {tuple(target.shape)} has not the shape of the output {shape}") from None
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}") from None
-    if pos_weight is not None and pos_weight.numel() not in (1, shape[-1]):
-        raise ValueError(
-            f"pos_weight {tuple(pos_weight.shape)} does not fit the {shape[-1]} columns of target"
-        ) from None
+    if pos_weight is not None:
+        try:
+            fits = torch.broadcast_shapes(pos_weight.shape, shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"pos_weight {tuple(pos_weight.shape)} does not fit the output {shape}") from None
