@@ -118,4 +118,4 @@ test-deterministic: $(READY)
 	$(call step,deterministic: kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) --deterministic tests/test_kernels.py)
 
 test-benches: $(READY)
-	$(call step,benchmarks run once,$(PYTEST) benches/bench_layers.py --benchmark-disable)
+	$(call step,benchmarks run once,$(PYTEST) benches/bench_stacks.py --benchmark-disable)

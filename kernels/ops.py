@@ -487,13 +487,6 @@ def explain(
 _library = torch.library.Library("perceptriton", "DEF")
 _library.define("linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str? impl) -> Tensor")
 _library.define(
-    "mlp(Tensor x, Tensor[] weights, Tensor[]? biases, str hidden, str output, int[] save, str precision) -> Tensor[]"
-)
-_library.define(
-    "mlp_backward(Tensor dy, Tensor x, Tensor[] saved, Tensor[] weights, Tensor[]? biases, str hidden, str output,"
-    " bool[] wanted, str precision) -> Tensor[]"
-)
-_library.define(
     "linear_act_backward(Tensor dy, Tensor y, Tensor? x, Tensor? weight, str activation, bool[3] wanted, str? impl)"
     " -> (Tensor, Tensor, Tensor)"
 )
@@ -504,50 +497,6 @@ def _linear_act_backward(dy, y, x, weight, activation, wanted, impl):
     # A registered op returns tensors: an empty one stands for a gradient that nobody wants.
     return tuple(y.new_empty(0) if g is None else g for g in gradients)
 
-
-def _traced_mlp(x, weights, precision):
-    """What plans of a traced network are made from. Its implementation was chosen when it was traced."""
-    rows = math.prod(x.shape[:-1])
-    return rows, _widths(weights), _NAMES[x.dtype], precision, _device_for(x.device, "triton")
-
-
-def _mlp(x, weights, biases, hidden, output, save, precision):
-    arguments = _traced_mlp(x, weights, precision)
-    if arguments[0] == 0:
-        return _mlp_fake(x, weights, biases, hidden, output, save, precision)
-    plan = planning.mlp_fwd(*arguments, bool(save), impl="triton")
-    y, saved = mlp_fwd(x, weights, biases, hidden, output, plan, tuple(save))
-    return [y, *saved]
-
-
-def _mlp_backward(dy, x, saved, weights, biases, hidden, output, wanted, precision):
-    arguments = _traced_mlp(x, weights, precision)
-    if arguments[0] == 0:
-        return [g.zero_() for g in _mlp_backward_fake(dy, x, saved, weights, biases, hidden, output, wanted, precision)]
-    layers = len(weights)
-    plan = planning.mlp_bwd(*arguments, impl="triton")
-    flags = (wanted[0], tuple(wanted[1 : 1 + layers]), tuple(wanted[1 + layers :]))
-    dx, dweights, dbiases = mlp_bwd(dy, x, saved, weights, biases, hidden, output, flags, plan)
-    # Outputs of an op must not share memory, as the parameters' gradients do.
-    gradients = (dx, *(None if g is None else g.clone() for g in (*dweights, *dbiases)))
-    return [x.new_empty(0) if g is None else g for g in gradients]
-
-
-def _mlp_fake(x, weights, biases, hidden, output, save, precision):
-    columns = planning.mlp_columns(_widths(weights))
-    rows = math.prod(x.shape[:-1])
-    return [x.new_empty((*x.shape[:-1], columns[-1])), *(x.new_empty((rows, columns[l])) for l in save)]
-
-
-def _mlp_backward_fake(dy, x, saved, weights, biases, hidden, output, wanted, precision):
-    shapes = [x.shape, *(w.shape for w in weights), *(w.shape[:1] for w in weights)]
-    return [x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True)]
-
-
-_library.impl("mlp", _mlp, "CompositeExplicitAutograd")
-_library.impl("mlp_backward", _mlp_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("perceptriton::mlp", _mlp_fake, lib=_library)
-torch.library.register_fake("perceptriton::mlp_backward", _mlp_backward_fake, lib=_library)
 
 _library.impl("linear_act", linear_act_fwd, "CompositeExplicitAutograd")
 _library.impl("linear_act_backward", _linear_act_backward, "CompositeExplicitAutograd")

@@ -268,8 +268,8 @@ def mlp_act(
 
     On a GPU, networks whose widths are at most 128 run as one kernel forward, which leaves only y in memory, and as
     few as registers allow back, which compute the activations once more; on a CPU, networks that are not small run as
-    one autograd node. `perceptriton.kernels.explain` says what and why. dtypes, autocast, impl and errors are those
-    of `linear_act`; impl="triton" asks for the whole network in kernels of its own.
+    one autograd node. `perceptriton.kernels.explain` says what and why. torch.compile sees a chain of layers. dtypes,
+    autocast, impl and errors are those of `linear_act`; impl="triton" asks for the whole network in kernels of its own.
     """
     output = activation if output_activation is None else output_activation
     try:
@@ -298,7 +298,7 @@ def _plans(x, weights, biases, activations, impl, loss: bool = False):
     if impl not in ops.IMPLS or not all(act in ACTIVATIONS for act in activations):
         raise ValueError
     if torch.compiler.is_compiling():
-        return None
+        return None  # plans look at sizes: a dynamic batch would compile once for each
     _fit_together(x, weights, biases)
     dtype, autocast = _product_dtype(x)
     if refused := ops.mlp_refusal(x, weights, biases, dtype, autocast, impl):

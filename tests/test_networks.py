@@ -439,14 +439,15 @@ def test_what_was_saved_may_not_be_written_over(path, take):
         y.backward(net.dy)
 
 
-@pytest.mark.skipif(KERNELS is None, reason=NO_KERNELS)
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_network_of_kernels(dynamic):
+@pytest.mark.filterwarnings("default")  # the compiler itself uses what torch deprecates
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled(dynamic):
     torch.compiler.reset()
     net = Net((7, 20, 3))
+    impl = None if KERNELS is None else "triton"
 
     def network(x, weights, biases):
-        return mlp_act(x, weights, biases, impl="triton")
+        return mlp_act(x, weights, biases, impl=impl)
 
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for a, e in zip(differentiate(net, compiled), differentiate(net, plain), strict=True):
