@@ -1,3 +1,5 @@
+import time
+
 import cases
 import pytest
 import torch
@@ -7,7 +9,18 @@ from perceptriton.kernels import ops, plan
 
 def pytest_addoption(parser):
     parser.addoption("--deterministic", action="store_true", help="torch's deterministic mode: NaN in fresh tensors")
+    parser.addoption("--deadline", type=float, metavar="SECONDS", help="start no test after this many: skip it")
     parser.addoption("--cubins", metavar="DIR", help="keep what tests/test_compile.py compiles there")
+
+
+BEGAN = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    deadline = item.config.getoption("--deadline")
+    if deadline is not None and time.monotonic() - BEGAN > deadline:
+        # A run that is cut off leaves no report at all.
+        pytest.skip(f"not run: {deadline:g} s were over before its turn came")
 
 
 def pytest_configure(config):

@@ -10,7 +10,6 @@ from cases import (
     ACTIVATIONS,
     DTYPES,
     FLOOR,
-    NO_KERNELS,
     every_other,
     inside,
     kernel_device,
@@ -79,7 +78,14 @@ PATHS = {
     "kernel": (fused(False), "triton"),
     "segments": (fused(True), "triton"),
 }
+# Where kernels run, their paths; elsewhere those of a CPU.
+PATHS = {name: path for name, path in PATHS.items() if (path[1] == "triton") == (KERNELS is not None)}
 OWN = [name for name in PATHS if name not in ("aten", "layers")]  # what has a backward pass of its own
+WHOLE = OWN[0]
+
+
+def paths(*names):
+    return [name for name in names if name in PATHS]
 
 
 @pytest.fixture
@@ -88,10 +94,6 @@ def take(monkeypatch):
 
     def take(path):
         make, impl = PATHS[path]
-        if impl == "triton" and KERNELS is None:
-            pytest.skip(NO_KERNELS)
-        if impl is None and DEVICE == "cuda" and path != "layers":
-            pytest.skip("a path of CPUs")
 
         def plans(x, weights, training, loss=False, impl=None):
             forward, backward = make(len(weights))
@@ -176,7 +178,7 @@ def test_as_good_as_torch(path, widths, dtype, bias, take):
 
 
 @pytest.mark.parametrize(("hidden", "output"), [*itertools.product(ACTIVATIONS, ACTIVATIONS)], ids=str)
-@pytest.mark.parametrize("path", ["chunked", "segments"])
+@pytest.mark.parametrize("path", paths("chunked", "segments"))
 def test_activations(path, hidden, output, take):
     impl = take(path)
     net = Net((7, 20, 5, 3), m=20)
@@ -287,12 +289,10 @@ def test_wrong_results_are_refused():
 # --- a chain of pieces -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gemm", ["mm", "onednn"])
+@pytest.mark.parametrize("gemm", ["mm", "onednn"] if DEVICE == "cpu" else ["mm"])
 @pytest.mark.parametrize("need_dx", [True, False], ids=["dx", "no-dx"])
 @pytest.mark.parametrize("chunk", [1, 7, 39, 40, 1000])
 def test_pieces_change_nothing(chunk, need_dx, gemm):
-    if DEVICE == "cuda":
-        pytest.skip("a path of CPUs")
     net = Net()
     own = (Plan("explicit", "", dx_gemm=gemm, dweight_gemm=gemm),) * 4
     plan = MlpPlan("explicit", "", layers=own, chunk=chunk)
@@ -309,8 +309,6 @@ def test_pieces_change_nothing(chunk, need_dx, gemm):
 
 
 def test_sums_over_pieces_stay_in_fp32():
-    if DEVICE == "cuda":
-        pytest.skip("a path of CPUs")
     # 4,096 times 2^-8: a sum in bf16 stops growing at 1.
     dy = torch.full((4096, 2), 2.0**-8, dtype=torch.bfloat16)
     x, weights = torch.ones(4096, 2, dtype=torch.bfloat16), [torch.eye(2, dtype=torch.bfloat16)] * 2
@@ -362,7 +360,7 @@ def test_a_weight_that_is_used_twice_or_depends_on_x(path, take):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["aten", "explicit", "kernel"])
+@pytest.mark.parametrize("path", paths("aten", "explicit", "kernel"))
 def test_fp64_is_exact_to_second_order(path, take):
     impl = take(path)
     net = Net((3, 4, 2), m=3, dtype=torch.float64)
@@ -427,7 +425,7 @@ def test_two_forwards_then_a_joint_backward(path, take):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", ["explicit", "kernel"])
+@pytest.mark.parametrize("path", paths("explicit", "kernel"))
 def test_what_was_saved_may_not_be_written_over(path, take):
     impl = take(path)
     net = Net()
@@ -489,7 +487,7 @@ def same(model, twin):
 
 
 def test_a_model_runs_as_a_whole(take, whole):
-    take("explicit" if DEVICE == "cpu" else "kernel")
+    take(WHOLE)
     for options in ({}, {"bias": False}, {"activation": "tanh", "output_activation": "identity"}):
         same(*model_pair(**options))
     assert len(whole) == 3
@@ -497,7 +495,7 @@ def test_a_model_runs_as_a_whole(take, whole):
 
 @pytest.mark.parametrize("hook", ["forward", "pre", "full-backward", "identity", "global"])
 def test_hooks_still_fire(hook, take, whole):
-    take("explicit" if DEVICE == "cpu" else "kernel")
+    take(WHOLE)
     model, twin = model_pair()
     seen = []
     register = {
@@ -517,7 +515,7 @@ def test_hooks_still_fire(hook, take, whole):
 
 
 def test_a_parametrized_or_mixed_model_runs_layer_by_layer(take, whole):
-    take("explicit" if DEVICE == "cpu" else "kernel")
+    take(WHOLE)
     model, twin = model_pair()
     for net in (model, twin):
         nn.utils.parametrizations.weight_norm(net[2])
@@ -534,7 +532,7 @@ def test_a_parametrized_or_mixed_model_runs_layer_by_layer(take, whole):
 
 
 def test_errors_of_models_are_those_of_layers(take):
-    take("explicit" if DEVICE == "cpu" else "kernel")
+    take(WHOLE)
     with pytest.raises(ValueError, match=r"^x \(4, 2\) does not end in the in_features of weight \(3, 5\)$"):
         MLP([5, 3, 2])(torch.ones(4, 2))
 
@@ -628,7 +626,7 @@ def torch_bce(net, target, pos_weight=None, reduction="mean"):
     return network
 
 
-BCE_PATHS = ["aten", "layers", "explicit", "kernel", "segments"]
+BCE_PATHS = paths("aten", "layers", "explicit", "kernel", "segments")
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "pos_weight"])
@@ -675,7 +673,7 @@ def test_bce_second_order(path, take):
         torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["explicit", "kernel"])
+@pytest.mark.parametrize("path", paths("explicit", "kernel"))
 def test_gradients_of_targets(path, take):
     # Nobody's fast path, but nobody's zero either.
     take(path)
@@ -689,7 +687,7 @@ def test_gradients_of_targets(path, take):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("path", ["aten", "kernel"])
+@pytest.mark.parametrize("path", paths("aten", "kernel"))
 def test_bce_leading_shapes(path, take):
     impl = take(path)
     for leading in ((), (2, 3)):
@@ -738,7 +736,7 @@ def test_head_is_a_linear():
 
 @pytest.mark.parametrize("sizes", [(4, 1), (4, 8, 3)], ids=str)
 def test_loss_of_a_model(sizes, take):
-    take("explicit" if DEVICE == "cpu" else "kernel")
+    take(WHOLE)
     model, twin = model_pair(sizes)
     x, target = torch.randn(7, 4, device=DEVICE), torch.rand(7, sizes[-1], device=DEVICE)
     loss = model.bce_loss(x, target, reduction="sum")
