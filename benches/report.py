@@ -121,7 +121,11 @@ def machine(document: dict) -> str:
         driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
         device = f"{gpu['name']} (compute capability {gpu['capability']}{driver})"
     else:
-        device = f"{info['cpu'].get('brand_raw', info['machine'])}, threads: {info['threads']}"
+        kind = info.get("cpu_kind", "")
+        device = info["cpu"].get("brand_raw", info["machine"])
+        # "AMD EPYC" alone leaves open which.
+        device += f" ({kind})" if " " in kind else ""
+        device += f", threads: {info['threads']}"
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version)
     quick = "; quick run" if info.get("quick") else ""
     return f"{device}; {versions}; {document['datetime'][:10]}{quick}"

@@ -26,8 +26,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def slug(document: dict) -> str:
-    """The device as part of a file name: "cpu", "nvidia-h200"."""
-    name = document["machine_info"].get("gpu", {}).get("name", "cpu")
+    """The device as part of a file name: "amd-zen-5", "nvidia-h200"."""
+    info = document["machine_info"]
+    name = info.get("gpu", {}).get("name") or info.get("cpu_kind") or "cpu"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -50,7 +50,7 @@ def _mlp_launchers():
 
 
 @functools.cache
-def cpu_vendor() -> str:
+def cpu_kind() -> str:
     """The first word of the CPU's name ("AMD", "Intel"), or "" where torch does not tell; "AMD Zen 5" for those.
 
     MKL uses 256-bit vectors on AMD. From Zen 5 on, whose 512-bit units are of full width, oneDNN is twice as fast; on
@@ -70,7 +70,7 @@ def _look_at(device: torch.device) -> Device:
         properties = torch.cuda.get_device_properties(device)
         arch = 10 * properties.major + properties.minor
         return Device("cuda", arch, properties.multi_processor_count, triton=has_triton())
-    return Device("cpu", 90, 1, cpu_vendor()) if device.type == "cpu" else Device(device.type)
+    return Device("cpu", 90, 1, cpu_kind()) if device.type == "cpu" else Device(device.type)
 
 
 @functools.cache
@@ -98,7 +98,7 @@ small_cpu_products: dict[torch.dtype, int] = {}  # filled on first use: multiply
 
 
 def small_cpu_product(dtype: torch.dtype) -> int:
-    limit = small_cpu_products[dtype] = planning.cpu_small(_NAMES[dtype], cpu_vendor()) if dtype in _NAMES else 1 << 62
+    limit = small_cpu_products[dtype] = planning.cpu_small(_NAMES[dtype], cpu_kind()) if dtype in _NAMES else 1 << 62
     return limit
 
 

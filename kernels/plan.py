@@ -25,7 +25,7 @@ class Device:
     kind: str  # "cpu", "cuda", or any other torch device type
     arch: int = 0  # CUDA compute capability, as 10 * major + minor
     units: int = 1  # CUDA streaming multiprocessors
-    vendor: str = ""  # CPU: what `ops.cpu_vendor` says
+    vendor: str = ""  # CPU: what `ops.cpu_kind` says
     triton: bool = False  # kernels can be launched here
 
 

@@ -240,7 +240,7 @@ def _facts(cuda: bool) -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("triton", _version("triton")),
         ("numpy", _version("numpy")),
-        ("CPU", f"{ops.cpu_vendor() or 'unknown vendor'}, torch uses {torch.get_num_threads()} threads"),
+        ("CPU", f"{ops.cpu_kind() or 'unknown vendor'}, torch uses {torch.get_num_threads()} threads"),
     ]
     for index in range(torch.cuda.device_count() if cuda else 0):
         properties = torch.cuda.get_device_properties(index)
