@@ -403,3 +403,105 @@ def _mlp_row(
             if any(all(a >= b for a, b in zip(other[i:], chain, strict=False)) for i in starts):
                 return row
     return None
+
+
+# --- whole training loops ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every step of a training loop does, apart from the numbers it starts from."""
+
+    widths: tuple[int, ...]  # of the input and of every layer's output
+    hidden: str = "sigmoid"  # names in activations.py and device.py
+    output: str = "sigmoid"
+    bias: bool = True
+    loss: str = "bce"  # "bce" (output: sigmoid), "bce_logits" (output: identity) or "mse" (any output)
+    reduction: str = "mean"  # or "sum"; mean divides by batch * widths[-1]
+    optimizer: str = "sgd"  # or "adam", "adamw"
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """One choice of a training loop: "lane" or "block" (Triton), or "torch" (`loop.py`)."""
+
+    impl: str
+    reason: str
+
+
+def train(
+    members: int,
+    samples: int,
+    batch_size: int | None,
+    recipe: Recipe,
+    dtype: str,
+    device: Device,
+    impl: str | None = None,
+) -> TrainPlan:
+    """The plan for training `members` networks on `samples` samples each. batch_size: None for full batch."""
+    if impl == "torch":
+        return TrainPlan("torch", 'impl="torch"')
+    if reason := refusal(samples, max(recipe.widths), 1, dtype, device):
+        return TrainPlan("torch", reason)
+    if device.kind == "cpu" and not device.triton:
+        return TrainPlan("torch", "no kernels for the CPU")
+    return TrainPlan("torch", "no kernel trains this network")
+
+
+@dataclass(frozen=True)
+class LoopPlan:
+    """How `loop.py` lays its buffers out, on how many threads it runs, and why.
+
+    "joint": one network, the parameters of all layers as blocks of one matrix. "matrices": a matrix per layer, or a
+    stack of them. "arrays": every single parameter an array over the members.
+    """
+
+    layout: str
+    one_thread: bool
+    reason: str
+
+
+# Microseconds on one core, fitted to layouts timed against each other: 2-2-1, 2-10-10-10-1 and 4-8-1 to 32-64-5, for
+# 8 to 8,192 members. They decide between two layouts, so only their ratios count.
+CALL_US = 1.2  # of torch, whatever it computes
+ARRAY_US = 1.5e-4  # per multiply-add of an elementwise call over members
+BATCHED_US = 0.06  # per product of a batched call
+BATCHED_MAC_US = 2.5e-4  # per multiply-add of a batched call
+
+# Multiply-adds of the blocks of one matrix, those that nobody needs included, below which a call costs more.
+JOINT_MACS = 1 << 15
+# Below these, a second thread waits longer for the first than it works; where cores are shared, far longer.
+THREADED_MACS = 1 << 21  # of one product
+THREADED_ELEMENTS = 1 << 17  # of one elementwise call
+
+
+@functools.lru_cache(maxsize=1024)
+def train_loop(members: int, batch: int, recipe: Recipe, shared: bool) -> LoopPlan:
+    """The plan for the plain torch loop on batches of `batch` samples. shared: all members see the same samples."""
+    layers = list(itertools.pairwise(recipe.widths))
+    macs = [batch * n * (k + 1) for k, n in layers]
+    alone = members == 1 or shared  # the first layer of all members is one product
+    largest = max(macs) if members == 1 else max(members * macs[0] if alone else 0, *macs)
+    wide = members * batch * max(recipe.widths[1:])
+    one_thread = largest < THREADED_MACS and wide < THREADED_ELEMENTS
+    if members == 1:
+        whole = batch * sum(n for _, n in layers) * sum(k + 1 for k, _ in layers)
+        if whole <= JOINT_MACS:
+            return LoopPlan("joint", one_thread, "a small network: the fewest calls win")
+        return LoopPlan("matrices", one_thread, "one network: a product per layer")
+    rest = layers[1:] if alone else layers
+    calls = sum(2 + k + n + batch for k, n in rest)
+    arrays = CALL_US * calls + ARRAY_US * members * sum(3 * batch * n * k for k, n in rest)
+    stacked = CALL_US * 5 * len(rest) + members * sum(
+        3 * BATCHED_US + 3 * BATCHED_MAC_US * batch * n * k for k, n in rest
+    )
+    if arrays < stacked:
+        return LoopPlan("arrays", one_thread, "products this small cost more than calls over all members")
+    return LoopPlan("matrices", one_thread, "few members or wide layers: batched products")

@@ -1,7 +1,19 @@
-"""Sigmoid MLPs in fused kernels: drop-in layers, whole networks, the classic lessons."""
+"""Sigmoid MLPs in fused kernels: drop-in layers, whole networks, whole training loops, the classic lessons."""
 
+from .ensemble import Ensemble
 from .functional import linear_act, linear_sigmoid
 from .layers import LinearReLU, LinearSigmoid, LinearTanh
 from .model import MLP
+from .training import History, fit
 
-__all__ = ["MLP", "LinearReLU", "LinearSigmoid", "LinearTanh", "linear_act", "linear_sigmoid"]
+__all__ = [
+    "MLP",
+    "Ensemble",
+    "History",
+    "LinearReLU",
+    "LinearSigmoid",
+    "LinearTanh",
+    "fit",
+    "linear_act",
+    "linear_sigmoid",
+]
