@@ -468,15 +468,18 @@ class LoopPlan:
     reason: str
 
 
-# Microseconds on one core, fitted to layouts timed against each other: 2-2-1, 2-10-10-10-1 and 4-8-1 to 32-64-5, for
-# 8 to 8,192 members. They decide between two layouts, so only their ratios count.
-CALL_US = 1.2  # of torch, whatever it computes
-ARRAY_US = 1.5e-4  # per multiply-add of an elementwise call over members
-BATCHED_US = 0.06  # per product of a batched call
-BATCHED_MAC_US = 2.5e-4  # per multiply-add of a batched call
+# Microseconds on one core, read off layouts that were timed against each other: 2-2-1, 2-10-10-10-1, 4-8-1 and others
+# to 32-64-5, with 2 to 8,192 members. They decide between two layouts, so only their ratios count.
+CALL_US = 1.5  # of torch, whatever it computes
+ARRAY_MAC_US = 2.5e-4  # per multiply-add of an elementwise call over members
+SMALL_PRODUCT_MAC_US = 2e-3  # per multiply-add of a stack of products that torch computes itself
+SMALL_PRODUCT_MACS = 400  # from here on the BLAS does, at a price per product and another per multiply-add
+PRODUCT_US, PRODUCT_MAC_US = 0.25, 4e-5
+UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7}  # elementwise, beside the products
 
-# Multiply-adds of the blocks of one matrix, those that nobody needs included, below which a call costs more.
-JOINT_MACS = 1 << 15
+# Multiply-adds of the one product of a joint update, those that nobody needs included, to which it costs less than
+# several.
+JOINT_MACS = 1 << 16
 # Below these, a second thread waits longer for the first than it works; where cores are shared, far longer.
 THREADED_MACS = 1 << 21  # of one product
 THREADED_ELEMENTS = 1 << 17  # of one elementwise call
@@ -484,24 +487,27 @@ THREADED_ELEMENTS = 1 << 17  # of one elementwise call
 
 @functools.lru_cache(maxsize=1024)
 def train_loop(members: int, batch: int, recipe: Recipe, shared: bool) -> LoopPlan:
-    """The plan for the plain torch loop on batches of `batch` samples. shared: all members see the same samples."""
+    """The plan for the plain torch loop on batches of `batch` samples. shared: all members see the same ones."""
     layers = list(itertools.pairwise(recipe.widths))
-    macs = [batch * n * (k + 1) for k, n in layers]
-    alone = members == 1 or shared  # the first layer of all members is one product
-    largest = max(macs) if members == 1 else max(members * macs[0] if alone else 0, *macs)
-    wide = members * batch * max(recipe.widths[1:])
-    one_thread = largest < THREADED_MACS and wide < THREADED_ELEMENTS
+    macs = [batch * n * k for k, n in layers]
+    together = members * macs[0] if shared else 0  # the first layers of all members are one product
+    one_thread = max(together, *macs) < THREADED_MACS and members * batch * max(recipe.widths[1:]) < THREADED_ELEMENTS
     if members == 1:
-        whole = batch * sum(n for _, n in layers) * sum(k + 1 for k, _ in layers)
-        if whole <= JOINT_MACS:
-            return LoopPlan("joint", one_thread, "a small network: the fewest calls win")
-        return LoopPlan("matrices", one_thread, "one network: a product per layer")
-    rest = layers[1:] if alone else layers
-    calls = sum(2 + k + n + batch for k, n in rest)
-    arrays = CALL_US * calls + ARRAY_US * members * sum(3 * batch * n * k for k, n in rest)
-    stacked = CALL_US * 5 * len(rest) + members * sum(
-        3 * BATCHED_US + 3 * BATCHED_MAC_US * batch * n * k for k, n in rest
-    )
-    if arrays < stacked:
-        return LoopPlan("arrays", one_thread, "products this small cost more than calls over all members")
-    return LoopPlan("matrices", one_thread, "few members or wide layers: batched products")
+        joint = batch * sum(n for _, n in layers) * sum(k + 1 for k, _ in layers)
+        if joint <= JOINT_MACS:
+            return LoopPlan("joint", one_thread, "one small network: a product for all updates")
+        return LoopPlan("matrices", one_thread, "one network: a product for each layer")
+    update = UPDATE_CALLS["momentum" if recipe.momentum else recipe.optimizer]
+    alone = layers[1:] if shared else layers
+    # Forward, backward and update: three products of the same size.
+    arrays = CALL_US * (update + sum(2 + k + n + batch for k, n in alone))
+    arrays += members * ARRAY_MAC_US * sum(3 * batch * n * k for k, n in alone)
+    matrices = CALL_US * (update * len(layers) + 5 * len(alone))
+    matrices += members * sum(3 * _stacked_product_us(batch * n * k) for k, n in alone)
+    if arrays < matrices:
+        return LoopPlan("arrays", one_thread, "many members, whose products cost more one by one than their elements")
+    return LoopPlan("matrices", one_thread, "few members or wide layers: stacks of products")
+
+
+def _stacked_product_us(macs: int) -> float:
+    return SMALL_PRODUCT_MAC_US * macs if macs < SMALL_PRODUCT_MACS else PRODUCT_US + PRODUCT_MAC_US * macs
