@@ -4,6 +4,7 @@ from .ensemble import Ensemble
 from .functional import linear_act, linear_sigmoid
 from .layers import LinearReLU, LinearSigmoid, LinearTanh
 from .model import MLP
+from .sweep import fit_sharded
 from .training import History, fit
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "LinearSigmoid",
     "LinearTanh",
     "fit",
+    "fit_sharded",
     "linear_act",
     "linear_sigmoid",
 ]
