@@ -17,7 +17,7 @@ import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import pytest
 import timing
@@ -103,7 +103,9 @@ class Contender:
 def plain(model: nn.Module) -> nn.Sequential:
     """The same network from torch's own modules."""
     layers = [m for m in model if isinstance(m, nn.Linear)]
-    modules = [m for l in layers for m in (nn.Linear(l.in_features, l.out_features, dtype=l.weight.dtype), nn.Sigmoid())]
+    modules = [
+        m for l in layers for m in (nn.Linear(l.in_features, l.out_features, dtype=l.weight.dtype), nn.Sigmoid())
+    ]
     twin = nn.Sequential(*modules)
     twin.load_state_dict(model.state_dict())
     return twin
@@ -247,7 +249,7 @@ class Group:
         for impl in self.impls:
             # fit's first steps of a call are few at a time.
             contender, trial = self.contender(impl), 500 if impl == JUDGED and self.case.nets < 1024 else 5
-            seconds = min(timing._batch(lambda c=contender, n=trial: c.advance(n), 1) for _ in range(2)) / trial
+            seconds = min(timing._batch(partial(contender.advance, trial), 1) for _ in range(2)) / trial
             counts[impl] = max(1, round(CALL_SECONDS / seconds))
         return counts
 
@@ -255,7 +257,7 @@ class Group:
     def seconds_per_net_step(self) -> dict[str, list[float]]:
         """One value per round."""
         counts = self.steps_per_call
-        calls = {i: lambda c=self.contender(i), n=counts[i]: c.advance(n) for i in self.impls}
+        calls = {i: partial(self.contender(i).advance, counts[i]) for i in self.impls}
         samples = timing.interleaved(
             calls, seconds=0.5 if self.quick else 4.0, batch_seconds=CALL_SECONDS, rounds=(5, 201)
         )

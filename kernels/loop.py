@@ -427,7 +427,8 @@ def _fused_adam() -> dict[str, Callable]:
     The functions are private, so they are tried once, on the first step from w = 1 with a gradient of 1.
     """
     try:
-        functions = {"adam": torch._fused_adam_, "adamw": torch._fused_adamw_}
+        names = {"adam": "_fused_adam_", "adamw": "_fused_adamw_"}
+        functions = {optimizer: getattr(torch, name) for optimizer, name in names.items()}
         for function in functions.values():
             w, g, m, v = (torch.full((3,), value, device="cpu", dtype=torch.float32) for value in (1, 1, 0, 0))
             _call_fused(function, w, g, m, v, torch.ones((), device="cpu", dtype=torch.float32), 0.5, Recipe((1, 1)))
@@ -532,10 +533,8 @@ class _Optimizer:
         for w, g, m, v in self.parts:
             if recipe.weight_decay and recipe.optimizer == "adam":
                 g.add_(w, alpha=recipe.weight_decay)
-            elif recipe.weight_decay and self.rates is None:
-                w.mul_(1 - self.rate * recipe.weight_decay)
             elif recipe.weight_decay:
-                w.mul_(1 - self.rates * recipe.weight_decay)
+                w.mul_(1 - (self.rate if self.rates is None else self.rates) * recipe.weight_decay)
             m.lerp_(g, 1 - recipe.beta1)
             v.mul_(recipe.beta2).addcmul_(g, g, value=1 - recipe.beta2)
             # lr * (m / correction1) / (sqrt(v) / correction2 + eps), both corrections in one factor

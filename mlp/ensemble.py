@@ -72,7 +72,9 @@ class Ensemble(nn.Module):
             networks.append(network)
         if not networks:
             raise ValueError("models must hold at least one model, not 0")
-        kinds = [(n.widths, n.hidden, n.output, n.bias, n.parameters[0].dtype, n.parameters[0].device) for n in networks]
+        kinds = [
+            (n.widths, n.hidden, n.output, n.bias, n.parameters[0].dtype, n.parameters[0].device) for n in networks
+        ]
         for i, kind in enumerate(kinds):
             if kind != kinds[0]:
                 raise ValueError(f"models[{i}] is {kind}, but models[0] {kinds[0]}")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -9,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .layers import LAYERS, LinearAct
 from .model import MLP
 
-__all__ = ["Network", "describe", "hooked"]
+__all__ = ["Network", "describe", "hooked", "why_not_trainable"]
 
 _ACTIVATIONS = {nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.ReLU: "relu", nn.Identity: "identity"}
 
@@ -29,12 +30,12 @@ class Network:
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module may do more than its class says."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__ or _has_any_global_hook()
+    return any(hooks) or "forward" in module.__dict__ or bool(_has_any_global_hook())
 
 
 def describe(model: nn.Module) -> Network | str:
     """The network that an `MLP` or an `nn.Sequential` is, or the reason why it is none."""
-    if type(model) not in (MLP, nn.Sequential):
+    if not isinstance(model, nn.Sequential) or type(model) not in (MLP, nn.Sequential):
         return f"{type(model).__name__} is neither an MLP nor an nn.Sequential"
     if found := next((name or "the model" for name, module in model.named_modules() if hooked(module)), None):
         return f"{found} has hooks or a forward of its own"
@@ -63,7 +64,7 @@ def describe(model: nn.Module) -> Network | str:
     wanted = {"weight", "bias"}
     if any(set(layer._parameters) != wanted for layer in layers):
         return "a layer has parameters of other names"
-    parameters = tuple(p for layer in layers for p in (layer.weight, layer.bias) if p is not None)
+    parameters = tuple(cast(nn.Parameter, p) for layer in layers for p in (layer.weight, layer.bias) if p is not None)
     return Network(
         (layers[0].in_features, *(layer.out_features for layer in layers)),
         names[0] if len(names) > 1 else names[-1],
@@ -92,5 +93,5 @@ def why_not_trainable(network: Network) -> str | None:
     return None
 
 
-def _place(p: Tensor) -> object:
-    return p.data_ptr() or id(p)
+def _place(p: Tensor) -> int:
+    return p.data_ptr() or id(p)  # an empty parameter has no address

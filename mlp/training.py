@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import optimizer as optimizers
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..kernels import ops
 from ..kernels.plan import Recipe
@@ -97,14 +97,14 @@ def fit(
     try:
         with _Interrupts() as interrupts:
             for start, count in _chunks(steps):
-                rows.append(job.run(start, count, order, log_every))
+                rows.append(job.run(start, count, order, log_every).cpu())
                 bar.show(start + count)
                 interrupts.raise_pending()
     finally:
         bar.close()
         for p in model.parameters():
             p.grad = None
-    loss = torch.cat(rows).cpu() if rows else torch.empty(0, job.columns)
+    loss = torch.cat(rows) if rows else torch.empty(0, job.columns)
     return History(
         list(range(0, steps, log_every)) if log_every else [],
         loss if isinstance(model, Ensemble) else loss.squeeze(1),
@@ -127,7 +127,7 @@ def _check(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, 
     }
     for name, (value, kind) in kinds.items():
         if not isinstance(value, kind):
-            raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
+            raise TypeError(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")
     if not callable(criterion):
         raise TypeError(f"criterion must be callable, not {type(criterion).__name__}")
     counts = {"steps": (steps, 0), "log_every": (log_every, 0)}
@@ -232,8 +232,7 @@ class _FastJob:
             losses,
             self.plan,
         )
-        if p.is_cuda:
-            torch.cuda.synchronize(p.device)
+        _finish(p.device)
         with torch.no_grad():
             for own, copy in zip(self.network.parameters, self.parameters, strict=True):
                 own.copy_(copy.view(own.shape))
@@ -277,7 +276,8 @@ class _GeneralJob:
                     self.optimizer.step()
             if log_every and step % log_every == 0 and logged is not None:
                 losses.append(logged)
-        return torch.stack(losses) if losses else self.x.new_empty(0, self.columns, dtype=torch.float32)
+        _finish(self.x.device)
+        return torch.stack(losses) if losses else torch.empty(0, self.columns, device="cpu")
 
     def _take(self, data: Tensor, indices: Tensor) -> Tensor:
         dimension = 1 if isinstance(self.model, Ensemble) and data.dim() == 3 else 0
@@ -365,10 +365,6 @@ def _loss_of(criterion: object, network: Network) -> dict[str, str] | str:
     return {"loss": names[kind], "reduction": str(criterion.reduction)}
 
 
-_GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
-_OWN_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-
-
 def _optimizer_of(optimizer: torch.optim.Optimizer, network: Network) -> tuple[dict[str, Any], float] | str:
     """The recipe's fields and the learning rate."""
     kind = type(optimizer)
@@ -379,9 +375,8 @@ def _optimizer_of(optimizer: torch.optim.Optimizer, network: Network) -> tuple[d
     (group,) = optimizer.param_groups
     if {id(p) for p in group["params"]} != {id(p) for p in network.parameters}:
         return "the optimizer does not have all parameters of the model"
-    if any(getattr(optimizers, name, None) for name in _GLOBAL_HOOKS) or any(
-        getattr(optimizer, name, None) for name in _OWN_HOOKS
-    ):
+    own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
         return "the optimizer has hooks"
     # A learning rate scheduler replaces `step` by one that only takes note that it was called.
     if "step" in optimizer.__dict__ and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
@@ -426,8 +421,8 @@ class _State:
                 return "the optimizer's state does not fit the parameters, or is there for some only"
         taken = 1  # momentum knows a first step and others
         if recipe.optimizer != "sgd":
-            counts = {float(entry["step"]) for entry in entries}
-            if len(counts) > 1:
+            counts = {float(entry.get("step", -1)) for entry in entries}
+            if len(counts) > 1 or min(counts) < 0:
                 return "the optimizer has taken different numbers of steps for different parameters"
             taken = int(counts.pop())
         return cls(optimizer, network, names, taken)
@@ -476,9 +471,14 @@ def _chunks(steps: int) -> Iterator[tuple[int, int]]:
         began = time.perf_counter()
         yield start, count
         start += count
-        seconds = max(time.perf_counter() - began, 1e-9)
-        # The first ones pay for what is made once, and say little.
-        count = max(1, int(count * min(CHUNK_SECONDS / seconds, 8)))
+        # A first step takes longer than others, which makes the next chunk too short, never too long.
+        count = max(1, int(count * CHUNK_SECONDS / max(time.perf_counter() - began, 1e-6)))
+
+
+def _finish(device: torch.device) -> None:
+    """Waits for what was launched: progress and interrupts are about steps that are done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _logged(start: int, steps: int, log_every: int) -> int:

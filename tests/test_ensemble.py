@@ -105,7 +105,9 @@ def test_from_models_and_member_are_exact():
             member[0].weight.zero_()  # a copy
     assert torch.equal(ensemble.weights[0][2], models[2][0].weight)
     assert torch.equal(ensemble.member(-1)[0].weight, models[2][0].weight)
-    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2), nn.Sigmoid()).double()
+    plain = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2), nn.Sigmoid()
+    ).double()
     assert torch.equal(Ensemble.from_models([plain, models[0]]).member(0)[0].weight, plain[0].weight)
 
 

@@ -27,7 +27,7 @@ from training_cases import (
     xor,
 )
 
-from perceptriton.kernels import ops, plan
+from perceptriton.kernels import loop, ops, plan
 from perceptriton.mlp import MLP, Ensemble, History, LinearSigmoid, fit, lessons, training
 
 # Two orders of the same fp64 sums over 100 steps.
@@ -100,6 +100,26 @@ def test_losses(loss, steps, layout):
     assert relative([history.loss], [losses]) <= EXACT
     assert relative(model.parameters(), twin.parameters()) <= EXACT
     assert_same_state(own, other, EXACT)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adam-decay", "adamw"])
+def test_adam_without_torchs_own_function(optimizer, monkeypatch):
+    monkeypatch.setattr(loop, "_fused_adam", dict)
+    test_trajectory("tanh", optimizer)
+
+
+def test_torchs_own_function_is_tried_first(monkeypatch):
+    try_again = loop._fused_adam.__wrapped__
+    assert list(try_again()) == ["adam", "adamw"]
+    right = torch._fused_adam_
+
+    def wrong(*arguments, lr, **options):
+        right(*arguments, lr=1.001 * lr, **options)
+
+    monkeypatch.setattr(torch, "_fused_adam_", wrong)
+    assert try_again() == {}
+    monkeypatch.delattr(torch, "_fused_adam_")
+    assert try_again() == {}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd-decay", "adam"])
@@ -397,8 +417,7 @@ def test_chunks_cover_all_steps_by_time(monkeypatch):
         now[0] += count / 1024  # seconds
     assert sum(sizes) == 10_000
     assert sizes[0] == 1
-    assert sizes[1:3] == [8, 64]
-    assert set(sizes[3:-1]) == {204}  # 0.2 s
+    assert set(sizes[1:-1]) == {204}  # 0.2 s
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", *STATEFUL])
@@ -552,7 +571,11 @@ GENERAL = {
     "maximize": (plain, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True), nn.BCELoss()),
     "rmsprop": (plain, lambda m: torch.optim.RMSprop(m.parameters(), lr=0.1), nn.BCELoss()),
     "own-criterion": (plain, sgd, absolute),
-    "weighted": (lambda: MLP([3, 3], output_activation="identity"), sgd, nn.BCEWithLogitsLoss(pos_weight=torch.ones(3))),
+    "weighted": (
+        lambda: MLP([3, 3], output_activation="identity"),
+        sgd,
+        nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)),
+    ),
     "logits-of-a-sigmoid": (plain, sgd, nn.BCEWithLogitsLoss()),
 }
 
@@ -644,18 +667,22 @@ def arguments(**changes):
 
 
 BAD = {
-    "model": ({"model": 3}, TypeError, r"^model must be a Module, not int$"),
-    "x": ({"x": [[1.0]]}, TypeError, r"^x must be a Tensor, not list$"),
-    "y": ({"y": None}, TypeError, r"^y must be a Tensor, not NoneType$"),
+    "model": ({"model": 3}, TypeError, r"^model must be of type Module, not int$"),
+    "x": ({"x": [[1.0]]}, TypeError, r"^x must be of type Tensor, not list$"),
+    "y": ({"y": None}, TypeError, r"^y must be of type Tensor, not NoneType$"),
     "criterion": ({"criterion": "bce"}, TypeError, r"^criterion must be callable, not str$"),
-    "optimizer": ({"optimizer": "sgd"}, TypeError, r"^optimizer must be a Optimizer, not str$"),
-    "generator": ({"generator": 3}, TypeError, r"^generator must be a Generator, not int$"),
+    "optimizer": ({"optimizer": "sgd"}, TypeError, r"^optimizer must be of type Optimizer, not str$"),
+    "generator": ({"generator": 3}, TypeError, r"^generator must be of type Generator, not int$"),
     "steps": ({"steps": -1}, ValueError, r"^steps must be at least 0, not -1$"),
     "steps-type": ({"steps": 2.0}, TypeError, r"^steps must be an int, not 2.0$"),
     "log_every": ({"log_every": -2}, ValueError, r"^log_every must be at least 0, not -2$"),
     "batch_size": ({"batch_size": 0}, ValueError, r"^batch_size must be at least 1, not 0$"),
     "batch_size-type": ({"batch_size": True}, TypeError, r"^batch_size must be an int, not True$"),
-    "impl": ({"impl": "fast"}, ValueError, r"^impl must be one of None, 'lane', 'block', 'graph', 'torch', not 'fast'$"),
+    "impl": (
+        {"impl": "fast"},
+        ValueError,
+        r"^impl must be one of None, 'lane', 'block', 'graph', 'torch', not 'fast'$",
+    ),
     "samples": ({"y": torch.rand(4, 2)}, ValueError, r"^x \(5, 3\) and y \(4, 2\) differ in their number of samples$"),
     "no-samples": ({"x": torch.rand(0, 3), "y": torch.rand(0, 2)}, ValueError, r"^x \(0, 3\) holds no samples$"),
     "width": ({"x": torch.rand(5, 4)}, ValueError, r"^x \(5, 4\) is not \(5, 3\)$"),
@@ -665,7 +692,11 @@ BAD = {
         ValueError,
         r"^y \(5, 1\) is not \(5, 2\)$",
     ),
-    "dtype": ({"x": torch.rand(5, 3).double()}, ValueError, r"^x is torch.float64, but the model's parameters torch.fl"),
+    "dtype": (
+        {"x": torch.rand(5, 3).double()},
+        ValueError,
+        r"^x is torch.float64, but the model's parameters torch.fl",
+    ),
     "device": ({"y": torch.rand(5, 2, device="meta")}, ValueError, r"^y is on meta, but the model on cpu$"),
     "range": ({"y": torch.full((5, 2), 1.5)}, ValueError, r"^y must lie in \[0, 1\] for BCELoss, not in \[1.5, 1.5\]$"),
     "foreign": (
@@ -674,13 +705,25 @@ BAD = {
         r"^optimizer holds a parameter \(7,\) that is none of the model's 4$",
     ),
     "lr": ({"lr": torch.ones(2)}, ValueError, r"^lr is for an Ensemble; the model is a MLP"),
-    "lr-type": ({"lr": 0.1}, TypeError, r"^lr must be a Tensor, not float$"),
+    "lr-type": ({"lr": 0.1}, TypeError, r"^lr must be of type Tensor, not float$"),
     "lane": ({"impl": "lane"}, NotImplementedError, r"^impl='lane': "),
     "block": ({"impl": "block"}, NotImplementedError, r"^impl='block': "),
     "graph": ({"impl": "graph"}, NotImplementedError, r'^impl="graph": '),
-    "criterion-returns": ({"criterion": lambda p, t: 0.0}, TypeError, r"^criterion must return a tensor .* not a float$"),
-    "criterion-shape": ({"criterion": nn.BCELoss(reduction="none")}, ValueError, r"one number, not one of shape \(5, 2\)$"),
-    "general-torch": ({"criterion": absolute, "impl": "torch"}, NotImplementedError, r"^impl='torch': the criterion is a"),
+    "criterion-returns": (
+        {"criterion": lambda p, t: 0.0},
+        TypeError,
+        r"^criterion must return a tensor .* not a float$",
+    ),
+    "criterion-shape": (
+        {"criterion": nn.BCELoss(reduction="none")},
+        ValueError,
+        r"one number, not one of shape \(5, 2\)$",
+    ),
+    "general-torch": (
+        {"criterion": absolute, "impl": "torch"},
+        NotImplementedError,
+        r"^impl='torch': the criterion is a",
+    ),
 }
 
 

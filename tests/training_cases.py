@@ -117,8 +117,9 @@ def relative(actual, expected):
 
 def state_of(optimizer):
     """(names and shapes, values) of everything that the optimizer has stored."""
-    entries = [sorted(optimizer.state[p].items()) for g in optimizer.param_groups for p in g["params"]
-               if p in optimizer.state]
+    entries = [
+        sorted(optimizer.state[p].items()) for g in optimizer.param_groups for p in g["params"] if p in optimizer.state
+    ]
     flat = list(itertools.chain.from_iterable(entries))
     return [(name, v.shape, v.dtype, v.device, v.requires_grad) for name, v in flat], [v for _, v in flat]
 
