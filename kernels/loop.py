@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import plan as planning
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, Activation
 from .plan import Recipe, TrainPlan
 
 Call = Callable[[], object]
@@ -131,6 +131,8 @@ class _Storage:
 class _Layout(ABC):
     """Where the numbers of a network, or of a stack of them, lie, and which calls compute with them."""
 
+    axis: int  # of x and y that counts samples
+
     def __init__(self, recipe: Recipe, parameters: Sequence[Tensor], x: Tensor, y: Tensor) -> None:
         self.recipe = recipe
         self.bias = int(recipe.bias)
@@ -171,6 +173,15 @@ class _Layout(ABC):
     def accumulate(self, batch: "_Batch", storage: _Storage, beta: float, alpha: float) -> list[Call]:
         """Calls for storage = beta * storage + alpha * (dz times input, summed over the batch)."""
 
+    def load(self, inputs: Tensor, target: Tensor, indices: Tensor | None) -> None:
+        """Copies the samples with these indices, or all of them."""
+        if indices is None:
+            inputs.copy_(self.x)
+            target.copy_(self.y)
+        else:
+            torch.index_select(self.x, self.axis, indices, out=inputs)
+            torch.index_select(self.y, self.axis, indices, out=target)
+
     def write(self, storage: _Storage, tensors: Sequence[Tensor]) -> None:
         for own, given in zip(self._blocks(storage), tensors, strict=True):
             own.copy_(given)
@@ -209,7 +220,7 @@ class _Batch:
         self.backward += optimizer.calls(self)
         self.both = self.forward + self.backward
 
-    def activate(self, activation, z: Tensor, out: Tensor) -> None:
+    def activate(self, activation: Activation, z: Tensor, out: Tensor) -> None:
         if z is not out or activation.name != "identity":
             self.forward.append(partial(activation.forward_into, z, out))
 
@@ -224,7 +235,7 @@ class _Batch:
         if self.dz_rates is not None:
             self.backward.append(partial(dz.mul_, self.dz_rates))
 
-    def through(self, activation, dz: Tensor, h: Tensor) -> None:
+    def through(self, activation: Activation, dz: Tensor, h: Tensor) -> None:
         """dh in the place of dz becomes dz."""
         if activation.name != "identity":
             self.backward.append(partial(activation.backward_into, dz, h, dz))
@@ -248,6 +259,8 @@ class _Matrices(_Layout):
     joint: one network only, with all layers on the diagonal of one matrix. One product then updates them all; what it
     leaves off the diagonal is never read.
     """
+
+    axis = -2
 
     def __init__(self, recipe: Recipe, parameters: Sequence[Tensor], x: Tensor, y: Tensor, joint: bool) -> None:
         self.joint = joint
@@ -294,7 +307,7 @@ class _Matrices(_Layout):
         batch.output = new(*self.stack, self.rows[-1], size)
         target = new(*self.y.shape[:-2], size, self.rows[-1])
         batch.target, batch.summed = target.mT, (-2, -1)
-        batch.load = partial(self._load, batch.inputs[0][..., : self.layers[0][0], :].mT, target)
+        batch.load = partial(self.load, batch.inputs[0][..., : self.layers[0][0], :].mT, target)
 
         outputs = [*(h[..., :n, :] for h, n in zip(batch.inputs[1:], self.rows, strict=False)), batch.output]
         for l, (weight, h, out) in enumerate(zip(self.parameters.views, batch.inputs, outputs, strict=True)):
@@ -310,14 +323,6 @@ class _Matrices(_Layout):
             dz, weight = batch.dz[l - 1], self.parameters.views[l][..., : self.layers[l][0]]
             batch.backward.append(partial(torch.bmm if self.stack else torch.mm, weight.mT, batch.dz[l], out=dz))
             batch.through(self.activations[l - 1], dz, outputs[l - 1])
-
-    def _load(self, inputs: Tensor, target: Tensor, indices: Tensor | None) -> None:
-        if indices is None:
-            inputs.copy_(self.x)
-            target.copy_(self.y)
-        else:
-            torch.index_select(self.x, -2, indices, out=inputs)
-            torch.index_select(self.y, -2, indices, out=target)
 
     def _as_one(self, l: int) -> bool:
         """Whether the members' first layers are the rows of one matrix: they see the same samples."""
@@ -343,6 +348,8 @@ class _Arrays(_Layout):
     the columns of one matrix, and its input is (B, K + 1).
     """
 
+    axis = 0
+
     def samples(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return x[0] if self.shared else x.permute(1, 2, 0).contiguous(), y.permute(1, 2, 0).contiguous()
 
@@ -363,13 +370,12 @@ class _Arrays(_Layout):
 
     def build(self, batch: _Batch) -> None:
         new, ones, size = self.like.new_empty, self.like.new_ones, batch.size
-        shape = size, self.members
         samples = ones(size, self.layers[0][0] + self.bias, *self.x.shape[2:])
         batch.inputs = [samples, *(ones(size, k + self.bias, self.members) for k, _ in self.layers[1:])]
-        batch.dz = [new(shape[0], n, shape[1]) for _, n in self.layers]
+        batch.dz = [new(size, n, self.members) for _, n in self.layers]
         batch.output = new(size, self.layers[-1][1], self.members)
         batch.target, batch.summed = new(size, *self.y.shape[1:]), (0, 1)
-        batch.load = partial(self._load, samples[:, : self.layers[0][0]], batch.target)
+        batch.load = partial(self.load, samples[:, : self.layers[0][0]], batch.target)
 
         outputs = [*(h[:, :n] for h, (_, n) in zip(batch.inputs[1:], self.layers, strict=False)), batch.output]
         for l, (view, h, out) in enumerate(zip(self.parameters.views, batch.inputs, outputs, strict=True)):
@@ -386,14 +392,6 @@ class _Arrays(_Layout):
             terms = [(view[:k, i], batch.dz[l][:, i : i + 1]) for i in range(n)]
             batch.backward += _sum_of_products(terms, dz, None)
             batch.through(self.activations[l - 1], dz, outputs[l - 1])
-
-    def _load(self, inputs: Tensor, target: Tensor, indices: Tensor | None) -> None:
-        if indices is None:
-            inputs.copy_(self.x)
-            target.copy_(self.y)
-        else:
-            torch.index_select(self.x, 0, indices, out=inputs)
-            torch.index_select(self.y, 0, indices, out=target)
 
     def accumulate(self, batch: _Batch, storage: _Storage, beta: float, alpha: float) -> list[Call]:
         calls: list[Call] = []

@@ -132,7 +132,9 @@ class Ensemble(nn.Module):
 
         Raises IndexError outside the ensemble, ValueError for no member.
         """
-        chosen = torch.arange(len(self))[indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()]
+        chosen = torch.arange(len(self), device="cpu")[
+            indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
+        ]
         like, bias = self.weights[0], len(self.biases) > 0
         part = Ensemble(len(chosen), self.sizes, self.activation, self.output_activation, bias, "meta", like.dtype)
         part = part.to_empty(device=like.device)

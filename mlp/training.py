@@ -23,7 +23,7 @@ CHUNK_SECONDS = 0.2  # between two moments at which progress shows and an interr
 PATIENCE_SECONDS = 2.0  # after which a terminal is shown a bar that nobody asked for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors do not compare to one bool
 class History:
     """What `fit` returns."""
 
@@ -104,7 +104,7 @@ def fit(
         bar.close()
         for p in model.parameters():
             p.grad = None
-    loss = torch.cat(rows) if rows else torch.empty(0, job.columns)
+    loss = torch.cat(rows) if rows else torch.empty(0, job.columns, device="cpu")
     return History(
         list(range(0, steps, log_every)) if log_every else [],
         loss if isinstance(model, Ensemble) else loss.squeeze(1),

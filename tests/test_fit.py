@@ -1,6 +1,7 @@
 """fit trains as the loop that everyone writes, whatever runs underneath."""
 
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -808,3 +809,37 @@ def test_progress_needs_no_tqdm(monkeypatch):
 
 def test_an_ensemble_is_no_sequential():
     assert training.describe(Ensemble(2, [3, 2])) == "Ensemble is neither an MLP nor an nn.Sequential"
+
+
+# --- the kernels -----------------------------------------------------------------------------------------------
+
+KERNELS = importlib.util.find_spec("perceptriton.kernels.training") is not None
+
+
+@pytest.mark.skipif(not KERNELS, reason="this tree has no training kernels")
+@pytest.mark.parametrize("batch_size", [None, 3], ids=["full", "minibatches"])
+@pytest.mark.parametrize("optimizer", ["sgd-decay", "dampening", "adam", "adamw"])
+@pytest.mark.parametrize("impl", ["lane", "block"])
+def test_kernels_train_alike(impl, optimizer, batch_size, device):
+    errors, results = [], []
+    for path, dtype in (("torch", torch.float64), ("torch", torch.float32), (impl, torch.float32)):
+        ensemble = Ensemble(3, [2, 3, 1], generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        x, y = xor(dtype)
+        own = OPTIMIZERS[optimizer](ensemble.parameters())
+        history = fit(
+            ensemble,
+            x.to(device),
+            y.to(device),
+            criterion=nn.BCELoss(),
+            optimizer=own,
+            steps=9,
+            batch_size=batch_size,
+            log_every=2,
+            lr=torch.tensor([0.02, 0.05, 0.1]),
+            generator=torch.Generator().manual_seed(2),
+            impl=path,
+        )
+        assert history.path == path
+        results.append([*ensemble.parameters(), history.loss, *state_of(own)[1]])
+        errors.append(relative([t.cpu() for t in results[-1]], [t.cpu() for t in results[0]]))
+    assert errors[2] <= 2 * errors[1] + 2e-6
