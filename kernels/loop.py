@@ -473,11 +473,13 @@ class _Optimizer:
         if self.stateless:
             return
         self.gradients, self.first = layout.storage(), layout.storage()
-        layout.write(self.first, first)
+        if taken:
+            layout.write(self.first, first)
         storages = [layout.parameters, self.gradients, self.first]
         if second:
             self.second = layout.storage()
-            layout.write(self.second, second)
+            if taken:
+                layout.write(self.second, second)
             storages.append(self.second)
             self.step = torch.zeros((), dtype=torch.float32, device=lr.device)
         self.parts = list(zip(*map(layout.parts, storages), strict=True))
@@ -490,6 +492,9 @@ class _Optimizer:
 
     def calls(self, batch: _Batch) -> list[Call]:
         recipe, layout = self.recipe, self.layout
+        if not self.stateless and recipe.optimizer == "sgd" and not recipe.nesterov and not recipe.dampening:
+            # From zeros, this makes the gradient itself of the first buffer, as torch does.
+            return [*layout.accumulate(batch, self.first, recipe.momentum, batch.scale), self._plain_momentum]
         if not self.stateless:
             update = self._momentum if recipe.optimizer == "sgd" else self._adam
             return [*layout.accumulate(batch, self.gradients, 0, batch.scale), update]
@@ -511,12 +516,20 @@ class _Optimizer:
                 m.mul_(recipe.momentum).add_(g, alpha=1 - recipe.dampening)
             else:
                 m.copy_(g)
-            direction = g.add_(m, alpha=recipe.momentum) if recipe.nesterov else m
-            if self.rates is None:
-                w.add_(direction, alpha=-self.rate)
-            else:
-                w.addcmul_(direction, self.rates, value=-1)
+            self._descend(w, g.add_(m, alpha=recipe.momentum) if recipe.nesterov else m)
         self.taken += 1
+
+    def _plain_momentum(self) -> None:
+        for w, _, m in self.parts:
+            if self.recipe.weight_decay:
+                m.add_(w, alpha=self.recipe.weight_decay)
+            self._descend(w, m)
+
+    def _descend(self, w: Tensor, direction: Tensor) -> None:
+        if self.rates is None:
+            w.add_(direction, alpha=-self.rate)
+        else:
+            w.addcmul_(direction, self.rates, value=-1)
 
     def _adam(self) -> None:
         recipe = self.recipe

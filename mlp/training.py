@@ -421,8 +421,8 @@ class _State:
                 return "the optimizer's state does not fit the parameters, or is there for some only"
         taken = 1  # momentum knows a first step and others
         if recipe.optimizer != "sgd":
-            counts = {float(entry.get("step", -1)) for entry in entries}
-            if len(counts) > 1 or min(counts) < 0:
+            counts = {float(entry.get("step", 0)) for entry in entries}
+            if len(counts) > 1 or min(counts) < 1:
                 return "the optimizer has taken different numbers of steps for different parameters"
             taken = int(counts.pop())
         return cls(optimizer, network, names, taken)

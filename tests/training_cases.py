@@ -26,6 +26,7 @@ OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.5),
     "sgd-decay": lambda p: torch.optim.SGD(p, lr=0.5, weight_decay=0.01),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9),
+    "momentum-decay": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9, weight_decay=0.01),
     "dampening": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.8, dampening=0.3, weight_decay=0.01),
     "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
     "adam": lambda p: torch.optim.Adam(p, lr=0.02),
