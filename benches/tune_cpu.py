@@ -8,8 +8,8 @@ For this CPU's vendor and each dtype, over a grid of shapes and with both sides 
     small_forward, small_both    plain torch operations against the explicit forward, and forward + backward: `small`
     chunk_<bytes>                dz whole against dz in pieces of that size: `chunk_above_bytes`, `chunk_bytes`
 
-The table keeps what it holds of other vendors and dtypes. The rows behind the thresholds go to a file that is not
-shipped, benches/results/tune-cpu-<kind>.json: [role, rows, in_features, out_features, us of the first side, us of the second].
+The table keeps what it holds of other kinds and dtypes. The rows behind the thresholds go to a file that is not
+shipped, benches/results/tune-cpu-<kind>.json: [role, rows, in_features, out_features, us of either side].
 """
 
 import argparse

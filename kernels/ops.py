@@ -5,6 +5,7 @@ Below it nothing is checked again. Layers ask `refusal` first; it names what kee
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import math
 import warnings
@@ -15,14 +16,15 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
+from . import loop, reference
 from . import plan as planning
-from . import reference
-from .plan import Device, MlpPlan, Plan
+from .plan import Device, MlpPlan, Plan, Recipe, TrainPlan
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias
 Maybe = tuple[Tensor | None, ...]
 Wanted = tuple[bool, tuple[bool, ...], tuple[bool, ...]]  # dx, every dweight, every dbias
 IMPLS = (None, "triton", "torch")
+TRAIN_IMPLS = (None, "lane", "block", "graph", "torch")
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -480,6 +482,77 @@ def explain(
         explanation = Explanation(planning.linear_act_fwd(*arguments), planning.linear_act_bwd(*arguments))
     _obey(impl, explanation.forward)
     return explanation
+
+
+# --- whole training loops ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _training_launchers():
+    return importlib.import_module(".training", __package__)  # imports triton, as `linear` does
+
+
+def plan_train(
+    members: int,
+    samples: int,
+    batch_size: int | None,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    impl: str | None = None,
+) -> TrainPlan:
+    """Which implementation trains `members` networks on `samples` samples each, and why. batch_size: None for all.
+
+    Raises NotImplementedError with the reason where `impl` cannot be obeyed.
+    """
+    if impl == "graph":
+        raise NotImplementedError('impl="graph": no captured training step yet')
+    kernels = impl in ("lane", "block")
+    if kernels and (reason := _cpu_refusal(device)):
+        raise NotImplementedError(f"impl={impl!r}: {reason}")
+    described = _describe(device, kernels and device.type == "cpu")
+    plan = planning.train(members, samples, batch_size, recipe, _NAMES.get(dtype, str(dtype)), described, impl)
+    if impl is not None and plan.impl != impl:
+        raise NotImplementedError(f"impl={impl!r}: {plan.reason}")
+    return plan
+
+
+def train(
+    recipe: Recipe,
+    parameters: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    lr: Tensor,
+    x: Tensor,
+    y: Tensor,
+    order: Tensor | None,
+    batch_size: int,
+    start: int,
+    taken: int,
+    steps: int,
+    log_every: int,
+    losses: Tensor,
+    plan: TrainPlan,
+) -> None:
+    """Takes `steps` training steps by the implementation of the plan; see `loop.train` for the arguments."""
+    implementation = loop if plan.impl == "torch" else _training_launchers()
+    implementation.train(
+        recipe,
+        parameters,
+        first,
+        second,
+        lr,
+        x,
+        y,
+        order,
+        batch_size,
+        start,
+        taken,
+        steps,
+        log_every,
+        losses,
+        plan,
+    )
 
 
 # --- registration: what torch.compile calls -------------------------------------------------------------------

@@ -450,3 +450,111 @@ def _mlp_row(
             if any(all(a >= b for a, b in zip(other[i:], chain, strict=False)) for i in starts):
                 return row
     return None
+
+
+# --- whole training loops ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every step of a training loop does, apart from the numbers it starts from."""
+
+    widths: tuple[int, ...]  # of the input and of every layer's output
+    hidden: str = "sigmoid"  # names in activations.py and device.py
+    output: str = "sigmoid"
+    bias: bool = True
+    loss: str = "bce"  # "bce" (output: sigmoid), "bce_logits" (output: identity) or "mse" (any output)
+    reduction: str = "mean"  # or "sum"; mean divides by batch * widths[-1]
+    optimizer: str = "sgd"  # or "adam", "adamw"
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """One choice of a training loop: "lane" or "block" (Triton), or "torch" (`loop.py`)."""
+
+    impl: str
+    reason: str
+
+
+def train(
+    members: int,
+    samples: int,
+    batch_size: int | None,
+    recipe: Recipe,
+    dtype: str,
+    device: Device,
+    impl: str | None = None,
+) -> TrainPlan:
+    """The plan for training `members` networks on `samples` samples each. batch_size: None for full batch."""
+    if impl == "torch":
+        return TrainPlan("torch", 'impl="torch"')
+    if reason := refusal(samples, max(recipe.widths), 1, dtype, device):
+        return TrainPlan("torch", reason)
+    if device.kind == "cpu" and not device.triton:
+        return TrainPlan("torch", "no kernels for the CPU")
+    return TrainPlan("torch", "no kernel trains this network")
+
+
+@dataclass(frozen=True)
+class LoopPlan:
+    """How `loop.py` lays its buffers out, on how many threads it runs, and why.
+
+    "joint": one network, the parameters of all layers as blocks of one matrix. "matrices": a matrix per layer, or a
+    stack of them. "arrays": every single parameter an array over the members.
+    """
+
+    layout: str
+    one_thread: bool
+    reason: str
+
+
+# Microseconds on one core, read off layouts that were timed against each other: 2-2-1, 2-10-10-10-1, 4-8-1 and others
+# to 32-64-5, with 2 to 8,192 members. They decide between two layouts, so only their ratios count.
+CALL_US = 1.5  # of torch, whatever it computes
+ARRAY_MAC_US = 2.5e-4  # per multiply-add of an elementwise call over members
+SMALL_PRODUCT_MAC_US = 2e-3  # per multiply-add of a stack of products that torch computes itself
+SMALL_PRODUCT_MACS = 400  # from here on the BLAS does, at a price per product and another per multiply-add
+PRODUCT_US, PRODUCT_MAC_US = 0.25, 4e-5
+UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7}  # elementwise, beside the products
+
+# Multiply-adds of the one product of a joint update, those that nobody needs included, to which it costs less than
+# several.
+JOINT_MACS = 1 << 16
+# Below these, a second thread waits longer for the first than it works; where cores are shared, far longer.
+THREADED_MACS = 1 << 21  # of one product
+THREADED_ELEMENTS = 1 << 17  # of one elementwise call
+
+
+@functools.lru_cache(maxsize=1024)
+def train_loop(members: int, batch: int, recipe: Recipe, shared: bool) -> LoopPlan:
+    """The plan for the plain torch loop on batches of `batch` samples. shared: all members see the same ones."""
+    layers = list(itertools.pairwise(recipe.widths))
+    macs = [batch * n * k for k, n in layers]
+    together = members * macs[0] if shared else 0  # the first layers of all members are one product
+    one_thread = max(together, *macs) < THREADED_MACS and members * batch * max(recipe.widths[1:]) < THREADED_ELEMENTS
+    if members == 1:
+        joint = batch * sum(n for _, n in layers) * sum(k + 1 for k, _ in layers)
+        if joint <= JOINT_MACS:
+            return LoopPlan("joint", one_thread, "one small network: a product for all updates")
+        return LoopPlan("matrices", one_thread, "one network: a product for each layer")
+    update = UPDATE_CALLS["momentum" if recipe.momentum else recipe.optimizer]
+    alone = layers[1:] if shared else layers
+    # Forward, backward and update: three products of the same size.
+    arrays = CALL_US * (update + sum(2 + k + n + batch for k, n in alone))
+    arrays += members * ARRAY_MAC_US * sum(3 * batch * n * k for k, n in alone)
+    matrices = CALL_US * (update * len(layers) + 5 * len(alone))
+    matrices += members * sum(3 * _stacked_product_us(batch * n * k) for k, n in alone)
+    if arrays < matrices:
+        return LoopPlan("arrays", one_thread, "many members, whose products cost more one by one than their elements")
+    return LoopPlan("matrices", one_thread, "few members or wide layers: stacks of products")
+
+
+def _stacked_product_us(macs: int) -> float:
+    return SMALL_PRODUCT_MAC_US * macs if macs < SMALL_PRODUCT_MACS else PRODUCT_US + PRODUCT_MAC_US * macs
