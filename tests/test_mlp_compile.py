@@ -227,7 +227,8 @@ def transposed_product_kernel(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
     tl.store(c_ptr + rows * BLOCK + columns, tl.dot(tl.trans(dz), b))
 
 
-@pytest.mark.parametrize("size", [32, 64, 128])
+# Smaller ones are transposed in shared memory, which is the safe form.
+@pytest.mark.parametrize("size", [64, 128])
 def test_a_transposed_product_is_seen(size):
     # Positive control.
     a = torch.empty((size, size), dtype=torch.bfloat16, device="meta")
