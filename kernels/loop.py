@@ -14,7 +14,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -58,10 +58,12 @@ def train(
     members, samples = parameters[0].shape[0], x.shape[1]
     size = samples if order is None else min(batch_size, samples)
     choice = planning.train_loop(members, size, recipe, x.shape[0] == 1)
-    with torch.inference_mode(), _threads(choice.one_thread and x.is_cpu):
+    graph = plan.impl == "graph"
+    current = torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    with torch.inference_mode(), current, _threads(choice.one_thread and x.is_cpu):
         make = _Arrays if choice.layout == "arrays" else partial(_Matrices, joint=choice.layout == "joint")
         layout = make(recipe, parameters, x, y)
-        optimizer = _Optimizer(layout, first, second, lr, taken)
+        optimizer = _Optimizer(layout, first, second, lr, taken, graph)
         batches = {size: _Batch(layout, optimizer, size)}
         batch, pieces = batches[size], None
         if order is None:
@@ -77,6 +79,7 @@ def train(
                     batches[len(indices)] = _Batch(layout, optimizer, len(indices))
                 batch = batches[len(indices)]
                 batch.load(indices)
+            optimizer.advance()
             if log_every and step % log_every == 0:
                 for call in batch.forward:
                     call()
@@ -84,8 +87,11 @@ def train(
                 for call in batch.backward:
                     call()
             else:
+                if graph and batch.ran and not batch.captured:
+                    batch.capture()
                 for call in batch.both:
                     call()
+            batch.ran = True
         layout.read(layout.parameters, parameters)
         optimizer.read(first, second)
 
@@ -219,6 +225,20 @@ class _Batch:
         layout.build(self)
         self.backward += optimizer.calls(self)
         self.both = self.forward + self.backward
+        self.ran = self.captured = False
+
+    def capture(self) -> None:
+        """Puts one replay of a CUDA graph in the place of all calls of a step.
+
+        They have run before: libraries set themselves up on their first call, which a capture does not bear. Capturing
+        runs nothing.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for call in self.both:
+                call()
+        self.both = [graph.replay]
+        self.captured = True
 
     def activate(self, activation: Activation, z: Tensor, out: Tensor) -> None:
         if z is not out or activation.name != "identity":
@@ -460,13 +480,14 @@ class _Optimizer:
     """The optimizer's state, and the calls that update it and the parameters, by the formulas of torch.optim."""
 
     def __init__(
-        self, layout: _Layout, first: Sequence[Tensor], second: Sequence[Tensor], lr: Tensor, taken: int
+        self, layout: _Layout, first: Sequence[Tensor], second: Sequence[Tensor], lr: Tensor, taken: int, graph: bool
     ) -> None:
-        self.recipe, self.layout, self.taken = layout.recipe, layout, taken
+        self.recipe, self.layout, self.taken, self.graph = layout.recipe, layout, taken, graph
         self.stateless = not first
         # One network's rate is a number, those of a stack are a tensor.
         self.rate = lr.item() if layout.members == 1 else 0.0
         self.rates = layout.rates(lr) if layout.members > 1 else None
+        self.keep = 1 - (self.rate if self.rates is None else self.rates) * self.recipe.weight_decay
         # Gradients are linear in dz of the output: scaled there, where there is least to scale, they go straight into
         # the parameters.
         self.dz_rates = self.rates if self.stateless else None
@@ -482,6 +503,8 @@ class _Optimizer:
                 layout.write(self.second, second)
             storages.append(self.second)
             self.step = torch.zeros((), dtype=torch.float32, device=lr.device)
+            # What changes from step to step, where a captured step finds it.
+            self.factor, self.floor = lr.new_empty(()), lr.new_empty(())
         self.parts = list(zip(*map(layout.parts, storages), strict=True))
 
     def read(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
@@ -489,6 +512,20 @@ class _Optimizer:
             self.layout.read(self.first, first)
         if second:
             self.layout.read(self.second, second)
+
+    def advance(self) -> None:
+        """One more step: what changes with their number, outside of the calls, which a graph freezes."""
+        self.taken += 1
+        if self.graph and self.recipe.optimizer != "sgd":
+            factor, floor = self._corrections()
+            self.factor.fill_(factor)
+            self.floor.fill_(floor)
+
+    def _corrections(self) -> tuple[float, float]:
+        """lr (m / c1) / (sqrt(v) / c2 + eps) is -factor lr m / (sqrt(v) + floor)."""
+        recipe = self.recipe
+        c1, c2 = 1 - recipe.beta1**self.taken, math.sqrt(1 - recipe.beta2**self.taken)
+        return -c2 / c1, recipe.eps * c2
 
     def calls(self, batch: _Batch) -> list[Call]:
         recipe, layout = self.recipe, self.layout
@@ -503,8 +540,7 @@ class _Optimizer:
             return layout.accumulate(batch, layout.parameters, beta, alpha)
         decay: list[Call] = []
         if recipe.weight_decay:
-            keep = 1 - self.rates * recipe.weight_decay
-            decay = [partial(part.mul_, keep) for part in layout.parts(layout.parameters)]
+            decay = [partial(part.mul_, self.keep) for part in layout.parts(layout.parameters)]
         return decay + layout.accumulate(batch, layout.parameters, 1, -batch.scale)
 
     def _momentum(self) -> None:
@@ -512,12 +548,11 @@ class _Optimizer:
         for w, g, m in self.parts:
             if recipe.weight_decay:
                 g.add_(w, alpha=recipe.weight_decay)
-            if self.taken:
+            if self.taken > 1:
                 m.mul_(recipe.momentum).add_(g, alpha=1 - recipe.dampening)
             else:
                 m.copy_(g)
             self._descend(w, g.add_(m, alpha=recipe.momentum) if recipe.nesterov else m)
-        self.taken += 1
 
     def _plain_momentum(self) -> None:
         for w, _, m in self.parts:
@@ -533,24 +568,23 @@ class _Optimizer:
 
     def _adam(self) -> None:
         recipe = self.recipe
-        self.taken += 1
-        fused = _fused_adam().get(recipe.optimizer) if self.step.is_cpu and self.rates is None else None
+        mine = self.graph or not self.step.is_cpu or self.rates is not None
+        fused = None if mine else _fused_adam().get(recipe.optimizer)
         if fused is not None:
             self.step.fill_(self.taken)
             for w, g, m, v in self.parts:
                 _call_fused(fused, w, g, m, v, self.step, self.rate, recipe)
             return
-        correction1, correction2 = 1 - recipe.beta1**self.taken, math.sqrt(1 - recipe.beta2**self.taken)
+        factor, floor = (self.factor, self.floor) if self.graph else self._corrections()
         for w, g, m, v in self.parts:
             if recipe.weight_decay and recipe.optimizer == "adam":
                 g.add_(w, alpha=recipe.weight_decay)
             elif recipe.weight_decay:
-                w.mul_(1 - (self.rate if self.rates is None else self.rates) * recipe.weight_decay)
+                w.mul_(self.keep)
             m.lerp_(g, 1 - recipe.beta1)
             v.mul_(recipe.beta2).addcmul_(g, g, value=1 - recipe.beta2)
-            # lr * (m / correction1) / (sqrt(v) / correction2 + eps), both corrections in one factor
-            torch.sqrt(v, out=g).add_(recipe.eps * correction2)
+            torch.div(m, torch.sqrt(v, out=g).add_(floor), out=g).mul_(factor)
             if self.rates is None:
-                w.addcdiv_(m, g, value=-self.rate * correction2 / correction1)
+                w.add_(g, alpha=self.rate)
             else:
-                w.addcmul_(torch.div(m, g, out=g), self.rates, value=-correction2 / correction1)
+                w.addcmul_(g, self.rates)
