@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
 # Bytes of shared memory that one program may use, by chip generation (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -82,32 +82,32 @@ def compile_for(arch: int, launch: Launch) -> Resources:
     """Compile for sm_<arch> what a launch would compile there.
 
     Ints are specialized as a launch specializes them: 1 becomes a constant, multiples of 16 are known as such.
-    Tensors count as aligned to 16 bytes.
+    Tensors count as aligned to 16 bytes. What the kernel exempts from specialization is exempt here too.
     """
     kernel = launch.kernel
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list] = {}
 
-    def specialize(path: tuple[int, ...], value: Any, constexpr: bool) -> Any:
+    def specialize(path: tuple[int, ...], value: Any, parameter: Any) -> Any:
         """The type of one argument, or of one element of a tuple of arguments."""
-        if isinstance(value, tuple) and not constexpr:
-            return tuple(specialize((*path, i), element, False) for i, element in enumerate(value))
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            return tuple(specialize((*path, i), element, parameter) for i, element in enumerate(value))
         if isinstance(value, Tensor):
-            attributes[path] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[path] = [["tt.divisibility", 16]]
             return "*" + POINTERS[value.dtype]
-        if type(value) is float and not constexpr:
+        if type(value) is float and not parameter.is_constexpr:
             return "fp32"
-        if type(value) is int and not constexpr and value != 1:
-            if value % 16 == 0:
+        if type(value) is int and not parameter.is_constexpr and (value != 1 or parameter.do_not_specialize):
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[path] = [["tt.divisibility", 16]]
             return "i32" if abs(value) < 2**31 else "i64"
         constants[path] = value
         return "constexpr"
 
-    constexpr = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    for index, name in enumerate(kernel.arg_names):
-        signature[name] = specialize((index,), launch.arguments[name], name in constexpr)
+    for index, parameter in enumerate(kernel.params):
+        signature[parameter.name] = specialize((index,), launch.arguments[parameter.name], parameter)
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),

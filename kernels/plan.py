@@ -403,3 +403,42 @@ def _mlp_row(
             if any(all(a >= b for a, b in zip(other[i:], chain, strict=False)) for i in starts):
                 return row
     return None
+
+
+# --- whole training loops ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every step of a training loop does, apart from the numbers it starts from."""
+
+    widths: tuple[int, ...]  # of the input and of every layer's output
+    hidden: str = "sigmoid"  # names of activations
+    output: str = "sigmoid"
+    bias: bool = True
+    # "bce" (of a sigmoid output; gradient p - t), "bce_logits" (of an identity output) or "mse"
+    loss: str = "bce"
+    reduction: str = "mean"  # over samples and outputs; or "sum"
+    optimizer: str = "sgd"  # or "adam", "adamw"
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """How a whole training loop runs.
+
+    `impl` is "lane" (one kernel for all steps, `networks` of them per program, one per lane), "block" (one kernel for
+    all steps, one network per program) or "torch" (step by step).
+    """
+
+    impl: str
+    reason: str
+    rows: int = 0  # samples that a kernel takes at a time
+    networks: int = 1  # per program
+    num_warps: int = 1
