@@ -385,6 +385,8 @@ def train_lane_kernel(
             if order_ptr is not None:
                 order_ptr += tl.where(batch == batches - 1, samples, 0)
             batch = tl.where(batch == batches - 1, 0, batch + 1)
+    # 0 to be added, which the compiler cannot know: it would keep the addresses in registers throughout the loop.
+    member += tl.minimum(batch, 0)
     _lane_store(parameter_ptrs, params, member, mask, SIZES, STARTS)
     if first_ptrs is not None:
         _lane_store(first_ptrs, firsts, member, mask, SIZES, STARTS)
@@ -607,6 +609,8 @@ def train_block_kernel(
             if order_ptr is not None:
                 order_ptr += tl.where(batch == batches - 1, samples, 0)
             batch = tl.where(batch == batches - 1, 0, batch + 1)
+    # 0 to be added, which the compiler cannot know: it would keep the addresses in registers throughout the loop.
+    member += tl.minimum(batch, 0)
     _block_store(parameter_ptrs, params, member, SIZES, WIDTHS, PADDED)
     if first_ptrs is not None:
         _block_store(first_ptrs, firsts, member, SIZES, WIDTHS, PADDED)
@@ -719,4 +723,6 @@ def train(
             **tile,
             num_warps=plan.num_warps,
             num_stages=1,
+            # Said, or the assembler spills a few values in order to stay at 64, 96 or 128.
+            maxnreg=255,
         )
