@@ -123,7 +123,8 @@ def nesterov(p, g, m, v, numbers, hyper):
 @triton.jit
 def _one_minus_power(t, log):
     """1 - e^(t log) for log < 0, to fp32 accuracy: near 0 by its series, where 1 - e^u would cancel."""
-    u = t.to(tl.float32) * log
+    # Beyond -100 the power is 0 anyway, and the log of a decay of 0 is -inf.
+    u = tl.maximum(t.to(tl.float32) * log, -100.0)
     series = 1.0 + u * (1.0 / 6) * (1.0 + u * (1.0 / 7) * (1.0 + u * (1.0 / 8)))
     series = 1.0 + u * (1.0 / 2) * (1.0 + u * (1.0 / 3) * (1.0 + u * (1.0 / 4) * (1.0 + u * (1.0 / 5) * series)))
     return tl.where(u > -0.5, -u * series, 1.0 - tl.exp2(u * 1.4426950408889634))
