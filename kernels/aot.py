@@ -28,13 +28,17 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program takes. `opcodes` counts machine instructions by name, as in {"HGMMA": 4, "MUFU": 64}."""
+    """What one program takes. `opcodes` counts machine instructions by name, as in {"HGMMA": 4, "MUFU": 64}.
+
+    `loop_opcodes` counts those from the first loop's head to the last loop's end.
+    """
 
     registers: int  # per thread
     stack: int  # bytes per thread; anything but 0 is a spill
     shared: int  # bytes
     num_warps: int
     opcodes: dict[str, int]
+    loop_opcodes: dict[str, int]
     cubin: bytes
     ttgir: str  # the compiler's last representation in which dots and transposes are still operations
 
@@ -120,16 +124,26 @@ def compile_for(arch: int, launch: Launch) -> Resources:
         usage = _cuobjdump("--dump-resource-usage", file.name)
         code = _cuobjdump("-sass", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # pyright: ignore
-    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", code))
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(.*?);", code)
+    instructions = [(int(address, 16), name, rest) for address, name, rest in lines]
+    # A loop ends in a jump back to its head.
+    jumps = [(int(to[1], 16), at) for at, name, rest in instructions if name == "BRA" and (to := _target(rest))]
+    loops = [(head, end) for head, end in jumps if head < end]
+    begin, end = min((head for head, _ in loops), default=0), max((end for _, end in loops), default=-1)
     return Resources(
         registers,
         stack,
         compiled.metadata.shared,
         compiled.metadata.num_warps,
-        dict(opcodes),
+        dict(Counter(name for _, name, _ in instructions)),
+        dict(Counter(name for at, name, _ in instructions if begin <= at <= end)),
         cubin,
         compiled.asm["ttgir"],
     )
+
+
+def _target(operands: str) -> re.Match[str] | None:
+    return re.search(r"0x([0-9a-f]+)", operands)
 
 
 @functools.cache

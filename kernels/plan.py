@@ -442,3 +442,96 @@ class TrainPlan:
     rows: int = 0  # samples that a kernel takes at a time
     networks: int = 1  # per program
     num_warps: int = 1
+
+
+# The most parameters of a network that one lane trains without a spill, by the tensors of state that the optimizer
+# keeps for each. Samples are unrolled four at a time.
+LANE_PARAMETERS = (49, 33, 17)
+LANE_ROWS = 4
+LANE_NETWORKS = 32
+
+# The longest network that one program trains without a spill, by its widest layer and by the tensors of state: layers
+# of that width, of which one from k to n counts as the geometric mean of the two.
+BLOCK_LAYERS = {16: (8, 8, 6), 32: (4, 4, 3), 64: (1.25, 1.25, 0)}
+
+# Cycles of one network's step, read off the schedules of the compiled loops: of a lane per parameter and sample, of a
+# block per layer and tile of samples. Not yet measured.
+LANE_CYCLES = 9
+BLOCK_CYCLES = {16: 600, 32: 1250, 64: 3000}
+
+
+@functools.lru_cache(maxsize=4096)
+def train(
+    members: int,
+    samples: int,
+    batch_size: int,
+    recipe: Recipe,
+    dtype: str,
+    device: Device,
+    impl: str | None = None,
+) -> TrainPlan:
+    """The plan for training `members` networks of one recipe on `samples` rows in batches of `batch_size`.
+
+    impl: "lane" or "block" asks for that one; the plan says "torch" and why where there is none.
+    """
+    if reason := _no_loop(members, samples, recipe, dtype, device):
+        return TrainPlan("torch", reason)
+    if impl == "torch":
+        return TrainPlan("torch", 'impl="torch"')
+    batch = min(batch_size, samples)
+    options = {"lane": _lane(members, batch, recipe, device), "block": _block(members, batch, recipe, device)}
+    if impl in options:
+        options = {impl: options[impl]}
+    plans = [option for option in options.values() if option[1].impl != "torch"]
+    if not plans:
+        return TrainPlan("torch", "; ".join(plan.reason for _, plan in options.values()))
+    return min(plans, key=lambda option: option[0])[1]
+
+
+def _no_loop(members: int, samples: int, recipe: Recipe, dtype: str, device: Device) -> str | None:
+    """Why no kernel runs the whole loop, whatever its tile, or None."""
+    if 0 in (members, samples, *recipe.widths):
+        return EMPTY
+    if device.kind == "cpu" and not device.triton:
+        return "no kernels for the CPU"
+    if dtype != "float32":
+        return f"{dtype}: whole loops take float32"
+    if reason := refusal(1, 1, 1, dtype, device):
+        return reason
+    if recipe.optimizer != "sgd" and recipe.eps < 1e-30:
+        return f"eps {recipe.eps}: padded parameters would divide 0 by 0"
+    return None
+
+
+def _states(recipe: Recipe) -> int:
+    """Tensors of state that the optimizer keeps for each parameter."""
+    return 2 if recipe.optimizer != "sgd" else 1 if recipe.momentum else 0
+
+
+def _lane(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[float, TrainPlan]:
+    """(cycles of all members' steps, plan), of impl "torch" where lanes cannot do it."""
+    parameters = sum(n * (k + recipe.bias) for k, n in itertools.pairwise(recipe.widths))
+    limit = LANE_PARAMETERS[_states(recipe)]
+    if parameters > limit:
+        return 0, TrainPlan("torch", f"{parameters} parameters: a lane holds {limit} with this optimizer")
+    # Some warps per scheduler hide each other's latency; beyond that they wait for each other.
+    waves = max(1.0, members / (LANE_NETWORKS * 8 * device.units))
+    reason = f"{parameters} parameters: one network per lane, in registers for the whole loop"
+    plan = TrainPlan("lane", reason, LANE_ROWS, LANE_NETWORKS, 1)
+    return LANE_CYCLES * parameters * batch * waves, plan
+
+
+def _block(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[float, TrainPlan]:
+    """(cycles of all members' steps, plan), of impl "torch" where blocks cannot do it."""
+    padded = [max(_next_power_of_2(width), 16) for width in recipe.widths]
+    widest = max(padded)
+    if widest not in BLOCK_LAYERS:
+        return 0, TrainPlan("torch", f"a width of {max(recipe.widths)}: blocks take {max(BLOCK_LAYERS)}")
+    layers = sum((k * n) ** 0.5 for k, n in itertools.pairwise(padded)) / widest
+    if layers > BLOCK_LAYERS[widest][_states(recipe)]:
+        return 0, TrainPlan("torch", f"{'-'.join(map(str, recipe.widths))} with this optimizer spills in a block")
+    rows, num_warps = (16, 4) if widest == 16 and batch <= 16 else (32, 8)
+    waves = max(1.0, members / (12 // num_warps * device.units))
+    reason = "one network per program, on chip for the whole loop"
+    plan = TrainPlan("block", reason, rows, 1, num_warps)
+    return BLOCK_CYCLES[widest] * layers * _cdiv(batch, rows) * waves, plan

@@ -87,8 +87,9 @@ def mse_dz(z, y, prime, t):
 LOSSES = {"bce": (bce, bce_dz), "bce_logits": (bce, bce_logits_dz), "mse": (mse, mse_dz)}
 
 
-# --- optimizers: the numbers of step t = 1, 2, .., and what it makes of a parameter p, its gradient g, its state m, v --
+# --- optimizers: the numbers of step t = 1, 2, .., and what it makes of a parameter ----------------------------------
 #
+# p: the parameter, g: its gradient, m and v: its state, passed through where the optimizer keeps none.
 # hyper: (decay, gain) of m, (decay, gain) of v, log(decay) of m and of v, eps. The formulas are those of torch.optim.
 
 
@@ -334,7 +335,7 @@ def train_lane_kernel(
             xs = xs + (_lane_row(x_ptr, member, mask, stride_xe, r, WIDTHS[0]),)
             ts = ts + (_lane_row(y_ptr, member, mask, stride_ye, r, WIDTHS[LAYERS]),)
     for segment in range(tl.cdiv(offset + steps, period)):
-        if losses_ptr is not None:
+        if losses_ptr is not None:  # noqa: SIM102, the one is known to the compiler, the other is not
             if segment * period >= offset:
                 loss = tl.zeros((BLOCK,), tl.float32)
                 if RESIDENT:
@@ -558,7 +559,7 @@ def train_block_kernel(
         all_x, _ = _block_rows(x_ptr, None, 0, samples, WIDTHS[0], PADDED[0], BLOCK_M)
         all_t, all_inside = _block_rows(y_ptr, None, 0, samples, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M)
     for segment in range(tl.cdiv(offset + steps, period)):
-        if losses_ptr is not None:
+        if losses_ptr is not None:  # noqa: SIM102, the one is known to the compiler, the other is not
             if segment * period >= offset:
                 loss = tl.full((), 0.0, tl.float32)
                 if RESIDENT:
