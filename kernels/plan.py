@@ -444,20 +444,20 @@ class TrainPlan:
     num_warps: int = 1
 
 
-# The most parameters of a network that one lane trains without a spill, by the tensors of state that the optimizer
-# keeps for each. Samples are unrolled four at a time.
+# The most parameters of a network that one lane trains, by the tensors of state that the optimizer keeps for each.
+# Registers would take some more; the compiler's time, which grows faster than the code that is unrolled, would not.
 LANE_PARAMETERS = (49, 33, 17)
-LANE_ROWS = 4
+LANE_FEW = 17  # parameters up to which four samples are unrolled; else two
 LANE_NETWORKS = 32
 
 # The longest network that one program trains without a spill, by its widest layer and by the tensors of state: layers
 # of that width, of which one from k to n counts as the geometric mean of the two.
-BLOCK_LAYERS = {16: (8, 8, 6), 32: (4, 4, 3), 64: (1.25, 1.25, 0)}
+BLOCK_LAYERS = {16: (8, 8, 6), 32: (4, 4, 3), 64: (2, 1.25, 1.25)}
 
 # Cycles of one network's step, read off the schedules of the compiled loops: of a lane per parameter and sample, of a
 # block per layer and tile of samples. Not yet measured.
 LANE_CYCLES = 9
-BLOCK_CYCLES = {16: 600, 32: 1250, 64: 3000}
+BLOCK_CYCLES = {16: 600, 32: 1300, 64: 2800}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -517,7 +517,7 @@ def _lane(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[flo
     # Some warps per scheduler hide each other's latency; beyond that they wait for each other.
     waves = max(1.0, members / (LANE_NETWORKS * 8 * device.units))
     reason = f"{parameters} parameters: one network per lane, in registers for the whole loop"
-    plan = TrainPlan("lane", reason, LANE_ROWS, LANE_NETWORKS, 1)
+    plan = TrainPlan("lane", reason, 4 if parameters <= LANE_FEW else 2, LANE_NETWORKS, 1)
     return LANE_CYCLES * parameters * batch * waves, plan
 
 
@@ -530,7 +530,9 @@ def _block(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[fl
     layers = sum((k * n) ** 0.5 for k, n in itertools.pairwise(padded)) / widest
     if layers > BLOCK_LAYERS[widest][_states(recipe)]:
         return 0, TrainPlan("torch", f"{'-'.join(map(str, recipe.widths))} with this optimizer spills in a block")
-    rows, num_warps = (16, 4) if widest == 16 and batch <= 16 else (32, 8)
+    # Longer networks of the widest layers have room for fewer samples beside them.
+    rows = 16 if batch <= 16 or (widest == 64 and layers > 1.25) else 32
+    num_warps = 4 if widest == rows == 16 else 8
     waves = max(1.0, members / (12 // num_warps * device.units))
     reason = "one network per program, on chip for the whole loop"
     plan = TrainPlan("block", reason, rows, 1, num_warps)

@@ -25,6 +25,7 @@ weight decay has eaten it up.
 # triton's types know neither launch options nor tl.range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportPossiblyUnbound=false
 import itertools
 import math
 
@@ -358,7 +359,7 @@ def train_lane_kernel(
         for step in range(first_step, last_step):
             batch_scale = tl.where(batch == batches - 1, last_scale, scale)
             grads = ()
-            for i in tl.static_range(len(params)):
+            for _ in tl.static_range(len(params)):
                 grads = grads + (tl.zeros((BLOCK,), tl.float32),)
             if RESIDENT:
                 for r in tl.static_range(ROWS):

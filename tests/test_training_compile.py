@@ -60,15 +60,16 @@ def _cases():
     yield "sm_90-lane-xor-minibatches", (90, Recipe((2, 2, 1)), 1, 99, 4, True, "lane")
     yield "sm_90-block-xor-deep-adam", (90, Recipe(deep, optimizer="adam"), 1, 4, 4, False, "block")
     yield "sm_90-block-xor-deep-nesterov", (90, Recipe(deep, momentum=0.9, nesterov=True), 1, 4, 4, False, "block")
+    yield "sm_90-block-small-batch", (90, _recipe((20,) * 4, 2), 1, 99, 10, True, "block")
     yield "sm_90-block-no-bias", (90, Recipe(deep, bias=False), 1, 20, 20, False, "block")
 
 
 # The largest networks that a plan lets into a lane, and into a block, by the states of the optimizer.
 LANE_EDGES = ((2, 12, 1), (2, 8, 1), (2, 4, 1))
 BLOCK_EDGES = (
-    ((9,) * 9, (20,) * 5, (32, 64, 5)),
-    ((9,) * 9, (20,) * 5, (32, 64, 5)),
-    ((9,) * 7, (20,) * 4),
+    ((9,) * 9, (20,) * 5, (32, 64, 5), (2, 64, 64, 1), (9, 64, 9, 64, 9)),
+    ((9,) * 9, (20,) * 5, (32, 64, 5), (9, 20, 9, 20, 9, 20)),
+    ((9,) * 7, (20,) * 4, (32, 64, 5), (60, 60), (2, 64, 9, 9)),
 )
 CASES = dict(_cases())
 

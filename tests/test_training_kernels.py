@@ -22,7 +22,7 @@ MODULES = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": 
 CRITERIA = {"bce": nn.BCELoss, "bce_logits": nn.BCEWithLogitsLoss, "mse": nn.MSELoss}
 STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq")}
 
-LANE = TrainPlan("lane", "the test says so", rows=4, networks=4, num_warps=1)
+LANE = TrainPlan("lane", "the test says so", rows=2, networks=4, num_warps=1)
 BLOCK = TrainPlan("block", "the test says so", rows=16, num_warps=4)
 PLANS = {"lane": LANE, "block": BLOCK}
 XOR = Recipe((2, 2, 1))
@@ -234,16 +234,16 @@ def same_bits(results, others):
 # --- trajectories ---------------------------------------------------------------------------------------------------
 
 RUNS = {
-    "lane-xor": (LANE, XOR, {}),
-    "lane-xor-streamed": (dataclasses.replace(LANE, rows=3), XOR, {"samples": 5}),
+    "lane-xor": (dataclasses.replace(LANE, rows=4), XOR, {}),
+    "lane-xor-streamed": (LANE, XOR, {"samples": 5}),
     "lane-minibatches": (LANE, Recipe((3, 4, 2)), {"samples": 11, "batch_size": 6, "epochs": 15}),
     "lane-own-data": (LANE, Recipe((3, 2, 2)), {"members": 6, "shared": False}),
-    "lane-one-layer": (LANE, Recipe((5, 3)), {"members": 1, "samples": 3}),
+    "lane-one-layer": (LANE, Recipe((5, 3)), {"members": 1, "samples": 2}),
     "block-xor": (BLOCK, XOR, {}),
     "block-xor-deep": (BLOCK, Recipe((2, 10, 10, 10, 1)), {"members": 2}),
-    "block-padded": (BLOCK, Recipe((3, 9, 20, 2)), {"members": 2, "samples": 7}),
-    "block-ragged-batch": (BLOCK, Recipe((5, 20, 3)), {"members": 2, "samples": 37}),
-    "block-minibatches": (BLOCK, Recipe((5, 20, 3)), {"members": 2, "samples": 37, "batch_size": 18, "epochs": 10}),
+    "block-padded": (BLOCK, Recipe((3, 9, 20, 2)), {"members": 1, "samples": 7}),
+    "block-ragged-batch": (BLOCK, Recipe((5, 20, 3)), {"members": 1, "samples": 37}),
+    "block-minibatches": (BLOCK, Recipe((5, 20, 3)), {"members": 1, "samples": 37, "batch_size": 18, "epochs": 10}),
     "block-own-data": (BLOCK, Recipe((5, 20, 3)), {"shared": False, "samples": 9}),
     "block-exact-tile": (BLOCK, Recipe((16, 16, 16)), {"members": 1, "samples": 16}),
     "block-one-layer": (BLOCK, Recipe((33, 10)), {"members": 1, "samples": 20}),
@@ -292,21 +292,21 @@ def test_activations(plan, hidden, bias):
     check(run, run.kernel(plan, (10,), log_every=3), (10,), log_every=3)
 
 
-def test_padded_neurons_stay_silent():
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_padded_neurons_stay_silent(bias):
     # Without a bias to hold them down, and with weight decay to wear one out.
-    for bias in (True, False):
-        run = Run(Recipe((3, 9, 20, 9, 2), bias=bias, weight_decay=0.05, momentum=0.9), members=1)
-        check(run, run.kernel(BLOCK, (60,)), (60,))
+    run = Run(Recipe((3, 9, 20, 2), bias=bias, weight_decay=0.05, momentum=0.9), members=1)
+    check(run, run.kernel(BLOCK, (50,)), (50,))
 
 
 # --- where a launch begins and ends ---------------------------------------------------------------------------------
 
 
 BITS = {
-    "lane-adamw": (LANE, {"members": 2}, "adamw"),
-    "lane-minibatches": (LANE, {"members": 2, "samples": 5, "batch_size": 3, "epochs": 30}, "nesterov"),
+    "lane-adamw": (LANE, {"members": 2, "samples": 2}, "adamw"),
+    "lane-minibatches": (LANE, {"members": 2, "samples": 3, "batch_size": 2, "epochs": 30}, "nesterov"),
     "block-adamw": (BLOCK, {"members": 1}, "adamw"),
-    "block-minibatches": (BLOCK, {"members": 1, "samples": 21, "batch_size": 18, "epochs": 30}, "nesterov"),
+    "block-minibatches": (BLOCK, {"members": 1, "samples": 5, "batch_size": 3, "epochs": 30}, "nesterov"),
 }
 
 
@@ -341,7 +341,7 @@ def test_bias_correction_late_in_a_run(plan):
     run = Run(Recipe((2, 1), optimizer="adam", beta1=0.99), members=1)
     for taken in (40, 80, 400, 900, 100_000):
         zeros = [torch.zeros_like(t) for _ in range(2) for t in run.initial]
-        (parameters, states, _) = run.kernel(plan, (1,), taken=taken, states=zeros)[0]
+        parameters, _, _ = run.kernel(plan, (1,), taken=taken, states=zeros)[0]
         model = nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()).double()
         with torch.no_grad():
             for p, initial in zip(model.parameters(), run.initial, strict=True):
