@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import cases
 import pytest
 import torch
@@ -7,7 +9,7 @@ from perceptriton.kernels import ops, plan
 
 def pytest_addoption(parser):
     parser.addoption("--deterministic", action="store_true", help="torch's deterministic mode: NaN in fresh tensors")
-    parser.addoption("--cubins", metavar="DIR", help="keep what tests/test_compile.py compiles there")
+    parser.addoption("--cubins", metavar="DIR", type=Path, help="keep what tests/test_compile.py compiles there")
 
 
 def pytest_configure(config):
