@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from dots import DOTS, dangerous_dots
+from compiling import DOTS, dangerous_dots, launch_signature
 
 triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -219,21 +219,6 @@ def test_a_transposed_product_is_seen(size):
 # --- what is compiled here is what a launch compiles ----------------------------------------------------------------
 
 
-def _launch_signature(launch):
-    """Types, constants and attributes that triton's own launch code derives from the arguments."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    kernel = launch.kernel
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    keywords = launch.arguments | launch.options | {"debug": False, "instrumentation_mode": ""}
-    bound, specialization, options = binder(**keywords)
-    _, types, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
-    return types, constants, {path: value for path, value in attributes.items() if value}
-
-
 @pytest.mark.parametrize("op", ["mlp_infer", "mlp_fwd", "mlp_bwd"])
 @pytest.mark.parametrize("loss", [False, True], ids=["", "loss"])
 def test_ahead_of_time_is_what_a_launch_compiles(op, loss, monkeypatch):
@@ -249,17 +234,10 @@ def test_ahead_of_time_is_what_a_launch_compiles(op, loss, monkeypatch):
     launches = _launches(op, "half", widths, rows, plan, loss=loss)
     assert launches
     for launch in launches:
-        # Tensors on a device that has addresses; "meta" has none.
-        def real(value):
-            if isinstance(value, tuple):
-                return tuple(map(real, value))
-            return torch.empty_like(value, device="cpu") if isinstance(value, torch.Tensor) else value
-
-        arguments = {name: real(value) for name, value in launch.arguments.items()}
         with pytest.raises(StopIteration):
             aot.compile_for(90, launch)
         source = sources.pop()
-        types, constants, attributes = _launch_signature(aot.Launch(launch.kernel, arguments, launch.options))
+        types, constants, attributes = launch_signature(launch)
         assert source.signature == types
         assert source.constants == constants
         assert source.attrs == attributes

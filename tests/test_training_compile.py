@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from dots import DOTS, dangerous_dots
+from compiling import DOTS, dangerous_dots, launch_signature
 
 triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -79,8 +79,8 @@ def _plan(case):
     return planning.train(members, samples, batch_size, recipe, "float32", CHIPS[arch], impl)
 
 
-def _launch(case, plan=None):
-    """The launch of a case's plan, with a loss trace."""
+def _launch(case, plan=None, steps=(0, 0, 1000, 10)):
+    """The launch of a case's plan, with a loss trace. steps: start, taken, steps, log_every."""
     _, recipe, members, samples, batch_size, ordered, _ = case
 
     def empty(*shape, dtype=torch.float32):
@@ -93,7 +93,6 @@ def _launch(case, plan=None):
     second = parameters if recipe.optimizer != "sgd" else ()
     data = empty(1, samples, recipe.widths[0]), empty(1, samples, recipe.widths[-1])
     order = empty(50, samples, dtype=torch.int32) if ordered else None
-    steps = (0, 0, 1000, 10)
     arguments = (recipe, parameters, first, second, empty(members), *data, order, batch_size, *steps)
     (launch,) = aot.launches(training.train, *arguments, empty(100, members), plan or _plan(case))
     return launch
@@ -183,3 +182,32 @@ def test_a_spilling_tile_is_seen():
     resources = _compile(case, plan=TrainPlan("block", "", 32, 1, 4))
     assert resources.stack > 0
     assert resources.opcodes.get("STL", 0) > 0
+
+
+@pytest.mark.parametrize("name", ["sm_90-lane-1-states", "sm_90-block-2-states-60-60", "sm_90-block-xor-deep"])
+def test_ahead_of_time_is_what_a_launch_compiles(name, monkeypatch):
+    sources = []
+
+    def remember(source, **_):
+        sources.append(source)
+        raise StopIteration
+
+    monkeypatch.setattr(aot.triton, "compile", remember)
+    launch = _launch(CASES[name])
+    with pytest.raises(StopIteration):
+        aot.compile_for(90, launch)
+    types, constants, attributes = launch_signature(launch)
+    assert sources[0].signature == types
+    assert sources[0].constants == constants
+    assert sources[0].attrs == attributes
+
+
+@pytest.mark.parametrize("impl", ["lane", "block"])
+def test_no_number_of_a_launch_is_compiled_in(impl):
+    """Launches of one run, and runs of other sizes, share one compiled kernel: they cannot differ by a bit."""
+    signatures = []
+    for members, samples, batch_size, steps in ((1, 64, 1, (0, 0, 1, 1)), (48, 99, 16, (1, 16, 32, 16))):
+        case = (90, Recipe((2, 2, 1), momentum=0.5), members, samples, batch_size, True, impl)
+        launch = _launch(case, _plan((*case[:4], 10, *case[5:])), steps)
+        signatures.append(launch_signature(launch))
+    assert signatures[0] == signatures[1]

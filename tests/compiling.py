@@ -1,6 +1,8 @@
-"""Products in triton's last representation before machine code, and those of them that were once miscompiled."""
+"""What the compile-only tests of several kernels share."""
 
 import re
+
+import torch
 
 DOTS = ("tt.dot", "ttng.warp_group_dot", "ttng.tc_gen5_mma")
 
@@ -37,3 +39,26 @@ def dangerous_dots(ttgir):
         for value, (op, operands) in definitions.items()
         if op in DOTS and operands and reaches(operands[0], (*DOTS, "tt.load"), transposed_dot, set())
     ]
+
+
+def _real(value):
+    if isinstance(value, tuple):
+        return tuple(map(_real, value))
+    return torch.empty_like(value, device="cpu") if isinstance(value, torch.Tensor) else value
+
+
+def launch_signature(launch):
+    """Types, constants and attributes that triton's own launch code derives from the arguments of a recorded launch."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    kernel = launch.kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    # Tensors on a device that has addresses; "meta" has none.
+    arguments = {name: _real(value) for name, value in launch.arguments.items()}
+    keywords = arguments | launch.options | {"debug": False, "instrumentation_mode": ""}
+    bound, specialization, options = binder(**keywords)
+    _, types, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+    return types, constants, {path: value for path, value in attributes.items() if value}
