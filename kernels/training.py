@@ -335,9 +335,11 @@ def train_lane_kernel(
         for r in tl.static_range(ROWS):
             xs = xs + (_lane_row(x_ptr, member, mask, stride_xe, r, WIDTHS[0]),)
             ts = ts + (_lane_row(y_ptr, member, mask, stride_ye, r, WIDTHS[LAYERS]),)
+    first_step = 0
+    last_step = tl.minimum(period - offset, steps)
     for segment in range(tl.cdiv(offset + steps, period)):
         if losses_ptr is not None:  # noqa: SIM102, the one is known to the compiler, the other is not
-            if segment * period >= offset:
+            if (segment > 0) | (offset == 0):
                 loss = tl.zeros((BLOCK,), tl.float32)
                 if RESIDENT:
                     for r in tl.static_range(ROWS):
@@ -354,8 +356,6 @@ def train_lane_kernel(
                 loss *= tl.where(batch == batches - 1, last_scale, scale)
                 logged = (segment - tl.where(offset > 0, 1, 0)).to(tl.int64)
                 tl.store(losses_ptr + logged * members + member, loss, mask=mask)
-        first_step = tl.maximum(segment * period - offset, 0)
-        last_step = tl.minimum((segment + 1) * period - offset, steps)
         for step in range(first_step, last_step):
             batch_scale = tl.where(batch == batches - 1, last_scale, scale)
             grads = ()
@@ -388,6 +388,8 @@ def train_lane_kernel(
             if order_ptr is not None:
                 order_ptr += tl.where(batch == batches - 1, samples, 0)
             batch = tl.where(batch == batches - 1, 0, batch + 1)
+        first_step = last_step
+        last_step = tl.minimum(last_step + period, steps)
     # 0 to be added, which the compiler cannot know: it would keep the addresses in registers throughout the loop.
     member += tl.minimum(batch, 0)
     _lane_store(parameter_ptrs, params, member, mask, SIZES, STARTS)
@@ -559,9 +561,11 @@ def train_block_kernel(
     if RESIDENT:
         all_x, _ = _block_rows(x_ptr, None, 0, samples, WIDTHS[0], PADDED[0], BLOCK_M)
         all_t, all_inside = _block_rows(y_ptr, None, 0, samples, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M)
+    first_step = 0
+    last_step = tl.minimum(period - offset, steps)
     for segment in range(tl.cdiv(offset + steps, period)):
         if losses_ptr is not None:  # noqa: SIM102, the one is known to the compiler, the other is not
-            if segment * period >= offset:
+            if (segment > 0) | (offset == 0):
                 loss = tl.full((), 0.0, tl.float32)
                 if RESIDENT:
                     loss += _block_loss(params, all_x, all_t, all_inside, HIDDEN, OUTPUT, LOSS, WIDTHS, PADDED, BIAS)
@@ -579,8 +583,6 @@ def train_block_kernel(
                 loss *= tl.where(batch == batches - 1, last_scale, scale)
                 logged = (segment - tl.where(offset > 0, 1, 0)).to(tl.int64)
                 tl.store(losses_ptr + logged * members + member, loss)
-        first_step = tl.maximum(segment * period - offset, 0)
-        last_step = tl.minimum((segment + 1) * period - offset, steps)
         for step in tl.range(first_step, last_step, num_stages=1):
             batch_scale = tl.where(batch == batches - 1, last_scale, scale)
             grads = ()
@@ -612,6 +614,8 @@ def train_block_kernel(
             if order_ptr is not None:
                 order_ptr += tl.where(batch == batches - 1, samples, 0)
             batch = tl.where(batch == batches - 1, 0, batch + 1)
+        first_step = last_step
+        last_step = tl.minimum(last_step + period, steps)
     # 0 to be added, which the compiler cannot know: it would keep the addresses in registers throughout the loop.
     member += tl.minimum(batch, 0)
     _block_store(parameter_ptrs, params, member, SIZES, WIDTHS, PADDED)
