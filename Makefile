@@ -57,8 +57,9 @@ run: $(READY) ## train the XOR lesson, draw xor.png, say what this machine can d
 	$(BIN)/perceptriton doctor
 
 .PHONY: bench
-bench: $(READY) ## time the layers against torch; JSON and tables into benches/results
+bench: $(READY) ## time layers and networks against torch; JSON and tables into benches/results
 	OMP_PROC_BIND=true $(BIN)/python benches/run.py
+	OMP_PROC_BIND=true $(BIN)/python benches/run.py --suite mlp
 
 .PHONY: cuda
 cuda: ## on a machine with a CUDA device: correctness, then benchmarks (PARTS=, OUT=); installs nothing
@@ -77,6 +78,9 @@ clean: ## remove everything that make made
 
 # --- tests -------------------------------------------------------------------------------------------------
 
+# On a GPU `make cuda` runs them.
+KERNEL_TESTS := tests/test_kernels.py tests/test_mlp_kernels.py tests/test_networks.py
+
 .PHONY: test test-start test-all test-kernels test-old-triton test-deterministic test-benches
 test: test-start test-all test-kernels test-old-triton test-deterministic test-benches ## everything that needs no GPU
 	@printf '\n== all passed\n'
@@ -87,11 +91,11 @@ test-start: $(READY)
 	@: > $(SUMMARY)
 
 test-all: $(READY)
-	$(call step,everything on the CPU,$(PYTEST) --ignore tests/test_compile.py)
+	$(call step,everything on the CPU,$(PYTEST) --ignore tests/test_compile.py --ignore tests/test_mlp_compile.py)
 	$(call step,compile-only: aligned tiles,$(PYTEST) tests/test_compile.py -k 'not ragged')
 
 test-kernels: $(READY)
-	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels.py)
+	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS))
 
 test-old-triton: $(READY)
 	@# A package index without this version must not hide the other tests, but nobody may overlook it either.
@@ -110,12 +114,13 @@ PART := sm_90 and half and 64x64
 
 .PHONY: test-tiles
 test-tiles: $(OVERLAY)/.ready ## compile every tile on both tritons (minutes)
-	$(PYTEST) -q tests/test_compile.py
-	PYTHONPATH=$(OVERLAY) $(PYTEST) -q tests/test_compile.py
+	$(PYTEST) -q tests/test_compile.py tests/test_mlp_compile.py
+	PYTHONPATH=$(OVERLAY) $(PYTEST) -q tests/test_compile.py tests/test_mlp_compile.py
 
 test-deterministic: $(READY)
-	$(call step,deterministic: layers,$(PYTEST) --deterministic tests/test_functional.py)
+	$(call step,deterministic: layers and networks,$(PYTEST) --deterministic tests/test_functional.py tests/test_networks.py)
 	$(call step,deterministic: kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) --deterministic tests/test_kernels.py)
 
 test-benches: $(READY)
-	$(call step,benchmarks run once,$(PYTEST) benches/bench_layers.py --benchmark-disable)
+	$(call step,benchmarks run once: layers,$(PYTEST) benches/bench_stacks.py --benchmark-disable)
+	$(call step,benchmarks run once: networks,$(PYTEST) --suite mlp benches/bench_stacks.py --benchmark-disable -k 'xor or digits or 2^10')

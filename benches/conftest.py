@@ -10,7 +10,9 @@ import numpy
 import pytest
 import timing
 import torch
-from layer_cases import DTYPES
+from stack_cases import DTYPES, SUITES
+
+from perceptriton.kernels import ops
 
 LIMITS = pytest.StashKey[dict]()
 NOT_REACHED = pytest.StashKey[list[str]]()
@@ -20,17 +22,18 @@ if binding.LATE:
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("layers")
+    group = parser.getgroup("suite")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    group.addoption("--layers-device", choices=("cpu", "cuda"), default=auto, help="where to run")
-    group.addoption("--layers-dtypes", default=None, help="comma-separated; default: float32, on CUDA bfloat16 too")
-    group.addoption("--layers-quick", action="store_true", help="few rounds: to look, not to quote")
-    group.addoption("--layers-seconds", type=float, default=None, help="start no case after this many; on CUDA: 180")
-    group.addoption("--layers-autotune", action="store_true", help="time torch.compile max-autotune too (minutes)")
+    group.addoption("--suite", choices=tuple(SUITES), default="layers", help="which cases of bench_stacks.py")
+    group.addoption("--suite-device", choices=("cpu", "cuda"), default=auto, help="where to run")
+    group.addoption("--suite-dtypes", default=None, help="comma-separated; default: float32, on CUDA bfloat16 too")
+    group.addoption("--suite-quick", action="store_true", help="few rounds: to look, not to quote")
+    group.addoption("--suite-seconds", type=float, default=None, help="start no case after this many; on CUDA: 180")
+    group.addoption("--suite-autotune", action="store_true", help="time torch.compile max-autotune too (minutes)")
 
 
 def pytest_configure(config):
-    if config.getoption("--layers-device") == "cuda":
+    if config.getoption("--suite-device") == "cuda":
         # Only timings on the CPU gain from bound threads; the compilers' worker processes inherit the binding.
         binding.free_main_thread()
 
@@ -56,8 +59,9 @@ def _nvidia_smi(*fields: str) -> list[str] | None:
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.pop("node", None)  # a host's name says nothing about its speed
-    device = config.getoption("--layers-device")
+    device = config.getoption("--suite-device")
     machine_info["device"] = device
+    machine_info["suite"] = config.getoption("--suite")
     machine_info["versions"] = {
         "perceptriton": _version("perceptriton") or "source tree",
         "torch": torch.__version__,
@@ -65,9 +69,10 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda,
     }
+    machine_info["cpu_kind"] = ops.cpu_kind()
     machine_info["threads"] = torch.get_num_threads()
     machine_info["openmp"] = {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_"))}
-    machine_info["quick"] = config.getoption("--layers-quick")
+    machine_info["quick"] = config.getoption("--suite-quick")
     machine_info["load_average"] = list(os.getloadavg())
     machine_info["limits"] = config.stash.get(LIMITS, None)
     machine_info["not_reached"] = config.stash.get(NOT_REACHED, [])
@@ -85,9 +90,9 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def _measure_limits(config) -> dict:
-    device, dtypes = config.getoption("--layers-device"), config.getoption("--layers-dtypes")
+    device, dtypes = config.getoption("--suite-device"), config.getoption("--suite-dtypes")
     names = tuple(dtypes.split(",")) if dtypes else DTYPES[device]
-    quick = config.getoption("--layers-quick") or device == "cuda"
+    quick = config.getoption("--suite-quick") or device == "cuda"
     return timing.measure_limits(device, names, 0.3 if quick else 2.0)
 
 

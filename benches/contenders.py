@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from layer_cases import Case
+from stack_cases import Case
 from torch import Tensor, nn
 
 from perceptriton.mlp import MLP, LinearSigmoid

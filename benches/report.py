@@ -12,13 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import atomic
-from layer_cases import MODES
+from stack_cases import MODES
 
 BASELINE, JUDGED = "eager", "fused"
+TITLES = {"layers": "Layers", "mlp": "Networks"}
 
 # Okabe and Ito's palette, told apart by every kind of colour vision.
 COLOURS = {"forward": "#0072B2", "forward+backward": "#E69F00"}
 INK, FAINT = "#333333", "#BBBBBB"
+IMPL_STYLES = {
+    "eager": ("#999999", "o-"),
+    "fused": ("#D55E00", "o-"),
+    "compiled": ("#0072B2", "D--"),
+    "autotuned": ("#56B4E9", "s--"),
+    "eager_graph": ("#666666", "o:"),
+    "fused_graph": ("#E69F00", "^:"),
+}
 
 # A row whose timings scattered more than this (interquartile range over median) is marked.
 NOISY = 0.15
@@ -101,6 +110,10 @@ def means(rows: list[Row]) -> dict[str, float]:
     return {name: mean for name, mean in found.items() if not math.isnan(mean)}
 
 
+def suite(document: dict) -> str:
+    return document["machine_info"].get("suite", "layers")
+
+
 def machine(document: dict) -> str:
     """One line: device, versions, threads, date."""
     info = document["machine_info"]
@@ -108,7 +121,11 @@ def machine(document: dict) -> str:
         driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
         device = f"{gpu['name']} (compute capability {gpu['capability']}{driver})"
     else:
-        device = f"{info['cpu'].get('brand_raw', info['machine'])}, threads: {info['threads']}"
+        kind = info.get("cpu_kind", "")
+        device = info["cpu"].get("brand_raw", info["machine"])
+        # "AMD EPYC" alone leaves open which.
+        device += f" ({kind})" if " " in kind else ""
+        device += f", threads: {info['threads']}"
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version)
     quick = "; quick run" if info.get("quick") else ""
     return f"{device}; {versions}; {document['datetime'][:10]}{quick}"
@@ -139,7 +156,7 @@ def markdown(document: dict) -> str:
             cells.append(_microseconds(row.us[impl]) + ratio if impl in row.us else "")
         lines.append("| " + " | ".join(cells) + " |")
 
-    text = [f"# Layers: {machine(document)}", ""]
+    text = [f"# {TITLES[suite(document)]}: {machine(document)}", ""]
     if mean := means(rows):
         listed = ", ".join(f"{name} {value:.2f}x" for name, value in mean.items())
         text += [f"Geometric mean of the speed-ups over eager torch: {listed}.", ""]
@@ -216,8 +233,47 @@ def _bars(document: dict, title: str, axis: str, value, text, marks: dict, unit:
     return buffer.getvalue()
 
 
+def _throughput(document: dict) -> bytes | None:
+    """Rows per second against rows, a panel per network, dtype and mode; None without a network over several sizes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, labels = read(document)
+    networks: dict[tuple, list[Row]] = {}
+    for row in rows:
+        networks.setdefault((tuple(row.shape[1:]), row.dtype), []).append(row)
+    networks = {key: own for key, own in networks.items() if len({row.shape[0] for row in own}) > 1}
+    if not networks:
+        return None
+    figure = Figure(figsize=(9, 1.2 + 2.3 * len(networks)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(networks), len(MODES), squeeze=False, sharex=True)
+    for line, ((sizes, dtype), own) in zip(panels, networks.items(), strict=True):
+        for axes, mode in zip(line, MODES, strict=True):
+            points = [row for row in own if row.mode == mode]
+            for impl, (colour, marker) in IMPL_STYLES.items():
+                found = [(row.shape[0], 1e6 * row.shape[0] / row.us[impl]) for row in points if impl in row.us]
+                if found:
+                    axes.plot(*zip(*found, strict=True), marker, color=colour, label=labels[impl], markersize=4)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_title(f"{'-'.join(map(str, sizes))}, {dtype}, {mode}", loc="left", fontsize=8.5, color=INK)
+            axes.grid(color=FAINT, linewidth=0.4)
+            axes.tick_params(colors=INK, labelsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[-1]:
+        axes.set_xlabel("rows", color=INK)
+    figure.supylabel("rows per second (more is better)", color=INK, fontsize=9)
+    figure.suptitle(f"Throughput of whole networks\n{machine(document)}", fontsize=9, color=INK)
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def pictures(document: dict) -> dict[str, bytes]:
-    """PNG images by name: the speed-ups, and the shares of the machine's limits where these are known."""
+    """PNG images by name: the speed-ups, the shares of the machine's limits where these are known, the throughput."""
     rows, labels = read(document)
     found = {}
     if any(JUDGED in row.speedup for row in rows):
@@ -245,6 +301,8 @@ def pictures(document: dict) -> dict[str, bytes]:
             {labels[BASELINE]: (lambda row: 100 * row.reached(BASELINE) if BASELINE in row.us else None, "o")},
             None,
         )
+    if suite(document) == "mlp" and (image := _throughput(document)):
+        found["throughput"] = image
     return found
 
 

@@ -1,6 +1,6 @@
 """Runs the benchmark suite in a process of its own and writes JSON, table and pictures when it has ended.
 
-usage: python benches/run.py [--out DIR] [--cases SUBSTRING] [--quick] [--device cpu|cuda] ...
+usage: python benches/run.py [--suite layers|mlp] [--out DIR] [--cases SUBSTRING] [--quick] [--device cpu|cuda] ...
 
 Exit status: 0 if every contender passed its check and was timed; 1 if some did not (what was timed is written, under
 a name that ends in "-incomplete"); otherwise that of pytest, and nothing is written. Interrupted, it leaves nothing.
@@ -20,35 +20,37 @@ from pathlib import Path
 import atomic
 import binding  # noqa: F401 - the child process inherits the settings
 import report
+from stack_cases import SUITES
 
 HERE = Path(__file__).resolve().parent
 
 
 def slug(document: dict) -> str:
-    """The device as part of a file name: "cpu", "nvidia-h200"."""
-    name = document["machine_info"].get("gpu", {}).get("name", "cpu")
+    """The device as part of a file name: "amd-zen-5", "nvidia-h200"."""
+    info = document["machine_info"]
+    name = info.get("gpu", {}).get("name") or info.get("cpu_kind") or "cpu"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def command(options: argparse.Namespace, output: Path) -> list[str]:
     selected = [f"({options.cases})"] if options.cases else []
-    found = [sys.executable, "-m", "pytest", str(HERE / "bench_layers.py"), "--rootdir", str(HERE.parent)]
-    found += ["-c", str(HERE.parent / "pyproject.toml"), "-p", "no:cacheprovider"]
+    found = [sys.executable, "-m", "pytest", str(HERE / "bench_stacks.py"), "--rootdir", str(HERE.parent)]
+    found += [f"--suite={options.suite}", "-c", str(HERE.parent / "pyproject.toml"), "-p", "no:cacheprovider"]
     found += ["--benchmark-quiet", "--benchmark-disable-gc", f"--benchmark-json={output}"]
     if options.toy:
         # No compiler, and only what takes a moment.
-        selected += ["(launch or classifier)", "not compiled"]
-        found += ["--layers-device=cpu", "--layers-quick"]
+        selected += ["(launch or classifier or xor or digits)", "not compiled"]
+        found += ["--suite-device=cpu", "--suite-quick"]
     elif options.device:
-        found.append(f"--layers-device={options.device}")
+        found.append(f"--suite-device={options.device}")
     if options.dtypes:
-        found.append(f"--layers-dtypes={options.dtypes}")
+        found.append(f"--suite-dtypes={options.dtypes}")
     if options.quick:
-        found.append("--layers-quick")
+        found.append("--suite-quick")
     if options.seconds is not None:
-        found.append(f"--layers-seconds={options.seconds}")
+        found.append(f"--suite-seconds={options.seconds}")
     if options.autotune:
-        found.append("--layers-autotune")
+        found.append("--suite-autotune")
     return [*found, "-k", " and ".join(selected)] if selected else found
 
 
@@ -75,6 +77,7 @@ def run_to_end(arguments: list[str]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=tuple(SUITES), default="layers", help="single layers, or networks")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--cases", help="only benchmarks whose name contains this; an expression for pytest -k")
     parser.add_argument("--quick", action="store_true", help="few rounds: to look, not to quote")
@@ -86,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch, "layers.json")
+        output = Path(scratch, "results.json")
         code = run_to_end(command(options, output))
         if code not in (0, 1):
             return code
@@ -96,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"no results: {error}", file=sys.stderr)
             return code or 1
     kind = "-incomplete" if code else ""
-    target = options.out.resolve() / f"layers-{slug(document)}{kind}.json"
+    target = options.out.resolve() / f"{options.suite}-{slug(document)}{kind}.json"
     atomic.write(target, json.dumps(document, indent=1) + "\n")
     report.main([str(target)])
     return code

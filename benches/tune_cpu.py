@@ -8,8 +8,8 @@ For this CPU's vendor and each dtype, over a grid of shapes and with both sides 
     small_forward, small_both    plain torch operations against the explicit forward, and forward + backward: `small`
     chunk_<bytes>                dz whole against dz in pieces of that size: `chunk_above_bytes`, `chunk_bytes`
 
-The table keeps what it holds of other vendors and dtypes. The rows behind the thresholds go to a file that is not
-shipped, benches/results/tune-cpu.json: [role, rows, in_features, out_features, us of the first side, us of the second].
+The table keeps what it holds of other kinds and dtypes. The rows behind the thresholds go to a file that is not
+shipped, benches/results/tune-cpu-<kind>.json: [role, rows, in_features, out_features, us of either side].
 """
 
 import argparse
@@ -365,14 +365,14 @@ def merge(document: dict, vendor: str, thresholds: dict[str, dict], facts: dict)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=plan.TABLES / "cpu.json", help="the table to bring up to date")
-    parser.add_argument("--rows", type=Path, default=RESULTS / "tune-cpu.json", help="what was measured")
+    parser.add_argument("--rows", type=Path, help="what was measured; default: benches/results/tune-cpu-<kind>.json")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
     parser.add_argument("--quick", action="store_true", help="a coarse grid in a minute, to try the script out")
     parser.add_argument("--seconds", type=float, help="for the whole run; default: 420, or 50 with --quick")
     options = parser.parse_args(arguments)
     if binding.LATE:
         parser.error(binding.LATE)
-    vendor = ops.cpu_vendor()
+    vendor = ops.cpu_kind()
     if not vendor:
         parser.error("torch does not tell this CPU's name, so the plans could not find the table")
     if reference.onednn_linear() is None:
@@ -395,9 +395,10 @@ def main(arguments: list[str] | None = None) -> int:
     base = options.out if options.out.exists() else plan.TABLES / "cpu.json"
     thresholds = {dtype: own for dtype, (own, _) in found.items()}
     rows = {dtype: [[*row[:4], round(row[4], 1), round(row[5], 1)] for row in own] for dtype, (_, own) in found.items()}
-    atomic.write(options.rows, text(facts | {"vendor": vendor, "rows": rows}))
+    kept = options.rows or RESULTS / f"tune-cpu-{vendor.lower().replace(' ', '-')}.json"
+    atomic.write(kept, text(facts | {"vendor": vendor, "rows": rows}))
     atomic.write(options.out, text(merge(json.loads(base.read_text()), vendor, thresholds, facts)))
-    print("written:", options.out, options.rows)
+    print("written:", options.out, kept)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Arithmetic on tensors: fused linear + activation in Triton, in plain torch, and the choice between them."""
 
-from .ops import Explanation, explain
-from .plan import Device, Plan, Tile
+from .ops import Explanation, MlpExplanation, explain
+from .plan import Device, MlpPlan, Plan, Tile
 
-__all__ = ["Device", "Explanation", "Plan", "Tile", "explain"]
+__all__ = ["Device", "Explanation", "MlpExplanation", "MlpPlan", "Plan", "Tile", "explain"]

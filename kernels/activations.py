@@ -19,9 +19,10 @@ class Activation:
     name: str
     forward: Callable[[Tensor], Tensor]  # z -> y
     forward_: Callable[[Tensor], Tensor]  # z -> y, written over z
+    forward_into: Callable[[Tensor, Tensor], Tensor]  # (z, y) -> y, written into y, which may be z
     prime: Callable[[Tensor], Tensor]  # y -> dy/dz, from differentiable operations
     backward: Callable[[Tensor, Tensor], Tensor]  # (dy, y) -> dz, in one pass
-    backward_into: Callable[[Tensor, Tensor, Tensor], Tensor]  # (dy, y, dz) -> dz, written into dz
+    backward_into: Callable[[Tensor, Tensor, Tensor], Tensor]  # (dy, y, dz) -> dz, written into dz, which may be dy
     post_op: str  # the name of oneDNN's fused post-operation; "none" where it is missing or wrong
 
 
@@ -36,6 +37,7 @@ ACTIVATIONS: dict[str, Activation] = {
             "sigmoid",
             torch.sigmoid,
             torch.sigmoid_,
+            lambda z, y: torch.sigmoid(z, out=y),
             lambda y: y * (1 - y),
             _aten.sigmoid_backward.default,
             lambda dy, y, dz: _aten.sigmoid_backward.grad_input(dy, y, grad_input=dz),
@@ -45,6 +47,7 @@ ACTIVATIONS: dict[str, Activation] = {
             "tanh",
             torch.tanh,
             torch.tanh_,
+            lambda z, y: torch.tanh(z, out=y),
             lambda y: 1 - y * y,
             _aten.tanh_backward.default,
             lambda dy, y, dz: _aten.tanh_backward.grad_input(dy, y, grad_input=dz),
@@ -54,6 +57,7 @@ ACTIVATIONS: dict[str, Activation] = {
             "relu",
             torch.relu,
             torch.relu_,
+            lambda z, y: torch.clamp_min(z, 0, out=y),
             lambda y: (y > 0).to(y.dtype),
             lambda dy, y: _aten.threshold_backward.default(dy, y, 0),
             _relu_backward_into,
@@ -63,9 +67,10 @@ ACTIVATIONS: dict[str, Activation] = {
             "identity",
             lambda z: z,
             lambda z: z,
+            lambda z, y: y if y is z else y.copy_(z),
             torch.ones_like,
             lambda dy, y: dy,
-            lambda dy, y, dz: dz.copy_(dy),
+            lambda dy, y, dz: dz if dz is dy else dz.copy_(dy),
             "none",
         ),
     )

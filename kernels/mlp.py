@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import device
 from .linear import INTERPRETED, _current, _sum_slots
-from .plan import MlpPlan
+from .plan import MlpPlan, mlp_columns
 
 Tensors = tuple[Tensor, ...]
 Maybe = tuple[Tensor | None, ...]
@@ -184,6 +184,15 @@ def mlp_fwd_kernel(
 
 
 @triton.jit
+def _clear_gap(ptr, SIZE: tl.constexpr):
+    # Between this gradient and the next: it is summed with all others, and must not be whatever was in memory.
+    GAP: tl.constexpr = -SIZE % 8
+    if GAP > 0:
+        offs = tl.arange(0, 8)
+        tl.store(ptr + SIZE + offs, tl.zeros((8,), ptr.dtype.element_ty), mask=offs < GAP)
+
+
+@triton.jit
 def mlp_bwd_kernel(
     dy_ptr,  # (M, COLUMNS[1]); None: 1
     x_ptr,  # (M, COLUMNS[0])
@@ -320,12 +329,14 @@ def mlp_bwd_kernel(
                     (dweights[LAYERS - 1 - l] * factor).to(slots_ptr.dtype.element_ty),
                     mask=(out < WIDTHS[l + 1])[:, None] & (into < WIDTHS[l])[None, :],
                 )
+                _clear_gap(slot + DWEIGHT_AT[l], WIDTHS[l + 1] * WIDTHS[l])
             if DBIAS_AT[l] >= 0:
                 tl.store(
                     slot + DBIAS_AT[l] + out,
                     (dbiases[LAYERS - 1 - l] * factor).to(slots_ptr.dtype.element_ty),
                     mask=out < WIDTHS[l + 1],
                 )
+                _clear_gap(slot + DBIAS_AT[l], WIDTHS[l + 1])
 
 
 @triton.jit
@@ -342,15 +353,6 @@ def _padded(widths: tuple[int, ...]) -> tuple[int, ...]:
 
 def _widths(weights: Tensors) -> tuple[int, ...]:
     return (weights[0].shape[1], *(weight.shape[0] for weight in weights))
-
-
-def _columns(widths: tuple[int, ...]) -> list[int]:
-    """How many columns x, the activations between layers and y have in memory.
-
-    Those in between nobody else reads, so their rows are rounded up to whole 16-byte pieces, which cost fewer
-    instructions than ragged ones. What padded neurons put out is finite, and the weights that read it are 0.
-    """
-    return [widths[0], *(-(-width // 16) * 16 for width in widths[1:-1]), widths[-1]]
 
 
 def mlp_fwd(
@@ -397,7 +399,7 @@ def mlp_bce_fwd(
 def _mlp_fwd(x, weights, biases, hidden, output, plan, save, head=None):
     """The outputs of all layers, None where not stored, and the loss, None without a head."""
     M, widths = x.shape[0], _widths(weights)
-    columns = _columns(widths)
+    columns = mlp_columns(widths)
     out: list = [None] * len(weights)
     for l in {*save, *plan.boundaries, *(() if head else (len(weights),))}:
         out[l - 1] = torch.empty((M, columns[l]), dtype=x.dtype, device=x.device)
@@ -520,7 +522,7 @@ def _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head=N
     if reduction in ("mean", "sum"):
         dy, factor = None, dy
         scale = 1.0 / target.numel() if reduction == "mean" else 1.0
-    columns = _columns(widths)
+    columns = mlp_columns(widths)
     at_weights, at_biases, size = _slots(widths, wanted)
     inputs = dict(zip(plan.boundaries, saved, strict=True)) | {0: x}
     # Below the first layer of which anything is wanted, dz need not be known.

@@ -5,22 +5,26 @@ Below it nothing is checked again. Layers ask `refusal` first; it names what kee
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
+from . import loop, reference
 from . import plan as planning
-from . import reference
-from .plan import Device, Plan
+from .plan import Device, MlpPlan, Plan, Recipe, TrainPlan
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias
+Maybe = tuple[Tensor | None, ...]
+Wanted = tuple[bool, tuple[bool, ...], tuple[bool, ...]]  # dx, every dweight, every dbias
 IMPLS = (None, "triton", "torch")
+TRAIN_IMPLS = (None, "lane", "block", "graph", "torch")
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -41,12 +45,25 @@ def _launchers():
 
 
 @functools.cache
-def cpu_vendor() -> str:
-    """The first word of the CPU's name ("AMD", "Intel"), or "" where torch does not tell."""
+def _mlp_launchers():
+    from . import mlp
+
+    return mlp
+
+
+@functools.cache
+def cpu_kind() -> str:
+    """The first word of the CPU's name ("AMD", "Intel"), or "" where torch does not tell; "AMD Zen 5" for those.
+
+    MKL uses 256-bit vectors on AMD. From Zen 5 on, whose 512-bit units are of full width, oneDNN is twice as fast; on
+    older ones it is not. Among AMD's CPUs with AVX-512, AVX-VNNI came with Zen 5.
+    """
     try:
-        return str(torch.cpu.get_capabilities().get("cpu_name", "")).partition(" ")[0]
+        found = torch.cpu.get_capabilities()
     except (AttributeError, RuntimeError):
         return ""
+    vendor = str(found.get("cpu_name", "")).partition(" ")[0]
+    return "AMD Zen 5" if vendor == "AMD" and found.get("avx512_f") and found.get("avx_vnni") else vendor
 
 
 @functools.cache
@@ -55,7 +72,7 @@ def _look_at(device: torch.device) -> Device:
         properties = torch.cuda.get_device_properties(device)
         arch = 10 * properties.major + properties.minor
         return Device("cuda", arch, properties.multi_processor_count, triton=has_triton())
-    return Device("cpu", 90, 1, cpu_vendor()) if device.type == "cpu" else Device(device.type)
+    return Device("cpu", 90, 1, cpu_kind()) if device.type == "cpu" else Device(device.type)
 
 
 @functools.cache
@@ -83,7 +100,7 @@ small_cpu_products: dict[torch.dtype, int] = {}  # filled on first use: multiply
 
 
 def small_cpu_product(dtype: torch.dtype) -> int:
-    limit = small_cpu_products[dtype] = planning.cpu_small(_NAMES[dtype], cpu_vendor()) if dtype in _NAMES else 1 << 62
+    limit = small_cpu_products[dtype] = planning.cpu_small(_NAMES[dtype], cpu_kind()) if dtype in _NAMES else 1 << 62
     return limit
 
 
@@ -93,16 +110,42 @@ def small_cpu_product(dtype: torch.dtype) -> int:
 def refusal(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, autocast: bool, impl: str | None
 ) -> str | None:
-    """Why this call is left to plain torch operations (which may in turn raise), or None.
+    """Why this call of a layer is left to plain torch operations (which may in turn raise), or None.
 
     dtype: what the product is computed in: that of x, or autocast's.
     """
+    if reason := _tensor_refusal(x, (("weight", weight), ("bias", bias)), dtype, autocast):
+        return reason
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        return f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}"
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return f"bias {tuple(bias.shape)} is not ({weight.shape[0]},)"
+    return _mode_refusal(x.device, impl)
+
+
+def mlp_refusal(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    dtype: torch.dtype,
+    autocast: bool,
+    impl: str | None,
+) -> str | None:
+    """The same for a whole network whose shapes fit."""
+    tensors: list[tuple[str, Tensor | None]] = [(f"weights[{l}]", weight) for l, weight in enumerate(weights)]
+    tensors += [(f"biases[{l}]", bias) for l, bias in enumerate(biases or ())]
+    return _tensor_refusal(x, tensors, dtype, autocast) or _mode_refusal(x.device, impl)
+
+
+def _tensor_refusal(
+    x: Tensor, others: Sequence[tuple[str, Tensor | None]], dtype: torch.dtype, autocast: bool
+) -> str | None:
     device = x.device
     if dtype not in _NAMES:
         return f"x is {dtype}; the kernels take {', '.join(map(str, _NAMES))}"
     if device.type not in ("cpu", "cuda"):
         return f"no kernels for {device.type} devices"
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+    for name, tensor in (("x", x), *others):
         if tensor is None:
             continue
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
@@ -111,10 +154,10 @@ def refusal(
             return f"{name} is {tensor.layout}"
         if tensor.device != device or not (tensor.dtype is dtype or (autocast and tensor.dtype in _NAMES)):
             return f"{name} is {tensor.dtype} on {tensor.device}, not {dtype} on {device}"
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        return f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}"
-    if bias is not None and bias.shape != weight.shape[:1]:
-        return f"bias {tuple(bias.shape)} is not ({weight.shape[0]},)"
+    return None
+
+
+def _mode_refusal(device: torch.device, impl: str | None) -> str | None:
     if _functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
     if torch.autograd.forward_ad._current_level >= 0:
@@ -196,7 +239,7 @@ def _in_features(x: Tensor | None, weight: Tensor | None) -> int:
     return weight.shape[1] if weight is not None else x.shape[-1] if x is not None else 1
 
 
-def _obey(impl: str | None, plan: Plan) -> None:
+def _obey(impl: str | None, plan: Plan | MlpPlan) -> None:
     if impl == "triton" and not plan.triton and plan.reason != planning.EMPTY:
         raise NotImplementedError(f'impl="triton": {plan.reason}')
 
@@ -208,6 +251,152 @@ def trains_plainly(x: Tensor, weight: Tensor) -> bool:
     return planning.linear_act_bwd(rows, k, n, name, "ieee", _describe(x.device), None).impl == "aten"
 
 
+# --- whole networks ----------------------------------------------------------------------------------------
+
+
+class MlpPlans(NamedTuple):
+    """How a whole network runs. Either both directions run as a whole or neither does."""
+
+    forward: MlpPlan
+    backward: MlpPlan | None  # None: nobody wants gradients
+
+
+@functools.lru_cache(maxsize=4096)
+def _mlp_plans(
+    rows: int,
+    widths: tuple[int, ...],
+    dtype: str,
+    precision: str,
+    device: Device,
+    training: bool,
+    loss: bool,
+    impl: str | None,
+) -> MlpPlans:
+    arguments = (rows, widths, dtype, precision, device)
+    if not training:
+        return MlpPlans(planning.mlp_fwd(*arguments, False, loss, impl), None)
+    backward = planning.mlp_bwd(*arguments, loss, impl)
+    forward = planning.mlp_fwd(*arguments, bool(backward.boundaries), loss, impl)
+    refused = next((plan for plan in (forward, backward) if plan.impl == "layers"), None)
+    return MlpPlans(refused, refused) if refused else MlpPlans(forward, backward)
+
+
+def mlp_plans(
+    x: Tensor, weights: Sequence[Tensor], training: bool, loss: bool = False, impl: str | None = None
+) -> MlpPlans:
+    """The plans for a network of these weights on x (..., K). training: gradients are wanted. loss: of a BCE head.
+
+    Raises NotImplementedError where impl="triton" cannot be obeyed.
+    """
+    rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
+    device = _device_for(x.device, impl)
+    name = _NAMES.get(x.dtype, str(x.dtype))
+    plans = _mlp_plans(rows, _widths(weights), name, _precision(device), device, training, loss, impl)
+    _obey(impl, plans.forward)
+    return plans
+
+
+def _widths(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    return (weights[0].shape[1], *(weight.shape[0] for weight in weights))
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _dense(
+    weights: Sequence[Tensor], biases: Sequence[Tensor] | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+    """Parameters as the kernels of whole networks read them."""
+    dense = tuple(weight.contiguous() for weight in weights)
+    return dense, None if biases is None else tuple(bias.contiguous() for bias in biases)
+
+
+def mlp_fwd(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    hidden: str,
+    output: str,
+    plan: MlpPlan,
+    save: tuple[int, ...] = (),
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(y, saved): y (..., N), and what `mlp_bwd` needs beside the arguments if `save` is its plan's boundaries.
+
+    x (..., K), weights (N_l, K_l) each, biases (N_l,) each or None, of any strides. hidden, output: activations.
+    """
+    if plan.triton:
+        y, saved = _mlp_launchers().mlp_fwd(_flat(x), *_dense(weights, biases), hidden, output, plan, save)
+    else:
+        y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]), saved
+
+
+def mlp_bwd(
+    dy: Tensor,
+    x: Tensor,
+    saved: tuple[Tensor, ...],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    hidden: str,
+    output: str,
+    wanted: Wanted,
+    plan: MlpPlan,
+) -> tuple[Tensor | None, Maybe, Maybe]:
+    """(dx, dweights, dbiases) of `mlp_fwd` from dy (..., N) of any strides. What is not wanted is None."""
+    options = (hidden, output, wanted, plan)
+    if plan.triton:
+        gradients = _mlp_launchers().mlp_bwd(_flat(dy), _flat(x), saved, *_dense(weights, biases), *options)
+    else:
+        gradients = reference.mlp_bwd(_flat(dy), _flat(x), saved, weights, biases, *options)
+    dx, dweights, dbiases = gradients
+    return None if dx is None else dx.view(x.shape), dweights, dbiases
+
+
+def mlp_bce_fwd(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    hidden: str,
+    target: Tensor,
+    pos_weight: Tensor | None,
+    reduction: str,
+    dtype: torch.dtype,
+    plan: MlpPlan,
+    save: tuple[int, ...] = (),
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(loss, saved): binary cross entropy from the logits of the last layer, in `dtype`, by a fused plan.
+
+    target (..., N) and pos_weight (N,) or None: any strides and floating dtypes. reduction: "none", "mean", "sum".
+    """
+    head = (_flat(target), pos_weight, reduction, dtype)
+    loss, saved = _mlp_launchers().mlp_bce_fwd(_flat(x), *_dense(weights, biases), hidden, *head, plan, save)
+    return loss if reduction != "none" else loss.view(target.shape), saved
+
+
+def mlp_bce_bwd(
+    dloss: Tensor,
+    x: Tensor,
+    saved: tuple[Tensor, ...],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    hidden: str,
+    target: Tensor,
+    pos_weight: Tensor | None,
+    reduction: str,
+    wanted: Wanted,
+    plan: MlpPlan,
+) -> tuple[Tensor | None, Maybe, Maybe]:
+    """(dx, dweights, dbiases) of `mlp_bce_fwd`; dloss has the shape of the loss."""
+    options = (hidden, _flat(target), pos_weight, reduction, wanted, plan)
+    dloss = _flat(dloss) if reduction == "none" else dloss
+    dx, dweights, dbiases = _mlp_launchers().mlp_bce_bwd(dloss, _flat(x), saved, *_dense(weights, biases), *options)
+    return None if dx is None else dx.view(x.shape), dweights, dbiases
+
+
+# --- explanations ------------------------------------------------------------------------------------------
+
+
 class Explanation(NamedTuple):
     """The plans for one layer at one shape."""
 
@@ -215,27 +404,66 @@ class Explanation(NamedTuple):
     backward: Plan
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:8}  {plan.impl:8}  {plan.reason}" for name, plan in self._asdict().items())
+        return _listed(self._asdict())
 
 
+class MlpExplanation(NamedTuple):
+    """The plans for one network at one shape: forward without gradients, and both directions of a training step."""
+
+    inference: MlpPlan
+    forward: MlpPlan
+    backward: MlpPlan
+
+    def __str__(self) -> str:
+        return _listed(self._asdict())
+
+
+def _listed(plans: dict[str, Plan] | dict[str, MlpPlan]) -> str:
+    return "\n".join(f"{name:9} {plan.impl:8}  {plan.reason}" for name, plan in plans.items())
+
+
+@overload
 def explain(
     x_shape: Sequence[int],
     weight_shape: Sequence[int],
+    dtype: torch.dtype = ...,
+    device: torch.device | str | Device = ...,
+    *,
+    impl: str | None = ...,
+) -> Explanation: ...
+@overload
+def explain(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[Sequence[int]],
+    dtype: torch.dtype = ...,
+    device: torch.device | str | Device = ...,
+    *,
+    impl: str | None = ...,
+) -> MlpExplanation: ...
+def explain(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int] | Sequence[Sequence[int]],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | Device = "cpu",
     *,
     impl: str | None = None,
-) -> Explanation:
-    """Which implementation a linear + activation layer takes, with its tile and the reason. Launches nothing.
+) -> Explanation | MlpExplanation:
+    """Which implementation a layer or a network takes, with its tiles and the reason. Launches nothing.
 
-    x_shape: (..., in_features). weight_shape: (out_features, in_features). device: where the tensors would be, or a
-    `Device` that describes a chip which is not at hand, as in `Device("cuda", arch=90, units=132, triton=True)`.
-    Raises ValueError for shapes that do not fit and an unknown impl, NotImplementedError where a call would.
+    x_shape: (..., in_features). weight_shape: (out_features, in_features) of a layer, or a sequence of such pairs, one
+    per layer of a network. device: where the tensors would be, or a `Device` that describes a chip which is not at
+    hand, as in `Device("cuda", arch=90, units=132, triton=True)`. Raises ValueError for shapes that do not fit and an
+    unknown impl, NotImplementedError where a call would.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
-    if len(weight_shape) != 2 or not x_shape or x_shape[-1] != weight_shape[1]:
-        raise ValueError(f"weight_shape {tuple(weight_shape)} does not fit x_shape {tuple(x_shape)}")
+    network = len(weight_shape) > 0 and not isinstance(weight_shape[0], int)
+    shapes = [tuple(cast(Sequence[int], shape)) for shape in (weight_shape if network else [weight_shape])]
+    features = x_shape[-1] if x_shape else None
+    for shape in shapes:
+        if len(shape) != 2 or shape[1] != features:
+            raise ValueError(f"weight_shape {tuple(weight_shape)} does not fit x_shape {tuple(x_shape)}")
+        features = shape[0]
     if not isinstance(device, Device):
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
@@ -243,11 +471,88 @@ def explain(
         if impl == "triton" and (reason := _cpu_refusal(device)):
             raise NotImplementedError(f'impl="triton": {reason}')
         device = _device_for(device, impl)
-    n, k = weight_shape
-    arguments = (math.prod(x_shape[:-1]), k, n, _NAMES.get(dtype, str(dtype)), _precision(device), device, impl)
-    explanation = Explanation(planning.linear_act_fwd(*arguments), planning.linear_act_bwd(*arguments))
+    rows, name, precision = math.prod(x_shape[:-1]), _NAMES.get(dtype, str(dtype)), _precision(device)
+    if network:
+        arguments = (rows, (shapes[0][1], *(n for n, _ in shapes)), name, precision, device)
+        inference, (forward, backward) = (_mlp_plans(*arguments, training, False, impl) for training in (False, True))
+        explanation = MlpExplanation(inference.forward, forward, cast(MlpPlan, backward))
+    else:
+        (n, k) = shapes[0]
+        arguments = (rows, k, n, name, precision, device, impl)
+        explanation = Explanation(planning.linear_act_fwd(*arguments), planning.linear_act_bwd(*arguments))
     _obey(impl, explanation.forward)
     return explanation
+
+
+# --- whole training loops ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _training_launchers():
+    return importlib.import_module(".training", __package__)  # imports triton, as `linear` does
+
+
+def plan_train(
+    members: int,
+    samples: int,
+    batch_size: int | None,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    impl: str | None = None,
+) -> TrainPlan:
+    """Which implementation trains `members` networks on `samples` samples each, and why. batch_size: None for all.
+
+    Raises NotImplementedError with the reason where `impl` cannot be obeyed.
+    """
+    if impl == "graph":
+        raise NotImplementedError('impl="graph": no captured training step yet')
+    kernels = impl in ("lane", "block")
+    if kernels and (reason := _cpu_refusal(device)):
+        raise NotImplementedError(f"impl={impl!r}: {reason}")
+    described = _describe(device, kernels and device.type == "cpu")
+    plan = planning.train(members, samples, batch_size, recipe, _NAMES.get(dtype, str(dtype)), described, impl)
+    if impl is not None and plan.impl != impl:
+        raise NotImplementedError(f"impl={impl!r}: {plan.reason}")
+    return plan
+
+
+def train(
+    recipe: Recipe,
+    parameters: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    lr: Tensor,
+    x: Tensor,
+    y: Tensor,
+    order: Tensor | None,
+    batch_size: int,
+    start: int,
+    taken: int,
+    steps: int,
+    log_every: int,
+    losses: Tensor,
+    plan: TrainPlan,
+) -> None:
+    """Takes `steps` training steps by the implementation of the plan; see `loop.train` for the arguments."""
+    implementation = loop if plan.impl == "torch" else _training_launchers()
+    implementation.train(
+        recipe,
+        parameters,
+        first,
+        second,
+        lr,
+        x,
+        y,
+        order,
+        batch_size,
+        start,
+        taken,
+        steps,
+        log_every,
+        losses,
+        plan,
+    )
 
 
 # --- registration: what torch.compile calls -------------------------------------------------------------------

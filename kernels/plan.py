@@ -25,7 +25,7 @@ class Device:
     kind: str  # "cpu", "cuda", or any other torch device type
     arch: int = 0  # CUDA compute capability, as 10 * major + minor
     units: int = 1  # CUDA streaming multiprocessors
-    vendor: str = ""  # CPU: the first word of its name, "AMD" or "Intel"
+    vendor: str = ""  # CPU: what `ops.cpu_kind` says
     triton: bool = False  # kernels can be launched here
 
 
@@ -208,6 +208,11 @@ def _cpu_bwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
         return Plan("aten", "small: plain torch operations cost least")
     if min(k, n) < table.get("thin", 0):
         return Plan("aten", "thin: where gradients are wanted, plain torch operations, forward too")
+    return _cpu_explicit_bwd(m, k, n, dtype, device)
+
+
+def _cpu_explicit_bwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
+    table = _cpu_table(dtype, device.vendor)
     itemsize = 4 if dtype == "float32" else 2
     chunk = 0
     if m * n * itemsize > table["chunk_above_bytes"]:
@@ -246,21 +251,36 @@ class MlpPlan:
     """How a whole network runs in one direction.
 
     `impl` is "fused" (each segment is one kernel, inside which activations never leave the chip; forward in the order
-    of `segments`, backward in reverse, with one number of programs) or "layers" (not as a whole: layer by layer).
+    of `segments`, backward in reverse, with one number of programs), "layers" (not as a whole: layer by layer), or on a
+    CPU "aten" (plain torch operations under autograd) and "explicit" (`reference.py`, one autograd node).
     """
 
     impl: str
     reason: str
     segments: tuple[MlpSegment, ...] = ()
     precision: str = "ieee"
+    layers: tuple[Plan, ...] = ()  # "explicit": each layer's own plan
+    chunk: int = 0  # "explicit", backward: rows that go through all layers at a time; 0: all of them
+
+    @property
+    def triton(self) -> bool:
+        return self.impl == "fused"
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """The layers at which a segment other than the first begins: a backward pass needs their inputs."""
+        """The l for which a backward pass needs the input of layer l: where a segment other than the first begins.
+
+        "explicit" needs all of them, and y, the input of the layer after the last.
+        """
+        if self.layers:
+            return tuple(range(1, len(self.layers) + 1))
         return tuple(segment.first for segment in self.segments[1:])
 
 
 MLP_MAX_WIDTH = 128
+
+# Fewer rows at a time cost the products on a CPU more than what they save in cache.
+CPU_MLP_CHUNK_ROWS = 1024
 
 # Sums of weight gradients live in registers next to the activations: one backward kernel takes 8, 4, 2 or 1 layers of
 # width 16, 32, 64 or 128. In between, a layer counts as the geometric mean of its two widths.
@@ -327,13 +347,24 @@ def mlp_bytes(m: int, widths: tuple[int, ...], itemsize: int, forward: MlpPlan, 
     return total
 
 
+def mlp_columns(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """How many columns x, the activations between layers and y have in memory where a fused network writes them.
+
+    Those in between nobody else reads, so their rows are rounded up to whole 16-byte pieces, which cost fewer
+    instructions than ragged ones. What padded neurons put out is finite, and the weights that read it are 0.
+    """
+    return (widths[0], *(_cdiv(width, 16) * 16 for width in widths[1:-1]), widths[-1])
+
+
 def _mlp(op: str, m, widths, dtype, precision, device, loss, impl) -> MlpPlan:
     if reason := refusal(m, min(widths), 1, dtype, device):
         return MlpPlan("layers", reason)
+    if len(widths) == 2 and not loss and impl != "triton":
+        return MlpPlan("layers", "a single layer has kernels of its own, which compute nothing twice")
     if device.kind == "cpu" and not device.triton:
-        return MlpPlan("layers", "no kernels for the CPU")
+        return _cpu_mlp(op, m, widths, dtype, device)
     if impl == "torch":
-        return MlpPlan("layers", 'impl="torch"')
+        return MlpPlan("layers", 'impl="torch": layer by layer')
     if max(widths) > MLP_MAX_WIDTH:
         return MlpPlan("layers", f"a width of {max(widths)}: networks stay on chip up to {MLP_MAX_WIDTH}")
     kind, backward = _kind(dtype, precision), op == "mlp_bwd"
@@ -355,6 +386,22 @@ def _mlp(op: str, m, widths, dtype, precision, device, loss, impl) -> MlpPlan:
     cut = f" in {len(segments)} segments" if len(segments) > 1 else ""
     rest = "x and dy are read once each" if backward else "x is read once, y written once"
     return MlpPlan("fused", f"activations stay on chip{cut}; {rest}", segments, precision)
+
+
+def _cpu_mlp(op: str, m: int, widths: tuple[int, ...], dtype: str, device: Device) -> MlpPlan:
+    pairs = list(itertools.pairwise(widths))
+    table = _cpu_table(dtype, device.vendor)
+    if m * max(k * n for k, n in pairs) < table["small"]:
+        return MlpPlan("aten", "small: plain torch operations, without the calls of the layers, cost least")
+    if op != "mlp_bwd":
+        layers = tuple(_cpu_fwd(m, k, n, dtype, device) for k, n in pairs)
+        return MlpPlan("explicit", "the faster product per layer, activation in place", layers=layers)
+    # Pieces of rows go back through all layers: every dz and dh stays in cache, and none asks the system for memory.
+    chunk = max(CPU_MLP_CHUNK_ROWS, table["chunk_bytes"] // (max(widths) * (4 if dtype == "float32" else 2)))
+    chunk = chunk if m > chunk else 0
+    layers = tuple(_cpu_explicit_bwd(chunk or m, k, n, dtype, device) for k, n in pairs)
+    reason = "one autograd node" + (f", back through all layers in pieces of {chunk} rows" if chunk else "")
+    return MlpPlan("explicit", reason, layers=layers, chunk=chunk)
 
 
 def _mlp_segments(
@@ -405,7 +452,7 @@ def _mlp_row(
     return None
 
 
-# --- whole training loops ----------------------------------------------------------------------------------
+# --- whole training loops ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -413,12 +460,11 @@ class Recipe:
     """What every step of a training loop does, apart from the numbers it starts from."""
 
     widths: tuple[int, ...]  # of the input and of every layer's output
-    hidden: str = "sigmoid"  # names of activations
+    hidden: str = "sigmoid"  # names in activations.py and device.py
     output: str = "sigmoid"
     bias: bool = True
-    # "bce" (of a sigmoid output; gradient p - t), "bce_logits" (of an identity output) or "mse"
-    loss: str = "bce"
-    reduction: str = "mean"  # over samples and outputs; or "sum"
+    loss: str = "bce"  # "bce" (output: sigmoid), "bce_logits" (output: identity) or "mse" (any output)
+    reduction: str = "mean"  # or "sum"; mean divides by batch * widths[-1]
     optimizer: str = "sgd"  # or "adam", "adamw"
     momentum: float = 0.0
     dampening: float = 0.0
@@ -433,8 +479,8 @@ class Recipe:
 class TrainPlan:
     """How a whole training loop runs.
 
-    `impl` is "lane" (one kernel for all steps, `networks` of them per program, one per lane), "block" (one kernel for
-    all steps, one network per program) or "torch" (step by step).
+    `impl` is "lane" (one kernel for all steps of `networks` networks per program, one per lane), "block" (one kernel
+    for all steps, one network per program) or "torch" (`loop.py`, step by step).
     """
 
     impl: str
@@ -464,21 +510,22 @@ BLOCK_CYCLES = {16: 600, 32: 1300, 64: 2800}
 def train(
     members: int,
     samples: int,
-    batch_size: int,
+    batch_size: int | None,
     recipe: Recipe,
     dtype: str,
     device: Device,
     impl: str | None = None,
 ) -> TrainPlan:
-    """The plan for training `members` networks of one recipe on `samples` rows in batches of `batch_size`.
+    """The plan for training `members` networks of one recipe on `samples` samples each.
 
-    impl: "lane" or "block" asks for that one; the plan says "torch" and why where there is none.
+    batch_size: None for all samples. impl: "lane" or "block" asks for that one; the plan says "torch", and why, where
+    it cannot be had.
     """
     if reason := _no_loop(members, samples, recipe, dtype, device):
         return TrainPlan("torch", reason)
     if impl == "torch":
         return TrainPlan("torch", 'impl="torch"')
-    batch = min(batch_size, samples)
+    batch = min(batch_size or samples, samples)
     options = {"lane": _lane(members, batch, recipe, device), "block": _block(members, batch, recipe, device)}
     if impl in options:
         options = {impl: options[impl]}
@@ -537,3 +584,61 @@ def _block(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[fl
     reason = "one network per program, on chip for the whole loop"
     plan = TrainPlan("block", reason, rows, 1, num_warps)
     return BLOCK_CYCLES[widest] * layers * _cdiv(batch, rows) * waves, plan
+
+
+@dataclass(frozen=True)
+class LoopPlan:
+    """How `loop.py` lays its buffers out, on how many threads it runs, and why.
+
+    "joint": one network, the parameters of all layers as blocks of one matrix. "matrices": a matrix per layer, or a
+    stack of them. "arrays": every single parameter an array over the members.
+    """
+
+    layout: str
+    one_thread: bool
+    reason: str
+
+
+# Microseconds on one core, read off layouts that were timed against each other: 2-2-1, 2-10-10-10-1, 4-8-1 and others
+# to 32-64-5, with 2 to 8,192 members. They decide between two layouts, so only their ratios count.
+CALL_US = 1.5  # of torch, whatever it computes
+ARRAY_MAC_US = 2.5e-4  # per multiply-add of an elementwise call over members
+SMALL_PRODUCT_MAC_US = 2e-3  # per multiply-add of a stack of products that torch computes itself
+SMALL_PRODUCT_MACS = 400  # from here on the BLAS does, at a price per product and another per multiply-add
+PRODUCT_US, PRODUCT_MAC_US = 0.25, 4e-5
+UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7}  # elementwise, beside the products
+
+# Multiply-adds of the one product of a joint update, those that nobody needs included, to which it costs less than
+# several.
+JOINT_MACS = 1 << 16
+# Below these, a second thread waits longer for the first than it works; where cores are shared, far longer.
+THREADED_MACS = 1 << 21  # of one product
+THREADED_ELEMENTS = 1 << 17  # of one elementwise call
+
+
+@functools.lru_cache(maxsize=1024)
+def train_loop(members: int, batch: int, recipe: Recipe, shared: bool) -> LoopPlan:
+    """The plan for the plain torch loop on batches of `batch` samples. shared: all members see the same ones."""
+    layers = list(itertools.pairwise(recipe.widths))
+    macs = [batch * n * k for k, n in layers]
+    together = members * macs[0] if shared else 0  # the first layers of all members are one product
+    one_thread = max(together, *macs) < THREADED_MACS and members * batch * max(recipe.widths[1:]) < THREADED_ELEMENTS
+    if members == 1:
+        joint = batch * sum(n for _, n in layers) * sum(k + 1 for k, _ in layers)
+        if joint <= JOINT_MACS:
+            return LoopPlan("joint", one_thread, "one small network: a product for all updates")
+        return LoopPlan("matrices", one_thread, "one network: a product for each layer")
+    update = UPDATE_CALLS["momentum" if recipe.momentum else recipe.optimizer]
+    alone = layers[1:] if shared else layers
+    # Forward, backward and update: three products of the same size.
+    arrays = CALL_US * (update + sum(2 + k + n + batch for k, n in alone))
+    arrays += members * ARRAY_MAC_US * sum(3 * batch * n * k for k, n in alone)
+    matrices = CALL_US * (update * len(layers) + 5 * len(alone))
+    matrices += members * sum(3 * _stacked_product_us(batch * n * k) for k, n in alone)
+    if arrays < matrices:
+        return LoopPlan("arrays", one_thread, "many members, whose products cost more one by one than their elements")
+    return LoopPlan("matrices", one_thread, "few members or wide layers: stacks of products")
+
+
+def _stacked_product_us(macs: int) -> float:
+    return SMALL_PRODUCT_MAC_US * macs if macs < SMALL_PRODUCT_MACS else PRODUCT_US + PRODUCT_MAC_US * macs

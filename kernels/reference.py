@@ -3,16 +3,19 @@
 Shapes: x (M, K), weight (N, K), bias (N,), y and dy (M, N). With dz = dy * act'(y):
 
     dx = dz @ weight        dweight = dz.T @ x        dbias = sum of dz over the rows
+
+A network is a chain of such layers, the dx of one being the dy of the layer below.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS, Activation
-from .plan import Plan
+from .activations import ACTIVATIONS
+from .plan import MlpPlan, Plan
 
 
 @functools.cache
@@ -60,55 +63,11 @@ def linear_act_bwd(
     plan: Plan,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias), None where not wanted. x may be None without dweight, weight without dx."""
-    act = ACTIVATIONS[activation]
-    if plan.chunk and plan.chunk < dy.shape[0]:
-        return _linear_act_bwd_chunked(dy, y, x, weight, act, wanted, plan)
+    network = MlpPlan("explicit", plan.reason, layers=(plan,), chunk=plan.chunk)
     need_dx, need_dweight, need_dbias = wanted
-    dz = act.backward(dy, y)
-    return (
-        _product(dz, weight, plan.dx_gemm) if need_dx and weight is not None else None,
-        _product(dz.t(), x, plan.dweight_gemm) if need_dweight and x is not None else None,
-        dz.sum(0) if need_dbias else None,
-    )
-
-
-def _linear_act_bwd_chunked(
-    dy: Tensor,
-    y: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    act: Activation,
-    wanted: tuple[bool, bool, bool],
-    plan: Plan,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    need_dx, need_dweight, need_dbias = wanted
-    m, n = dy.shape
-    dx = dy.new_empty((m, weight.shape[1])) if need_dx and weight is not None else None
-    # Sums over the pieces are kept in fp32 whatever the dtype.
-    dweight = dy.new_zeros((n, x.shape[1]), dtype=torch.float32) if need_dweight and x is not None else None
-    dbias = dy.new_zeros(n, dtype=torch.float32) if need_dbias else None
-    buffer = dy.new_empty((plan.chunk, n))
-    for start in range(0, m, plan.chunk):
-        rows = slice(start, min(start + plan.chunk, m))
-        dz = act.backward_into(dy[rows], y[rows], buffer[: rows.stop - start])
-        if dx is not None and weight is not None:
-            if plan.dx_gemm == "onednn":
-                dx[rows] = _product(dz, weight, "onednn")
-            else:
-                torch.mm(dz, weight, out=dx[rows])
-        if dweight is not None and x is not None:
-            if plan.dweight_gemm == "onednn" or dz.dtype != torch.float32:
-                dweight += _product(dz.t(), x[rows], plan.dweight_gemm)
-            else:
-                dweight.addmm_(dz.t(), x[rows])
-        if dbias is not None:
-            dbias += dz.sum(0, dtype=torch.float32)
-    return dx, None if dweight is None else dweight.to(dy.dtype), None if dbias is None else dbias.to(dy.dtype)
-
-
-def _product(a: Tensor, b: Tensor, gemm: str) -> Tensor:
-    onednn = onednn_linear() if gemm == "onednn" else None
-    return torch.mm(a, b) if onednn is None else onednn(a, b.t(), None, "none", [], "")
+    flags = (need_dx, (need_dweight,), (need_dbias,))
+    dx, (dweight,), (dbias,) = mlp_bwd(dy, x, (y,), (weight,), None, activation, activation, flags, network)
+    return dx, dweight, dbias
 
 
 def linear_act_double(
@@ -128,3 +87,95 @@ def linear_act_double(
         torch.mm(flat.t(), x.reshape(flat.shape[0], x.shape[-1])) if need_dweight and x is not None else None,
         flat.sum(0) if need_dbias else None,
     )
+
+
+# --- whole networks ----------------------------------------------------------------------------------------
+
+
+def mlp_fwd(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    hidden: str,
+    output: str,
+    plan: MlpPlan,
+    save: tuple[int, ...] = (),
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(y, saved): the output of the last layer and the inputs of the layers l in `save`; l = len(weights) is y."""
+    out = [x]
+    last = len(weights) - 1
+    for l, weight in enumerate(weights):
+        bias = None if biases is None else biases[l]
+        h = linear_act_fwd(out[-1], weight, bias, output if l == last else hidden, plan.layers[l])
+        out = [*out, h] if save else [h]
+    return out[-1], tuple(out[l] for l in save)
+
+
+def mlp_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    saved: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor] | None,
+    hidden: str,
+    output: str,
+    wanted: tuple[bool, tuple[bool, ...], tuple[bool, ...]],
+    plan: MlpPlan,
+) -> tuple[Tensor | None, tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """(dx, dweights, dbiases), None where not wanted. saved: the outputs of all layers, y last.
+
+    x may be None if the first dweight is not wanted, the first weight if dx is not.
+    """
+    need_dx, need_dweights, need_dbiases = wanted
+    m, layers = dy.shape[0], range(len(weights))
+    hs = (x, *saved)
+    acts = [ACTIVATIONS[output if l == layers[-1] else hidden] for l in layers]
+    # Below the first layer of which anything is wanted, dz need not be known.
+    first = next((l for l in layers if need_dx or need_dweights[l] or need_dbiases[l]), len(weights))
+    chunk = min(plan.chunk or m, m)
+    dx = dy.new_empty((m, weights[0].shape[1])) if need_dx and weights[0] is not None and chunk < m else None
+    dweights: list[Tensor | None] = [None for _ in layers]
+    dbiases: list[Tensor | None] = [None for _ in layers]
+    # Sums over several pieces are kept in fp32 whatever the dtype.
+    sums = torch.float32 if chunk < m else dy.dtype
+    for start in range(0, max(m, 1), max(chunk, 1)):  # without rows, once: gradients of 0
+        rows = slice(start, min(start + chunk, m))
+        dh = dy[rows]
+        for l in reversed(layers[first:]):
+            act, own, h, weight = acts[l], plan.layers[l], hs[l], weights[l]
+            y = saved[l][rows]
+            # dy is the caller's; what comes after it is ours to write over.
+            dz = act.backward(dh, y) if l == layers[-1] else act.backward_into(dh, y, dh)
+            if need_dweights[l] and h is not None:
+                dweights[l] = _add_product(dweights[l], dz.t(), h[rows], own.dweight_gemm, sums)
+            if need_dbiases[l]:
+                total = dbiases[l]
+                dbias = dz.sum(0, dtype=sums)
+                dbiases[l] = dbias if total is None else total.add_(dbias)
+            if weight is not None and (l > first or need_dx):
+                dh = _product(dz, weight, own.dx_gemm, dx[rows] if dx is not None and l == 0 else None)
+        if need_dx and dx is None:
+            dx = dh
+    return dx, _cast(dweights, dy.dtype), _cast(dbiases, dy.dtype)
+
+
+def _cast(gradients: list[Tensor | None], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    return tuple(None if gradient is None else gradient.to(dtype) for gradient in gradients)
+
+
+def _product(a: Tensor, b: Tensor, gemm: str, out: Tensor | None = None) -> Tensor:
+    """a @ b, written into `out` if there is one."""
+    onednn = onednn_linear() if gemm == "onednn" else None
+    if onednn is None:
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    product = onednn(a, b.t(), None, "none", [], "")
+    return product if out is None else out.copy_(product)
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, gemm: str, dtype: torch.dtype) -> Tensor:
+    """total + a @ b in `dtype`, written over total if there is one."""
+    if total is None:
+        return _product(a, b, gemm).to(dtype)
+    if gemm == "onednn" or a.dtype != dtype:
+        return total.add_(_product(a, b, gemm))
+    return total.addmm_(a, b)

@@ -1,7 +1,25 @@
-"""Sigmoid MLPs in fused kernels: drop-in layers, whole networks, the classic lessons."""
+"""Sigmoid MLPs in fused kernels: drop-in layers, whole networks, whole training loops, the classic lessons."""
 
-from .functional import linear_act, linear_sigmoid
-from .layers import LinearReLU, LinearSigmoid, LinearTanh
+from .ensemble import Ensemble
+from .functional import linear_act, linear_sigmoid, linear_sigmoid_bce, mlp_act, mlp_sigmoid_bce
+from .layers import LinearReLU, LinearSigmoid, LinearSigmoidBCELoss, LinearTanh
 from .model import MLP
+from .sweep import fit_sharded
+from .training import History, fit
 
-__all__ = ["MLP", "LinearReLU", "LinearSigmoid", "LinearTanh", "linear_act", "linear_sigmoid"]
+__all__ = [
+    "MLP",
+    "Ensemble",
+    "History",
+    "LinearReLU",
+    "LinearSigmoid",
+    "LinearSigmoidBCELoss",
+    "LinearTanh",
+    "fit",
+    "fit_sharded",
+    "linear_act",
+    "linear_sigmoid",
+    "linear_sigmoid_bce",
+    "mlp_act",
+    "mlp_sigmoid_bce",
+]

@@ -13,6 +13,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NoReturn
 
 import torch
@@ -24,20 +25,22 @@ __all__ = ["main"]
 
 WIDTH = 100  # columns
 
-# What `doctor` explains: (rows, in_features, out_features)
+# What `doctor` explains: rows, widths of a layer or of a network.
 SHAPES = (
     (4, 2, 2),
     (64, 64, 64),
     (128, 784, 128),
-    (128, 128, 10),
     (65536, 16, 16),
     (65536, 64, 64),
-    (4096, 128, 128),
     (16384, 256, 256),
     (1024, 1024, 1024),
     (4096, 1024, 1024),
     (8192, 512, 1),
-    (1, 1024, 1024),
+    (4, 2, 10, 10, 10, 1),
+    (256, 32, 64, 5),
+    (65536, 64, 64, 64, 64),
+    (4096, 256, 256, 256, 256),
+    (128, 784, 128, 10),
 )
 
 
@@ -166,9 +169,7 @@ def _xor(args: argparse.Namespace) -> int:
     print(f"Ratio: {result.ratio:.3f} (above 1 the fused layers are faster; median over the turns)")
 
     print(f"\nWhat ran, on {result.device}:")
-    for number, layer in enumerate(result.layers, 1):
-        for line in str(layer).splitlines():
-            print(f"  layer {number}  {line}")
+    print(textwrap.indent(str(result.explanation), "  "))
     if args.plot:
         figure, _ = plotting.plot_xor(result)
         try:
@@ -213,20 +214,21 @@ def _doctor(args: argparse.Namespace) -> int:
     for name, value in _facts(cuda):
         print(f"{name:<20}  {value}")
     device = "cuda" if cuda else "cpu"
-    print(f"\nWhich implementation an fp32 linear + sigmoid layer takes on {device}, and why:\n")
-    print(f"{'rows':>5}  {'in':>4} -> {'out':<4}  {'pass':8}  {'runs as':8}  why")
-    for rows, k, n in SHAPES:
+    print(f"\nWhich implementation fp32 layers and networks take on {device}, and why:\n")
+    print(f"{'rows':>5}  {'widths':15}  {'pass':17}  {'runs as':8}  why")
+    for rows, *widths in SHAPES:
+        shapes = [(n, k) for k, n in pairwise(widths)]
         with warnings.catch_warnings():
             # That a device is too old for the kernels is said once as a warning; here the table says it.
             warnings.simplefilter("ignore")
-            forward, backward = explain((rows, k), (n, k), device=device)
-        passes = [("forward", forward), ("backward", backward)]
-        if (forward.impl, forward.reason) == (backward.impl, backward.reason):
-            passes = [("both", forward)]
-        label = f"{rows:5}  {k:4} -> {n:<4}"
-        for name, plan in passes:
-            start = f"{label:19}  {name:8}  {plan.impl:8}  "
-            print(textwrap.fill(plan.reason, WIDTH, initial_indent=start, subsequent_indent=" " * len(start)))
+            found = explain((rows, widths[0]), shapes if len(shapes) > 1 else shapes[0], device=device)
+        passes: dict[tuple[str, str], list[str]] = {}
+        for name, plan in found._asdict().items():
+            passes.setdefault((plan.impl, plan.reason), []).append(name)
+        label = f"{rows:5}  {'-'.join(map(str, widths)):15}"
+        for (impl, reason), names in passes.items():
+            start = f"{label:22}  {'all' if len(passes) == 1 else '/'.join(names):17}  {impl:8}  "
+            print(textwrap.fill(reason, WIDTH, initial_indent=start, subsequent_indent=" " * len(start)))
             label = ""
     return 0
 
@@ -238,7 +240,7 @@ def _facts(cuda: bool) -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("triton", _version("triton")),
         ("numpy", _version("numpy")),
-        ("CPU", f"{ops.cpu_vendor() or 'unknown vendor'}, torch uses {torch.get_num_threads()} threads"),
+        ("CPU", f"{ops.cpu_kind() or 'unknown vendor'}, torch uses {torch.get_num_threads()} threads"),
     ]
     for index in range(torch.cuda.device_count() if cuda else 0):
         properties = torch.cuda.get_device_properties(index)

@@ -1,5 +1,7 @@
 """Differentiable functions over the kernels."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +9,9 @@ from torch import Tensor
 from ..kernels import ops, reference
 from ..kernels.activations import ACTIVATIONS
 
-__all__ = ["linear_act", "linear_sigmoid"]
+__all__ = ["linear_act", "linear_sigmoid", "linear_sigmoid_bce", "mlp_act", "mlp_sigmoid_bce"]
+
+REDUCTIONS = ("none", "mean", "sum")
 
 
 class LinearActFunction(torch.autograd.Function):
@@ -146,3 +150,327 @@ def _check(x, weight, bias, activation, impl) -> None:
             raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}") from None
         if tensor.dtype != x.dtype and not _product_dtype(x)[1]:
             raise ValueError(f"{name} is {tensor.dtype}, but x {x.dtype}") from None
+
+
+# --- whole networks ----------------------------------------------------------------------------------------
+
+
+class MlpFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, hidden, output, plans, layers, *parameters):
+        ctx.hidden, ctx.output, ctx.plan, ctx.layers = hidden, output, plans.backward, layers
+        weights, biases = _split(parameters, layers)
+        y, saved = ops.mlp_fwd(x, weights, biases, hidden, output, plans.forward, plans.backward.boundaries)
+        ctx.save_for_backward(x, *parameters, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        inputs, saved, wanted = _saved(ctx, 5)
+        x, *parameters = inputs
+        weights, biases = _split(parameters, ctx.layers)
+        # The products keep the dtype of the forward pass even if backward() runs under autocast.
+        with torch.autocast(dy.device.type, enabled=False):
+            if torch.is_grad_enabled():
+
+                def network(x, *parameters):
+                    return _plain(x, *_split(parameters, ctx.layers), ctx.hidden, ctx.output)
+
+                gradients = _double(network, inputs, wanted, dy)
+            else:
+                flags = _flags(wanted, ctx.layers)
+                of = ops.mlp_bwd(dy, x, saved, weights, biases, ctx.hidden, ctx.output, flags, ctx.plan)
+                gradients = (of[0], *of[1], *of[2])[: len(inputs)]
+        return gradients[0], *(None,) * 4, *gradients[1:]
+
+
+class MlpBceFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, target, pos_weight, reduction, dtype, hidden, plans, layers, *parameters):
+        ctx.reduction, ctx.hidden, ctx.plan, ctx.layers = reduction, hidden, plans.backward, layers
+        weights, biases = _split(parameters, layers)
+        head = (target, pos_weight, reduction, dtype)
+        loss, saved = ops.mlp_bce_fwd(x, weights, biases, hidden, *head, plans.forward, plans.backward.boundaries)
+        ctx.save_for_backward(x, *parameters, target, pos_weight, *saved)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):  # pyright: ignore[reportIncompatibleMethodOverride]
+        inputs, (target, pos_weight, *rest), wanted = _saved(ctx, 8)
+        saved = tuple(rest)
+        x, *parameters = inputs
+        weights, biases = _split(parameters, ctx.layers)
+        head = (target, pos_weight, ctx.reduction)
+        with torch.autocast(dloss.device.type, enabled=False):
+            if torch.is_grad_enabled():
+
+                def loss(x, *parameters):
+                    return _bce(_plain(x, *_split(parameters, ctx.layers), ctx.hidden, "identity"), *head)
+
+                gradients = _double(loss, inputs, wanted, dloss)
+            else:
+                flags = _flags(wanted, ctx.layers)
+                of = ops.mlp_bce_bwd(dloss, x, saved, weights, biases, ctx.hidden, *head, flags, ctx.plan)
+                gradients = (of[0], *of[1], *of[2])[: len(inputs)]
+        return gradients[0], *(None,) * 7, *gradients[1:]
+
+
+def _split(parameters: Sequence[Tensor], layers: int) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
+    """(weights, biases) of so many layers; no biases: None."""
+    return parameters[:layers], parameters[layers:] or None
+
+
+def _saved(ctx, others: int):
+    """(x and the parameters, what was saved after them, which of them want gradients): `others` stand between."""
+    wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[others:])
+    return ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :], wanted
+
+
+def _flags(wanted: tuple[bool, ...], layers: int) -> ops.Wanted:
+    return wanted[0], wanted[1 : 1 + layers], wanted[1 + layers :] or (False,) * layers
+
+
+def _double(function, inputs: Sequence[Tensor], wanted: Sequence[bool], upstream: Tensor) -> list[Tensor | None]:
+    """Gradients that can themselves be differentiated, exact to any order: those of torch's own operations."""
+    # Aliases, so that an input that depends on another, or is given twice, gets the gradient of its own place only.
+    aliases = [tensor.view_as(tensor) for tensor in inputs]
+    chosen = [alias for alias, want in zip(aliases, wanted, strict=True) if want]
+    gradients = iter(torch.autograd.grad(function(*aliases), chosen, upstream, create_graph=True))
+    return [next(gradients) if want else None for want in wanted]
+
+
+def _plain(x, weights, biases, hidden, output) -> Tensor:
+    """The network in torch's own operations."""
+    for l, weight in enumerate(weights):
+        act = ACTIVATIONS[output if l == len(weights) - 1 else hidden]
+        x = act.forward(F.linear(x, weight, None if biases is None else biases[l]))
+    return x
+
+
+def _bce(z, target, pos_weight, reduction) -> Tensor:
+    return F.binary_cross_entropy_with_logits(z, target, pos_weight=pos_weight, reduction=reduction)
+
+
+def mlp_act(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    activation: str = "sigmoid",
+    output_activation: str | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """A whole network: `linear_act` for each weight in turn, differentiable to any order.
+
+    x: (..., K_0), any strides. weights: (N_l, K_l) each, with K_{l+1} = N_l. biases: (N_l,) each, or None for none.
+    activation: of the hidden layers; output_activation: of the last one, the same unless told otherwise. Returns
+    (..., N) of the last layer, contiguous.
+
+    On a GPU, networks whose widths are at most 128 run as one kernel forward, which leaves only y in memory, and as
+    few as registers allow back, which compute the activations once more; on a CPU, networks that are not small run as
+    one autograd node. `perceptriton.kernels.explain` says what and why. torch.compile sees a chain of layers. dtypes,
+    autocast, impl and errors are those of `linear_act`; impl="triton" asks for the whole network in kernels of its own.
+    """
+    output = activation if output_activation is None else output_activation
+    try:
+        if (plans := _plans(x, weights, biases, (activation, output), impl)) is None:
+            return _layers(x, weights, biases, activation, output, impl)
+        (x, weights, biases), plans = plans
+        if plans.forward.impl == "aten":
+            return _plain(x, weights, biases, activation, output)
+        if plans.backward is None:
+            return ops.mlp_fwd(x, weights, biases, activation, output, plans.forward)[0]
+        return MlpFunction.apply(x, activation, output, plans, len(weights), *weights, *(biases or ()))
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        _check_network(x, weights, biases, (activation, output), impl)
+        raise
+
+
+def _layers(x, weights, biases, hidden, output, impl) -> Tensor:
+    for l, weight in enumerate(weights):
+        act = output if l == len(weights) - 1 else hidden
+        x = linear_act(x, weight, None if biases is None else biases[l], act, impl=impl)
+    return x
+
+
+def _plans(x, weights, biases, activations, impl, loss: bool = False):
+    """((x, weights, biases) in the dtype of the products, plans), or None: layer by layer. Raises for wrong shapes."""
+    if impl not in ops.IMPLS or not all(act in ACTIVATIONS for act in activations):
+        raise ValueError
+    if torch.compiler.is_compiling():
+        return None  # plans look at sizes: a dynamic batch would compile once for each
+    _fit_together(x, weights, biases)
+    dtype, autocast = _product_dtype(x)
+    if refused := ops.mlp_refusal(x, weights, biases, dtype, autocast, impl):
+        if impl == "triton":
+            raise NotImplementedError(f'impl="triton": {refused}')
+        return None
+    tensors = (x, *weights, *(biases or ()))
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if autocast:
+        # Cast here, not inside a Function, so that the casts are differentiated and gradients keep their dtypes.
+        x, *parameters = (tensor.to(dtype) for tensor in tensors)
+        weights, biases = _split(parameters, len(weights))
+    plans = ops.mlp_plans(x, weights, training, loss, impl)
+    return None if plans.forward.impl == "layers" else ((x, weights, biases), plans)
+
+
+def _fit_together(x, weights, biases) -> None:
+    if not weights or (biases is not None and len(biases) != len(weights)):
+        raise ValueError
+    features = x.shape[-1]
+    for l, weight in enumerate(weights):
+        n, k = weight.shape
+        if k != features or (biases is not None and biases[l].shape != (n,)):
+            raise ValueError
+        features = n
+
+
+def _check_network(x, weights, biases, activations, impl) -> None:
+    """Raises the error that says what is wrong with the arguments of `mlp_act`, if anything is."""
+    for name, tensors in (("weights", weights), *((("biases", biases),) if biases is not None else ())):
+        if not isinstance(tensors, Sequence):
+            raise TypeError(f"{name} must be a sequence of Tensors, not {type(tensors).__name__}") from None
+    if not weights:
+        raise ValueError("weights must hold at least one Tensor, not 0") from None
+    if biases is not None and len(biases) != len(weights):
+        raise ValueError(f"biases holds {len(biases)} Tensors, but weights {len(weights)}") from None
+    for l, weight in enumerate(weights):
+        inputs = x
+        if l > 0 and isinstance(weight, Tensor) and weight.dim() == 2:
+            if weight.shape[1] != weights[l - 1].shape[0]:
+                raise ValueError(
+                    f"weights[{l}] {tuple(weight.shape)} does not take the out_features of weights[{l - 1}] "
+                    f"{tuple(weights[l - 1].shape)}"
+                ) from None
+            inputs = x.new_empty(0, weight.shape[1])
+        try:
+            act = activations[-1] if l == len(weights) - 1 else activations[0]
+            _check(inputs, weight, None if biases is None else biases[l], act, impl)
+        except (TypeError, ValueError) as error:
+            message = str(error).replace("weight", f"weights[{l}]").replace("bias", f"biases[{l}]")
+            raise type(error)(message) from None
+
+
+# --- binary cross entropy ----------------------------------------------------------------------------------
+
+
+def linear_sigmoid_bce(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+    impl: str | None = None,
+) -> Tensor:
+    """The binary cross entropy of sigmoid(x @ weight.T + bias) against target, from the logit z.
+
+    x: (..., in_features). weight: (out_features, in_features). bias: (out_features,) or None. target:
+    (..., out_features), floating, values in [0, 1]. pos_weight: (out_features,) or None. reduction: "mean" and "sum"
+    give a scalar, "none" (..., out_features). See `mlp_sigmoid_bce`, of which this is the case of one layer.
+    """
+    biases = None if bias is None else (bias,)
+    options = {"pos_weight": pos_weight, "reduction": reduction, "impl": impl}
+    try:
+        return mlp_sigmoid_bce(x, (weight,), biases, target, **options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("weights[0]", "weight").replace("biases[0]", "bias")) from None
+
+
+def mlp_sigmoid_bce(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    target: Tensor,
+    activation: str = "sigmoid",
+    *,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+    impl: str | None = None,
+) -> Tensor:
+    """The binary cross entropy of a network that ends in a sigmoid, differentiable to any order.
+
+    With z the output of the last layer before its sigmoid, p = sigmoid(z), and w = pos_weight or 1:
+
+        loss = -(w t log p + (1 - t) log(1 - p)) = (1 - t) z + (1 + (w - 1) t) log(1 + e^-z)
+
+    target: (..., N), floating; soft targets in [0, 1] are fine. pos_weight: (N,) or None. reduction: "mean" over all
+    elements, "sum", or "none" for the shape of target. The rest as for `mlp_act`.
+
+    It equals `torch.nn.BCEWithLogitsLoss` of the logits, the dtype of the result included: that of target, fp32 under
+    autocast, where `torch.nn.BCELoss` refuses to run on a GPU. `nn.Sigmoid` followed by `nn.BCELoss` differs from both
+    where p rounds to 0 or 1: in fp32 from |z| = 16 on its gradient (p - t) / (p (1 - p)) * p (1 - p) loses digits and
+    from z = 17 on vanishes, and it cuts log p off at -100. Here the gradient is p - t everywhere.
+
+    On a GPU a network of one segment takes two launches for loss and gradients when one program covers the batch;
+    predictions are never written to memory. Gradients reach x and the parameters; where target or pos_weight want
+    some too, the network runs as `mlp_act` and torch's loss, as it does on a CPU.
+    """
+    try:
+        n = weights[-1].shape[0]
+        if (
+            reduction not in REDUCTIONS
+            or not target.is_floating_point()
+            or target.shape != (*x.shape[:-1], n)
+            or not (pos_weight is None or pos_weight.is_floating_point())
+        ):
+            raise ValueError
+        refused = _head_refusal(x, target, pos_weight, n)
+        if refused and impl == "triton":
+            raise NotImplementedError(f'impl="triton": {refused}')
+        found = None if refused else _plans(x, weights, biases, (activation, "identity"), impl, loss=True)
+        if found is None or not found[1].forward.triton:
+            z = mlp_act(x, weights, biases, activation, "identity", impl=impl)
+            return _bce(z, target, pos_weight, reduction)
+        dtype = torch.float32 if _product_dtype(x)[1] else target.dtype
+        (x, weights, biases), plans = found
+        head = (target, None if pos_weight is None else pos_weight.expand(n), reduction, dtype)
+        if plans.backward is None:
+            return ops.mlp_bce_fwd(x, weights, biases, activation, *head, plans.forward)[0]
+        parameters = (*weights, *(biases or ()))
+        return MlpBceFunction.apply(x, *head, activation, plans, len(weights), *parameters)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        _check_network(x, weights, biases, (activation, "identity"), impl)
+        _check_loss(x, weights, target, pos_weight, reduction)
+        raise
+
+
+def _head_refusal(x, target, pos_weight, n: int) -> str | None:
+    """Why the kernels do not take this loss, or None."""
+    for name, tensor in (("target", target), ("pos_weight", pos_weight)):
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"{name} is a {type(tensor).__name__}, a subclass of Tensor with rules of its own"
+        if tensor.requires_grad:
+            return f"{name} wants a gradient"
+        if tensor.dtype is torch.float64 or tensor.device != x.device:
+            return f"{name} is {tensor.dtype} on {tensor.device}, and x on {x.device}"
+    if pos_weight is not None and pos_weight.shape not in ((), (1,), (n,)):
+        return f"pos_weight {tuple(pos_weight.shape)} is not ({n},)"
+    return None
+
+
+def _check_loss(x, weights, target, pos_weight, reduction) -> None:
+    """Raises the error that says what is wrong with the arguments of the loss, if anything is."""
+    for name, tensor in (("target", target), *([] if pos_weight is None else [("pos_weight", pos_weight)])):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}") from None
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating, not {tensor.dtype}") from None
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}") from None
+    shape = (*x.shape[:-1], weights[-1].shape[0])
+    if target.shape != shape:
+        raise ValueError(f"target {tuple(target.shape)} has not the shape of the output {shape}") from None
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}") from None
+    if pos_weight is not None:
+        try:
+            fits = torch.broadcast_shapes(pos_weight.shape, shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"pos_weight {tuple(pos_weight.shape)} does not fit the output {shape}") from None

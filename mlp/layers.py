@@ -2,11 +2,12 @@
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from .functional import linear_act
+from .functional import REDUCTIONS, linear_act, linear_sigmoid_bce
 
-__all__ = ["LAYERS", "LinearAct", "LinearReLU", "LinearSigmoid", "LinearTanh"]
+__all__ = ["LAYERS", "LinearAct", "LinearReLU", "LinearSigmoid", "LinearSigmoidBCELoss", "LinearTanh"]
 
 
 class LinearAct(nn.Linear):
@@ -39,6 +40,48 @@ class LinearReLU(LinearAct):
     """relu(x @ weight.T + bias): drop-in for `nn.Sequential(nn.Linear(...), nn.ReLU())`."""
 
     activation = "relu"
+
+
+class LinearSigmoidBCELoss(nn.Linear):
+    """A head and its loss in one: an `nn.Linear` whose call takes targets too and returns the binary cross entropy.
+
+    forward(x, target) is `nn.BCEWithLogitsLoss` of the logits, `predict(x)` the probabilities. Constructor,
+    initialization, parameters and `state_dict` keys are those of `nn.Linear`, with the options of the loss after them:
+
+    pos_weight: (out_features,), the weight of positive targets, or None; a buffer outside the `state_dict`.
+    reduction: "mean", "sum" or "none".
+
+    See `mlp_sigmoid_bce` for dtypes and for where `nn.Sigmoid` + `nn.BCELoss` differs.
+    """
+
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pos_weight: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.register_buffer("pos_weight", pos_weight, persistent=False)
+        self.reduction = reduction
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """input (..., in_features), target (..., out_features) -> the loss."""
+        return linear_sigmoid_bce(
+            input, self.weight, self.bias, target, pos_weight=self.pos_weight, reduction=self.reduction
+        )
+
+    def predict(self, input: Tensor) -> Tensor:
+        """input (..., in_features) -> probabilities (..., out_features)."""
+        return linear_act(input, self.weight, self.bias, "sigmoid")
 
 
 LAYERS: dict[str, type[nn.Linear]] = {layer.activation: layer for layer in (LinearSigmoid, LinearTanh, LinearReLU)} | {

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Explanation, explain
+from ..kernels import MlpExplanation, explain
 from .model import MLP
 
 __all__ = ["XOR_BAND", "XOR_SEED", "XOR_STEPS", "XorResult", "xor"]
@@ -47,7 +47,7 @@ class XorResult:
     inputs: list[list[int]]
     targets: list[int]
     predictions: list[float]  # p of class 1, one per input
-    layers: list[Explanation]  # the implementation of each layer, from the input on
+    explanation: MlpExplanation  # how the network runs
     seconds: float  # all steps, the first one's compilation included where there is one
     us_per_step: float  # microseconds, median over turns
     nn_seconds: float  # the same of nn.Linear + nn.Sigmoid
@@ -126,7 +126,7 @@ def xor(
         inputs=table["x"],
         targets=[target for (target,) in table["y"]],
         predictions=predictions,
-        layers=[explain((len(x), layer.in_features), layer.weight.shape, x.dtype, x.device) for layer in linears],
+        explanation=explain(x.shape, [layer.weight.shape for layer in linears], x.dtype, x.device),
         seconds=sum(ours.seconds),
         us_per_step=ours.us_per_step,
         nn_seconds=sum(theirs.seconds),

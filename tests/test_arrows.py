@@ -12,7 +12,7 @@ TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 BENCHES = sorted((ROOT / "benches").glob("**/*.py"))
 
 # What a call passes through on its way to a kernel works without triton; aot.py holds no kernel but reads their code.
-WITHOUT_TRITON = {"__init__.py", "activations.py", "ops.py", "plan.py", "reference.py"}
+WITHOUT_TRITON = {"__init__.py", "activations.py", "loop.py", "ops.py", "plan.py", "reference.py"}
 WITHOUT_KERNELS = {"aot.py"}
 
 
@@ -94,7 +94,7 @@ def test_reference_and_kernels_do_not_meet():
     with_triton = {p for p in PACKAGE if under(imports_of(p), "triton")}
     assert with_triton, "nothing was checked"
     modules = [f"perceptriton.kernels.{p.stem}" for p in with_triton]
-    for free in ("reference.py", "activations.py", "plan.py"):
+    for free in ("reference.py", "activations.py", "loop.py", "plan.py"):
         assert under(imports_of(ROOT / "kernels" / free), *modules) == [], free
     for path in with_triton:
         assert under(imports_of(path), "perceptriton.kernels.reference", "perceptriton.kernels.ops") == [], name(path)

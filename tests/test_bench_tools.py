@@ -53,18 +53,30 @@ BY_HAND = {
 
 @pytest.mark.parametrize(("name", "mode"), BY_HAND)
 def test_formulas(bench, name, mode):
-    case = next(case for case in bench("layer_cases").CASES if case.name == name)
+    case = next(case for case in bench("stack_cases").LAYERS if case.name == name)
     assert (case.flops(mode), case.bytes(mode, "float32")) == BY_HAND[name, mode]
     assert case.bytes(mode, "bfloat16") * 2 == case.bytes(mode, "float32")
 
 
 def test_cases_of_a_device(bench):
-    cases = bench("layer_cases").cases
-    on_cpu, on_cuda = cases("cpu"), cases("cuda")
+    cases = bench("stack_cases").cases
+    on_cpu, on_cuda = cases("layers", "cpu"), cases("layers", "cuda")
     assert {dtype for _, dtype in on_cpu} == {"float32"}
     assert {dtype for _, dtype in on_cuda} == {"float32", "bfloat16"}
     assert {case.name for case, _ in on_cuda} - {case.name for case, _ in on_cpu} == {"narrow-64-long", "wide-8192"}
     assert len({case.name for case, _ in on_cuda}) == len(on_cuda) / 2
+
+
+def test_networks_climb_a_ladder_of_rows(bench):
+    cases = bench("stack_cases").cases
+    ladders = {}
+    for case, _ in cases("mlp", "cuda", ("bfloat16",)):
+        ladders.setdefault(case.sizes, []).append(case.rows)
+    powers = [1 << power for power in (10, 12, 14, 16, 18, 20, 21)]
+    for sizes in ((64,) * 4, (64,) * 6, (64,) * 10, (128,) * 6, (31, 64, 64, 2), (36, 64, 9, 1)):
+        assert ladders[sizes] == powers
+    # on a CPU nothing that takes minutes
+    assert max(case.rows for case, _ in cases("mlp", "cpu")) == 1 << 16
 
 
 # --- the timer ---------------------------------------------------------------------------------------------
@@ -152,7 +164,7 @@ MODES = ("forward", "forward+backward")
 
 
 def make_problem(bench, mode):
-    case = bench("layer_cases").Case("test", 33, (20, 20))
+    case = bench("stack_cases").Case("test", 33, (20, 20))
     return bench("contenders").Problem.make(case, "float32", mode, "cpu")
 
 
@@ -169,7 +181,7 @@ def test_the_check_lets_the_contenders_pass(bench, mode):
 
 def test_the_check_sees_every_gradient_of_a_network(bench):
     contenders = bench("contenders")
-    case = bench("layer_cases").Case("network", 9, (6, 5, 4))
+    case = bench("stack_cases").Case("network", 9, (6, 5, 4))
     problem = contenders.Problem.make(case, "float32", "forward+backward", "cpu")
     errors = contenders.Check(problem)(contenders.IMPLS["fused"].build(problem))
     assert set(errors) == {"y", "dweight0", "dbias0", "dweight1", "dbias1"}
@@ -486,8 +498,11 @@ def test_driver_asks_for_what_it_was_told(bench, tmp_path):
     run_to_end, run.run_to_end = run.run_to_end, lambda arguments: seen.setdefault("arguments", arguments) and 3
     try:
         arguments = ["--out", str(tmp_path), "--cases", "narrow", "--quick", "--device", "cuda", "--seconds", "9"]
+        arguments += ["--suite", "mlp"]
         assert run.main(arguments) == 3
     finally:
         run.run_to_end = run_to_end
-    assert {"--layers-quick", "--layers-device=cuda", "--layers-seconds=9.0", "(narrow)"} <= set(seen["arguments"])
+    assert {"--suite=mlp", "--suite-quick", "--suite-device=cuda", "--suite-seconds=9.0", "(narrow)"} <= set(
+        seen["arguments"]
+    )
     assert list(tmp_path.iterdir()) == []

@@ -4,12 +4,11 @@ No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource ta
 """
 
 import itertools
-import multiprocessing
 import os
-from pathlib import Path
 
 import pytest
 import torch
+from compiling import compile_selected
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -75,24 +74,8 @@ def _compile(case, target=None):
 
 
 @pytest.fixture(scope="session")
-def compiled(request, pytestconfig):
-    """name -> Resources of the launches of every selected case, compiled in as many processes as there are cores."""
-    selected = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
-    names = [name for name in CASES if name in selected]
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        table = dict(zip(names, pool.map(_compile, [CASES[name] for name in names], chunksize=1), strict=True))
-    if option := pytestconfig.getoption("--cubins"):
-        folder = Path(option)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, results in table.items():
-            for index, resources in enumerate(results):
-                (folder / f"{name}.{index}.cubin").write_bytes(resources.cubin)
-    opcodes = ("HGMMA", "HMMA", "FFMA", "MUFU")
-    print("\n" + f"{'kernel':56}" + "".join(f"{head:>7}" for head in ("regs", "stack", "smem", "warps", *opcodes)))
-    for name, (first, *_) in table.items():
-        cells = (first.registers, first.stack, first.shared, first.num_warps, *map(first.opcodes.get, opcodes))
-        print(f"{name:56}" + "".join(f"{cell or 0:7}" for cell in cells))
-    return table
+def compiled(request):
+    return compile_selected(request, CASES, _compile)
 
 
 @pytest.mark.parametrize("name", CASES)

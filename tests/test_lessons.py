@@ -75,7 +75,7 @@ def test_steps_beyond_the_table_are_not_compared(xor):
 
 
 def test_xor_names_the_implementation_of_each_layer(xor):
-    assert xor.layers == [explain((4, 2), (2, 2)), explain((4, 2), (1, 2))]
+    assert xor.explanation == explain((4, 2), [(2, 2), (1, 2)])
 
 
 def test_xor_times_both_loops(xor):

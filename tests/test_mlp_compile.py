@@ -4,13 +4,12 @@ No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource ta
 """
 
 import itertools
-import multiprocessing
 import os
 import re
 
 import pytest
 import torch
-from compiling import DOTS, dangerous_dots, launch_signature
+from compiling import DOTS, compile_selected, dangerous_dots, launch_signature
 
 triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -106,22 +105,8 @@ def _compile(case, target=None):
 
 
 @pytest.fixture(scope="session")
-def compiled(pytestconfig):
-    """name -> Resources of the launches, compiled in as many processes as there are cores."""
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        table = dict(zip(CASES, pool.map(_compile, CASES.values(), chunksize=1), strict=True))
-    if folder := pytestconfig.getoption("--cubins"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, results in table.items():
-            for index, resources in enumerate(results):
-                (folder / f"{name}.{index}.cubin").write_bytes(resources.cubin)
-    print(f"\n{'kernel':64} {'regs':>5} {'smem':>7} {'warps':>5} {'HGMMA':>5} {'HMMA':>5} {'FFMA':>5} {'MUFU':>5}")
-    for name, results in table.items():
-        for resources in results:
-            counts = [resources.opcodes.get(opcode, 0) for opcode in ("HGMMA", "HMMA", "FFMA", "MUFU")]
-            cells = " ".join(f"{count:5}" for count in counts)
-            print(f"{name:64} {resources.registers:5} {resources.shared:7} {resources.num_warps:5} {cells}")
-    return table
+def compiled(request):
+    return compile_selected(request, CASES, _compile)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -268,6 +268,17 @@ def test_two_forwards_then_a_joint_backward():
         check(net, (y, saved, *mlp.mlp_bwd(net.dy, net.x, saved, *parameters, net.everything(), plan)))
 
 
+def test_slots_hold_nothing_that_was_in_memory(monkeypatch):
+    # Gradients are aligned to 16 bytes; what lies between them is summed like everything else.
+    summed = []
+    sum_slots = mlp._sum_slots
+    monkeypatch.setattr(mlp, "_sum_slots", lambda slots, *out: summed.append(slots.clone()) or sum_slots(slots, *out))
+    net = Net((7, 21, 33, 3))
+    net.run(fused(3))
+    assert len(summed) == 1
+    assert not summed[0].isnan().any()
+
+
 def test_inputs_are_left_alone():
     net = Net((7, 20, 3))
     target, pos_weight = torch.rand(70, 3, device=DEVICE), torch.rand(3, device=DEVICE)
@@ -497,10 +508,10 @@ def test_transposed_weight_is_refused():
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="the interpreter cannot see what a compiler makes of it")
+@pytest.mark.parametrize("num_warps", [4, 8])
+@pytest.mark.parametrize("block_m", [64, 128, 256])
 @pytest.mark.parametrize("width", [16, 32, 64, 128] if DEVICE == "cuda" else ["any"])
-def test_gradients_of_weights_on_the_device(width):
+def test_gradients_of_weights_on_the_device(width, block_m, num_warps):
     # Products of transposed registers were once miscompiled for some of these tiles (see the docstring of mlp.py).
-    layers = max(128 // width, 2)
-    for dtype, block_m, num_warps in itertools.product(DTYPES, (16, 32, 64, 128, 256), (4, 8)):
-        net = Net((width,) * (layers + 1), m=1000, dtype=dtype)
-        check(net, net.run(fused(layers, *range(1, layers), block_m=block_m, num_warps=num_warps)))
+    net = Net((width,) * 3, m=1000, dtype=torch.bfloat16)
+    check(net, net.run(fused(2, block_m=block_m, num_warps=num_warps), forward=fused(2, block_m=32)))

@@ -5,12 +5,11 @@ No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource ta
 
 import dataclasses
 import itertools
-import multiprocessing
 import os
 
 import pytest
 import torch
-from compiling import DOTS, dangerous_dots, launch_signature
+from compiling import DOTS, compile_selected, dangerous_dots, launch_signature
 
 triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -102,21 +101,14 @@ def _compile(case, arch=None, plan=None):
     return aot.compile_for(arch or case[0], _launch(case, plan))
 
 
+def _compile_all(case):
+    return [_compile(case)]
+
+
 @pytest.fixture(scope="session")
-def compiled(pytestconfig):
-    """name -> Resources, compiled in as many processes as there are cores."""
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        table = dict(zip(CASES, pool.map(_compile, CASES.values(), chunksize=1), strict=True))
-    if folder := pytestconfig.getoption("--cubins"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, resources in table.items():
-            (folder / f"training-{name}.cubin").write_bytes(resources.cubin)
-    columns = ("FFMA", "MUFU", "BAR", "LDG")
-    print(f"\n{'loop':48} {'regs':>5} {'smem':>6} {'warps':>5} " + " ".join(f"{c:>5}" for c in columns))
-    for name, resources in table.items():
-        counts = " ".join(f"{resources.loop_opcodes.get(opcode, 0):5}" for opcode in columns)
-        print(f"{name:48} {resources.registers:5} {resources.shared:6} {resources.num_warps:5} {counts}")
-    return table
+def compiled(request):
+    """name -> Resources"""
+    return {name: resources for name, (resources,) in compile_selected(request, CASES, _compile_all).items()}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,4 @@
-"""What is timed: shapes with their reasons, and the arithmetic and memory traffic that each cannot do without.
+"""What the suites "layers" and "mlp" time: shapes with their reasons, and the arithmetic and traffic that each needs.
 
 A case is a stack of linear + sigmoid layers over `rows` rows; most are one layer. With M rows and a layer from K
 inputs to N outputs, counting the products only (2 operations per multiply-add; the bias, the sigmoid and its
@@ -67,7 +67,7 @@ class Case:
         return (forward + backward) * ITEMSIZE[dtype]
 
 
-CASES = (
+LAYERS = (
     # Bound by launches and by Python: the hidden layer of XOR, and a small batch.
     Case("launch-2", 4, (2, 2)),
     Case("launch-64", 64, (64, 64)),
@@ -86,6 +86,32 @@ CASES = (
 )
 
 
-def cases(device: str, dtypes: tuple[str, ...] | None = None) -> list[tuple[Case, str]]:
-    """(case, dtype) in the order in which they run on a device of this type."""
-    return [(case, dtype) for case in CASES if device in case.devices for dtype in dtypes or DTYPES[device]]
+# Networks over more and more rows: where fusing pays, and from how many rows on. All but the last are of the kinds that
+# people run: neural fields, a policy, a regression with a narrow end.
+LADDER = {
+    "hidden-2x64": (64,) * 4,
+    "hidden-4x64": (64,) * 6,
+    "hidden-8x64": (64,) * 10,
+    "hidden-4x128": (128,) * 6,
+    "policy": (31, 64, 64, 2),
+    "funnel": (36, 64, 9, 1),
+}
+ROWS = {"cpu": (10, 13, 16), "cuda": (10, 12, 14, 16, 18, 20, 21)}  # powers of 2
+NETWORKS = (
+    # A lesson, a published training run, and a network that a CPU can do something about.
+    Case("xor-deep", 4, (2, 10, 10, 10, 1)),
+    Case("digits", 256, (32, 64, 5)),
+    Case("square-256", 4096, (256, 256, 256, 256)),
+    *(
+        Case(f"{name}-2^{power}", 1 << power, sizes, tuple(device for device in ROWS if power in ROWS[device]))
+        for name, sizes in LADDER.items()
+        for power in sorted({power for powers in ROWS.values() for power in powers})
+    ),
+)
+SUITES = {"layers": LAYERS, "mlp": NETWORKS}
+
+
+def cases(suite: str, device: str, dtypes: tuple[str, ...] | None = None) -> list[tuple[Case, str]]:
+    """(case, dtype) of a suite in the order in which they run on a device of this type."""
+    found = [case for case in SUITES[suite] if device in case.devices]
+    return [(case, dtype) for case in found for dtype in dtypes or DTYPES[device]]

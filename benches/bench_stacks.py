@@ -1,7 +1,7 @@
-"""The benchmark suite: every contender on every case, checked against fp64 before it is timed.
+"""The suites "layers" and "mlp": every contender on every case, checked against fp64 before it is timed.
 
-usage: pytest benches/bench_layers.py [--benchmark-json=FILE] [-k EXPRESSION] [--layers-quick] ...
-       pytest benches/bench_layers.py --benchmark-disable       checks everything, times nothing
+usage: pytest benches/bench_stacks.py [--suite mlp] [--benchmark-json=FILE] [-k EXPRESSION] [--suite-quick] ...
+       pytest benches/bench_stacks.py --benchmark-disable       checks everything, times nothing
 
 pytest-benchmark times each contender by itself. The figures to compare are in `extra_info`: those of one interleaved
 measurement per case and mode, taken when the first contender of the group comes up, over all that are selected.
@@ -15,20 +15,22 @@ measurement per case and mode, taken when the first contender of the group comes
 
 import time
 from functools import cached_property
+from itertools import pairwise
 
 import pytest
 import timing
 import torch
 from contenders import BASELINE, IMPLS, JUDGED, Check, Contender, Problem
-from layer_cases import MODES, Case, cases
+from stack_cases import MODES, Case, cases
 
 from perceptriton.kernels import explain
+from perceptriton.kernels.plan import mlp_bytes
 
 # Compilers warn about settings that are not theirs to choose.
 pytestmark = pytest.mark.filterwarnings("default")
 
 # Compiling takes seconds per case and mode: where nothing is timed, these few are proof enough.
-COMPILED_IN_SMOKE_RUN = ("launch-2", "classifier")
+COMPILED_IN_SMOKE_RUN = ("launch-2", "classifier", "xor-deep")
 
 # Time on a GPU is lent, and a run that is cut off leaves nothing: by default no case starts after this many seconds.
 CUDA_SECONDS = 180.0
@@ -36,14 +38,14 @@ CUDA_SECONDS = 180.0
 
 def pytest_generate_tests(metafunc):
     config = metafunc.config
-    device = config.getoption("--layers-device")
-    dtypes = config.getoption("--layers-dtypes")
+    device = config.getoption("--suite-device")
+    dtypes = config.getoption("--suite-dtypes")
     parameters = [
         pytest.param(impl, case, dtype, mode, id=f"{case.name}-{dtype}-{mode}-{impl}")
-        for case, dtype in cases(device, tuple(dtypes.split(",")) if dtypes else None)
+        for case, dtype in cases(config.getoption("--suite"), device, tuple(dtypes.split(",")) if dtypes else None)
         for mode in MODES
         for impl, record in IMPLS.items()
-        if device in record.devices and (impl != "autotuned" or config.getoption("--layers-autotune"))
+        if device in record.devices and (impl != "autotuned" or config.getoption("--suite-autotune"))
     ]
     metafunc.parametrize(("impl", "case", "dtype", "mode"), parameters)
 
@@ -90,10 +92,10 @@ class Suite:
 
     def __init__(self, session: pytest.Session, not_reached: list[str]) -> None:
         config = session.config
-        self.device = config.getoption("--layers-device")
-        self.quick = config.getoption("--layers-quick")
+        self.device = config.getoption("--suite-device")
+        self.quick = config.getoption("--suite-quick")
         self.smoke = config.getoption("benchmark_disable")
-        self.seconds = config.getoption("--layers-seconds")
+        self.seconds = config.getoption("--suite-seconds")
         if self.seconds is None and self.device == "cuda" and not self.smoke:
             self.seconds = CUDA_SECONDS
         self.began = time.monotonic()
@@ -126,7 +128,21 @@ def suite(request, limits, not_reached):
     return Suite(request.session, not_reached)
 
 
-def test_layer(benchmark, suite, impl, case, dtype, mode):
+def planned(case: Case, mode: str, x: torch.Tensor) -> dict:
+    """What runs and why; for networks of kernels, also the bytes that it moves by `plan.mlp_bytes`."""
+    shapes = [(n, k) for k, n in pairwise(case.sizes)]
+    if len(shapes) == 1:
+        plans = explain(x.shape, shapes[0], x.dtype, x.device)
+        return {"plan": f"{plans.forward.reason}; {plans.backward.reason}"}
+    plans = explain(x.shape, shapes, x.dtype, x.device)
+    found = [plans.inference] if mode == "forward" else [plans.forward, plans.backward]
+    info: dict = {"plan": "; ".join(plan.reason for plan in found)}
+    if found[0].impl == "fused":
+        info["plan_bytes"] = mlp_bytes(case.rows, case.sizes, x.element_size(), *found)
+    return info
+
+
+def test_stack(benchmark, suite, impl, case, dtype, mode):
     if suite.smoke and impl in ("compiled", "autotuned") and case.name not in COMPILED_IN_SMOKE_RUN:
         pytest.skip("not compiled in a run without timings")
     with torch.set_grad_enabled(mode != "forward"):
@@ -146,10 +162,8 @@ def test_layer(benchmark, suite, impl, case, dtype, mode):
             "bytes": case.bytes(mode, dtype),
             "errors": errors,
         }
-        if impl.startswith(JUDGED) and len(case.sizes) == 2:
-            (k, n), x = case.sizes, group.problem.x
-            plans = explain(x.shape, (n, k), x.dtype, x.device)
-            benchmark.extra_info["plan"] = f"{plans.forward.reason}; {plans.backward.reason}"
+        if impl.startswith(JUDGED):
+            benchmark.extra_info |= planned(case, mode, group.problem.x)
 
         def target():
             contender.step()

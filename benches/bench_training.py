@@ -1,0 +1,322 @@
+"""Whole training loops: what a step of one network costs, by every means, checked before it is timed.
+
+usage: pytest benches/bench_training.py [--benchmark-json=FILE] [-k EXPRESSION] [--layers-quick] ...
+       pytest benches/bench_training.py --benchmark-disable      checks everything, times nothing
+
+A net-step is one step of one network: a step of an ensemble of 1,024 counts 1,024. pytest-benchmark times each
+contender by itself, per call, which takes `steps_per_call` steps. The figures to compare are in `extra_info`, from one
+interleaved measurement per case:
+
+    us_per_net_step         median
+    speedup_over_eager      median over the rounds of the ratio within a round, per net-step
+    spread                  interquartile range over median: beyond a few percent, the machine was busy
+"""
+
+import copy
+import itertools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import pytest
+import timing
+import torch
+from torch import Tensor, nn
+
+from perceptriton.mlp import Ensemble, fit
+
+pytestmark = pytest.mark.filterwarnings("default")  # compilers warn about settings that are not theirs to choose
+
+# What fp32's own rounding may add to twice the error of the eager loop, as a relative norm.
+FLOOR = 2e-6
+CHECKED_STEPS, CHECKED_MEMBERS = 10, 4
+SEQUENTIAL_MEMBERS = 32  # more networks than that one after the other cost no less each
+CALL_SECONDS = 0.02  # of a contender, so that what a call of fit costs by itself is a small part
+COMPILED_IN_SMOKE_RUN = ("xor",)  # compiling takes seconds: where nothing is timed, this is proof enough
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    sizes: tuple[int, ...]
+    samples: int
+    batch_size: int | None = None
+    members: int | None = None  # None: one network, not an ensemble
+    lr: float = 1.0
+    optimizer: str = "SGD"
+
+    @property
+    def nets(self) -> int:
+        return self.members or 1
+
+
+CASES = (
+    # One network: calls cost more than what they compute.
+    Case("xor", (2, 2, 1), 4),
+    Case("xor-adam", (2, 2, 1), 4, lr=0.01, optimizer="Adam"),
+    Case("xor-deep", (2, 10, 10, 10, 1), 4),
+    # The report that started this: 50,000 steps took 47 s on a GPU and 26 s in numpy.
+    Case("forum", (32, 64, 5), 256, lr=0.1),
+    # Data that are fetched at every step.
+    Case("digits", (784, 32, 10), 2048, batch_size=64, lr=0.1),
+    # From where members pay for each other's calls to where their arithmetic counts.
+    *(Case(f"xor-{members}", (2, 2, 1), 4, members=members) for members in (1, 64, 1024, 8192)),
+)
+
+
+class Problem:
+    def __init__(self, case: Case, dtype: torch.dtype = torch.float32) -> None:
+        self.case, self.dtype = case, dtype
+        generator = torch.Generator().manual_seed(0)
+        ensemble = Ensemble(case.nets, case.sizes, generator=generator)
+        with torch.no_grad():
+            for p in ensemble.parameters():
+                p.mul_(2)  # gradients of default-initialized networks are so small that zeros would pass
+        self.ensemble = ensemble.to(dtype)
+        self.x = torch.randn(case.samples, case.sizes[0], generator=generator).to(dtype)
+        self.y = torch.rand(case.samples, case.sizes[-1], generator=generator).to(dtype)
+
+    def optimizer(self, parameters) -> torch.optim.Optimizer:
+        return getattr(torch.optim, self.case.optimizer)(parameters, lr=self.case.lr)
+
+    def batches(self):
+        """(x, y), in an order that is the same for all contenders."""
+        generator = torch.Generator().manual_seed(1)
+        while True:
+            if self.case.batch_size is None:
+                yield self.x, self.y
+            else:
+                for rows in torch.randperm(self.case.samples, generator=generator).split(self.case.batch_size):
+                    yield self.x[rows], self.y[rows]
+
+
+@dataclass
+class Contender:
+    """`advance(steps)` trains on; `parameters()` are those of the first members, stacked."""
+
+    advance: Callable[[int], object]
+    parameters: Callable[[], list[Tensor]]
+    nets: int  # that a step trains
+
+
+def plain(model: nn.Module) -> nn.Sequential:
+    """The same network from torch's own modules."""
+    layers = [m for m in model if isinstance(m, nn.Linear)]
+    modules = [
+        m for l in layers for m in (nn.Linear(l.in_features, l.out_features, dtype=l.weight.dtype), nn.Sigmoid())
+    ]
+    twin = nn.Sequential(*modules)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def eager(problem: Problem, compiled: bool = False, most: int = SEQUENTIAL_MEMBERS) -> Contender:
+    """The loop that everyone writes; for an ensemble, its networks take turns."""
+    count = min(problem.case.nets, most)
+    models = [plain(problem.ensemble.member(i)) for i in range(count)]
+    optimizers = [problem.optimizer(model.parameters()) for model in models]
+    criterion = nn.BCELoss()
+    # fullgraph: without it, whatever the compiler gives up on would be timed as eager code under its name.
+    calls = [torch.compile(m, fullgraph=True, dynamic=False) if compiled else m for m in models]
+    batches = problem.batches()
+
+    def advance(steps: int) -> None:
+        for _ in range(steps):
+            x, y = next(batches)
+            for call, optimizer in zip(calls, optimizers, strict=True):
+                optimizer.zero_grad()
+                loss = criterion(call(x), y)
+                loss.backward()
+                optimizer.step()
+
+    return Contender(advance, lambda: stacked(Ensemble.from_models(models)), count)
+
+
+def fitted(problem: Problem) -> Contender:
+    ensemble = copy.deepcopy(problem.ensemble)
+    model = ensemble if problem.case.members else ensemble.member(0)
+    optimizer = problem.optimizer(model.parameters())
+    generator = torch.Generator().manual_seed(1)
+
+    def advance(steps: int) -> None:
+        fit(
+            model,
+            problem.x,
+            problem.y,
+            criterion=nn.BCELoss(),
+            optimizer=optimizer,
+            steps=steps,
+            batch_size=problem.case.batch_size,
+            generator=generator,
+        )
+
+    return Contender(
+        advance,
+        lambda: stacked(model if isinstance(model, Ensemble) else Ensemble.from_models([model])),
+        problem.case.nets,
+    )
+
+
+def vmapped(problem: Problem) -> Contender:
+    """An ensemble by torch.func, as its tutorial does it, with the update in place."""
+    skeleton = plain(problem.ensemble.member(0)).to("meta")
+    names = [name for name, _ in skeleton.named_parameters()]
+    own = problem.ensemble
+    tensors = itertools.chain.from_iterable(zip(own.weights, own.biases, strict=True))
+    parameters = {name: p.detach().clone() for name, p in zip(names, tensors, strict=True)}
+
+    def loss(parameters, x, y):
+        return nn.functional.binary_cross_entropy(torch.func.functional_call(skeleton, parameters, (x,)), y)
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None))
+    batches = problem.batches()
+
+    def advance(steps: int) -> None:
+        for _ in range(steps):
+            for p, gradient in zip(parameters.values(), gradients(parameters, *next(batches)).values(), strict=True):
+                p.sub_(gradient, alpha=problem.case.lr)
+
+    return Contender(advance, lambda: [p[:CHECKED_MEMBERS] for p in parameters.values()], problem.case.nets)
+
+
+def stacked(ensemble: Ensemble) -> list[Tensor]:
+    return [p.detach()[:CHECKED_MEMBERS] for pair in zip(ensemble.weights, ensemble.biases, strict=True) for p in pair]
+
+
+@dataclass(frozen=True)
+class Impl:
+    label: str
+    build: Callable[[Problem], Contender]
+    takes: Callable[[Case], bool] = lambda case: True
+
+
+BASELINE, JUDGED = "eager", "fit"
+IMPLS = {
+    "eager": Impl("eager loop", eager),
+    "fit": Impl("perceptriton fit", fitted),
+    "compiled": Impl("torch.compile", lambda problem: eager(problem, True), lambda case: case.members is None),
+    "vmap": Impl("torch.func.vmap", vmapped, lambda case: case.members is not None),
+}
+
+
+def pytest_generate_tests(metafunc):
+    # Only what runs on the CPU so far.
+    parameters = [
+        pytest.param(impl, case, id=f"{case.name}-{impl}")
+        for case in CASES
+        for impl, record in IMPLS.items()
+        if record.takes(case)
+    ]
+    metafunc.parametrize(("impl", "case"), parameters)
+
+
+def relative_error(actual: list[Tensor], truth: list[Tensor]) -> float:
+    a, t = (torch.cat([p.double().flatten() for p in parameters]) for parameters in (actual, truth))
+    if a.shape != t.shape:
+        raise ArithmeticError(f"{len(a)} parameters, not {len(t)}")
+    return ((a - t).norm() / t.norm()).item()
+
+
+class Group:
+    """The contenders of one case, each checked when it is built."""
+
+    def __init__(self, case: Case, impls: list[str], quick: bool) -> None:
+        self.case, self.impls, self.quick = case, impls, quick
+        self.truth = self._after(eager(Problem(case, torch.float64), most=CHECKED_MEMBERS))
+        self.bound = 2 * relative_error(self._after(eager(Problem(case), most=CHECKED_MEMBERS)), self.truth) + FLOOR
+        self.built: dict[str, Contender] = {}
+        self.errors: dict[str, float] = {}
+
+    @staticmethod
+    def _after(contender: Contender) -> list[Tensor]:
+        contender.advance(CHECKED_STEPS)
+        return [p.clone() for p in contender.parameters()]
+
+    def contender(self, impl: str) -> Contender:
+        """Raises ArithmeticError if its parameters are farther from the truth than twice the eager loop's allow."""
+        if impl not in self.built:
+            contender = IMPLS[impl].build(Problem(self.case))
+            error = relative_error(self._after(contender), self.truth)
+            if not error <= self.bound:  # a NaN must fail
+                raise ArithmeticError(f"{impl} is off by {error:.2e}, more than {self.bound:.2e}")
+            self.built[impl], self.errors[impl] = contender, error
+        return self.built[impl]
+
+    @cached_property
+    def steps_per_call(self) -> dict[str, int]:
+        counts = {}
+        for impl in self.impls:
+            # fit's first steps of a call are few at a time.
+            contender, trial = self.contender(impl), 500 if impl == JUDGED and self.case.nets < 1024 else 5
+            seconds = min(timing._batch(partial(contender.advance, trial), 1) for _ in range(2)) / trial
+            counts[impl] = max(1, round(CALL_SECONDS / seconds))
+        return counts
+
+    @cached_property
+    def seconds_per_net_step(self) -> dict[str, list[float]]:
+        """One value per round."""
+        counts = self.steps_per_call
+        calls = {i: partial(self.contender(i).advance, counts[i]) for i in self.impls}
+        samples = timing.interleaved(
+            calls, seconds=0.5 if self.quick else 4.0, batch_seconds=CALL_SECONDS, rounds=(5, 201)
+        )
+        scale = {i: counts[i] * self.contender(i).nets for i in self.impls}
+        return {i: [seconds / scale[i] for seconds in sample.wall] for i, sample in samples.items()}
+
+
+@pytest.fixture(scope="module")
+def groups(request):
+    config = request.config
+    selected: dict[str, list[str]] = {}
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.function is test_training:
+            wanted = item.callspec.params
+            selected.setdefault(wanted["case"].name, []).append(wanted["impl"])
+    held: dict[str, Group] = {}
+
+    def group(case: Case) -> Group:
+        if case.name not in held:
+            held.clear()  # they come one after the other
+            torch.compiler.reset()
+            held[case.name] = Group(case, selected[case.name], config.getoption("--layers-quick"))
+        return held[case.name]
+
+    return group
+
+
+def test_training(benchmark, groups, request, impl, case):
+    smoke = request.config.getoption("benchmark_disable")
+    if smoke and impl == "compiled" and case.name not in COMPILED_IN_SMOKE_RUN:
+        pytest.skip("not compiled in a run without timings")
+    group = groups(case)
+    contender = group.contender(impl)
+    benchmark.group = case.name
+    benchmark.extra_info |= {
+        "impl": impl,
+        "label": IMPLS[impl].label,
+        "case": case.name,
+        "sizes": list(case.sizes),
+        "samples": case.samples,
+        "batch_size": case.batch_size,
+        "members": case.members,
+        "optimizer": case.optimizer,
+        "error": group.errors[impl],
+    }
+    if smoke:
+        benchmark.pedantic(contender.advance, (1,))
+        return
+    times = group.seconds_per_net_step
+    low, middle, high = statistics.quantiles(times[impl], n=4)
+    steps = group.steps_per_call[impl]
+    benchmark.extra_info |= {
+        "steps_per_call": steps,
+        "nets": contender.nets,
+        "rounds": len(times[impl]),
+        "us_per_net_step": 1e6 * middle,
+        "spread": (high - low) / middle,
+    }
+    if BASELINE in times:
+        ratios = [base / own for base, own in zip(times[BASELINE], times[impl], strict=True)]
+        benchmark.extra_info["speedup_over_eager"] = statistics.median(ratios)
+    benchmark.pedantic(contender.advance, (steps,), rounds=5)

@@ -1,0 +1,170 @@
+"""Many networks of one shape, stacked."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.activations import ACTIVATIONS
+from .model import MLP
+from .network import describe
+
+if TYPE_CHECKING:
+    from .training import History
+
+__all__ = ["Ensemble"]
+
+
+class Ensemble(nn.Module):
+    """`num_members` independent networks of the same shape, with stacked parameters.
+
+    sizes, activation, output_activation, bias: those of an `MLP`. Layer l has `weights[l]` (E, out, in) and
+    `biases[l]` (E, out) for E members; `member(i)` is member i as an MLP of its own.
+
+    Parameters are drawn as `nn.Linear` draws its own, uniform within 1 / sqrt(in_features). generator: a CPU generator
+    to draw from, torch's default one otherwise; the numbers are the same on every device.
+
+    Raises ValueError for fewer than one member and what `MLP` raises for the rest.
+    """
+
+    def __init__(
+        self,
+        num_members: int,
+        sizes: Sequence[int],
+        activation: str = "sigmoid",
+        output_activation: str | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_members, int):
+            raise TypeError(f"num_members must be an int, not {num_members!r}")
+        if num_members < 1:
+            raise ValueError(f"num_members must be at least 1, not {num_members}")
+        MLP(sizes, activation, output_activation, bias, "meta")  # raises what is wrong with these
+        self.sizes = tuple(sizes)
+        self.activation = activation
+        self.output_activation = activation if output_activation is None else output_activation
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for inputs, outputs in pairwise(self.sizes):
+            bound = inputs**-0.5 if inputs else 0.0
+            self.weights.append(_draw((num_members, outputs, inputs), bound, device, dtype, generator))
+            if bias:
+                self.biases.append(_draw((num_members, outputs), bound, device, dtype, generator))
+
+    @classmethod
+    def from_models(cls, models: Sequence[nn.Module]) -> "Ensemble":
+        """Stacks copies of the models, each an `MLP` or an `nn.Sequential` of linear layers and activations.
+
+        Raises TypeError for a model that is none of these, ValueError for no models and for models that differ in
+        shape, activations, dtype or device.
+        """
+        networks = []
+        for i, model in enumerate(models):
+            network = describe(model)
+            if isinstance(network, str):
+                raise TypeError(f"models[{i}] cannot be a member: {network}")
+            networks.append(network)
+        if not networks:
+            raise ValueError("models must hold at least one model, not 0")
+        kinds = [
+            (n.widths, n.hidden, n.output, n.bias, n.parameters[0].dtype, n.parameters[0].device) for n in networks
+        ]
+        for i, kind in enumerate(kinds):
+            if kind != kinds[0]:
+                raise ValueError(f"models[{i}] is {kind}, but models[0] {kinds[0]}")
+        widths, hidden, output, bias, dtype, device = kinds[0]
+        ensemble = cls(len(networks), widths, hidden, output, bias, "meta", dtype).to_empty(device=device)
+        with torch.no_grad():
+            for own, *given in zip(ensemble._in_order(), *(n.parameters for n in networks), strict=True):
+                torch.stack(given, out=own)
+        return ensemble
+
+    def __len__(self) -> int:
+        return self.weights[0].shape[0]
+
+    def _in_order(self) -> list[nn.Parameter]:
+        """w0, b0, w1, b1, ..."""
+        if not len(self.biases):
+            return list(self.weights)
+        return [p for pair in zip(self.weights, self.biases, strict=True) for p in pair]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (B, sizes[0]), which all members see, or (E, B, sizes[0]) -> (E, B, sizes[-1]).
+
+        Differentiable to any order. Raises ValueError for other shapes.
+        """
+        members = len(self)
+        fits = input.dim() == 2 or (input.dim() == 3 and input.shape[0] == members)
+        if not fits or input.shape[-1] != self.sizes[0]:
+            raise ValueError(
+                f"input {tuple(input.shape)} is neither (B, {self.sizes[0]}) nor ({members}, B, {self.sizes[0]})"
+            )
+        y = input if input.dim() == 3 else input.expand(members, *input.shape)
+        for l, weight in enumerate(self.weights):
+            z = torch.baddbmm(self.biases[l][:, None], y, weight.mT) if len(self.biases) else torch.bmm(y, weight.mT)
+            name = self.activation if l < len(self.weights) - 1 else self.output_activation
+            y = ACTIVATIONS[name].forward(z)
+        return y
+
+    def member(self, index: int) -> MLP:
+        """Member `index` as an MLP with copies of its parameters. Negative indices count from the end.
+
+        Raises IndexError outside the ensemble.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is outside an ensemble of {len(self)}")
+        like, bias = self.weights[0], len(self.biases) > 0
+        model = MLP(self.sizes, self.activation, self.output_activation, bias, "meta", like.dtype)
+        model = model.to_empty(device=like.device)
+        with torch.no_grad():
+            for own, stacked in zip(model.parameters(), self._in_order(), strict=True):
+                own.copy_(stacked[index])
+        return model
+
+    def subset(self, indices: Sequence[int] | Tensor | slice) -> "Ensemble":
+        """The members with these indices as an ensemble with copies of their parameters.
+
+        Raises IndexError outside the ensemble, ValueError for no member.
+        """
+        chosen = torch.arange(len(self), device="cpu")[
+            indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
+        ]
+        like, bias = self.weights[0], len(self.biases) > 0
+        part = Ensemble(len(chosen), self.sizes, self.activation, self.output_activation, bias, "meta", like.dtype)
+        part = part.to_empty(device=like.device)
+        with torch.no_grad():
+            for own, stacked in zip(part._in_order(), self._in_order(), strict=True):
+                own.copy_(stacked[chosen.to(like.device)])
+        return part
+
+    def best(self, losses: "Tensor | History", k: int = 1) -> list[int]:
+        """The indices of the k members with the lowest losses, the lowest first; equal ones in order, NaN last.
+
+        losses: (E,), or the `History` of this ensemble's `fit`, whose last logged row counts.
+
+        Raises ValueError for losses of another length, a History that logged nothing, and k outside [1, E].
+        """
+        values = losses if isinstance(losses, Tensor) else losses.loss[-1:].squeeze(0)
+        if values.shape != (len(self),):
+            raise ValueError(f"losses {tuple(values.shape)} are not one for each of {len(self)} members")
+        if not 1 <= k <= len(self):
+            raise ValueError(f"k must lie in [1, {len(self)}], not {k}")
+        return torch.sort(values.detach(), stable=True).indices[:k].tolist()
+
+    def extra_repr(self) -> str:
+        names = f"activation={self.activation!r}, output_activation={self.output_activation!r}"
+        return f"{len(self)}, {list(self.sizes)}, {names}, bias={len(self.biases) > 0}"
+
+
+def _draw(shape, bound, device, dtype, generator) -> nn.Parameter:
+    device = torch.get_default_device() if device is None else torch.device(device)
+    if device.type == "meta":
+        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+    values = torch.empty(shape, device="cpu", dtype=dtype).uniform_(-bound, bound, generator=generator)
+    return nn.Parameter(values.to(device))

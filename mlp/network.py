@@ -1,0 +1,97 @@
+"""Which modules are plain networks of linear layers and activations: those that can be trained without autograd."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .layers import LAYERS, LinearAct
+from .model import MLP
+
+__all__ = ["Network", "describe", "hooked", "why_not_trainable"]
+
+_ACTIVATIONS = {nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.ReLU: "relu", nn.Identity: "identity"}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, or a stack of them, with one activation for all hidden layers."""
+
+    widths: tuple[int, ...]  # of the input and of every layer's output
+    hidden: str
+    output: str
+    bias: bool
+    parameters: tuple[nn.Parameter, ...]  # w0, b0, w1, b1, ...
+    members: int | None = None  # of a stack, whose parameters have a leading dimension; None for one network
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module may do more than its class says."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__ or bool(_has_any_global_hook())
+
+
+def describe(model: nn.Module) -> Network | str:
+    """The network that an `MLP` or an `nn.Sequential` is, or the reason why it is none."""
+    if not isinstance(model, nn.Sequential) or type(model) not in (MLP, nn.Sequential):
+        return f"{type(model).__name__} is neither an MLP nor an nn.Sequential"
+    if found := next((name or "the model" for name, module in model.named_modules() if hooked(module)), None):
+        return f"{found} has hooks or a forward of its own"
+    layers: list[nn.Linear] = []
+    names: list[str] = []
+    for module in model:
+        kind = type(module)
+        if kind in LAYERS.values() and isinstance(module, nn.Linear):
+            layers.append(module)
+            names.append(module.activation if isinstance(module, LinearAct) else "identity")
+        elif kind not in _ACTIVATIONS or not layers:
+            return f"{kind.__name__} is not part of a chain of linear layers and activations"
+        elif kind is not nn.Identity and names[-1] != "identity":
+            return f"{kind.__name__} follows another activation"
+        elif kind is not nn.Identity:
+            names[-1] = _ACTIVATIONS[kind]
+    if not layers:
+        return "the model has no layers"
+    if len(set(names[:-1])) > 1:
+        return f"hidden layers have different activations: {', '.join(names[:-1])}"
+    biases = {layer.bias is not None for layer in layers}
+    if len(biases) > 1:
+        return "some layers have a bias and some have none"
+    if any(below.out_features != above.in_features for below, above in pairwise(layers)):
+        return "the widths of its layers do not fit"
+    wanted = {"weight", "bias"}
+    if any(set(layer._parameters) != wanted for layer in layers):
+        return "a layer has parameters of other names"
+    parameters = tuple(cast(nn.Parameter, p) for layer in layers for p in (layer.weight, layer.bias) if p is not None)
+    return Network(
+        (layers[0].in_features, *(layer.out_features for layer in layers)),
+        names[0] if len(names) > 1 else names[-1],
+        names[-1],
+        biases.pop(),
+        parameters,
+    )
+
+
+def why_not_trainable(network: Network) -> str | None:
+    """What keeps the network's parameters from being trained as plain tensors, or None."""
+    for p in network.parameters:
+        if type(p) is not nn.Parameter:
+            return f"a parameter is a {type(p).__name__}, with rules of its own"
+        if not p.requires_grad:
+            return "a parameter is frozen"
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            return "a parameter has hooks"
+    first = network.parameters[0]
+    if any(p.dtype != first.dtype or p.device != first.device for p in network.parameters):
+        return "parameters differ in dtype or device"
+    if len({_place(p) for p in network.parameters}) < len(network.parameters):
+        return "parameters are tied"
+    if min(network.widths) == 0:
+        return "a layer has no inputs or no outputs"
+    return None
+
+
+def _place(p: Tensor) -> int:
+    return p.data_ptr() or id(p)  # an empty parameter has no address

@@ -1,0 +1,102 @@
+"""One ensemble, trained by many processes."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .ensemble import Ensemble
+from .training import History, fit
+
+__all__ = ["fit_sharded"]
+
+
+def fit_sharded(
+    ensemble: Ensemble,
+    x: Tensor,
+    y: Tensor,
+    *,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    optimizer: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer],
+    steps: int,
+    batch_size: int | None = None,
+    log_every: int = 0,
+    lr: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+    impl: str | None = None,
+    group: "dist.ProcessGroup | None" = None,
+) -> History:
+    """`fit` of an Ensemble by all processes of a group, each training its share of the members.
+
+    Every process calls this with the same arguments. All start from rank 0's parameters and its order of samples, and
+    all end with the whole trained ensemble and the whole history, as one process would. That one process trains all
+    members where torch.distributed is not initialized.
+
+    optimizer: makes the optimizer of a share from its parameters, as in `lambda p: torch.optim.SGD(p, lr=0.1)`; its
+    state is not kept. group: the processes, None for all. The other arguments are those of `fit`, for the whole
+    ensemble. `History.seconds` is the time that this process took, waiting for the others included; `History.path`
+    says what ran in it.
+
+    Raises TypeError for a model that is no Ensemble, and what `fit` raises.
+    """
+    if not isinstance(ensemble, Ensemble):
+        raise TypeError(f"ensemble must be an Ensemble, not {type(ensemble).__name__}")
+    began = time.perf_counter()
+    many = dist.is_available() and dist.is_initialized()
+    rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if many else (0, 1)
+    # Rank 0 always has members; the last ranks have none if there are more processes than members.
+    bounds = [-(-len(ensemble) * r // ranks) for r in range(ranks + 1)]
+    shares = [slice(*pair) for pair in pairwise(bounds)]
+    device = ensemble.weights[0].device
+
+    def send(tensor: Tensor, source: int) -> None:
+        """The tensor of rank `source` to all ranks, in place."""
+        if ranks > 1:
+            # A group may know one kind of device only, that of the parameters, and takes dense memory.
+            buffer = tensor.to(device, copy=True).contiguous()
+            dist.broadcast(buffer, source if group is None else dist.get_global_rank(group, source), group)
+            tensor.copy_(buffer)
+
+    parameters = [p.detach() for p in ensemble.parameters()]
+    random = torch.default_generator if generator is None else generator
+    state = random.get_state()
+    for tensor in (*parameters, state):
+        send(tensor, 0)
+    random.set_state(state)
+
+    idle = shares[rank].start == shares[rank].stop
+    mine = slice(0, 1) if idle else shares[rank]
+    share = ensemble.subset(mine)
+    history = fit(
+        share,
+        x[mine] if x.dim() == 3 else x,
+        y[mine] if y.dim() == 3 else y,
+        criterion=criterion,
+        optimizer=optimizer(share.parameters()),
+        # An idle rank trains nothing, but meets the errors that the others meet.
+        steps=min(steps, 0) if idle else steps,
+        batch_size=batch_size,
+        log_every=log_every,
+        lr=None if lr is None else lr[mine],
+        generator=generator,
+        progress=progress and rank == 0,
+        impl=impl,
+    )
+    logged = list(range(0, steps, log_every)) if log_every else []
+    losses = history.loss.new_empty(len(ensemble), len(logged))
+    if not idle:
+        losses[mine] = history.loss.t()
+        for whole, part in zip(parameters, share.parameters(), strict=True):
+            whole[mine] = part.detach()
+    for source, part in enumerate(shares):
+        for tensor in (*parameters, losses):
+            send(tensor[part], source)
+    state = random.get_state()
+    send(state, 0)
+    random.set_state(state)
+    return replace(history, steps=logged, loss=losses.t().contiguous(), seconds=time.perf_counter() - began)

@@ -1,0 +1,45 @@
+"""What each process of `test_two_processes_train_as_one` runs: python gloo_sweep.py RANK RANKS STORE OUT."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from perceptriton.mlp import Ensemble, fit_sharded
+
+
+def sweep(members=5, seed=3):
+    """A minibatch sweep over learning rates. The seed stands for what each process has drawn on its own."""
+    data = torch.Generator().manual_seed(7)
+    x, y = torch.randn(10, 3, generator=data), torch.rand(members, 10, 2, generator=data)
+    ensemble = Ensemble(members, [3, 4, 2], generator=torch.Generator().manual_seed(seed))
+    history = fit_sharded(
+        ensemble,
+        x,
+        y,
+        criterion=nn.BCELoss(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0, momentum=0.5),
+        steps=25,
+        batch_size=4,
+        log_every=6,
+        lr=torch.linspace(0.1, 1.0, members),
+        generator=(generator := torch.Generator().manual_seed(seed)),
+    )
+    return {
+        "parameters": [p.detach() for p in ensemble.parameters()],
+        "loss": history.loss,
+        "steps": history.steps,
+        "best": ensemble.best(history, min(2, members)),
+        "random": generator.get_state(),
+    }
+
+
+if __name__ == "__main__":
+    rank, ranks, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    # Only rank 0 has the parameters and the order that count.
+    results = [sweep(seed=3 + rank), sweep(members=1, seed=3 + rank)]
+    dist.destroy_process_group()
+    torch.save(results, out)

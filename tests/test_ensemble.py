@@ -1,0 +1,493 @@
+"""Ensembles: stacked networks that train as each of them would alone."""
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import gloo_sweep
+import pytest
+import torch
+from torch import nn
+from training_cases import LOSSES, OPTIMIZERS, STATEFUL, make, ordinary, quick, relative, state_of
+
+from perceptriton.kernels import plan
+from perceptriton.mlp import MLP, Ensemble, History, fit, fit_sharded, training
+
+EXACT = 1e-10
+LAYOUTS = ("matrices", "arrays")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with quick():
+        yield
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request, monkeypatch):
+    """Each way in which the loop may lay out several networks, however many."""
+    monkeypatch.setattr(plan, "train_loop", lambda *_: plan.LoopPlan(request.param, True, "the test says so"))
+    return request.param
+
+
+def networks(members, sizes=(3, 4, 3, 2), hidden="tanh", output="sigmoid", bias=True, dtype=torch.float64, samples=6):
+    made = [make(sizes, hidden, output, bias, samples, dtype, seed) for seed in range(members)]
+    return [model for model, _, _ in made], torch.stack([x for _, x, _ in made]), torch.stack([y for *_, y in made])
+
+
+def values(ensemble):
+    return [p.detach().clone() for p in ensemble.parameters()]
+
+
+def assert_members_are(ensemble, models, bound=EXACT):
+    for i, model in enumerate(models):
+        assert relative(ensemble.member(i).parameters(), model.parameters()) <= bound, f"member {i}"
+
+
+# --- construction ----------------------------------------------------------------------------------------------
+
+
+def test_parameters_are_stacked():
+    ensemble = Ensemble(5, [3, 4, 2], dtype=torch.float64)
+    assert {name: tuple(p.shape) for name, p in ensemble.named_parameters()} == {
+        "weights.0": (5, 4, 3),
+        "weights.1": (5, 2, 4),
+        "biases.0": (5, 4),
+        "biases.1": (5, 2),
+    }
+    assert len(ensemble) == 5
+    assert all(p.dtype is torch.float64 for p in ensemble.parameters())
+    assert repr(ensemble).startswith("Ensemble(\n  5, [3, 4, 2], activation='sigmoid', output_activation='sigmoid'")
+    assert list(Ensemble(2, [3, 1], bias=False).state_dict()) == ["weights.0"]
+
+
+def test_init_is_that_of_linear():
+    generator = torch.Generator().manual_seed(1)
+    before = torch.get_rng_state()
+    ensemble = Ensemble(4000, [5, 3, 1], generator=generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(0)
+    linears = [nn.Linear(5, 3) for _ in range(4000)]
+    for own, theirs in (
+        (ensemble.weights[0], torch.stack([l.weight.detach() for l in linears])),
+        (ensemble.biases[0], torch.stack([l.bias.detach() for l in linears])),
+    ):
+        assert own.shape == theirs.shape
+        quantiles = torch.linspace(0, 1, 11)
+        torch.testing.assert_close(
+            own.detach().flatten().quantile(quantiles), theirs.flatten().quantile(quantiles), atol=0.01, rtol=0
+        )
+    assert ensemble.weights[1].abs().max() <= 3**-0.5
+    assert ensemble.weights[1].abs().max() > 0.99 * 3**-0.5
+    # Members are drawn independently of each other.
+    assert abs(torch.corrcoef(ensemble.weights[0].detach()[:, 0, :2].T)[0, 1]) < 0.06
+    again = Ensemble(4000, [5, 3, 1], generator=torch.Generator().manual_seed(1))
+    other = Ensemble(4000, [5, 3, 1], generator=torch.Generator().manual_seed(2))
+    assert all(torch.equal(a, b) for a, b in zip(values(ensemble), values(again), strict=True))
+    assert not torch.equal(ensemble.weights[0], other.weights[0])
+
+
+def test_from_models_and_member_are_exact():
+    models, x, _ = networks(3)
+    ensemble = Ensemble.from_models(models)
+    assert (ensemble.activation, ensemble.output_activation, ensemble.sizes) == ("tanh", "sigmoid", (3, 4, 3, 2))
+    for i, model in enumerate(models):
+        member = ensemble.member(i)
+        assert isinstance(member, MLP)
+        assert member.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(a, b) for a, b in zip(member.parameters(), model.parameters(), strict=True))
+        assert torch.equal(member(x[i]), model(x[i]))
+        with torch.no_grad():
+            member[0].weight.zero_()  # a copy
+    assert torch.equal(ensemble.weights[0][2], models[2][0].weight)
+    assert torch.equal(ensemble.member(-1)[0].weight, models[2][0].weight)
+    plain = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2), nn.Sigmoid()
+    ).double()
+    assert torch.equal(Ensemble.from_models([plain, models[0]]).member(0)[0].weight, plain[0].weight)
+
+
+def test_subset_is_exact():
+    ensemble = Ensemble(5, [3, 2])
+    for indices in ([3, 1], torch.tensor([3, 1])):
+        part = ensemble.subset(indices)
+        assert torch.equal(part.weights[0], ensemble.weights[0][[3, 1]])
+        assert torch.equal(part.biases[0], ensemble.biases[0][[3, 1]])
+    assert torch.equal(ensemble.subset(slice(1, 4)).weights[0], ensemble.weights[0][1:4])
+
+
+ERRORS = {
+    "members": (lambda: Ensemble(0, [2, 1]), ValueError, r"^num_members must be at least 1, not 0$"),
+    "members-type": (lambda: Ensemble(2.0, [2, 1]), TypeError, r"^num_members must be an int, not 2.0$"),
+    "sizes": (lambda: Ensemble(2, [2]), ValueError, r"^sizes must hold an input and an output width, not \[2\]$"),
+    "activation": (lambda: Ensemble(2, [2, 1], "gelu"), ValueError, r"^activation must be one of .* not 'gelu'$"),
+    "input": (
+        lambda: Ensemble(2, [3, 1])(torch.ones(4, 2)),
+        ValueError,
+        r"^input \(4, 2\) is neither \(B, 3\) nor \(2, B, 3\)$",
+    ),
+    "input-members": (lambda: Ensemble(2, [3, 1])(torch.ones(1, 4, 3)), ValueError, r"^input \(1, 4, 3\) is neither"),
+    "member": (lambda: Ensemble(2, [3, 1]).member(2), IndexError, r"^index 2 is outside an ensemble of 2$"),
+    "best": (lambda: Ensemble(2, [3, 1]).best(torch.ones(3)), ValueError, r"^losses \(3,\) are not one for each of 2"),
+    "best-k": (lambda: Ensemble(2, [3, 1]).best(torch.ones(2), 3), ValueError, r"^k must lie in \[1, 2\], not 3$"),
+    "best-empty": (
+        lambda: Ensemble(2, [3, 1]).best(History([], torch.empty(0, 2), 0.0, "torch")),
+        ValueError,
+        r"^losses \(0, 2\) are not one for each",
+    ),
+    "models": (lambda: Ensemble.from_models([]), ValueError, r"^models must hold at least one model, not 0$"),
+    "models-type": (
+        lambda: Ensemble.from_models([nn.Linear(2, 2)]),
+        TypeError,
+        r"^models\[0\] cannot be a member: Linear is neither an MLP nor an nn.Sequential$",
+    ),
+    "models-differ": (
+        lambda: Ensemble.from_models([MLP([2, 1]), MLP([2, 2])]),
+        ValueError,
+        r"^models\[1\] is \(\(2, 2\), .* but models\[0\] \(\(2, 1\), ",
+    ),
+    "sharded": (
+        lambda: fit_sharded(MLP([2, 1]), None, None, criterion=None, optimizer=None, steps=1),
+        TypeError,
+        r"^ensemble must be an Ensemble, not MLP$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_the_argument(case):
+    call, error, message = ERRORS[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_best():
+    ensemble = Ensemble(4, [2, 1])
+    losses = torch.tensor([0.3, torch.nan, 0.1, 0.3])
+    assert ensemble.best(losses) == [2]
+    assert ensemble.best(losses, 4) == [2, 0, 3, 1]
+    history = History([0, 1], torch.stack([losses.flip(0), losses]), 0.0, "torch")
+    assert ensemble.best(history, 2) == [2, 0]
+
+
+# --- as a module -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "bare"])
+def test_forward_is_that_of_its_members(bias):
+    models, x, _ = networks(3, bias=bias)
+    ensemble = Ensemble.from_models(models)
+    own, shared = ensemble(x), ensemble(x[0])
+    assert own.shape == shared.shape == (3, 6, 2)
+    for i, model in enumerate(models):
+        torch.testing.assert_close(own[i], model(x[i]))
+        torch.testing.assert_close(shared[i], model(x[0]))
+    assert ensemble(x[:, :0]).shape == (3, 0, 2)
+
+
+def test_gradients_to_the_second_order():
+    models, x, _ = networks(2, sizes=(2, 3, 1))
+    ensemble = Ensemble.from_models(models)
+    x = x[..., :2].clone().requires_grad_()
+    assert torch.autograd.gradcheck(ensemble, x)
+    assert torch.autograd.gradgradcheck(ensemble, x)
+    ensemble(x).sum().backward()
+    for i, model in enumerate(models):
+        gradients = torch.autograd.grad(model(x[i]).sum(), list(model.parameters()))
+        stacked = [p.grad[i] for p in ensemble._in_order()]
+        assert relative(stacked, gradients) <= EXACT
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict"])
+def test_copies(way):
+    ensemble = Ensemble(3, [2, 4, 1], "relu", "identity")
+    if way == "deepcopy":
+        other = copy.deepcopy(ensemble)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(ensemble))
+    else:
+        other = Ensemble(3, [2, 4, 1], "relu", "identity")
+        file = io.BytesIO()
+        torch.save(ensemble.state_dict(), file)
+        file.seek(0)
+        other.load_state_dict(torch.load(file))
+    x = torch.randn(5, 2)
+    assert torch.equal(other(x), ensemble(x))
+    with torch.no_grad():
+        other.weights[0].add_(1)
+    assert not torch.equal(other(x), ensemble(x))
+
+
+def test_it_moves():
+    ensemble = Ensemble(3, [2, 1]).to("meta", torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in ensemble.parameters()} == {("meta", torch.bfloat16)}
+    assert Ensemble(3, [2, 1], device="meta").weights[0].is_meta
+    assert Ensemble(3, [2, 1]).double()(torch.ones(4, 2, dtype=torch.float64)).dtype is torch.float64
+
+
+# --- fit -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("batch_size", [None, 4], ids=["full", "minibatches"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_members_train_as_they_would_alone(optimizer, batch_size, own, layout):
+    models, x, y = networks(3)
+    ensemble = Ensemble.from_models(models)
+    before = values(ensemble)
+    optimize = OPTIMIZERS[optimizer]
+    stacked = optimize(ensemble.parameters())
+    common = {"batch_size": batch_size, "log_every": 7}
+    history = fit(
+        ensemble,
+        x if own else x[0],
+        y if own else y[0],
+        criterion=nn.BCELoss(),
+        optimizer=stacked,
+        steps=30,
+        generator=torch.Generator().manual_seed(3),
+        **common,
+    )
+    assert (history.path, history.steps, history.loss.shape) == ("torch", [0, 7, 14, 21, 28], (5, 3))
+    for i, model in enumerate(models):
+        single = optimize(model.parameters())
+        generator = torch.Generator().manual_seed(3)
+        data = (x[i], y[i]) if own else (x[0], y[0])
+        losses = ordinary(model, *data, nn.BCELoss(), single, 30, generator=generator, **common)
+        assert relative([history.loss[:, i]], [losses]) <= EXACT
+        for p, q in zip(ensemble._in_order(), model.parameters(), strict=True):
+            for name, value in single.state.get(q, {}).items():
+                state = stacked.state[p][name]
+                assert relative([state if name == "step" else state[i]], [value]) <= EXACT
+    assert_members_are(ensemble, models)
+    assert relative(before, values(ensemble)) > 1e6 * EXACT
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_are_summed_over_members(loss, layout):
+    criterion, output = LOSSES[loss]
+    models, x, y = networks(3, output=output)
+    ensemble = Ensemble.from_models(models)
+    optimizer = torch.optim.SGD(ensemble.parameters(), lr=0.05)
+    history = fit(ensemble, x[0], y, criterion=criterion, optimizer=optimizer, steps=20, log_every=1)
+    assert history.path == "torch"
+    for i, model in enumerate(models):
+        losses = ordinary(model, x[0], y[i], criterion, torch.optim.SGD(model.parameters(), lr=0.05), 20)
+        assert relative([history.loss[:, i]], [losses]) <= EXACT
+    assert_members_are(ensemble, models)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "bare"])
+@pytest.mark.parametrize("sizes", [(3, 1), (3, 5, 2), (3, 8, 8, 8, 2)], ids=str)
+def test_shapes(sizes, bias, layout):
+    models, x, y = networks(4, sizes=sizes, hidden="relu", bias=bias)
+    ensemble = Ensemble.from_models(models)
+    optimizer = torch.optim.Adam(ensemble.parameters(), lr=0.02)
+    fit(ensemble, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=20)
+    for i, model in enumerate(models):
+        ordinary(model, x[i], y[i], nn.BCELoss(), torch.optim.Adam(model.parameters(), lr=0.02), 20)
+    assert_members_are(ensemble, models)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd-decay", "momentum", "nesterov", "adam-decay", "adamw"])
+def test_a_rate_for_each_member(optimizer, layout):
+    models, x, y = networks(3)
+    ensemble = Ensemble.from_models(models)
+    stacked = OPTIMIZERS[optimizer](ensemble.parameters())
+    group = dict(stacked.param_groups[0])
+    rates = torch.tensor([0.01, 0.1, 0.3])
+    fit(ensemble, x[0], y[0], criterion=nn.BCELoss(), optimizer=stacked, steps=20, lr=rates)
+    for model, rate in zip(models, rates.tolist(), strict=True):
+        single = OPTIMIZERS[optimizer](model.parameters())
+        single.param_groups[0]["lr"] = rate
+        ordinary(model, x[0], y[0], nn.BCELoss(), single, 20)
+    assert_members_are(ensemble, models)
+    assert stacked.param_groups[0]["lr"] == group["lr"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", *STATEFUL])
+@pytest.mark.parametrize("change", ["weights", "data", "rate", "nan"])
+def test_members_never_influence_each_other(change, optimizer, layout):
+    results = []
+    for perturbed in (False, True):
+        models, x, y = networks(4, dtype=torch.float32)
+        ensemble, rates = Ensemble.from_models(models), torch.full((4,), 0.1)
+        if perturbed:
+            with torch.no_grad():
+                if change == "weights":
+                    ensemble.weights[0][2] += 1
+                elif change == "nan":
+                    ensemble.biases[0][2] = torch.nan
+                elif change == "data":
+                    x[2] += 1
+                else:
+                    rates[2] = 0.7
+        history = fit(
+            ensemble,
+            x if change == "data" else x[0],
+            y[0],
+            criterion=nn.BCELoss(),
+            optimizer=OPTIMIZERS[optimizer](ensemble.parameters()),
+            steps=30,
+            log_every=10,
+            lr=rates,
+        )
+        results.append((values(ensemble), history.loss))
+    (before, losses), (after, other_losses) = results
+    rest = [0, 1, 3]
+    assert all(torch.equal(a[rest], b[rest]) for a, b in zip(before, after, strict=True))
+    assert torch.equal(losses[:, rest], other_losses[:, rest])
+    assert all(not torch.equal(a[2], b[2]) for a, b in zip(before, after, strict=True))
+    assert other_losses[1:, 2].isnan().all() == (change == "nan")
+
+
+@pytest.mark.parametrize("batch_size", [None, 4], ids=["full", "minibatches"])
+@pytest.mark.parametrize("optimizer", ["sgd", *STATEFUL])
+def test_the_size_of_a_chunk_changes_no_bit(optimizer, batch_size, layout, monkeypatch):
+    results = []
+    for size in (1, 7, 40):
+        monkeypatch.setattr(
+            training, "_chunks", lambda steps, size=size: ((i, min(size, steps - i)) for i in range(0, steps, size))
+        )
+        models, x, y = networks(5, dtype=torch.float32)
+        ensemble = Ensemble.from_models(models)
+        own = OPTIMIZERS[optimizer](ensemble.parameters())
+        history = fit(
+            ensemble,
+            x,
+            y[0],
+            criterion=nn.BCELoss(),
+            optimizer=own,
+            steps=40,
+            batch_size=batch_size,
+            log_every=3,
+            generator=torch.Generator().manual_seed(2),
+        )
+        results.append([*values(ensemble), history.loss, *state_of(own)[1]])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("members", [1, 7, 300])
+def test_any_number_of_members(members):
+    ensemble = Ensemble(members, [2, 4, 1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    some = sorted({0, members // 2, members - 1})
+    models = [ensemble.member(i) for i in some]
+    x, y = torch.randn(4, 2, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)
+    optimizer = torch.optim.SGD(ensemble.parameters(), lr=1.0)
+    history = fit(ensemble, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=50, log_every=49)
+    assert history.loss.shape == (2, members)
+    for model in models:
+        ordinary(model, x, y, nn.BCELoss(), torch.optim.SGD(model.parameters(), lr=1.0), 50)
+    assert_members_are(ensemble.subset(some), models)
+
+
+def test_layouts_are_chosen_by_size():
+    xor = plan.Recipe((2, 2, 1))
+    assert plan.train_loop(1, 4, xor, True).layout == "joint"
+    assert plan.train_loop(8, 4, xor, True).layout == "matrices"
+    assert plan.train_loop(1024, 4, xor, True).layout == "arrays"
+    wide = plan.Recipe((32, 64, 5))
+    assert plan.train_loop(1, 256, wide, True).layout == "matrices"
+    assert plan.train_loop(1024, 64, wide, False).layout == "matrices"
+    assert plan.train_loop(1, 4, xor, True).one_thread
+    assert not plan.train_loop(1, 1024, plan.Recipe((784, 512, 10)), True).one_thread
+    assert all(plan.train_loop(e, 4, xor, True).reason for e in (1, 8, 1024))
+
+
+# --- the general path ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_another_criterion_applies_to_each_member(own):
+    models, x, y = networks(3)
+    ensemble = Ensemble.from_models(models)
+    optimizer = torch.optim.Adam(ensemble.parameters(), lr=0.02, amsgrad=True)
+
+    def absolute(p, t):
+        assert p.shape == t.shape  # of one member
+        return (p - t).abs().mean()
+
+    generator = torch.Generator().manual_seed(1)
+    history = fit(
+        ensemble,
+        x if own else x[0],
+        y if own else y[0],
+        criterion=absolute,
+        optimizer=optimizer,
+        steps=12,
+        batch_size=4,
+        log_every=5,
+        generator=generator,
+    )
+    assert (history.path, history.loss.shape) == ("general", (3, 3))
+    for i, model in enumerate(models):
+        single = torch.optim.Adam(model.parameters(), lr=0.02, amsgrad=True)
+        generator = torch.Generator().manual_seed(1)
+        data = (x[i], y[i]) if own else (x[0], y[0])
+        losses = ordinary(model, *data, absolute, single, 12, 4, generator, log_every=5)
+        torch.testing.assert_close(history.loss[:, i], losses)
+    assert_members_are(ensemble, models)
+
+
+BAD = {
+    "x": ({"x": torch.ones(4, 6, 3)}, ValueError, r"^x \(4, 6, 3\) is neither \(samples, 3\) nor \(3, samples, 3\)$"),
+    "y": ({"y": torch.ones(6)}, ValueError, r"^y \(6,\) is neither \(samples, 2\) nor \(3, samples, 2\)$"),
+    "samples": ({"y": torch.ones(5, 2)}, ValueError, r"^x \(6, 3\) and y \(5, 2\) differ in their number of samples$"),
+    "lr": ({"lr": torch.ones(2)}, ValueError, r"^lr \(2,\) is not one rate for each of 3 members$"),
+    "lr-negative": ({"lr": torch.tensor([1.0, -2.0, 1.0])}, ValueError, r"^lr must not be negative, but .* -2.0$"),
+    "lr-dtype": ({"lr": torch.ones(3, dtype=torch.int64)}, TypeError, r"^lr must be a floating point tensor, not"),
+    "lr-general": (
+        {"lr": torch.ones(3), "criterion": lambda p, t: (p - t).sum()},
+        NotImplementedError,
+        r"^lr needs a loop without autograd: the criterion is a function$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_leave_the_ensemble(case):
+    changes, error, message = BAD[case]
+    ensemble = Ensemble(3, [3, 2])
+    before = values(ensemble)
+    given = {"x": torch.ones(6, 3), "y": torch.ones(6, 2), "criterion": nn.BCELoss()} | changes
+    with pytest.raises(error, match=message):
+        fit(ensemble, optimizer=torch.optim.SGD(ensemble.parameters(), lr=1.0), steps=2, **given)
+    assert all(torch.equal(a, b) for a, b in zip(before, values(ensemble), strict=True))
+
+
+# --- several processes -----------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one(tmp_path):
+    alone = [gloo_sweep.sweep(), gloo_sweep.sweep(members=1)]
+    command = [sys.executable, str(Path(gloo_sweep.__file__))]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), "2", str(tmp_path / "store"), str(tmp_path / f"{rank}.pt")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode == 0, output
+    for rank in range(2):
+        # One member is less than two processes: the second one is idle then.
+        for found, expected in zip(torch.load(tmp_path / f"{rank}.pt"), alone, strict=True):
+            assert found["steps"] == expected["steps"] == [0, 6, 12, 18, 24]
+            assert found["best"][:1] == expected["best"][:1]
+            assert torch.equal(found["random"], expected["random"])
+            assert relative(found["parameters"], expected["parameters"]) < 1e-5
+            assert relative([found["loss"]], [expected["loss"]]) < 1e-5
+    # Each process drew its own; without rank 0's, the second would have ended elsewhere.
+    other = gloo_sweep.sweep(seed=4)
+    assert relative(other["parameters"], alone[0]["parameters"]) > 1e-2

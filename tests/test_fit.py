@@ -1,0 +1,845 @@
+"""fit trains as the loop that everyone writes, whatever runs underneath."""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import types
+
+import pytest
+import torch
+from torch import nn
+from training_cases import (
+    LOSSES,
+    NETS,
+    OPTIMIZERS,
+    STATEFUL,
+    assert_same_state,
+    make,
+    make_net,
+    ordinary,
+    quick,
+    relative,
+    state_of,
+    xor,
+)
+
+from perceptriton.kernels import loop, ops, plan
+from perceptriton.mlp import MLP, Ensemble, History, LinearSigmoid, fit, lessons, training
+
+# Two orders of the same fp64 sums over 100 steps.
+EXACT = 1e-10
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with quick():
+        yield
+
+
+@pytest.fixture(params=["joint", "matrices"])
+def layout(request, monkeypatch):
+    """Each way in which the loop may lay out one network, whatever its size."""
+    monkeypatch.setattr(plan, "train_loop", lambda *_: plan.LoopPlan(request.param, True, "the test says so"))
+    return request.param
+
+
+def twins(name, dtype=torch.float64):
+    model, x, y = make_net(name, dtype)
+    return model, copy.deepcopy(model), x, y
+
+
+def values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def chunks_of(*sizes):
+    """In place of the chunks by time: these sizes in turn."""
+
+    def chunks(steps):
+        start, turn = 0, 0
+        while start < steps:
+            count = min(sizes[turn % len(sizes)], steps - start)
+            yield start, count
+            start, turn = start + count, turn + 1
+
+    return chunks
+
+
+# --- the same trajectory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("net", NETS)
+def test_trajectory(net, optimizer):
+    model, twin, x, y = twins(net)
+    before = values(model)
+    own, other = OPTIMIZERS[optimizer](model.parameters()), OPTIMIZERS[optimizer](twin.parameters())
+    history = fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=100, log_every=1)
+    losses = ordinary(twin, x, y, nn.BCELoss(), other, 100)
+    assert history.path == "torch"
+    assert relative([history.loss], [losses]) <= EXACT
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert relative(before, twin.parameters()) > 1e6 * EXACT  # a loop that does nothing would be seen
+    assert_same_state(own, other, EXACT)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 100])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses(loss, steps, layout):
+    criterion, output = LOSSES[loss]
+    model, x, y = make((4, 6, 3), "tanh", output, True, 7)
+    twin = copy.deepcopy(model)
+    own, other = (torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.5) for m in (model, twin))
+    history = fit(model, x, y, criterion=criterion, optimizer=own, steps=steps, log_every=1)
+    losses = ordinary(twin, x, y, criterion, other, steps)
+    assert history.path == "torch"
+    assert relative([history.loss], [losses]) <= EXACT
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert_same_state(own, other, EXACT)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adam-decay", "adamw"])
+def test_adam_without_torchs_own_function(optimizer, monkeypatch):
+    monkeypatch.setattr(loop, "_fused_adam", dict)
+    test_trajectory("tanh", optimizer)
+
+
+def test_torchs_own_function_is_tried_first(monkeypatch):
+    try_again = loop._fused_adam.__wrapped__
+    assert list(try_again()) == ["adam", "adamw"]
+    right = torch._fused_adam_
+
+    def wrong(*arguments, lr, **options):
+        right(*arguments, lr=1.001 * lr, **options)
+
+    monkeypatch.setattr(torch, "_fused_adam_", wrong)
+    assert try_again() == {}
+    monkeypatch.delattr(torch, "_fused_adam_")
+    assert try_again() == {}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd-decay", "adam"])
+@pytest.mark.parametrize("net", ["deep", "relu-bare", "medium"])
+def test_fp32_is_as_good_as_torch(net, optimizer):
+    errors = []
+    exact, x, y = make_net(net)
+    ordinary(exact, x, y, nn.BCELoss(), OPTIMIZERS[optimizer](exact.parameters()), 100)
+    # Torch's own error with the samples in two orders: sums over the batch round differently.
+    for rows in (slice(None), torch.arange(len(x) - 1, -1, -1)):
+        twin, x32, y32 = make_net(net, torch.float32)
+        ordinary(twin, x32[rows], y32[rows], nn.BCELoss(), OPTIMIZERS[optimizer](twin.parameters()), 100)
+        errors.append(relative(twin.parameters(), exact.parameters()))
+    model, x32, y32 = make_net(net, torch.float32)
+    fit(model, x32, y32, criterion=nn.BCELoss(), optimizer=OPTIMIZERS[optimizer](model.parameters()), steps=100)
+    assert relative(model.parameters(), exact.parameters()) <= 2 * max(errors) + 2e-6
+
+
+def xor_model(dtype=torch.float32):
+    torch.manual_seed(lessons.XOR_SEED)
+    return MLP([2, 2, 1]).to(dtype)
+
+
+def test_xor_for_10001_steps():
+    errors = []
+    exact = xor_model(torch.float64)
+    with quick():
+        ordinary(exact, *xor(torch.float64), nn.BCELoss(), torch.optim.SGD(exact.parameters(), lr=1.0), 10_001)
+        for rows in ([0, 1, 2, 3], [3, 1, 0, 2]):
+            twin = xor_model()
+            x, y = (t[rows] for t in xor())
+            ordinary(twin, x, y, nn.BCELoss(), torch.optim.SGD(twin.parameters(), lr=1.0), 10_001)
+            errors.append(relative(twin.parameters(), exact.parameters()))
+    model = xor_model()
+    history = fit(
+        model,
+        *xor(),
+        criterion=nn.BCELoss(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        steps=10_001,
+        log_every=100,
+    )
+    assert relative(model.parameters(), exact.parameters()) <= 2 * max(errors) + 2e-6
+    table = json.loads((lessons.REFERENCE / "xor_2-2-1.json").read_text())
+    assert history.steps == [step for step, _ in table["loss"]]
+    for loss, (step, reference) in zip(history.loss.tolist(), table["loss"], strict=True):
+        assert abs(loss - reference) <= lessons.XOR_BAND * reference, f"step {step}: {loss} instead of {reference}"
+    with torch.no_grad():
+        assert model(xor()[0]).flatten().tolist() == pytest.approx(table["prediction"], rel=1e-4)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_deep_xor_follows_the_table(index):
+    run = json.loads((lessons.REFERENCE / "xor_2-10-10-10-1.json").read_text())["runs"][index]
+    torch.manual_seed(777)
+    MLP([2, 2, 1])
+    for _ in range(index + 1):
+        model = MLP([2, 10, 10, 10, 1])
+    history = fit(
+        model,
+        *xor(),
+        criterion=nn.BCELoss(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        steps=run["loss"][-1][0] + 1,
+        log_every=run["loss"][1][0],
+    )
+    assert history.path == "torch"
+    for loss, (step, reference) in zip(history.loss.tolist(), run["loss"], strict=True):
+        band = 1e-6 if reference > 0.6 else 1e-2  # after the fast drop, rounding has had time to grow
+        assert abs(loss - reference) <= band * reference, f"step {step}: {loss} instead of {reference}"
+
+
+def test_another_network_does_not_follow():
+    model, twin, x, y = twins("xor")
+    with torch.no_grad():
+        next(twin.parameters()).copy_(next(twin.parameters()).t().clone())
+    for m in (model, twin):
+        fit(m, x, y, criterion=nn.BCELoss(), optimizer=torch.optim.SGD(m.parameters(), lr=0.5), steps=100)
+    assert relative(model.parameters(), twin.parameters()) > 1e6 * EXACT
+
+
+# --- minibatches ---------------------------------------------------------------------------------------------
+
+# (samples, batch size): why
+BATCHES = {
+    "even": (12, 4),
+    "ragged": (10, 4),  # the last batch is smaller
+    "one": (5, 1),
+    "more-than-all": (6, 9),  # each batch is all samples, in another order
+}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("batches", BATCHES)
+def test_minibatches_come_in_torchs_order(batches, optimizer, layout):
+    samples, size = BATCHES[batches]
+    model, x, y = make((3, 4, 2), "sigmoid", "sigmoid", True, samples)
+    twin, third = copy.deepcopy(model), copy.deepcopy(model)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 5, 6)]
+    own, other, another = (OPTIMIZERS[optimizer](m.parameters()) for m in (model, twin, third))
+    common = {"criterion": nn.BCELoss(), "steps": 17, "batch_size": size, "log_every": 3}
+    history = fit(model, x, y, optimizer=own, generator=generators[0], **common)
+    losses = ordinary(twin, x, y, nn.BCELoss(), other, 17, size, generators[1], log_every=3)
+    assert history.steps == [0, 3, 6, 9, 12, 15]
+    assert relative([history.loss], [losses]) <= EXACT
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert_same_state(own, other, EXACT)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+    fit(third, x, y, optimizer=another, generator=generators[2], **common)
+    if size < samples:
+        assert relative(third.parameters(), twin.parameters()) > 1e6 * EXACT
+
+
+def test_each_call_begins_an_epoch():
+    model, twin, x, y = twins("tanh")
+    own, other = (torch.optim.SGD(m.parameters(), lr=0.5) for m in (model, twin))
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    for steps in (3, 2):
+        fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=steps, batch_size=2, generator=generators[0])
+        ordinary(twin, x, y, nn.BCELoss(), other, steps, 2, generators[1])
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+
+
+def test_without_a_generator_the_order_is_that_of_the_default_one():
+    model, twin, x, y = twins("tanh")
+    own, other = (torch.optim.SGD(m.parameters(), lr=0.5) for m in (model, twin))
+    torch.manual_seed(3)
+    fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=9, batch_size=3)
+    torch.manual_seed(3)
+    ordinary(twin, x, y, nn.BCELoss(), other, 9, 3)
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+
+
+# --- what is left behind ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", STATEFUL)
+def test_training_goes_on_seamlessly(optimizer):
+    model, twin, x, y = twins("tanh")
+    own, other = OPTIMIZERS[optimizer](model.parameters()), OPTIMIZERS[optimizer](twin.parameters())
+    criterion = nn.BCELoss()
+    ordinary(model, x, y, criterion, own, 5)
+    held = {id(v) for v in state_of(own)[1]}
+    fit(model, x, y, criterion=criterion, optimizer=own, steps=20)
+    fit(model, x, y, criterion=criterion, optimizer=own, steps=1)
+    assert {id(v) for v in state_of(own)[1]} == held  # written in place, as ordinary steps write
+    ordinary(model, x, y, criterion, own, 4)
+    ordinary(twin, x, y, criterion, other, 30)
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert_same_state(own, other, EXACT)
+
+
+@pytest.mark.parametrize("optimizer", STATEFUL)
+def test_state_is_honoured(optimizer):
+    # The negative control of the test above: without the state of the first steps, training goes elsewhere.
+    model, twin, x, y = twins("tanh")
+    for m, forget in ((model, False), (twin, True)):
+        own = OPTIMIZERS[optimizer](m.parameters())
+        ordinary(m, x, y, nn.BCELoss(), own, 5)
+        if forget:
+            own = OPTIMIZERS[optimizer](m.parameters())
+        fit(m, x, y, criterion=nn.BCELoss(), optimizer=own, steps=20)
+    assert relative(model.parameters(), twin.parameters()) > 1e6 * EXACT
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_state_is_of_the_same_kind(options):
+    for make_optimizer in (torch.optim.SGD, torch.optim.Adam):
+        model, twin, x, y = twins("xor", torch.float32)
+        more = {"momentum": 0.9} if make_optimizer is torch.optim.SGD else {}
+        own, other = (make_optimizer(m.parameters(), lr=0.1, **more, **options) for m in (model, twin))
+        history = fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=3)
+        ordinary(twin, x, y, nn.BCELoss(), other, 3)
+        assert history.path == "torch"
+        assert_same_state(own, other, 1e-5)
+
+
+def test_what_is_left_behind(monkeypatch):
+    monkeypatch.setattr(training, "_chunks", chunks_of(2))
+    model, x, y = make_net("tanh")
+    parameters = list(model.parameters())
+    inputs = x.clone(), y.clone()
+    parameters[0].grad = torch.ones_like(parameters[0])
+    random, threads = torch.get_rng_state(), torch.get_num_threads()
+    handler = signal.getsignal(signal.SIGINT)
+    fit(model, x, y, criterion=nn.BCELoss(), optimizer=torch.optim.SGD(parameters, lr=0.5), steps=3)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(p.requires_grad and p.grad is None and not p.is_inference() for p in parameters)
+    assert torch.equal(x, inputs[0])
+    assert torch.equal(y, inputs[1])
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.get_num_threads() == threads
+    assert signal.getsignal(signal.SIGINT) is handler
+    model(x).sum().backward()
+
+
+def test_threads_come_back_from_loops_side_by_side():
+    torch.set_num_threads(2)
+    found = {}
+
+    def train(name):
+        model, x, y = make_net("xor")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        fit(model, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=300)
+        found[name] = torch.get_num_threads(), values(model)
+
+    threads = [threading.Thread(target=train, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    train("main")
+    for thread in threads:
+        thread.join()
+    assert [count for count, _ in found.values()] == [2] * 4
+    for _, trained in found.values():
+        assert relative(trained, found["main"][1]) == 0
+
+
+def test_no_steps():
+    model, twin, x, y = twins("xor")
+    optimizer = torch.optim.Adam(model.parameters())
+    history = fit(model, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=0, log_every=1)
+    assert (history.steps, history.loss.shape, history.path) == ([], (0,), "torch")
+    assert relative(model.parameters(), twin.parameters()) == 0
+    assert not optimizer.state
+
+
+def test_history():
+    model, x, y = make_net("xor", torch.float32)
+    arguments = {"criterion": nn.BCELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.5)}
+    history = fit(model, x, y, **arguments, steps=11, log_every=5)
+    assert isinstance(history, History)
+    assert history.steps == [0, 5, 10]
+    assert (history.loss.shape, history.loss.dtype) == ((3,), torch.float32)
+    assert history.seconds > 0
+    history = fit(model, x, y, **arguments, steps=11)
+    assert (history.steps, history.loss.shape) == ([], (0,))
+
+
+def test_a_scheduler_sees_the_steps():
+    model, x, y = make_net("xor")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert fit(model, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=2).path == "torch"
+    scheduler.step()  # would warn if it had seen none, and a warning is an error here
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+def test_strided_parameters_and_data():
+    model, twin, x, y = twins("tanh")
+    with torch.no_grad():
+        model[0].weight.data = model[0].weight.t().contiguous().t()
+    stride = model[0].weight.stride()
+    own, other = (torch.optim.Adam(m.parameters(), lr=0.05) for m in (model, twin))
+    wide = torch.full((7, 8), torch.nan, dtype=torch.float64)[:, ::2].copy_(x)
+    fit(model, wide, y, criterion=nn.BCELoss(), optimizer=own, steps=9)
+    ordinary(twin, x, y, nn.BCELoss(), other, 9)
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert model[0].weight.stride() == own.state[model[0].weight]["exp_avg"].stride() == stride
+
+
+# --- chunks and interrupts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [None, 4], ids=["full", "minibatches"])
+@pytest.mark.parametrize("optimizer", ["sgd", *STATEFUL])
+def test_the_size_of_a_chunk_changes_no_bit(optimizer, batch_size, layout, monkeypatch):
+    results = []
+    for sizes in ((1,), (2, 3, 1), (50,)):
+        monkeypatch.setattr(training, "_chunks", chunks_of(*sizes))
+        model, x, y = make((3, 7, 5, 2), "sigmoid", "sigmoid", True, 10, torch.float32)
+        own = OPTIMIZERS[optimizer](model.parameters())
+        history = fit(
+            model,
+            x,
+            y,
+            criterion=nn.BCELoss(),
+            optimizer=own,
+            steps=50,
+            batch_size=batch_size,
+            log_every=7,
+            generator=torch.Generator().manual_seed(2),
+        )
+        results.append([*values(model), history.loss, *state_of(own)[1]])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_chunks_cover_all_steps_by_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    sizes = []
+    for start, count in training._chunks(10_000):
+        assert start == sum(sizes)
+        sizes.append(count)
+        now[0] += count / 1024  # seconds
+    assert sum(sizes) == 10_000
+    assert sizes[0] == 1
+    assert set(sizes[1:-1]) == {204}  # 0.2 s
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", *STATEFUL])
+def test_an_interrupted_chunk_leaves_the_one_before(optimizer, monkeypatch):
+    monkeypatch.setattr(training, "_chunks", chunks_of(10))
+    train, calls = ops.train, []
+
+    def interrupted(*arguments):
+        train(*arguments)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    model, twin, x, y = twins("tanh")
+    own, other = OPTIMIZERS[optimizer](model.parameters()), OPTIMIZERS[optimizer](twin.parameters())
+    monkeypatch.setattr(ops, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=100)
+    ordinary(twin, x, y, nn.BCELoss(), other, 20)
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert_same_state(own, other, EXACT)
+
+
+@pytest.mark.parametrize("path", ["torch", "general"])
+def test_an_interrupt_waits_for_its_chunk(path, monkeypatch):
+    monkeypatch.setattr(training, "_chunks", chunks_of(10))
+    model, twin, x, y = twins("tanh")
+    own, other = (torch.optim.SGD(m.parameters(), lr=0.5, momentum=0.9) for m in (model, twin))
+    calls = []
+
+    def press(*_):
+        calls.append(1)
+        if len(calls) == (2 if path == "torch" else 13):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    criterion = nn.BCELoss()
+    if path == "torch":
+        train = ops.train
+        monkeypatch.setattr(ops, "train", lambda *arguments: (press(), train(*arguments)))
+    else:
+        criterion.register_forward_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, x, y, criterion=criterion, optimizer=own, steps=100)
+    ordinary(twin, x, y, nn.BCELoss(), other, 20)
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert_same_state(own, other, EXACT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_second_interrupt_comes_through():
+    with training._Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.pending
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_losses_that_are_not_finite_are_reported():
+    model, x, y = make((4, 6, 3), "identity", "identity", True, 7, torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=100.0)
+    history = fit(model, x, y, criterion=nn.MSELoss(), optimizer=optimizer, steps=60, log_every=1)
+    assert (history.path, len(history.loss)) == ("torch", 60)
+    assert math.isfinite(history.loss[0])
+    assert history.loss.isinf().any()
+    assert history.loss[-1].isnan()
+
+
+# --- the general path ------------------------------------------------------------------------------------------
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def absolute(p, t):
+    return (p - t).abs().mean()
+
+
+def frozen(model):
+    model[0].weight.requires_grad_(False)
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+
+
+def two_groups(model):
+    first, *rest = model.parameters()
+    return torch.optim.SGD([{"params": [first], "lr": 0.1}, {"params": rest}], lr=0.5)
+
+
+def hooked_optimizer(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+def half_of_a_state(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    first = next(model.parameters())
+    optimizer.state[first]["momentum_buffer"] = torch.ones_like(first)
+    return optimizer
+
+
+def hook(model):
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+def tied():
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(layer, nn.Sigmoid(), layer, nn.Sigmoid())
+
+
+def parametrized():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Sigmoid())
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.5)
+
+
+def plain():
+    return MLP([3, 4, 3])
+
+
+# (model, optimizer, criterion) that are trained by the ordinary loop
+GENERAL = {
+    "dropout": (lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Sigmoid()), sgd, nn.BCELoss()),
+    "subclass": (lambda: nn.Sequential(Doubled(3, 3), nn.Sigmoid()), sgd, nn.BCELoss()),
+    "two-activations": (
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Sigmoid()),
+        sgd,
+        nn.BCELoss(),
+    ),
+    "twice-activated": (lambda: nn.Sequential(LinearSigmoid(3, 3), nn.Sigmoid()), sgd, nn.BCELoss()),
+    "some-biases": (
+        lambda: nn.Sequential(nn.Linear(3, 3, bias=False), nn.Sigmoid(), nn.Linear(3, 3), nn.Sigmoid()),
+        sgd,
+        nn.BCELoss(),
+    ),
+    "own-module": (lambda: nn.ModuleList([nn.Linear(3, 3)])[0], sgd, nn.MSELoss()),
+    "hook": (lambda: hook(plain()), sgd, nn.BCELoss()),
+    "tied": (tied, sgd, nn.BCELoss()),
+    "parametrized": (parametrized, sgd, nn.BCELoss()),
+    "bfloat16": (lambda: plain().bfloat16(), sgd, nn.MSELoss()),
+    "frozen": (plain, frozen, nn.BCELoss()),
+    "two-groups": (plain, two_groups, nn.BCELoss()),
+    "hooked-optimizer": (plain, hooked_optimizer, nn.BCELoss()),
+    "half-of-a-state": (plain, half_of_a_state, nn.BCELoss()),
+    "amsgrad": (plain, lambda m: torch.optim.Adam(m.parameters(), lr=0.1, amsgrad=True), nn.BCELoss()),
+    "maximize": (plain, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True), nn.BCELoss()),
+    "rmsprop": (plain, lambda m: torch.optim.RMSprop(m.parameters(), lr=0.1), nn.BCELoss()),
+    "own-criterion": (plain, sgd, absolute),
+    "weighted": (
+        lambda: MLP([3, 3], output_activation="identity"),
+        sgd,
+        nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)),
+    ),
+    "logits-of-a-sigmoid": (plain, sgd, nn.BCEWithLogitsLoss()),
+}
+
+
+@pytest.mark.parametrize("batch_size", [None, 2], ids=["full", "minibatches"])
+@pytest.mark.parametrize("case", GENERAL)
+def test_everything_else_takes_the_ordinary_loop(case, batch_size):
+    build, make_optimizer, criterion = GENERAL[case]
+    results = []
+    for train in (fit, ordinary):
+        torch.manual_seed(4)
+        model = build()
+        dtype = next(model.parameters()).dtype
+        x, y = torch.randn(5, 3).to(dtype), torch.rand(5, 3).to(dtype)
+        before = values(model)
+        optimizer = make_optimizer(model)
+        common = {"steps": 8, "batch_size": batch_size, "log_every": 3, "generator": torch.Generator().manual_seed(1)}
+        if train is fit:
+            history = fit(model, x, y, criterion=criterion, optimizer=optimizer, **common)
+            assert (history.path, history.steps) == ("general", [0, 3, 6])
+            losses = history.loss.double()
+        else:
+            losses = ordinary(model, x, y, criterion, optimizer, **common)
+        results.append([losses, *values(model), *state_of(optimizer)[1]])
+        assert relative(values(model), before) > 1e-3
+        assert all(p.grad is None for p in model.parameters())
+    # The same operations: the same bits.
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_lbfgs_gets_its_closure():
+    model, x, y = make_net("tanh")
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, line_search_fn="strong_wolfe")
+    history = fit(model, x, y, criterion=nn.MSELoss(), optimizer=optimizer, steps=5, log_every=1)
+    assert history.path == "general"
+    assert history.loss[-1] < 0.5 * history.loss[0]
+    assert (history.loss.diff() <= 0).all()
+
+
+def test_autocast_takes_the_ordinary_loop():
+    model, x, y = make_net("tanh", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        history = fit(model, x, y, criterion=nn.MSELoss(), optimizer=sgd(model), steps=1)
+    assert history.path == "general"
+
+
+def test_data_of_more_dimensions_take_the_ordinary_loop():
+    model, twin, *_ = twins("tanh")
+    x, y = torch.randn(5, 2, 4, dtype=torch.float64), torch.rand(5, 2, 3, dtype=torch.float64)
+    assert fit(model, x, y, criterion=nn.BCELoss(), optimizer=sgd(model), steps=4).path == "general"
+    ordinary(twin, x, y, nn.BCELoss(), sgd(twin), 4)
+    assert relative(model.parameters(), twin.parameters()) == 0
+
+
+FUSIBLE = {
+    "sequential": lambda: nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 3), nn.Sigmoid()),
+    "slice": lambda: MLP([3, 4, 3, 9])[:4],
+    "mixed": lambda: nn.Sequential(nn.Linear(3, 4), nn.Identity(), nn.Sigmoid(), LinearSigmoid(4, 3)),
+    "one-layer": lambda: nn.Sequential(nn.Linear(3, 3), nn.Sigmoid()),
+    "no-hidden-activation": lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3), nn.Sigmoid()),
+    "in-place-relu": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 3), nn.Sigmoid()),
+}
+
+
+@pytest.mark.parametrize("case", FUSIBLE)
+def test_networks_of_layers_and_activations_take_the_fast_loop(case):
+    model = FUSIBLE[case]().double()
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
+    assert fit(model, x, y, criterion=nn.BCELoss(), optimizer=sgd(model), steps=9).path == "torch"
+    ordinary(twin, x, y, nn.BCELoss(), sgd(twin), 9)
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+
+
+# --- errors at the door ----------------------------------------------------------------------------------------
+
+
+def arguments(**changes):
+    model = MLP([3, 4, 2])
+    given = {
+        "model": model,
+        "x": torch.randn(5, 3),
+        "y": torch.rand(5, 2),
+        "criterion": nn.BCELoss(),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.5),
+        "steps": 3,
+    }
+    return given | changes
+
+
+BAD = {
+    "model": ({"model": 3}, TypeError, r"^model must be of type Module, not int$"),
+    "x": ({"x": [[1.0]]}, TypeError, r"^x must be of type Tensor, not list$"),
+    "y": ({"y": None}, TypeError, r"^y must be of type Tensor, not NoneType$"),
+    "criterion": ({"criterion": "bce"}, TypeError, r"^criterion must be callable, not str$"),
+    "optimizer": ({"optimizer": "sgd"}, TypeError, r"^optimizer must be of type Optimizer, not str$"),
+    "generator": ({"generator": 3}, TypeError, r"^generator must be of type Generator, not int$"),
+    "steps": ({"steps": -1}, ValueError, r"^steps must be at least 0, not -1$"),
+    "steps-type": ({"steps": 2.0}, TypeError, r"^steps must be an int, not 2.0$"),
+    "log_every": ({"log_every": -2}, ValueError, r"^log_every must be at least 0, not -2$"),
+    "batch_size": ({"batch_size": 0}, ValueError, r"^batch_size must be at least 1, not 0$"),
+    "batch_size-type": ({"batch_size": True}, TypeError, r"^batch_size must be an int, not True$"),
+    "impl": (
+        {"impl": "fast"},
+        ValueError,
+        r"^impl must be one of None, 'lane', 'block', 'graph', 'torch', not 'fast'$",
+    ),
+    "samples": ({"y": torch.rand(4, 2)}, ValueError, r"^x \(5, 3\) and y \(4, 2\) differ in their number of samples$"),
+    "no-samples": ({"x": torch.rand(0, 3), "y": torch.rand(0, 2)}, ValueError, r"^x \(0, 3\) holds no samples$"),
+    "width": ({"x": torch.rand(5, 4)}, ValueError, r"^x \(5, 4\) is not \(5, 3\)$"),
+    "target": ({"y": torch.rand(5)}, ValueError, r"^y \(5,\) is not \(5, 2\)$"),
+    "target-broadcasts": (
+        {"y": torch.rand(5, 1), "criterion": nn.MSELoss()},
+        ValueError,
+        r"^y \(5, 1\) is not \(5, 2\)$",
+    ),
+    "dtype": (
+        {"x": torch.rand(5, 3).double()},
+        ValueError,
+        r"^x is torch.float64, but the model's parameters torch.fl",
+    ),
+    "device": ({"y": torch.rand(5, 2, device="meta")}, ValueError, r"^y is on meta, but the model on cpu$"),
+    "range": ({"y": torch.full((5, 2), 1.5)}, ValueError, r"^y must lie in \[0, 1\] for BCELoss, not in \[1.5, 1.5\]$"),
+    "foreign": (
+        {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(7))], lr=1)},
+        ValueError,
+        r"^optimizer holds a parameter \(7,\) that is none of the model's 4$",
+    ),
+    "lr": ({"lr": torch.ones(2)}, ValueError, r"^lr is for an Ensemble; the model is a MLP"),
+    "lr-type": ({"lr": 0.1}, TypeError, r"^lr must be of type Tensor, not float$"),
+    "lane": ({"impl": "lane"}, NotImplementedError, r"^impl='lane': "),
+    "block": ({"impl": "block"}, NotImplementedError, r"^impl='block': "),
+    "graph": ({"impl": "graph"}, NotImplementedError, r'^impl="graph": '),
+    "criterion-returns": (
+        {"criterion": lambda p, t: 0.0},
+        TypeError,
+        r"^criterion must return a tensor .* not a float$",
+    ),
+    "criterion-shape": (
+        {"criterion": nn.BCELoss(reduction="none")},
+        ValueError,
+        r"one number, not one of shape \(5, 2\)$",
+    ),
+    "general-torch": (
+        {"criterion": absolute, "impl": "torch"},
+        NotImplementedError,
+        r"^impl='torch': the criterion is a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_name_the_argument_and_leave_the_model(case):
+    if case in ("lane", "block") and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        pytest.skip("the interpreter runs these on the CPU")
+    changes, error, message = BAD[case]
+    given = arguments(**changes)
+    trained = given["model"] if isinstance(given["model"], nn.Module) else MLP([3, 4, 2])
+    before = values(trained)
+    with pytest.raises(error, match=message):
+        fit(given.pop("model"), given.pop("x"), given.pop("y"), **given)
+    assert all(torch.equal(a, b) for a, b in zip(values(trained), before, strict=True))
+    assert not getattr(given["optimizer"], "state", None)
+
+
+def test_impl_torch_is_obeyed():
+    given = arguments()
+    assert fit(given.pop("model"), given.pop("x"), given.pop("y"), **given, impl="torch").path == "torch"
+
+
+# --- progress --------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    def __init__(self, terminal):
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+    def write(self, text):
+        pass
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("terminal", "progress", "seconds_per_chunk", "shown"),
+    [(True, True, 0.01, True), (True, False, 0.01, False), (True, False, 0.5, True), (False, True, 0.5, False)],
+    ids=["asked", "not-asked", "waited", "no-terminal"],
+)
+def test_progress(terminal, progress, seconds_per_chunk, shown, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, **options):
+            self.n, self.total, self.closed = options["initial"], options["total"], False
+            bars.append(self)
+
+        def update(self, n):
+            self.n += n
+
+        def close(self):
+            self.closed = True
+
+    now = [0.0]
+
+    def chunks(steps):
+        for start in range(0, steps, 10):
+            now[0] += seconds_per_chunk
+            yield start, 10
+
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
+    monkeypatch.setattr(sys, "stderr", Terminal(terminal))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training, "_chunks", chunks)
+    given = arguments(steps=100)
+    fit(given.pop("model"), given.pop("x"), given.pop("y"), **given, progress=progress)
+    assert len(bars) == shown
+    assert all((bar.n, bar.total, bar.closed) == (100, 100, True) for bar in bars)
+
+
+def test_progress_needs_no_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys, "stderr", Terminal(True))
+    given = arguments()
+    fit(given.pop("model"), given.pop("x"), given.pop("y"), **given, progress=True)
+
+
+def test_an_ensemble_is_no_sequential():
+    assert training.describe(Ensemble(2, [3, 2])) == "Ensemble is neither an MLP nor an nn.Sequential"
+
+
+# --- the kernels -----------------------------------------------------------------------------------------------
+
+KERNELS = importlib.util.find_spec("perceptriton.kernels.training") is not None
+
+
+@pytest.mark.skipif(not KERNELS, reason="this tree has no training kernels")
+@pytest.mark.parametrize("batch_size", [None, 3], ids=["full", "minibatches"])
+@pytest.mark.parametrize("optimizer", ["sgd-decay", "dampening", "adam", "adamw"])
+@pytest.mark.parametrize("impl", ["lane", "block"])
+def test_kernels_train_alike(impl, optimizer, batch_size, device):
+    errors, results = [], []
+    for path, dtype in (("torch", torch.float64), ("torch", torch.float32), (impl, torch.float32)):
+        ensemble = Ensemble(3, [2, 3, 1], generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        x, y = xor(dtype)
+        own = OPTIMIZERS[optimizer](ensemble.parameters())
+        history = fit(
+            ensemble,
+            x.to(device),
+            y.to(device),
+            criterion=nn.BCELoss(),
+            optimizer=own,
+            steps=9,
+            batch_size=batch_size,
+            log_every=2,
+            lr=torch.tensor([0.02, 0.05, 0.1]),
+            generator=torch.Generator().manual_seed(2),
+            impl=path,
+        )
+        assert history.path == path
+        results.append([*ensemble.parameters(), history.loss, *state_of(own)[1]])
+        errors.append(relative([t.cpu() for t in results[-1]], [t.cpu() for t in results[0]]))
+    assert errors[2] <= 2 * errors[1] + 2e-6

@@ -1,0 +1,799 @@
+"""mlp_act, the fused cross entropy and MLP: every path of a whole network, autograd, and what torch builds on top."""
+
+import itertools
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    ACTIVATIONS,
+    DTYPES,
+    FLOOR,
+    every_other,
+    inside,
+    kernel_device,
+    one_row,
+    one_value,
+    relative_error,
+    transposed,
+)
+from torch import nn
+from torch.autograd import forward_ad
+
+from perceptriton.kernels import Device, MlpExplanation, explain, ops, reference
+from perceptriton.kernels import plan as planning
+from perceptriton.kernels.plan import MlpPlan, MlpSegment, MlpTile, Plan
+from perceptriton.mlp import MLP, LinearSigmoidBCELoss, linear_sigmoid_bce, mlp_act, mlp_sigmoid_bce
+
+KERNELS = kernel_device()
+DEVICE = KERNELS or "cpu"
+# torch itself uses what it deprecates when it differentiates forward.
+pytestmark = [
+    pytest.mark.usefixtures("rounding"),
+    pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.:DeprecationWarning"),
+]
+
+IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+WIDTHS = {"xor": (2, 2, 1), "deep": (7, 33, 20, 16, 3), "wide": (20, 40, 40)}
+
+
+@pytest.fixture
+def rounding(request):
+    if KERNELS:
+        request.getfixturevalue("device")
+
+
+def explicit(chunk):
+    def plans(layers):
+        own = (Plan("explicit", "the test says so"),) * layers
+        return ops.MlpPlans(MlpPlan("explicit", "", layers=own), MlpPlan("explicit", "", layers=own, chunk=chunk))
+
+    return plans
+
+
+def fused(cuts):
+    def plans(layers):
+        ends = (0, *range(1, layers), layers) if cuts else (0, layers)
+        tile = MlpTile(16, 4, 1)
+        plan = MlpPlan("fused", "", tuple(MlpSegment(*pair, tile, 3) for pair in itertools.pairwise(ends)))
+        return ops.MlpPlans(plan, plan)
+
+    return plans
+
+
+def aten(layers):
+    return ops.MlpPlans(MlpPlan("aten", ""), MlpPlan("aten", ""))
+
+
+def layers_alone(layers):
+    return ops.MlpPlans(MlpPlan("layers", ""), MlpPlan("layers", ""))
+
+
+PATHS = {
+    "aten": (aten, None),
+    "layers": (layers_alone, None),
+    "explicit": (explicit(0), None),
+    "chunked": (explicit(7), None),
+    "kernel": (fused(False), "triton"),
+    "segments": (fused(True), "triton"),
+}
+# Where kernels run, their paths; elsewhere those of a CPU.
+PATHS = {name: path for name, path in PATHS.items() if (path[1] == "triton") == (KERNELS is not None)}
+OWN = [name for name in PATHS if name not in ("aten", "layers")]  # what has a backward pass of its own
+WHOLE = OWN[0]
+
+
+def paths(*names):
+    return [name for name in names if name in PATHS]
+
+
+@pytest.fixture
+def take(monkeypatch):
+    """take(path): whole networks go that way whatever their size, and the impl to ask for."""
+
+    def take(path):
+        make, impl = PATHS[path]
+
+        def plans(x, weights, training, loss=False, impl=None):
+            forward, backward = make(len(weights))
+            return ops.MlpPlans(forward, backward if training else None)
+
+        monkeypatch.setattr(ops, "mlp_plans", plans)
+        for dtype in DTYPES:
+            monkeypatch.setitem(ops.small_cpu_products, dtype, 1)
+        return impl
+
+    return take
+
+
+class Net:
+    """x, weights, biases (None without), dy: pre-activations of std 1 to 2, upstream gradients of order 1."""
+
+    def __init__(self, widths=WIDTHS["deep"], m=40, dtype=torch.float32, bias=True, leading=None):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        gains = [1.4] + [4.0] * (len(widths) - 2)
+        self.widths, self.dtype = widths, dtype
+        self.x = normal(*(leading or (m,)), widths[0]).to(DEVICE, dtype)
+        self.dy = normal(*(leading or (m,)), widths[-1]).to(DEVICE, dtype)
+        pairs = list(itertools.pairwise(widths))
+        self.weights = [(g * normal(n, k) / k**0.5).to(DEVICE, dtype) for g, (k, n) in zip(gains, pairs, strict=True)]
+        self.biases = [(0.5 * normal(n)).to(DEVICE, dtype) for n in widths[1:]] if bias else None
+
+    @property
+    def tensors(self):
+        return [self.x, *self.weights, *(self.biases or ())]
+
+    def split(self, tensors):
+        x, *parameters = tensors
+        layers = len(self.weights)
+        return x, parameters[:layers], parameters[layers:] or None
+
+
+def plain(x, weights, biases, hidden="sigmoid", output="sigmoid"):
+    for l, weight in enumerate(weights):
+        act = output if l == len(weights) - 1 else hidden
+        x = F.linear(x, weight, None if biases is None else biases[l])
+        x = x if act == "identity" else getattr(torch, act)(x)
+    return x
+
+
+def differentiate(net, network, dy=None, dtype=None):
+    """y and the gradients of x and of every parameter."""
+    inputs = [t.detach().to(dtype or t.dtype).requires_grad_() for t in net.tensors]
+    y = network(*net.split(inputs))
+    dy = net.dy if dy is None else dy
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy.to(y.dtype))]
+
+
+def check(net, ours, theirs=plain, dy=None):
+    """Every result is as near fp64 as twice the worst of its kind that torch computes in this dtype, plus the floor."""
+    actual, expected = differentiate(net, ours, dy), differentiate(net, theirs, dy)
+    exact = differentiate(net, theirs, dy, torch.float64)
+    layers = len(net.weights)
+    kinds = ["y", "dx", *["dweight"] * layers, *["dbias"] * (layers if net.biases else 0)]
+    errors = {}
+    for kind, e, truth in zip(kinds, expected, exact, strict=True):
+        errors[kind] = max(errors.get(kind, 0), relative_error(e, truth))
+    for kind, a, e, truth in zip(kinds, actual, expected, exact, strict=True):
+        assert a.dtype is e.dtype, kind
+        error = relative_error(a, truth)
+        assert error <= 2 * errors[kind] + FLOOR[net.dtype], f"{kind}: {error:.1e}, torch {errors[kind]:.1e}"
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("path", PATHS)
+def test_as_good_as_torch(path, widths, dtype, bias, take):
+    impl = take(path)
+    check(Net(widths, dtype=dtype, bias=bias), lambda *net: mlp_act(*net, impl=impl))
+
+
+@pytest.mark.parametrize(("hidden", "output"), [*itertools.product(ACTIVATIONS, ACTIVATIONS)], ids=str)
+@pytest.mark.parametrize("path", paths("chunked", "segments"))
+def test_activations(path, hidden, output, take):
+    impl = take(path)
+    net = Net((7, 20, 5, 3), m=20)
+    check(net, lambda *net: mlp_act(*net, hidden, output, impl=impl), lambda *net: plain(*net, hidden, output))
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_any_leading_shape(path, leading, take):
+    impl = take(path)
+    net = Net((7, 20, 3), leading=leading if leading else (1,))
+    if not leading:
+        net.x, net.dy = net.x[0], net.dy[0]
+    for a, e in zip(differentiate(net, lambda *net: mlp_act(*net, impl=impl)), differentiate(net, plain), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [every_other, inside, transposed, one_row, one_value], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("operand", ["x", "weight", "bias", "dy"])
+@pytest.mark.parametrize("path", OWN)
+def test_layouts(path, operand, layout, take):
+    if operand == "bias" and layout is transposed:
+        pytest.skip("a vector has no transpose")
+    impl = take(path)
+    net = Net((7, 20, 3))
+    if operand in ("x", "dy"):
+        setattr(net, operand, layout(getattr(net, operand)))
+    else:
+        tensors = net.weights if operand == "weight" else net.biases
+        tensors[1] = layout(tensors[1])
+
+    def network(x, weights, biases):
+        # detach() keeps strides; the gradient of an expanded parameter is that of its elements one by one
+        return mlp_act(x, weights, biases, impl=impl)
+
+    check(net, network)
+
+
+@pytest.mark.parametrize("path", OWN)
+def test_inputs_are_left_alone(path, take):
+    impl = take(path)
+    net = Net()
+    inputs = [t.requires_grad_() for t in net.tensors]
+    before = [t.detach().clone() for t in (*inputs, net.dy)]
+    y = mlp_act(*net.split(inputs), impl=impl)
+    output = y.detach().clone()
+    first = torch.autograd.grad(y, inputs, net.dy, retain_graph=True)
+    copies = [g.clone() for g in first]
+    second = torch.autograd.grad(y, inputs, net.dy)
+    for a, b in zip((*inputs, net.dy, y, *first), (*before, output, *copies), strict=True):
+        assert torch.equal(a, b)
+    # the same bits every time
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+WANTED = {
+    "x": lambda l: (True, [False] * l, [False] * l),
+    "parameters": lambda l: (False, [True] * l, [True] * l),
+    "last-layer": lambda l: (False, [i == l - 1 for i in range(l)], [i == l - 1 for i in range(l)]),
+    "biases": lambda l: (False, [False] * l, [True] * l),
+    "middle-weight": lambda l: (False, [i == 1 for i in range(l)], [False] * l),
+}
+
+
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
+@pytest.mark.parametrize("path", OWN)
+def test_only_what_is_wanted(path, wanted, take, monkeypatch):
+    impl = take(path)
+    net = Net()
+    need_x, need_weights, need_biases = wanted(len(net.weights))
+    flags = [need_x, *need_weights, *need_biases]
+    asked = []
+    backward = ops.mlp_bwd
+    monkeypatch.setattr(ops, "mlp_bwd", lambda *a: asked.append(a[7]) or backward(*a))
+    everything = differentiate(net, plain)[1:]
+    inputs = [t.detach().requires_grad_(flag) for t, flag in zip(net.tensors, flags, strict=True)]
+    mlp_act(*net.split(inputs), impl=impl).backward(net.dy)
+    assert asked == [(need_x, tuple(need_weights), tuple(need_biases))]
+    for t, flag, expected in zip(inputs, flags, everything, strict=True):
+        assert (t.grad is not None) == flag
+        if flag:
+            torch.testing.assert_close(t.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", OWN)
+def test_inference_saves_nothing(path, take, monkeypatch):
+    impl = take(path)
+    net = Net()
+    calls = []
+    forward = ops.mlp_fwd
+    monkeypatch.setattr(ops, "mlp_fwd", lambda *a: calls.append(forward(*a)) or calls[-1])
+    inputs = [t.requires_grad_() for t in net.tensors]
+    with torch.no_grad():
+        y = mlp_act(*net.split(inputs), impl=impl)
+    assert [saved for _, saved in calls] == [()]
+    assert not y.requires_grad
+    assert relative_error(y, plain(*net.split([t.detach().double() for t in inputs]))) < 1e-6
+
+
+def test_wrong_results_are_refused():
+    net = Net()
+    with pytest.raises(AssertionError, match="y"):
+        check(net, lambda x, weights, biases: plain(x, weights, biases) + 0.01)
+    with pytest.raises(AssertionError, match="dx"):
+        check(net, lambda x, weights, biases: plain(x.detach() + 0 * x, weights, biases))
+
+
+# --- a chain of pieces -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gemm", ["mm", "onednn"] if DEVICE == "cpu" else ["mm"])
+@pytest.mark.parametrize("need_dx", [True, False], ids=["dx", "no-dx"])
+@pytest.mark.parametrize("chunk", [1, 7, 39, 40, 1000])
+def test_pieces_change_nothing(chunk, need_dx, gemm):
+    net = Net()
+    own = (Plan("explicit", "", dx_gemm=gemm, dweight_gemm=gemm),) * 4
+    plan = MlpPlan("explicit", "", layers=own, chunk=chunk)
+    y, saved = reference.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "tanh", plan, plan.boundaries)
+    wanted = (need_dx, (True,) * 4, (True,) * 4)
+    dx, dweights, dbiases = reference.mlp_bwd(
+        net.dy, net.x, saved, net.weights, net.biases, "sigmoid", "tanh", wanted, plan
+    )
+    expected = differentiate(net, lambda *net: plain(*net, "sigmoid", "tanh"))
+    assert (dx is not None) == need_dx
+    actual = [y, dx if need_dx else expected[1], *dweights, *dbiases]
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_over_pieces_stay_in_fp32():
+    # 4,096 times 2^-8: a sum in bf16 stops growing at 1.
+    dy = torch.full((4096, 2), 2.0**-8, dtype=torch.bfloat16)
+    x, weights = torch.ones(4096, 2, dtype=torch.bfloat16), [torch.eye(2, dtype=torch.bfloat16)] * 2
+    plan = MlpPlan("explicit", "", layers=(Plan("explicit", ""),) * 2, chunk=1)
+    _, saved = reference.mlp_fwd(x, weights, None, "identity", "identity", plan, plan.boundaries)
+    wanted = (False, (True, True), (True, True))
+    _, dweights, dbiases = reference.mlp_bwd(dy, x, saved, weights, None, "identity", "identity", wanted, plan)
+    for gradient in (*dweights, *dbiases):
+        assert (gradient == 16).all()
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+def penalty(net, network):
+    """A loss on the gradient with respect to x, differentiated once more with respect to everything."""
+    inputs = [t.detach().requires_grad_() for t in net.tensors]
+    y = network(*net.split(inputs))
+    gradients = torch.autograd.grad((y * net.dy).sum(), inputs, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)
+
+
+@pytest.mark.parametrize("path", OWN)
+def test_second_order(path, take):
+    impl = take(path)
+    net = Net((5, 8, 6, 2), m=12)
+    actual = penalty(net, lambda *net: mlp_act(*net, "sigmoid", "tanh", impl=impl))
+    for a, e in zip(actual, penalty(net, lambda *net: plain(*net, "sigmoid", "tanh")), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", OWN)
+def test_a_weight_that_is_used_twice_or_depends_on_x(path, take):
+    impl = take(path)
+    net = Net((6, 6, 6), m=12)
+
+    def tied(network):
+        def call(x, weights, biases):
+            own = weights[0] + 0.1 * x.mean(0)
+            return network(x, [own, own], [biases[0], biases[0]])
+
+        return call
+
+    ours, theirs = tied(lambda *net: mlp_act(*net, impl=impl)), tied(plain)
+    for order in (differentiate, penalty):
+        inputs = [net.x, *net.weights[:1], *net.biases[:1]]
+        small = types.SimpleNamespace(tensors=inputs, dy=net.dy, split=lambda t: (t[0], [t[1]], [t[2]]))
+        for a, e in zip(order(small, ours), order(small, theirs), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", paths("aten", "explicit", "kernel"))
+def test_fp64_is_exact_to_second_order(path, take):
+    impl = take(path)
+    net = Net((3, 4, 2), m=3, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in net.tensors]
+
+    def network(*tensors):
+        return mlp_act(*net.split(tensors))
+
+    assert torch.autograd.gradcheck(network, inputs)
+    assert torch.autograd.gradgradcheck(network, inputs)
+    if impl == "triton":
+        with pytest.raises(NotImplementedError, match=r"x is torch\.float64"):
+            mlp_act(*net.split(inputs), impl=impl)
+
+
+@pytest.mark.parametrize("path", OWN)
+def test_transforms(path, take):
+    take(path)
+    net = Net((5, 8, 3), m=6)
+    x, weights, biases = net.split(net.tensors)
+
+    def loss(x, network):
+        return (network(x, weights, biases) * net.dy[0]).sum()
+
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
+        actual, expected = (transform(lambda x, n=n: loss(x, n))(x[0]) for n in (mlp_act, plain))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    actual, expected = (torch.func.vmap(lambda x, n=n: n(x, weights, biases))(x) for n in (mlp_act, plain))
+    torch.testing.assert_close(actual, expected)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        actual, expected = (forward_ad.unpack_dual(n(dual, weights, biases)) for n in (mlp_act, plain))
+        torch.testing.assert_close(actual.tangent, expected.tangent)
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=IDS.get)
+@pytest.mark.parametrize("path", PATHS)
+def test_autocast(path, parameters, take):
+    impl = take(path)
+    net = Net(dtype=parameters)
+    net.x = net.x.float()
+    inputs = [t.detach().requires_grad_() for t in net.tensors]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y, expected = mlp_act(*net.split(inputs), impl=impl), plain(*net.split(inputs))
+        assert y.dtype is expected.dtype is torch.bfloat16
+        torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+        gradients = torch.autograd.grad(y, inputs, net.dy.bfloat16())
+    assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
+    for g, e in zip(gradients, torch.autograd.grad(expected, inputs, net.dy.bfloat16()), strict=True):
+        assert relative_error(g, e) < 0.05
+
+
+@pytest.mark.parametrize("path", OWN)
+def test_two_forwards_then_a_joint_backward(path, take):
+    impl = take(path)
+    net = Net()
+    inputs = [t.requires_grad_() for t in net.tensors]
+    x, weights, biases = net.split(inputs)
+    y = mlp_act(x, weights, biases, impl=impl) * mlp_act(2 * x, weights, biases, impl=impl)
+    expected = plain(x, weights, biases) * plain(2 * x, weights, biases)
+    for a, e in zip(torch.autograd.grad(y, inputs, net.dy), torch.autograd.grad(expected, inputs, net.dy), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", paths("explicit", "kernel"))
+def test_what_was_saved_may_not_be_written_over(path, take):
+    impl = take(path)
+    net = Net()
+    inputs = [t.requires_grad_() for t in net.tensors]
+    y = mlp_act(*net.split(inputs), impl=impl)
+    with torch.no_grad():
+        inputs[1].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(net.dy)
+
+
+@pytest.mark.filterwarnings("default")  # the compiler itself uses what torch deprecates
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled(dynamic):
+    torch.compiler.reset()
+    net = Net((7, 20, 3))
+    impl = None if KERNELS is None else "triton"
+
+    def network(x, weights, biases):
+        return mlp_act(x, weights, biases, impl=impl)
+
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for a, e in zip(differentiate(net, compiled), differentiate(net, plain), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+# --- MLP ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """The networks that ran as a whole."""
+    calls = []
+    forward = ops.mlp_fwd
+    monkeypatch.setattr(ops, "mlp_fwd", lambda *a: calls.append(a) or forward(*a))
+    return calls
+
+
+def model_pair(sizes=(4, 8, 3), **options):
+    model = MLP(sizes, **options).to(DEVICE)
+    acts = [options.get("activation", "sigmoid")] * (len(sizes) - 2) + [options.get("output_activation", "sigmoid")]
+    modules = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}
+    pairs = itertools.pairwise(sizes)
+    bias = options.get("bias", True)
+    twin = nn.Sequential(
+        *[m for (i, o), a in zip(pairs, acts, strict=True) for m in (nn.Linear(i, o, bias), modules[a]())]
+    )
+    twin.load_state_dict(model.state_dict())
+    return model, twin.to(DEVICE)
+
+
+def same(model, twin):
+    x = torch.randn(7, 4, device=DEVICE, requires_grad=True)
+    results = []
+    for net in (model, twin):
+        y = net(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_runs_as_a_whole(take, whole):
+    take(WHOLE)
+    for options in ({}, {"bias": False}, {"activation": "tanh", "output_activation": "identity"}):
+        same(*model_pair(**options))
+    assert len(whole) == 3
+
+
+@pytest.mark.parametrize("hook", ["forward", "pre", "full-backward", "identity", "global"])
+def test_hooks_still_fire(hook, take, whole):
+    take(WHOLE)
+    model, twin = model_pair()
+    seen = []
+    register = {
+        "forward": lambda: model[2].register_forward_hook(lambda *_: seen.append(1)),
+        "pre": lambda: model[0].register_forward_pre_hook(lambda *_: seen.append(1)),
+        "full-backward": lambda: model[0].register_full_backward_hook(lambda *_: seen.append(1)),
+        "identity": lambda: model[1].register_forward_hook(lambda *_: seen.append(1)),
+        "global": lambda: nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1)),
+    }
+    handle = register[hook]()
+    same(model, twin)
+    handle.remove()
+    assert seen
+    assert not whole
+    same(model, twin)
+    assert len(whole) == 1
+
+
+def test_a_parametrized_or_mixed_model_runs_layer_by_layer(take, whole):
+    take(WHOLE)
+    model, twin = model_pair()
+    for net in (model, twin):
+        nn.utils.parametrizations.weight_norm(net[2])
+    same(model, twin)
+    mixed, twin = model_pair((4, 8, 8, 3))
+    other = model_pair((4, 8, 8, 3), activation="tanh")[0]
+    mixed[2], twin[3] = other[2], nn.Tanh()
+    twin[2].load_state_dict(other[2].state_dict())
+    same(mixed, twin)
+    half, twin = model_pair()
+    half[2].bias = twin[2].bias = None
+    same(half, twin)
+    assert not whole
+
+
+def test_errors_of_models_are_those_of_layers(take):
+    take(WHOLE)
+    with pytest.raises(ValueError, match=r"^x \(4, 2\) does not end in the in_features of weight \(3, 5\)$"):
+        MLP([5, 3, 2])(torch.ones(4, 2))
+
+
+# --- plans and errors ---------------------------------------------------------------------------------------------
+
+
+def test_plans_of_networks_on_a_cpu():
+    small = explain((4, 2), [(10, 2), (10, 10), (1, 10)])
+    assert isinstance(small, MlpExplanation)
+    assert {plan.impl for plan in small} == {"aten"}
+    large = explain((65536, 64), [(64, 64)] * 3)
+    assert [plan.impl for plan in large] == ["explicit"] * 3
+    assert large.backward.boundaries == (1, 2, 3)
+    assert {plan.impl for plan in explain((65536, 64), [(64, 64)])} == {"layers"}
+    assert {plan.impl for plan in explain((0, 64), [(64, 64)] * 2)} == {"layers"}
+    assert {plan.impl for plan in explain((8, 64), [(64, 64)] * 2, torch.float64)} == {"layers"}
+    assert str(large).splitlines()[2].startswith("backward  explicit  ")
+
+
+def test_plans_of_networks_on_a_gpu():
+    h200 = Device("cuda", arch=90, units=132, triton=True)
+    plans = explain((1 << 20, 64), [(64, 64)] * 5, torch.bfloat16, h200)
+    assert [plan.impl for plan in plans] == ["fused"] * 3
+    assert len(plans.inference.segments) == 1
+    assert len(plans.backward.segments) == 3
+    assert {plan.impl for plan in explain((128, 784), [(128, 784), (10, 128)], torch.bfloat16, h200)} == {"layers"}
+    # Either both directions of a training step run as a whole, or neither.
+    wide = explain((1 << 20, 64), [(64, 64)] * 2, torch.float32, h200)
+    assert [plan.impl for plan in wide] == ["fused", "layers", "layers"]
+    with pytest.raises(NotImplementedError, match="784"):
+        explain((128, 784), [(128, 784), (10, 128)], torch.bfloat16, h200, impl="triton")
+    with pytest.raises(ValueError, match="does not fit"):
+        explain((128, 7), [(8, 7), (10, 9)])
+
+
+W, B = [torch.ones(3, 5), torch.ones(2, 3)], [torch.ones(3), torch.ones(2)]
+X = torch.ones(4, 5)
+ERRORS = {
+    "x-type": (([[1.0]], W, B), TypeError, "x must be a Tensor, not list"),
+    "x-shape": ((X[:, :2], W, B), ValueError, r"x \(4, 2\) does not end in the in_features of weights\[0\] \(3, 5\)"),
+    "chain": (
+        (X, [W[0], W[0]], B),
+        ValueError,
+        r"weights\[1\] \(3, 5\) does not take the out_features of weights\[0\]",
+    ),
+    "weight-type": ((X, [W[0], None], B), TypeError, r"weights\[1\] must be a Tensor, not NoneType"),
+    "weights-type": ((X, W[0], B), TypeError, "weights must be a sequence of Tensors, not Tensor"),
+    "no-weights": ((X, [], None), ValueError, "weights must hold at least one Tensor, not 0"),
+    "biases-count": ((X, W, B[:1]), ValueError, "biases holds 1 Tensors, but weights 2"),
+    "bias-shape": ((X, W, [B[0], B[0]]), ValueError, r"biases\[1\] \(3,\) is not the out_features of weights\[1\]"),
+    "dtype": ((X, [W[0], W[1].double()], B), ValueError, r"weights\[1\] is torch.float64, but x torch.float32"),
+    "activation": ((X, W, B, "gelu"), ValueError, "activation must be one of .*, not 'gelu'"),
+    "output": ((X, W, B, "sigmoid", "gelu"), ValueError, "activation must be one of .*, not 'gelu'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        mlp_act(*arguments)
+
+
+def test_impl():
+    with pytest.raises(ValueError, match=r"impl must be one of .*, not 'cuda'"):
+        mlp_act(X, W, B, impl="cuda")
+    torch.testing.assert_close(mlp_act(X, W, B, impl="torch"), plain(X, W, B))
+    if KERNELS is None:
+        with pytest.raises(NotImplementedError, match="interpreter"):
+            mlp_act(X, W, B, impl="triton")
+        with pytest.raises(NotImplementedError, match="interpreter"):
+            mlp_sigmoid_bce(X, W, B, torch.ones(4, 2), impl="triton")
+
+
+# --- binary cross entropy ----------------------------------------------------------------------------------------
+
+
+def bce(net, target, pos_weight=None, reduction="mean", impl=None):
+    def network(x, weights, biases):
+        return mlp_sigmoid_bce(x, weights, biases, target, pos_weight=pos_weight, reduction=reduction, impl=impl)
+
+    return network
+
+
+def torch_bce(net, target, pos_weight=None, reduction="mean"):
+    def network(x, weights, biases):
+        z = plain(x, weights, biases, output="identity")
+        weight = None if pos_weight is None else pos_weight.to(z.dtype)
+        return F.binary_cross_entropy_with_logits(z, target.to(z.dtype), pos_weight=weight, reduction=reduction)
+
+    return network
+
+
+BCE_PATHS = paths("aten", "layers", "explicit", "kernel", "segments")
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "pos_weight"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
+@pytest.mark.parametrize("path", BCE_PATHS)
+def test_bce(path, dtype, reduction, weighted, take):
+    impl = take(path)
+    net = Net((7, 20, 3), dtype=dtype)
+    target = torch.rand(40, 3, device=DEVICE).to(dtype)
+    pos_weight = torch.tensor([0.3, 1.0, 8.0], device=DEVICE, dtype=dtype) if weighted else None
+    dy = net.dy if reduction == "none" else torch.tensor(0.7, device=DEVICE)
+    options = (target, pos_weight, reduction)
+    check(net, bce(net, *options, impl), torch_bce(net, *options), dy)
+
+
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("path", BCE_PATHS)
+def test_bce_has_the_dtype_of_torch(path, autocast, target_dtype, take):
+    impl = take(path)
+    net = Net((7, 20, 3))
+    target = torch.rand(40, 3, device=DEVICE).to(target_dtype)
+    if target_dtype is torch.float64 and impl == "triton":
+        with pytest.raises(NotImplementedError, match=r"target is torch\.float64"):
+            bce(net, target, impl=impl)(*net.split(net.tensors))
+        impl = None
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        loss = bce(net, target, impl=impl)(*net.split(net.tensors))
+        z = plain(*net.split(net.tensors), output="identity")
+        expected = F.binary_cross_entropy_with_logits(z, target)
+    assert loss.dtype is expected.dtype
+    torch.testing.assert_close(loss, expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("path", BCE_PATHS)
+def test_bce_second_order(path, take):
+    impl = take(path)
+    net = Net((5, 8, 2), m=12)
+    target = torch.rand(12, 2, device=DEVICE)
+    net.dy = torch.tensor(0.7, device=DEVICE)
+    options = (target, torch.tensor([0.5, 3.0], device=DEVICE), "sum")
+    for a, e in zip(penalty(net, bce(net, *options, impl)), penalty(net, torch_bce(net, *options)), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", paths("explicit", "kernel"))
+def test_gradients_of_targets(path, take):
+    # Nobody's fast path, but nobody's zero either.
+    take(path)
+    net = Net((5, 8, 2), m=12)
+    target = torch.rand(12, 2, device=DEVICE, requires_grad=True)
+    pos_weight = torch.tensor([0.5, 3.0], device=DEVICE)
+    results = []
+    for make in (bce, torch_bce):
+        loss = make(net, target, pos_weight)(*net.split(net.tensors))
+        results.append(torch.autograd.grad(loss, target))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("path", paths("aten", "kernel"))
+def test_bce_leading_shapes(path, take):
+    impl = take(path)
+    for leading in ((), (2, 3)):
+        x, weight = torch.randn(*leading, 5, device=DEVICE), torch.randn(2, 5, device=DEVICE)
+        target = torch.rand(*leading, 2, device=DEVICE)
+        for reduction in ("mean", "none"):
+            loss = linear_sigmoid_bce(x, weight, None, target, reduction=reduction, impl=impl)
+            expected = F.binary_cross_entropy_with_logits(F.linear(x, weight), target, reduction=reduction)
+            torch.testing.assert_close(loss, expected)
+
+
+def test_where_sigmoid_and_bce_differ():
+    # The differences that the docstring promises.
+    z = torch.tensor([20.0, -120.0, 120.0], device=DEVICE)
+    x, one = z[:, None].requires_grad_(), torch.ones(1, 1, device=DEVICE)
+    target = torch.tensor([[0.0], [1.0], [1.0]], device=DEVICE)
+    loss = linear_sigmoid_bce(x, one, None, target, reduction="none")
+    torch.testing.assert_close(loss.flatten(), torch.tensor([20.0, 120.0, 0.0], device=DEVICE))
+    (dx,) = torch.autograd.grad(loss.sum(), x)
+    torch.testing.assert_close(dx.flatten(), torch.tensor([1.0, -1.0, 0.0], device=DEVICE))
+    other = F.binary_cross_entropy(torch.sigmoid(x), target, reduction="none")
+    torch.testing.assert_close(other.flatten(), torch.tensor([100.0, 100.0, 0.0], device=DEVICE))
+    (dx,) = torch.autograd.grad(other.sum(), x)
+    assert dx.flatten().tolist() == [0.0, 0.0, 0.0]
+
+
+def test_head_is_a_linear():
+    torch.manual_seed(1)
+    linear = nn.Linear(5, 2).to(DEVICE)
+    torch.manual_seed(1)
+    pos_weight = torch.tensor([0.5, 3.0])
+    head = LinearSigmoidBCELoss(5, 2, pos_weight=pos_weight, reduction="sum").to(DEVICE)
+    assert isinstance(head, nn.Linear)
+    assert list(head.state_dict()) == ["weight", "bias"]
+    linear.load_state_dict(head.state_dict(), strict=True)
+    x, target = torch.randn(7, 5, device=DEVICE), torch.rand(7, 2, device=DEVICE)
+    torch.testing.assert_close(head.predict(x), torch.sigmoid(linear(x)))
+    criterion = nn.BCEWithLogitsLoss(pos_weight=pos_weight.to(DEVICE), reduction="sum")
+    loss, expected = head(x, target), criterion(linear(x), target)
+    torch.testing.assert_close(loss, expected)
+    actual = torch.autograd.grad(loss, list(head.parameters()))
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, list(linear.parameters())))
+    with pytest.raises(ValueError, match="reduction must be one of none, mean, sum, not 'max'"):
+        LinearSigmoidBCELoss(5, 2, reduction="max")
+
+
+@pytest.mark.parametrize("sizes", [(4, 1), (4, 8, 3)], ids=str)
+def test_loss_of_a_model(sizes, take):
+    take(WHOLE)
+    model, twin = model_pair(sizes)
+    x, target = torch.randn(7, 4, device=DEVICE), torch.rand(7, sizes[-1], device=DEVICE)
+    loss = model.bce_loss(x, target, reduction="sum")
+    expected = F.binary_cross_entropy(twin(x), target, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    actual = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, list(twin.parameters())), rtol=1e-4, atol=1e-5)
+
+
+def test_loss_of_a_model_that_has_none():
+    x, target = torch.randn(7, 4), torch.rand(7, 3)
+    with pytest.raises(NotImplementedError, match="sigmoid"):
+        MLP([4, 8, 3], output_activation="identity").bce_loss(x, target)
+    model = MLP([4, 8, 3])
+    model[2].register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match="plain layers"):
+        model.bce_loss(x, target)
+
+
+T = torch.ones(4, 2)
+BCE_ERRORS = {
+    "target-type": (dict(target=[1.0]), TypeError, "target must be a Tensor, not list"),
+    "target-dtype": (dict(target=T.long()), ValueError, r"target must be floating, not torch\.int64"),
+    "target-shape": (dict(target=T[:, :1]), ValueError, r"target \(4, 1\) has not the shape of the output \(4, 2\)"),
+    "reduction": (dict(target=T, reduction="max"), ValueError, "reduction must be one of none, mean, sum, not 'max'"),
+    "pos_weight": (dict(target=T, pos_weight=torch.ones(3)), ValueError, r"pos_weight \(3,\) does not fit the output"),
+    "pos_weight-type": (dict(target=T, pos_weight=2.0), TypeError, "pos_weight must be a Tensor, not float"),
+    "weight": (
+        dict(target=T, weights=W[::-1]),
+        ValueError,
+        r"x \(4, 5\) does not end in the in_features of weights\[0\]",
+    ),
+    "activation": (dict(target=T, activation="gelu"), ValueError, "activation must be one of"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BCE_ERRORS.values(), ids=BCE_ERRORS)
+def test_bce_errors(arguments, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        mlp_sigmoid_bce(**{"x": X, "weights": W, "biases": B} | arguments)
+
+
+def test_errors_of_one_layer_name_its_arguments():
+    with pytest.raises(ValueError, match=r"^x \(4, 5\) does not end in the in_features of weight \(2, 3\)$"):
+        linear_sigmoid_bce(X, W[1], B[1], T)
+    with pytest.raises(ValueError, match=r"^bias \(3,\) is not the out_features of weight \(2, 5\)$"):
+        linear_sigmoid_bce(X, torch.ones(2, 5), B[0], T)
+
+
+def test_plans_of_losses():
+    h200 = Device("cuda", arch=90, units=132, triton=True)
+    for widths, segments in (((2, 2, 1), 1), ((64, 1), 1), ((64, 64, 64, 1), 2)):
+        plan = planning.mlp_bwd(4096, widths, "bfloat16", "ieee", h200, loss=True)
+        assert (plan.impl, len(plan.segments)) == ("fused", segments)
+    # One program covers a small batch: one launch forward, one back.
+    plans = (
+        planning.mlp_fwd(4, (2, 2, 1), "float32", "ieee", h200, loss=True),
+        planning.mlp_bwd(4, (2, 2, 1), "float32", "ieee", h200, loss=True),
+    )
+    assert [segment.programs for plan in plans for segment in plan.segments] == [1, 1]

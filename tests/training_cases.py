@@ -1,0 +1,135 @@
+"""The networks, losses and optimizers that whole training loops are tested with, and the loop that they must equal."""
+
+import contextlib
+import itertools
+
+import torch
+from torch import nn
+
+from perceptriton.mlp import MLP
+
+XOR_X = ((0, 0), (0, 1), (1, 0), (1, 1))
+XOR_Y = ((0,), (1,), (1,), (0,))
+
+# name: (sizes, hidden, output, bias, samples): why
+NETS = {
+    "xor": ((2, 2, 1), "sigmoid", "sigmoid", True, 4),
+    "deep": ((2, 10, 10, 10, 1), "sigmoid", "sigmoid", True, 4),
+    "one-layer": ((3, 2), "sigmoid", "sigmoid", True, 5),  # nothing to propagate
+    "tanh": ((4, 6, 3), "tanh", "sigmoid", True, 7),
+    "relu-bare": ((5, 8, 8, 2), "relu", "sigmoid", False, 9),  # no column for a bias
+    "linear": ((3, 4, 2), "identity", "sigmoid", True, 6),
+    "medium": ((32, 64, 5), "sigmoid", "sigmoid", True, 64),  # a matrix for each layer
+}
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.5),
+    "sgd-decay": lambda p: torch.optim.SGD(p, lr=0.5, weight_decay=0.01),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9),
+    "momentum-decay": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9, weight_decay=0.01),
+    "dampening": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.8, dampening=0.3, weight_decay=0.01),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.02),
+    "adam-decay": lambda p: torch.optim.Adam(p, lr=0.02, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.05),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
+}
+STATEFUL = ("momentum", "nesterov", "adam", "adamw")
+
+# name: (criterion, output activation)
+LOSSES = {
+    "bce": (nn.BCELoss(), "sigmoid"),
+    "bce-sum": (nn.BCELoss(reduction="sum"), "sigmoid"),
+    "logits": (nn.BCEWithLogitsLoss(), "identity"),
+    "logits-sum": (nn.BCEWithLogitsLoss(reduction="sum"), "identity"),
+    "mse-sigmoid": (nn.MSELoss(), "sigmoid"),
+    "mse-tanh": (nn.MSELoss(), "tanh"),
+    "mse-relu": (nn.MSELoss(), "relu"),
+    "mse-sum": (nn.MSELoss(reduction="sum"), "identity"),
+}
+
+
+@contextlib.contextmanager
+def quick():
+    """One thread: torch's own small steps take many times as long where two wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def xor(dtype=torch.float32):
+    return torch.tensor(XOR_X, dtype=dtype), torch.tensor(XOR_Y, dtype=dtype)
+
+
+def make_net(name, dtype=torch.float64, seed=0):
+    """A network with pre-activations of std 1 to 2, and data for it.
+
+    The gradients of a default-initialized sigmoid net are so small that a loop which does nothing passes.
+    """
+    sizes, hidden, output, bias, samples = NETS[name]
+    return make(sizes, hidden, output, bias, samples, dtype, seed)
+
+
+def make(sizes, hidden, output, bias, samples, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    model = MLP(sizes, hidden, output, bias, dtype=dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(1.4 * normal(*p.shape) / p.shape[1] ** 0.5 if p.dim() == 2 else 0.5 * normal(*p.shape))
+    y = torch.rand(samples, sizes[-1], generator=generator, dtype=torch.float64).to(dtype)
+    return model, normal(samples, sizes[0]), y
+
+
+def ordinary(model, x, y, criterion, optimizer, steps, batch_size=None, generator=None, log_every=1):
+    """The loop that everyone writes; losses before the update of every log_every-th step."""
+    losses = []
+    batches = iter(())
+    for step in range(steps):
+        if batch_size is None:
+            rows = slice(None)
+        else:
+            rows = next(batches, None)
+            if rows is None:
+                batches = iter(torch.randperm(len(x), generator=generator).split(batch_size))
+                rows = next(batches)
+        optimizer.zero_grad()
+        loss = criterion(model(x[rows]), y[rows])
+        if step % log_every == 0:
+            losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+    for p in model.parameters():
+        p.grad = None
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def relative(actual, expected):
+    """|actual - expected| / |expected| over all tensors together, in fp64."""
+    actual, expected = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (actual, expected))
+    assert actual.shape == expected.shape
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def state_of(optimizer):
+    """(names and shapes, values) of everything that the optimizer has stored."""
+    entries = [
+        sorted(optimizer.state[p].items()) for g in optimizer.param_groups for p in g["params"] if p in optimizer.state
+    ]
+    flat = list(itertools.chain.from_iterable(entries))
+    return [(name, v.shape, v.dtype, v.device, v.requires_grad) for name, v in flat], [v for _, v in flat]
+
+
+def assert_same_state(actual, expected, bound):
+    """The same entries of the same kinds, and the same values but for rounding."""
+    kinds, values = state_of(actual)
+    expected_kinds, expected_values = state_of(expected)
+    assert kinds == expected_kinds
+    assert actual.state_dict()["param_groups"] == expected.state_dict()["param_groups"]
+    if values:
+        assert relative(values, expected_values) <= bound
