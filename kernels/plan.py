@@ -498,7 +498,7 @@ LANE_NETWORKS = 32
 
 # The longest network that one program trains without a spill, by its widest layer and by the tensors of state: layers
 # of that width, of which one from k to n counts as the geometric mean of the two.
-BLOCK_LAYERS = {16: (8, 8, 6), 32: (4, 4, 3), 64: (2, 1.25, 1.25)}
+BLOCK_LAYERS = {16: (8, 8, 6), 32: (4, 4, 3), 64: (1.25, 1.25, 1.21)}
 
 # Cycles of one network's step, read off the schedules of the compiled loops: of a lane per parameter and sample, of a
 # block per layer and tile of samples. Not yet measured.
@@ -577,8 +577,8 @@ def _block(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[fl
     layers = sum((k * n) ** 0.5 for k, n in itertools.pairwise(padded)) / widest
     if layers > BLOCK_LAYERS[widest][_states(recipe)]:
         return 0, TrainPlan("torch", f"{'-'.join(map(str, recipe.widths))} with this optimizer spills in a block")
-    # Longer networks of the widest layers have room for fewer samples beside them.
-    rows = 16 if batch <= 16 or (widest == 64 and layers > 1.25) else 32
+    # Beside the widest layers there is room for fewer samples.
+    rows = 16 if batch <= 16 or widest == 64 else 32
     num_warps = 4 if widest == rows == 16 else 8
     waves = max(1.0, members / (12 // num_warps * device.units))
     reason = "one network per program, on chip for the whole loop"

@@ -28,8 +28,9 @@ def plan(widths, members=1, samples=4, batch_size=4, device=H200, dtype="float32
         ((2, 10, 10, 10, 1), ADAM, "block"),
         ((32, 64, 5), {}, "block"),
         ((32, 64, 5), ADAM, "block"),
-        ((2, 64, 64, 1), {}, "block"),
-        ((2, 64, 64, 1), ADAM, "torch"),
+        ((2, 64, 9, 9), {}, "block"),
+        ((2, 64, 9, 9), ADAM, "torch"),
+        ((2, 64, 64, 1), {}, "torch"),
         ((64, 64, 64, 10), {}, "torch"),
         ((784, 32, 10), {}, "torch"),
     ],
@@ -63,7 +64,8 @@ def test_a_block_takes_as_many_samples_as_the_batch_has_and_as_fit_beside_the_we
     assert plan((2, 10, 10, 1), samples=64, batch_size=17).rows == 32
     # A batch is never larger than the samples there are.
     assert plan((2, 10, 10, 1), samples=9, batch_size=64).rows == 16
-    assert plan((2, 64, 64, 1), samples=64, batch_size=64).rows == 16
+    assert plan((2, 10, 10, 1), samples=64, batch_size=None).rows == 32
+    assert plan((32, 64, 5), samples=64, batch_size=64).rows == 16
 
 
 @pytest.mark.parametrize(
