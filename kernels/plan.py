@@ -493,7 +493,7 @@ class TrainPlan:
 # The most parameters of a network that one lane trains, by the tensors of state that the optimizer keeps for each.
 # Registers would take some more; the compiler's time, which grows faster than the code that is unrolled, would not.
 LANE_PARAMETERS = (49, 33, 17)
-LANE_FEW = 17  # parameters up to which four samples are unrolled; else two
+LANE_UNROLLED = 68  # parameters times samples
 LANE_NETWORKS = 32
 
 # The longest network that one program trains without a spill, by its widest layer and by the tensors of state: layers
@@ -564,7 +564,9 @@ def _lane(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[flo
     # Some warps per scheduler hide each other's latency; beyond that they wait for each other.
     waves = max(1.0, members / (LANE_NETWORKS * 8 * device.units))
     reason = f"{parameters} parameters: one network per lane, in registers for the whole loop"
-    plan = TrainPlan("lane", reason, 4 if parameters <= LANE_FEW else 2, LANE_NETWORKS, 1)
+    # Four samples at a time, two, or one.
+    rows = next((rows for rows in (4, 2) if rows * parameters <= LANE_UNROLLED), 1)
+    plan = TrainPlan("lane", reason, rows, LANE_NETWORKS, 1)
     return LANE_CYCLES * parameters * batch * waves, plan
 
 
