@@ -106,19 +106,19 @@ def sgd(p, g, m, v, numbers, hyper):
 
 @triton.jit
 def momentum_numbers(t, lr, hyper):
-    # The first step sets the buffer to the gradient itself, undamped.
-    return lr, tl.where(t == 1, 0.0, hyper[0]), tl.where(t == 1, 1.0, hyper[1])
+    # The first step sets the buffer, which is 0 before it, to the gradient itself, undamped.
+    return lr, tl.where(t == 1, 1.0, hyper[1])
 
 
 @triton.jit
 def momentum(p, g, m, v, numbers, hyper):
-    m = numbers[1] * m + numbers[2] * g
+    m = hyper[0] * m + numbers[1] * g
     return p - numbers[0] * m, m, v
 
 
 @triton.jit
 def nesterov(p, g, m, v, numbers, hyper):
-    m = numbers[1] * m + numbers[2] * g
+    m = hyper[0] * m + numbers[1] * g
     return p - numbers[0] * (g + hyper[0] * m), m, v
 
 
