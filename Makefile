@@ -79,7 +79,8 @@ clean: ## remove everything that make made
 # --- tests -------------------------------------------------------------------------------------------------
 
 # On a GPU `make cuda` runs them.
-KERNEL_TESTS := tests/test_kernels.py tests/test_mlp_kernels.py tests/test_networks.py
+KERNEL_TESTS := tests/test_kernels.py tests/test_mlp_kernels.py tests/test_networks.py tests/test_training_kernels.py
+COMPILE_TESTS := tests/test_compile.py tests/test_mlp_compile.py tests/test_training_compile.py
 
 .PHONY: test test-start test-all test-kernels test-old-triton test-deterministic test-benches
 test: test-start test-all test-kernels test-old-triton test-deterministic test-benches ## everything that needs no GPU
@@ -91,8 +92,9 @@ test-start: $(READY)
 	@: > $(SUMMARY)
 
 test-all: $(READY)
-	$(call step,everything on the CPU,$(PYTEST) --ignore tests/test_compile.py --ignore tests/test_mlp_compile.py)
+	$(call step,everything on the CPU,$(PYTEST) $(COMPILE_TESTS:%=--ignore %))
 	$(call step,compile-only: aligned tiles,$(PYTEST) tests/test_compile.py -k 'not ragged')
+	$(call step,compile-only: training loops,$(PYTEST) tests/test_training_compile.py -k 'not states')
 
 test-kernels: $(READY)
 	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS))
@@ -114,8 +116,8 @@ PART := sm_90 and half and 64x64
 
 .PHONY: test-tiles
 test-tiles: $(OVERLAY)/.ready ## compile every tile on both tritons (minutes)
-	$(PYTEST) -q tests/test_compile.py tests/test_mlp_compile.py
-	PYTHONPATH=$(OVERLAY) $(PYTEST) -q tests/test_compile.py tests/test_mlp_compile.py
+	$(PYTEST) -q $(COMPILE_TESTS)
+	PYTHONPATH=$(OVERLAY) $(PYTEST) -q $(COMPILE_TESTS)
 
 test-deterministic: $(READY)
 	$(call step,deterministic: layers and networks,$(PYTEST) --deterministic tests/test_functional.py tests/test_networks.py)

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
 # Bytes of shared memory that one program may use, by chip generation (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -28,13 +28,17 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program takes. `opcodes` counts machine instructions by name, as in {"HGMMA": 4, "MUFU": 64}."""
+    """What one program takes. `opcodes` counts machine instructions by name, as in {"HGMMA": 4, "MUFU": 64}.
+
+    `loop_opcodes` counts those from the first loop's head to the last loop's end.
+    """
 
     registers: int  # per thread
     stack: int  # bytes per thread; anything but 0 is a spill
     shared: int  # bytes
     num_warps: int
     opcodes: dict[str, int]
+    loop_opcodes: dict[str, int]
     cubin: bytes
     ttgir: str  # the compiler's last representation in which dots and transposes are still operations
 
@@ -82,32 +86,32 @@ def compile_for(arch: int, launch: Launch) -> Resources:
     """Compile for sm_<arch> what a launch would compile there.
 
     Ints are specialized as a launch specializes them: 1 becomes a constant, multiples of 16 are known as such.
-    Tensors count as aligned to 16 bytes.
+    Tensors count as aligned to 16 bytes. What the kernel exempts from specialization is exempt here too.
     """
     kernel = launch.kernel
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list] = {}
 
-    def specialize(path: tuple[int, ...], value: Any, constexpr: bool) -> Any:
+    def specialize(path: tuple[int, ...], value: Any, parameter: Any) -> Any:
         """The type of one argument, or of one element of a tuple of arguments."""
-        if isinstance(value, tuple) and not constexpr:
-            return tuple(specialize((*path, i), element, False) for i, element in enumerate(value))
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            return tuple(specialize((*path, i), element, parameter) for i, element in enumerate(value))
         if isinstance(value, Tensor):
-            attributes[path] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[path] = [["tt.divisibility", 16]]
             return "*" + POINTERS[value.dtype]
-        if type(value) is float and not constexpr:
+        if type(value) is float and not parameter.is_constexpr:
             return "fp32"
-        if type(value) is int and not constexpr and value != 1:
-            if value % 16 == 0:
+        if type(value) is int and not parameter.is_constexpr and (value != 1 or parameter.do_not_specialize):
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[path] = [["tt.divisibility", 16]]
             return "i32" if abs(value) < 2**31 else "i64"
         constants[path] = value
         return "constexpr"
 
-    constexpr = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    for index, name in enumerate(kernel.arg_names):
-        signature[name] = specialize((index,), launch.arguments[name], name in constexpr)
+    for index, parameter in enumerate(kernel.params):
+        signature[parameter.name] = specialize((index,), launch.arguments[parameter.name], parameter)
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
@@ -120,16 +124,26 @@ def compile_for(arch: int, launch: Launch) -> Resources:
         usage = _cuobjdump("--dump-resource-usage", file.name)
         code = _cuobjdump("-sass", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # pyright: ignore
-    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", code))
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(.*?);", code)
+    instructions = [(int(address, 16), name, rest) for address, name, rest in lines]
+    # A loop ends in a jump back to its head.
+    jumps = [(int(to[1], 16), at) for at, name, rest in instructions if name == "BRA" and (to := _target(rest))]
+    loops = [(head, end) for head, end in jumps if head < end]
+    begin, end = min((head for head, _ in loops), default=0), max((end for _, end in loops), default=-1)
     return Resources(
         registers,
         stack,
         compiled.metadata.shared,
         compiled.metadata.num_warps,
-        dict(opcodes),
+        dict(Counter(name for _, name, _ in instructions)),
+        dict(Counter(name for at, name, _ in instructions if begin <= at <= end)),
         cubin,
         compiled.asm["ttgir"],
     )
+
+
+def _target(operands: str) -> re.Match[str] | None:
+    return re.search(r"0x([0-9a-f]+)", operands)
 
 
 @functools.cache

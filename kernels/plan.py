@@ -477,12 +477,36 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """One choice of a training loop: "lane" or "block" (Triton), or "torch" (`loop.py`)."""
+    """How a whole training loop runs.
+
+    `impl` is "lane" (one kernel for all steps of `networks` networks per program, one per lane), "block" (one kernel
+    for all steps, one network per program) or "torch" (`loop.py`, step by step).
+    """
 
     impl: str
     reason: str
+    rows: int = 0  # samples that a kernel takes at a time
+    networks: int = 1  # per program
+    num_warps: int = 1
 
 
+# The most parameters of a network that one lane trains, by the tensors of state that the optimizer keeps for each.
+# Registers would take some more; the compiler's time, which grows faster than the code that is unrolled, would not.
+LANE_PARAMETERS = (49, 33, 17)
+LANE_UNROLLED = 68  # parameters times samples
+LANE_NETWORKS = 32
+
+# The longest network that one program trains without a spill, by its widest layer and by the tensors of state: layers
+# of that width, of which one from k to n counts as the geometric mean of the two.
+BLOCK_LAYERS = {16: (8, 8, 6), 32: (4, 4, 3), 64: (1.25, 1.25, 1.21)}
+
+# Cycles of one network's step, read off the schedules of the compiled loops: of a lane per parameter and sample, of a
+# block per layer and tile of samples. Not yet measured.
+LANE_CYCLES = 9
+BLOCK_CYCLES = {16: 600, 32: 1300, 64: 2800}
+
+
+@functools.lru_cache(maxsize=4096)
 def train(
     members: int,
     samples: int,
@@ -492,14 +516,76 @@ def train(
     device: Device,
     impl: str | None = None,
 ) -> TrainPlan:
-    """The plan for training `members` networks on `samples` samples each. batch_size: None for full batch."""
+    """The plan for training `members` networks of one recipe on `samples` samples each.
+
+    batch_size: None for all samples. impl: "lane" or "block" asks for that one; the plan says "torch", and why, where
+    it cannot be had.
+    """
+    if reason := _no_loop(members, samples, recipe, dtype, device):
+        return TrainPlan("torch", reason)
     if impl == "torch":
         return TrainPlan("torch", 'impl="torch"')
-    if reason := refusal(samples, max(recipe.widths), 1, dtype, device):
-        return TrainPlan("torch", reason)
+    batch = min(batch_size or samples, samples)
+    options = {"lane": _lane(members, batch, recipe, device), "block": _block(members, batch, recipe, device)}
+    if impl in options:
+        options = {impl: options[impl]}
+    plans = [option for option in options.values() if option[1].impl != "torch"]
+    if not plans:
+        return TrainPlan("torch", "; ".join(plan.reason for _, plan in options.values()))
+    return min(plans, key=lambda option: option[0])[1]
+
+
+def _no_loop(members: int, samples: int, recipe: Recipe, dtype: str, device: Device) -> str | None:
+    """Why no kernel runs the whole loop, whatever its tile, or None."""
+    if 0 in (members, samples, *recipe.widths):
+        return EMPTY
     if device.kind == "cpu" and not device.triton:
-        return TrainPlan("torch", "no kernels for the CPU")
-    return TrainPlan("torch", "no kernel trains this network")
+        return "no kernels for the CPU"
+    if dtype != "float32":
+        return f"{dtype}: whole loops take float32"
+    if reason := refusal(1, 1, 1, dtype, device):
+        return reason
+    if recipe.optimizer != "sgd" and recipe.eps < 1e-30:
+        return f"eps {recipe.eps}: padded parameters would divide 0 by 0"
+    return None
+
+
+def _states(recipe: Recipe) -> int:
+    """Tensors of state that the optimizer keeps for each parameter."""
+    return 2 if recipe.optimizer != "sgd" else 1 if recipe.momentum else 0
+
+
+def _lane(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[float, TrainPlan]:
+    """(cycles of all members' steps, plan), of impl "torch" where lanes cannot do it."""
+    parameters = sum(n * (k + recipe.bias) for k, n in itertools.pairwise(recipe.widths))
+    limit = LANE_PARAMETERS[_states(recipe)]
+    if parameters > limit:
+        return 0, TrainPlan("torch", f"{parameters} parameters: a lane holds {limit} with this optimizer")
+    # Some warps per scheduler hide each other's latency; beyond that they wait for each other.
+    waves = max(1.0, members / (LANE_NETWORKS * 8 * device.units))
+    reason = f"{parameters} parameters: one network per lane, in registers for the whole loop"
+    # Four samples at a time, two, or one.
+    rows = next((rows for rows in (4, 2) if rows * parameters <= LANE_UNROLLED), 1)
+    plan = TrainPlan("lane", reason, rows, LANE_NETWORKS, 1)
+    return LANE_CYCLES * parameters * batch * waves, plan
+
+
+def _block(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[float, TrainPlan]:
+    """(cycles of all members' steps, plan), of impl "torch" where blocks cannot do it."""
+    padded = [max(_next_power_of_2(width), 16) for width in recipe.widths]
+    widest = max(padded)
+    if widest not in BLOCK_LAYERS:
+        return 0, TrainPlan("torch", f"a width of {max(recipe.widths)}: blocks take {max(BLOCK_LAYERS)}")
+    layers = sum((k * n) ** 0.5 for k, n in itertools.pairwise(padded)) / widest
+    if layers > BLOCK_LAYERS[widest][_states(recipe)]:
+        return 0, TrainPlan("torch", f"{'-'.join(map(str, recipe.widths))} with this optimizer spills in a block")
+    # Beside the widest layers there is room for fewer samples.
+    rows = 16 if batch <= 16 or widest == 64 else 32
+    num_warps = 4 if widest == rows == 16 else 8
+    waves = max(1.0, members / (12 // num_warps * device.units))
+    reason = "one network per program, on chip for the whole loop"
+    plan = TrainPlan("block", reason, rows, 1, num_warps)
+    return BLOCK_CYCLES[widest] * layers * _cdiv(batch, rows) * waves, plan
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from compiling import compile_selected
+from compiling import DOTS, compile_selected, dangerous_dots, launch_signature
 
 triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -173,42 +173,6 @@ def test_a_spilling_tile_is_seen():
 
 # --- the product that was miscompiled -----------------------------------------------------------------------------
 
-DOTS = ("tt.dot", "ttng.warp_group_dot", "ttng.tc_gen5_mma")
-
-
-def dangerous_dots(ttgir):
-    """Dots whose left operand is the transpose, in registers, of something that came from another dot.
-
-    triton 3.4.0-3.7.0 miscompile them on Hopper. Between the transpose and the dot there may be conversions, arithmetic
-    and a round trip through shared memory.
-    """
-    definitions = {}
-    for line in ttgir.splitlines():
-        if found := re.match(r'\s*(%\w+)(?::\d+)? = "?([\w.]+)"?(.*)', line):
-            definitions[found[1]] = (found[2], re.findall(r"%\w+", found[3]))
-
-    def reaches(value, stops, goal, seen):
-        """Whether following operands back from `value`, not past `stops`, arrives at an op that is a goal."""
-        if value in seen or value not in definitions:
-            return False
-        seen.add(value)
-        op, operands = definitions[value]
-        if goal(op, operands):
-            return True
-        return op not in stops and any(reaches(operand, stops, goal, seen) for operand in operands)
-
-    def from_dot(op, operands):
-        return op in DOTS
-
-    def transposed_dot(op, operands):
-        return op == "tt.trans" and any(reaches(operand, ("tt.load",), from_dot, set()) for operand in operands)
-
-    return [
-        value
-        for value, (op, operands) in definitions.items()
-        if op in DOTS and operands and reaches(operands[0], (*DOTS, "tt.load"), transposed_dot, set())
-    ]
-
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[1] == "mlp_bwd" and case[2] != "ieee"])
 def test_no_product_of_a_transposed_product(name, compiled):
@@ -241,21 +205,6 @@ def test_a_transposed_product_is_seen(size):
 # --- what is compiled here is what a launch compiles ----------------------------------------------------------------
 
 
-def _launch_signature(launch):
-    """Types, constants and attributes that triton's own launch code derives from the arguments."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    kernel = launch.kernel
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    keywords = launch.arguments | launch.options | {"debug": False, "instrumentation_mode": ""}
-    bound, specialization, options = binder(**keywords)
-    _, types, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
-    return types, constants, {path: value for path, value in attributes.items() if value}
-
-
 @pytest.mark.parametrize("op", ["mlp_infer", "mlp_fwd", "mlp_bwd"])
 @pytest.mark.parametrize("loss", [False, True], ids=["", "loss"])
 def test_ahead_of_time_is_what_a_launch_compiles(op, loss, monkeypatch):
@@ -271,17 +220,10 @@ def test_ahead_of_time_is_what_a_launch_compiles(op, loss, monkeypatch):
     launches = _launches(op, "half", widths, rows, plan, loss=loss)
     assert launches
     for launch in launches:
-        # Tensors on a device that has addresses; "meta" has none.
-        def real(value):
-            if isinstance(value, tuple):
-                return tuple(map(real, value))
-            return torch.empty_like(value, device="cpu") if isinstance(value, torch.Tensor) else value
-
-        arguments = {name: real(value) for name, value in launch.arguments.items()}
         with pytest.raises(StopIteration):
             aot.compile_for(90, launch)
         source = sources.pop()
-        types, constants, attributes = _launch_signature(aot.Launch(launch.kernel, arguments, launch.options))
+        types, constants, attributes = launch_signature(launch)
         assert source.signature == types
         assert source.constants == constants
         assert source.attrs == attributes

@@ -1,0 +1,205 @@
+"""Compile-only: the training loops that a plan can pick, compiled ahead of time for their chips, with gates.
+
+No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource table is printed with -rA or -s.
+"""
+
+import dataclasses
+import itertools
+import os
+
+import pytest
+import torch
+from compiling import DOTS, compile_selected, dangerous_dots, launch_signature
+
+triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
+
+from perceptriton.kernels import Device, aot, training  # noqa: E402
+from perceptriton.kernels import plan as planning  # noqa: E402
+from perceptriton.kernels.plan import Recipe, TrainPlan  # noqa: E402
+
+CHIPS = {80: Device("cuda", 80, 108, triton=True), 90: Device("cuda", 90, 132, triton=True)}
+
+# By the tensors of state they keep, with weight decay, which takes a few registers more than without.
+OPTIMIZERS = (
+    {"weight_decay": 0.1},
+    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    {"optimizer": "adamw", "weight_decay": 0.1},
+)
+# tanh is the activation that takes most registers.
+TANH = {"hidden": "tanh", "output": "tanh", "loss": "mse"}
+
+
+def _recipe(widths, states, **options):
+    return Recipe(widths, **{**TANH, **OPTIMIZERS[states], **options})
+
+
+def _cases():
+    """(arch, recipe, members, samples, batch_size, ordered, impl) by name.
+
+    Each limit of the plans is compiled at its edge, streaming minibatches, which takes more registers than samples that
+    stay on chip; the nets that everyone trains are compiled as they are.
+    """
+    for arch in CHIPS:
+        yield f"sm_{arch}-lane-xor", (arch, Recipe((2, 2, 1)), 1, 4, 4, False, "lane")
+        yield f"sm_{arch}-block-xor-deep", (arch, Recipe((2, 10, 10, 10, 1)), 1, 4, 4, False, "block")
+        yield f"sm_{arch}-block-digits", (arch, Recipe((32, 64, 5)), 1, 1024, 256, True, "block")
+        for states, widths in enumerate(LANE_EDGES):
+            yield f"sm_{arch}-lane-{states}-states", (arch, _recipe(widths, states), 9999, 100, 10, True, "lane")
+        for states, edges in enumerate(BLOCK_EDGES):
+            for widths in edges:
+                name = "-".join(map(str, widths))
+                yield (
+                    f"sm_{arch}-block-{states}-states-{name}",
+                    (arch, _recipe(widths, states), 3, 99, 64, True, "block"),
+                )
+    deep = (2, 10, 10, 10, 1)
+    yield "sm_90-lane-xor-adam", (90, Recipe((2, 2, 1), optimizer="adam"), 1, 4, 4, False, "lane")
+    yield "sm_90-lane-xor-minibatches", (90, Recipe((2, 2, 1)), 1, 99, 4, True, "lane")
+    yield "sm_90-block-xor-deep-adam", (90, Recipe(deep, optimizer="adam"), 1, 4, 4, False, "block")
+    yield "sm_90-block-xor-deep-nesterov", (90, Recipe(deep, momentum=0.9, nesterov=True), 1, 4, 4, False, "block")
+    yield "sm_90-block-small-batch", (90, _recipe((20,) * 4, 2), 1, 99, 10, True, "block")
+    yield "sm_90-block-no-bias", (90, Recipe(deep, bias=False), 1, 20, 20, False, "block")
+
+
+# The largest networks that a plan lets into a lane, and into a block, by the states of the optimizer.
+LANE_EDGES = ((2, 12, 1), (2, 8, 1), (2, 4, 1))
+BLOCK_EDGES = (
+    ((9,) * 9, (20,) * 5, (32, 64, 5), (9, 64, 9, 9)),
+    ((9,) * 9, (20,) * 5, (32, 64, 5), (9, 20, 9, 20, 9, 20)),
+    ((9,) * 7, (20,) * 4, (32, 64, 5), (9, 40, 32), (60, 60)),
+)
+CASES = dict(_cases())
+
+
+def _plan(case):
+    arch, recipe, members, samples, batch_size, _, impl = case
+    return planning.train(members, samples, batch_size, recipe, "float32", CHIPS[arch], impl)
+
+
+def _launch(case, plan=None, steps=(0, 0, 1000, 10)):
+    """The launch of a case's plan, with a loss trace. steps: start, taken, steps, log_every."""
+    _, recipe, members, samples, batch_size, ordered, _ = case
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    parameters = ()
+    for k, n in itertools.pairwise(recipe.widths):
+        parameters += (empty(members, n, k), empty(members, n)) if recipe.bias else (empty(members, n, k),)
+    first = parameters if recipe.optimizer != "sgd" or recipe.momentum else ()
+    second = parameters if recipe.optimizer != "sgd" else ()
+    data = empty(1, samples, recipe.widths[0]), empty(1, samples, recipe.widths[-1])
+    order = empty(50, samples, dtype=torch.int32) if ordered else None
+    arguments = (recipe, parameters, first, second, empty(members), *data, order, batch_size, *steps)
+    (launch,) = aot.launches(training.train, *arguments, empty(100, members), plan or _plan(case))
+    return launch
+
+
+def _compile(case, arch=None, plan=None):
+    return aot.compile_for(arch or case[0], _launch(case, plan))
+
+
+def _compile_all(case):
+    return [_compile(case)]
+
+
+@pytest.fixture(scope="session")
+def compiled(request):
+    """name -> Resources"""
+    return {name: resources for name, (resources,) in compile_selected(request, CASES, _compile_all).items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_spills_and_fits(name, compiled):
+    resources = compiled[name]
+    assert resources.stack == 0, f"{resources.stack} bytes of stack per thread"
+    assert resources.opcodes.get("LDL", 0) + resources.opcodes.get("STL", 0) == 0
+    assert resources.shared <= aot.SHARED_LIMIT[CASES[name][0]]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loops_load_no_parameters(name, compiled):
+    """From the first loop's head on, memory is read for samples and their order alone."""
+    _, recipe, _, samples, batch_size, ordered, impl = CASES[name]
+    plan = _plan(CASES[name])
+    loads = compiled[name].loop_opcodes.get("LDG", 0)
+    assert compiled[name].opcodes["LDG"] > loads, "no parameters were loaded at all"
+    ends = recipe.widths[0], recipe.widths[-1]
+    if not ordered and batch_size == samples <= plan.rows:
+        assert loads == 0
+    elif impl == "lane":
+        # unrolled in the step, and one sample at a time for the loss; one load of the order for each
+        assert loads <= (plan.rows + 1) * (sum(ends) + 1)
+    else:
+        # the step and the loss: tiles of x and y, spread over the threads, and the order of either
+        threads = 32 * plan.num_warps
+        tiles = sum(-(-max(triton.next_power_of_2(end), 16) * plan.rows // threads) for end in ends)
+        assert loads <= 2 * 2 * tiles
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fp32_products_are_fp32(name, compiled):
+    # On tensor cores they would be TF32 in disguise, and Hopper's were once fed transposed registers wrongly.
+    resources = compiled[name]
+    assert resources.opcodes.get("HMMA", 0) + resources.opcodes.get("HGMMA", 0) == 0
+    assert resources.loop_opcodes["FFMA"] >= 16
+    assert any(op in resources.ttgir for op in DOTS) == (CASES[name][-1] == "block")
+    assert dangerous_dots(resources.ttgir) == []
+    # A transposed operand is read from shared memory in the other order: none is transposed in registers.
+    assert "tt.trans" not in resources.ttgir
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "-states" in name])
+def test_edges_are_edges(name):
+    """A network with one more layer of the same kind is refused."""
+    arch, recipe, *rest = CASES[name]
+    longer = dataclasses.replace(recipe, widths=(*recipe.widths[:-1], *recipe.widths[-2:]))
+    assert _plan(CASES[name]).impl == CASES[name][-1]
+    assert _plan((arch, longer, *rest)).impl == "torch"
+
+
+@pytest.mark.parametrize("impl", ["lane", "block"])
+def test_compiles_for_sm_100(impl):
+    widths = {"lane": (2, 2, 1), "block": (2, 10, 10, 10, 1)}[impl]
+    resources = _compile((90, Recipe(widths), 1, 4, 4, False, impl), arch=100)
+    assert resources.registers > 0
+    assert resources.shared <= aot.SHARED_LIMIT[100]
+
+
+def test_a_spilling_tile_is_seen():
+    # Positive control: 32 x 32 weights, their gradients and Adam's state in four warps.
+    case = (90, _recipe((20,) * 4, 2), 1, 64, 64, False, "block")
+    resources = _compile(case, plan=TrainPlan("block", "", 32, 1, 4))
+    assert resources.stack > 0
+    assert resources.opcodes.get("STL", 0) > 0
+
+
+@pytest.mark.parametrize("name", ["sm_90-lane-1-states", "sm_90-block-2-states-60-60", "sm_90-block-xor-deep"])
+def test_ahead_of_time_is_what_a_launch_compiles(name, monkeypatch):
+    sources = []
+
+    def remember(source, **_):
+        sources.append(source)
+        raise StopIteration
+
+    monkeypatch.setattr(aot.triton, "compile", remember)
+    launch = _launch(CASES[name])
+    with pytest.raises(StopIteration):
+        aot.compile_for(90, launch)
+    types, constants, attributes = launch_signature(launch)
+    assert sources[0].signature == types
+    assert sources[0].constants == constants
+    assert sources[0].attrs == attributes
+
+
+@pytest.mark.parametrize("impl", ["lane", "block"])
+def test_no_number_of_a_launch_is_compiled_in(impl):
+    """Launches of one run, and runs of other sizes, share one compiled kernel: they cannot differ by a bit."""
+    signatures = []
+    for members, samples, batch_size, steps in ((1, 64, 1, (0, 0, 1, 1)), (48, 99, 16, (1, 16, 32, 16))):
+        case = (90, Recipe((2, 2, 1), momentum=0.5), members, samples, batch_size, True, impl)
+        launch = _launch(case, _plan((*case[:4], 10, *case[5:])), steps)
+        signatures.append(launch_signature(launch))
+    assert signatures[0] == signatures[1]

@@ -1,0 +1,442 @@
+"""The training loops in one launch against torch.optim in fp64: on a GPU, or on the CPU in triton's interpreter."""
+
+import contextlib
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from cases import ACTIVATIONS, FLOOR, NO_KERNELS, kernel_device, relative_error
+from torch import nn
+
+from perceptriton.kernels.plan import Recipe, TrainPlan
+
+DEVICE = kernel_device()
+if DEVICE is None:
+    pytest.skip(NO_KERNELS, allow_module_level=True)
+
+training = pytest.importorskip("perceptriton.kernels.training")
+pytestmark = pytest.mark.usefixtures("device")
+
+MODULES = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}
+CRITERIA = {"bce": nn.BCELoss, "bce_logits": nn.BCEWithLogitsLoss, "mse": nn.MSELoss}
+STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq")}
+
+LANE = TrainPlan("lane", "the test says so", rows=2, networks=4, num_warps=1)
+BLOCK = TrainPlan("block", "the test says so", rows=16, num_warps=4)
+PLANS = {"lane": LANE, "block": BLOCK}
+XOR = Recipe((2, 2, 1))
+
+OPTIMIZERS = {
+    "sgd": {},
+    "decay": {"weight_decay": 0.1},
+    "momentum": {"momentum": 0.9},
+    "dampening": {"momentum": 0.8, "dampening": 0.3},
+    "nesterov": {"momentum": 0.7, "nesterov": True, "weight_decay": 0.1},
+    "adam": {"optimizer": "adam"},
+    "adam-decay": {"optimizer": "adam", "weight_decay": 0.1, "beta1": 0.5, "beta2": 0.9, "eps": 1e-3},
+    "adam-no-averages": {"optimizer": "adam", "beta1": 0.0, "beta2": 0.0, "eps": 0.1},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.3},
+}
+
+
+def guarded(*shape):
+    """A contiguous tensor, aligned to 16 bytes, inside a longer one that is full of NaN, and the longer one."""
+    size = torch.Size(shape).numel()
+    whole = torch.full((size + 64,), torch.nan, device=DEVICE)
+    return whole[32 : 32 + size].view(shape), whole
+
+
+class Run:
+    """Members of one recipe with their data: what the kernels make of them, and what torch does, one by one.
+
+    Pre-activations have a std of 1 to 2: in nets as they are initialized by default gradients are near 0, and zeros
+    would pass.
+    """
+
+    def __init__(self, recipe, members=3, samples=4, batch_size=None, shared=True, epochs=0, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator)
+
+        widths = recipe.widths
+        self.recipe, self.members, self.samples = recipe, members, samples
+        self.batch_size = batch_size or samples
+        self.batches = -(-samples // self.batch_size)
+        gains = [1.4] + [4.0 if recipe.hidden == "sigmoid" else 1.6] * (len(widths) - 2)
+        self.initial = []
+        for gain, (k, n) in zip(gains, itertools.pairwise(widths), strict=True):
+            self.initial += [gain * normal(members, n, k) / k**0.5, 0.5 * normal(members, n)]
+        if not recipe.bias:
+            self.initial = self.initial[::2]
+        many = 1 if shared else members
+        self.x = normal(many, samples, widths[0])
+        self.y = torch.rand(many, samples, widths[-1], generator=generator)
+        orders = [torch.randperm(samples, generator=generator).int() for _ in range(epochs)]
+        self.order = torch.stack(orders) if orders else None
+        adaptive = recipe.optimizer != "sgd"
+        self.lr = torch.linspace(0.02, 0.1, members) if adaptive else torch.linspace(0.2, 0.9, members)
+        self.kinds = ["weight", "bias"] if recipe.bias else ["weight"]
+        self.states = STATE[recipe.optimizer] if adaptive or recipe.momentum else ()
+
+    # --- torch
+
+    def torch(self, steps, dtype=torch.float64, log_every=0):
+        """(parameters, states, losses), stacked over members, after each number of steps in `steps`."""
+        members = [self._torch_member(e, steps, dtype, log_every) for e in range(self.members)]
+        results = []
+        for snapshots in zip(*members, strict=True):
+            parameters = [torch.stack(ps) for ps in zip(*(s[0] for s in snapshots), strict=True)]
+            states = [torch.stack(ps) for ps in zip(*(s[1] for s in snapshots), strict=True)]
+            losses = torch.stack([s[2] for s in snapshots], dim=1)
+            results.append((parameters, states, losses))
+        return results
+
+    def _torch_member(self, e, steps, dtype, log_every):
+        r = self.recipe
+        layers = []
+        for l, (k, n) in enumerate(itertools.pairwise(r.widths)):
+            act = r.output if l == len(r.widths) - 2 else r.hidden
+            layers += [nn.Linear(k, n, bias=r.bias), MODULES[act]()]
+        model = nn.Sequential(*layers).to(dtype)
+        parameters = list(model.parameters())
+        with torch.no_grad():
+            for p, initial in zip(parameters, self.initial, strict=True):
+                p.copy_(initial[e])
+        lr = self.lr[e].item()
+        if r.optimizer == "sgd":
+            sgd = {"momentum": r.momentum, "dampening": r.dampening, "nesterov": r.nesterov}
+            optimizer = torch.optim.SGD(parameters, lr, weight_decay=r.weight_decay, **sgd)
+        else:
+            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[r.optimizer]
+            optimizer = kind(parameters, lr, (r.beta1, r.beta2), r.eps, r.weight_decay)
+        criterion = CRITERIA[r.loss](reduction=r.reduction)
+        x, y = (t[e if len(t) > 1 else 0].to(dtype) for t in (self.x, self.y))
+        losses, snapshots = [], []
+        for step in range(max(steps)):
+            rows = slice((step % self.batches) * self.batch_size, (step % self.batches + 1) * self.batch_size)
+            if self.order is not None:
+                rows = self.order[step // self.batches][rows].long()
+            loss = criterion(model(x[rows]), y[rows])
+            if log_every and step % log_every == 0:
+                losses.append(loss.detach())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step + 1 in steps:
+                states = [optimizer.state[p][name].clone() for name in self.states for p in parameters]
+                snapshots.append(
+                    ([p.detach().clone() for p in parameters], states, torch.tensor(losses, dtype=dtype).clone())
+                )
+        return snapshots
+
+    # --- the kernels
+
+    def kernel(self, plan, steps, log_every=0, taken=0, start=0, parameters=None, states=None):
+        """(parameters, states, losses) after each number of steps in `steps`, one launch from each to the next.
+
+        Every tensor that is written has NaN around it, fresh ones in it too. Without `states` the optimizer starts
+        anew, and what its state holds must not matter.
+        """
+        pairs = [guarded(*t.shape) for t in self.initial]
+        for (p, _), initial in zip(pairs, parameters or self.initial, strict=True):
+            p.copy_(initial)
+        state_pairs = [guarded(*t.shape) for _ in self.states for t in self.initial]
+        for (s, _), initial in zip(state_pairs, states or [], strict=states is not None):
+            s.copy_(initial)
+        count = len(self.initial)
+        written = tuple(p for p, _ in pairs)
+        buffers = tuple(s for s, _ in state_pairs)
+        lr, x, y = (t.to(DEVICE) for t in (self.lr, self.x, self.y))
+        results, losses, done = [], [], 0
+        for end in steps:
+            logged = [s for s in range(start + done, start + end) if log_every and s % log_every == 0]
+            trace, whole = guarded(len(logged), self.members)
+            epoch = (start + done) // self.batches
+            order = None if self.order is None else self.order[epoch:].to(DEVICE).contiguous()
+            with poisoned():
+                training.train(
+                    self.recipe,
+                    written,
+                    buffers[:count],
+                    buffers[count:],
+                    lr,
+                    x,
+                    y,
+                    order,
+                    self.batch_size,
+                    start + done,
+                    taken + done,
+                    end - done,
+                    log_every,
+                    trace,
+                    plan,
+                )
+            done = end
+            losses.append(trace.cpu())
+            for _, around in (*pairs, *state_pairs, (trace, whole)):
+                assert around[:32].isnan().all()
+                assert around[-32:].isnan().all()
+            copies = [t.cpu().clone() for t in (*written, *buffers)]
+            results.append((copies[:count], copies[count:], torch.cat(losses)))
+        return results
+
+
+@contextlib.contextmanager
+def poisoned():
+    """torch.empty gives NaN. Around the launcher only: some of torch's own operations refuse this mode on a GPU."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1, device=DEVICE).isnan().all()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def check(run, actual, steps, log_every=0):
+    """Every tensor is as near the truth as the worst of its kind that torch computes in fp32, twice.
+
+    A tensor of one or two numbers may be near by luck; the worst of torch's is not.
+    """
+    truths, torches = (run.torch(steps, dtype, log_every) for dtype in (torch.float64, torch.float32))
+    kinds = run.kinds * (len(run.recipe.widths) - 1)
+    for after, ours, theirs, exact in zip(steps, actual, torches, truths, strict=True):
+        groups = {}
+        for i, kind in enumerate(kinds):
+            groups.setdefault(kind, []).append((ours[0][i], theirs[0][i], exact[0][i]))
+        for i, name in enumerate(name for name in run.states for _ in kinds):
+            groups.setdefault(name, []).append((ours[1][i], theirs[1][i], exact[1][i]))
+        assert len(ours[1]) == len(exact[1])
+        if log_every:
+            groups["loss"] = [(ours[2], theirs[2], exact[2])]
+        for name, triples in groups.items():
+            torch_error = max(relative_error(t, e) for _, t, e in triples)
+            bound = 2 * torch_error + FLOOR[torch.float32]
+            for index, (a, _, e) in enumerate(triples):
+                error = relative_error(a, e)
+                # `not <=`: a NaN must fail
+                if not error <= bound:
+                    raise AssertionError(
+                        f"{name} {index} after {after} steps: error {error:.2e} > {bound:.2e} (torch {torch_error:.2e})"
+                    )
+
+
+def flat(results):
+    return [t for parameters, states, losses in results[-1:] for t in (*parameters, *states, losses)]
+
+
+def same_bits(results, others):
+    return all(torch.equal(a, b) for a, b in zip(flat(results), flat(others), strict=True))
+
+
+# --- trajectories ---------------------------------------------------------------------------------------------------
+
+RUNS = {
+    "lane-xor": (dataclasses.replace(LANE, rows=4), XOR, {}),
+    "lane-xor-streamed": (LANE, XOR, {"samples": 5}),
+    "lane-minibatches": (LANE, Recipe((3, 4, 2)), {"samples": 5, "batch_size": 3, "epochs": 15}),
+    "lane-own-data": (LANE, Recipe((3, 2, 2)), {"members": 5, "samples": 2, "shared": False}),
+    "lane-one-layer": (LANE, Recipe((5, 3)), {"members": 1, "samples": 2}),
+    "block-xor": (BLOCK, XOR, {}),
+    "block-xor-deep": (BLOCK, Recipe((2, 10, 10, 10, 1)), {"members": 2}),
+    "block-padded": (BLOCK, Recipe((3, 9, 20, 2)), {"members": 1, "samples": 7}),
+    "block-ragged-batch": (BLOCK, Recipe((5, 20, 3)), {"members": 1, "samples": 37}),
+    "block-minibatches": (BLOCK, Recipe((5, 20, 3)), {"members": 1, "samples": 37, "batch_size": 18, "epochs": 10}),
+    "block-own-data": (BLOCK, Recipe((5, 20, 3)), {"members": 2, "shared": False, "samples": 9}),
+    "block-exact-tile": (BLOCK, Recipe((16, 16, 16)), {"members": 1, "samples": 16}),
+    "block-one-layer": (BLOCK, Recipe((33, 10)), {"members": 1, "samples": 20}),
+}
+
+
+@pytest.mark.parametrize(("plan", "recipe", "data"), RUNS.values(), ids=RUNS)
+def test_trajectories(plan, recipe, data):
+    run = Run(recipe, **data)
+    steps = (1, 2, 30)
+    check(run, run.kernel(plan, steps, log_every=4), steps, log_every=4)
+
+
+@pytest.mark.parametrize("variant", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_optimizers(plan, variant):
+    run = Run(Recipe((3, 2, 2), **variant), samples=3, members=2)
+    steps = (1, 2, 12)
+    check(run, run.kernel(plan, steps), steps)
+
+
+LOSSES = {
+    "bce": ("bce", "sigmoid"),
+    "bce-logits": ("bce_logits", "identity"),
+    **{f"mse-{output}": ("mse", output) for output in ACTIVATIONS},
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("loss", "output"), LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_losses(plan, loss, output, reduction):
+    # 3 samples in batches of 2 and 1, whose means divide by different numbers
+    recipe = Recipe((3, 4, 2), output=output, loss=loss, reduction=reduction)
+    run = Run(recipe, members=2, samples=3, batch_size=2, epochs=3)
+    run.lr /= 3 if reduction == "sum" else 1
+    check(run, run.kernel(plan, (6,), log_every=1), (6,), log_every=1)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("hidden", ACTIVATIONS)
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_activations(plan, hidden, bias):
+    run = Run(Recipe((3, 3, 2, 2), hidden=hidden, bias=bias, momentum=0.5), members=2, samples=4)
+    run.lr /= 4
+    check(run, run.kernel(plan, (6,), log_every=3), (6,), log_every=3)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_padded_neurons_stay_silent(bias):
+    # Without a bias to hold them down, and with weight decay to wear one out.
+    run = Run(Recipe((3, 9, 20, 2), bias=bias, weight_decay=0.05, momentum=0.9), members=1)
+    check(run, run.kernel(BLOCK, (50,)), (50,))
+
+
+# --- where a launch begins and ends ---------------------------------------------------------------------------------
+
+
+BITS = {
+    "lane-adamw": (LANE, {"members": 2, "samples": 2}, "adamw"),
+    "lane-minibatches": (LANE, {"members": 2, "samples": 3, "batch_size": 2, "epochs": 30}, "nesterov"),
+    "block-adamw": (BLOCK, {"members": 1}, "adamw"),
+    "block-minibatches": (BLOCK, {"members": 1, "samples": 5, "batch_size": 3, "epochs": 30}, "nesterov"),
+}
+
+
+@pytest.mark.parametrize(("plan", "data", "variant"), BITS.values(), ids=BITS)
+def test_the_size_of_a_launch_changes_no_bit(plan, data, variant):
+    run = Run(dataclasses.replace(XOR, **OPTIMIZERS[variant]), **data)
+    once = run.kernel(plan, (60,), log_every=7)
+    assert len(once[0][2]) == 9
+    thrice = run.kernel(plan, (20, 40, 60), log_every=7)
+    assert same_bits(once, thrice)
+    assert same_bits(once, run.kernel(plan, range(1, 61), log_every=7))
+    # Logging changes none either.
+    parameters, states, _ = run.kernel(plan, (20,))[0]
+    assert same_bits([(parameters, states, thrice[0][2])], thrice[:1])
+
+
+@pytest.mark.parametrize("variant", ["dampening", "adam"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_state_of_earlier_steps_is_continued(plan, variant):
+    # Torch takes five steps, the kernels seven more, as another run of which they are the first.
+    run = Run(Recipe((3, 4, 2), **OPTIMIZERS[variant]), samples=5)
+    ((parameters, states, _),) = run.torch((5,))
+    actual = run.kernel(plan, (7,), taken=5, parameters=parameters, states=states)
+    (exact,) = run.torch((12,))
+    for a, e in zip((*actual[0][0], *actual[0][1]), (*exact[0], *exact[1]), strict=True):
+        assert relative_error(a, e) < 4 * FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_bias_correction_all_along_a_run(plan):
+    # 1 - beta^t for steps up to where it is 1 in fp32, on both sides of where its formula changes
+    run = Run(Recipe((2, 1), optimizer="adam", beta1=0.99), members=1)
+    for taken in (0, 3, 40, 80, 400, 900, 100_000):
+        zeros = [torch.zeros_like(t) for _ in range(2) for t in run.initial]
+        parameters, _, _ = run.kernel(plan, (1,), taken=taken, states=zeros)[0]
+        model = nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()).double()
+        with torch.no_grad():
+            for p, initial in zip(model.parameters(), run.initial, strict=True):
+                p.copy_(initial[0])
+        optimizer = torch.optim.Adam(model.parameters(), run.lr[0].item(), (0.99, 0.999))
+        for p in model.parameters():
+            names = ("exp_avg", "exp_avg_sq")
+            optimizer.state[p] = {name: torch.zeros_like(p) for name in names} | {"step": torch.tensor(float(taken))}
+        nn.BCELoss()(model(run.x[0].double()), run.y[0].double()).backward()
+        optimizer.step()
+        for ours, p, initial in zip(parameters, model.parameters(), run.initial, strict=True):
+            # what the step added, not what it was added to; half a unit of fp32 in its last place is the parameter's
+            step, exact = ours[0].double() - initial[0], p.detach() - initial[0]
+            assert ((step - exact).abs() <= 1e-6 * exact.abs() + 2.0**-24 * initial[0].abs()).all(), taken
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_losses_are_those_of_the_steps_that_are_due(plan):
+    run = Run(XOR, members=1 if plan is BLOCK else 2)
+    every = run.kernel(plan, (20,), log_every=1)[-1][2]
+    assert every.isfinite().all()
+    assert len(every) == 20
+    for log_every, launches in ((2, (20,)), (3, (1, 2, 3, 9, 18, 20)), (19, (7, 20)), (10**9, (20,))):
+        losses = run.kernel(plan, launches, log_every)[-1][2]
+        assert torch.equal(losses, every[::log_every]), (log_every, launches)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_no_steps_change_nothing(plan):
+    run = Run(XOR, members=2)
+    parameters, _, losses = run.kernel(plan, (0,), log_every=1)[0]
+    assert all(torch.equal(p, initial) for p, initial in zip(parameters, run.initial, strict=True))
+    assert losses.shape == (0, 2)
+
+
+# --- members --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_members_do_not_touch_each_other(plan):
+    # Nine lanes are two programs of four members and one of one.
+    members = 9 if plan is LANE else 3
+    run = Run(XOR, members=members, shared=False)
+    before = run.kernel(plan, (5,), log_every=2)
+    run.x[1, 0] = torch.nan
+    after = run.kernel(plan, (5,), log_every=2)
+    others = [e for e in range(members) if e != 1]
+    for a, b in zip(before[0][0], after[0][0], strict=True):
+        assert torch.equal(a[others], b[others])
+        assert b[1].isnan().all()
+    assert torch.equal(before[0][2][:, others], after[0][2][:, others])
+    assert after[0][2][:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_member_alone_is_what_it_is_among_others(plan):
+    run = Run(Recipe((3, 2, 2), optimizer="adam"), members=6, samples=3, batch_size=2, epochs=5)
+    together = run.kernel(plan, (6,), log_every=2)[0]
+    for e in (0, 5):
+        alone = Run(run.recipe, members=1, samples=3, batch_size=2, epochs=5)
+        alone.initial = [t[e : e + 1] for t in run.initial]
+        alone.x, alone.y, alone.order, alone.lr = run.x, run.y, run.order, run.lr[e : e + 1]
+        single = alone.kernel(plan, (6,), log_every=2)[0]
+        for a, b in zip((*single[0], *single[1]), (*together[0], *together[1]), strict=True):
+            assert torch.equal(a[0], b[e])
+        assert torch.equal(single[2][:, 0], together[2][:, e])
+
+
+# --- the yardstick itself -------------------------------------------------------------------------------------------
+
+WRONG = {
+    "zeros": lambda run: {"parameters": [torch.zeros_like(t) for t in run.initial]},
+    "one-member": lambda run: {"parameters": [t[:1].expand_as(t) for t in run.initial]},
+    "a-step-late": lambda run: {"taken": 1, "states": [torch.zeros_like(t) for _ in range(2) for t in run.initial]},
+    "another-batch": lambda run: {"start": 1},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_wrong_runs_are_refused(plan, wrong):
+    run = Run(Recipe((3, 2, 2), optimizer="adam"), members=2, samples=3, batch_size=2, epochs=4)
+    check(run, run.kernel(plan, (4,)), (4,))
+    with pytest.raises(AssertionError):
+        check(run, run.kernel(plan, (4,), **wrong(run)), (4,))
+
+
+CHANGES = [{"momentum": 0.51}, {"weight_decay": 0.001}, {"nesterov": True}, {"hidden": "tanh"}]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_other_recipes_are_refused(change):
+    run = Run(Recipe((3, 2, 2), momentum=0.5), samples=3)
+    actual = run.kernel(LANE, (4,))
+    check(run, actual, (4,))
+    run.recipe = dataclasses.replace(run.recipe, **change)
+    with pytest.raises(AssertionError):
+        check(run, actual, (4,))
