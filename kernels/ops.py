@@ -505,8 +505,6 @@ def plan_train(
 
     Raises NotImplementedError with the reason where `impl` cannot be obeyed.
     """
-    if impl == "graph":
-        raise NotImplementedError('impl="graph": no captured training step yet')
     kernels = impl in ("lane", "block")
     if kernels and (reason := _cpu_refusal(device)):
         raise NotImplementedError(f"impl={impl!r}: {reason}")
@@ -535,7 +533,7 @@ def train(
     plan: TrainPlan,
 ) -> None:
     """Takes `steps` training steps by the implementation of the plan; see `loop.train` for the arguments."""
-    implementation = loop if plan.impl == "torch" else _training_launchers()
+    implementation = loop if plan.impl in ("torch", "graph") else _training_launchers()
     implementation.train(
         recipe,
         parameters,

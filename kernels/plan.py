@@ -480,7 +480,8 @@ class TrainPlan:
     """How a whole training loop runs.
 
     `impl` is "lane" (one kernel for all steps of `networks` networks per program, one per lane), "block" (one kernel
-    for all steps, one network per program) or "torch" (`loop.py`, step by step).
+    for all steps, one network per program), "graph" (`loop.py` on a GPU, each step a replay of a captured graph) or
+    "torch" (`loop.py`, step by step).
     """
 
     impl: str
@@ -518,9 +519,23 @@ def train(
 ) -> TrainPlan:
     """The plan for training `members` networks of one recipe on `samples` samples each.
 
-    batch_size: None for all samples. impl: "lane" or "block" asks for that one; the plan says "torch", and why, where
-    it cannot be had.
+    batch_size: None for all samples. impl: "lane", "block" or "graph" asks for that one; the plan says "torch", and
+    why, where it cannot be had.
     """
+    if impl in (None, "graph") and device.kind == "cuda" and 0 not in (members, samples, *recipe.widths):
+        kernels = _kernel_loop(members, samples, batch_size, recipe, dtype, device, impl)
+        if kernels.impl == "torch":
+            return TrainPlan("graph", f"{kernels.reason}; a step is one replay of a captured graph")
+        return kernels
+    if impl == "graph":
+        return TrainPlan("torch", f"{device.kind}: only a CUDA device captures graphs")
+    return _kernel_loop(members, samples, batch_size, recipe, dtype, device, impl)
+
+
+def _kernel_loop(members, samples, batch_size, recipe, dtype, device, impl) -> TrainPlan:
+    """The cheapest kernel for the whole loop, or "torch" and why."""
+    if impl == "graph":
+        return TrainPlan("torch", 'impl="graph"')
     if reason := _no_loop(members, samples, recipe, dtype, device):
         return TrainPlan("torch", reason)
     if impl == "torch":

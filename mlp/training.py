@@ -30,7 +30,7 @@ class History:
     steps: list[int]  # at which the loss was logged, counted from 0 in each call of fit
     loss: Tensor  # before the update of that step: (rows,), of an Ensemble (rows, E), on the CPU
     seconds: float  # of training
-    path: str  # which implementation ran: "lane", "block", "torch", or "general", an ordinary loop
+    path: str  # which implementation ran: "lane", "block", "graph", "torch"; "general": an ordinary loop
 
 
 def fit(

@@ -709,7 +709,7 @@ BAD = {
     "lr-type": ({"lr": 0.1}, TypeError, r"^lr must be of type Tensor, not float$"),
     "lane": ({"impl": "lane"}, NotImplementedError, r"^impl='lane': "),
     "block": ({"impl": "block"}, NotImplementedError, r"^impl='block': "),
-    "graph": ({"impl": "graph"}, NotImplementedError, r'^impl="graph": '),
+    "graph": ({"impl": "graph"}, NotImplementedError, r"^impl='graph': cpu: only a CUDA device"),
     "criterion-returns": (
         {"criterion": lambda p, t: 0.0},
         TypeError,

@@ -38,7 +38,8 @@ def plan(widths, members=1, samples=4, batch_size=4, device=H200, dtype="float32
 )
 def test_which_loop(widths, options, impl, device):
     chosen = plan(widths, device=device, **options)
-    assert chosen.impl == impl
+    # What no kernel takes, a GPU captures.
+    assert chosen.impl == ("graph" if (impl, device.kind) == ("torch", "cuda") else impl)
     assert chosen.reason
     assert (chosen.rows > 0) == (impl != "torch")
 
@@ -84,10 +85,17 @@ def test_a_block_takes_as_many_samples_as_the_batch_has_and_as_fit_beside_the_we
     ],
     ids=str,
 )
-def test_reasons_for_torch(options, reason):
+def test_reasons_for_no_kernel(options, reason):
     chosen = plan((2, 2, 1), **options)
-    assert chosen.impl == "torch"
+    captured = options.get("device", H200).kind == "cuda" and reason not in (EMPTY, 'impl="torch"')
+    assert chosen.impl == ("graph" if captured else "torch")
     assert reason in chosen.reason
+
+
+def test_a_graph_is_had_on_a_gpu_only():
+    assert plan((784, 32, 10), impl="graph").impl == plan((2, 2, 1), impl="graph").impl == "graph"
+    refused = plan((784, 32, 10), impl="graph", device=CPU)
+    assert (refused.impl, refused.reason) == ("torch", "cpu: only a CUDA device captures graphs")
 
 
 def test_where_both_are_refused_both_reasons_are_given():
