@@ -500,6 +500,7 @@ LANE_NETWORKS = 32
 # The longest network that one program trains without a spill, by its widest layer and by the tensors of state: layers
 # of that width, of which one from k to n counts as the geometric mean of the two.
 BLOCK_LAYERS = {16: (8, 8, 6), 32: (4, 4, 3), 64: (1.25, 1.25, 1.21)}
+BLOCK_ADAM_WEIGHTS = 3072  # padded: a single 64 x 64 layer spills on sm_80 with triton 3.6
 
 # Cycles of one network's step, read off the schedules of the compiled loops: of a lane per parameter and sample, of a
 # block per layer and tile of samples. Not yet measured.
@@ -592,7 +593,8 @@ def _block(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[fl
     if widest not in BLOCK_LAYERS:
         return 0, TrainPlan("torch", f"a width of {max(recipe.widths)}: blocks take {max(BLOCK_LAYERS)}")
     layers = sum((k * n) ** 0.5 for k, n in itertools.pairwise(padded)) / widest
-    if layers > BLOCK_LAYERS[widest][_states(recipe)]:
+    heavy = _states(recipe) == 2 and sum(k * n for k, n in itertools.pairwise(padded)) > BLOCK_ADAM_WEIGHTS
+    if heavy or layers > BLOCK_LAYERS[widest][_states(recipe)]:
         return 0, TrainPlan("torch", f"{'-'.join(map(str, recipe.widths))} with this optimizer spills in a block")
     # Beside the widest layers there is room for fewer samples.
     rows = 16 if batch <= 16 or widest == 64 else 32

@@ -31,6 +31,8 @@ def plan(widths, members=1, samples=4, batch_size=4, device=H200, dtype="float32
         ((2, 64, 9, 9), {}, "block"),
         ((2, 64, 9, 9), ADAM, "torch"),
         ((2, 64, 64, 1), {}, "torch"),
+        ((60, 60), {}, "block"),
+        ((60, 60), ADAM, "torch"),
         ((64, 64, 64, 10), {}, "torch"),
         ((784, 32, 10), {}, "torch"),
     ],
