@@ -1,6 +1,6 @@
 """Whole training loops: what a step of one network costs, by every means, checked before it is timed.
 
-usage: pytest benches/bench_training.py [--benchmark-json=FILE] [-k EXPRESSION] [--layers-quick] ...
+usage: pytest benches/bench_training.py [--benchmark-json=FILE] [-k EXPRESSION] [--suite-quick] ...
        pytest benches/bench_training.py --benchmark-disable      checks everything, times nothing
 
 A net-step is one step of one network: a step of an ensemble of 1,024 counts 1,024. pytest-benchmark times each
@@ -15,6 +15,7 @@ interleaved measurement per case:
 import copy
 import itertools
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -45,6 +46,7 @@ class Case:
     members: int | None = None  # None: one network, not an ensemble
     lr: float = 1.0
     optimizer: str = "SGD"
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def nets(self) -> int:
@@ -62,20 +64,21 @@ CASES = (
     Case("digits", (784, 32, 10), 2048, batch_size=64, lr=0.1),
     # From where members pay for each other's calls to where their arithmetic counts.
     *(Case(f"xor-{members}", (2, 2, 1), 4, members=members) for members in (1, 64, 1024, 8192)),
+    *(Case(f"xor-{members}", (2, 2, 1), 4, members=members, devices=("cuda",)) for members in (16_384, 131_072)),
 )
 
 
 class Problem:
-    def __init__(self, case: Case, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, case: Case, device: str, dtype: torch.dtype = torch.float32) -> None:
         self.case, self.dtype = case, dtype
         generator = torch.Generator().manual_seed(0)
         ensemble = Ensemble(case.nets, case.sizes, generator=generator)
         with torch.no_grad():
             for p in ensemble.parameters():
                 p.mul_(2)  # gradients of default-initialized networks are so small that zeros would pass
-        self.ensemble = ensemble.to(dtype)
-        self.x = torch.randn(case.samples, case.sizes[0], generator=generator).to(dtype)
-        self.y = torch.rand(case.samples, case.sizes[-1], generator=generator).to(dtype)
+        self.ensemble = ensemble.to(device, dtype)
+        self.x = torch.randn(case.samples, case.sizes[0], generator=generator).to(device, dtype)
+        self.y = torch.rand(case.samples, case.sizes[-1], generator=generator).to(device, dtype)
 
     def optimizer(self, parameters) -> torch.optim.Optimizer:
         return getattr(torch.optim, self.case.optimizer)(parameters, lr=self.case.lr)
@@ -103,10 +106,8 @@ class Contender:
 def plain(model: nn.Module) -> nn.Sequential:
     """The same network from torch's own modules."""
     layers = [m for m in model if isinstance(m, nn.Linear)]
-    modules = [
-        m for l in layers for m in (nn.Linear(l.in_features, l.out_features, dtype=l.weight.dtype), nn.Sigmoid())
-    ]
-    twin = nn.Sequential(*modules)
+    modules = [m for l in layers for m in (nn.Linear(l.in_features, l.out_features), nn.Sigmoid())]
+    twin = nn.Sequential(*modules).to(layers[0].weight.device, layers[0].weight.dtype)
     twin.load_state_dict(model.state_dict())
     return twin
 
@@ -180,6 +181,35 @@ def vmapped(problem: Problem) -> Contender:
     return Contender(advance, lambda: [p[:CHECKED_MEMBERS] for p in parameters.values()], problem.case.nets)
 
 
+def captured(problem: Problem) -> Contender:
+    """The eager step in a CUDA graph, on the whole data at each step."""
+    model = plain(problem.ensemble.member(0))
+    optimizer, criterion = problem.optimizer(model.parameters()), nn.BCELoss()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(model(problem.x), problem.y).backward()
+        optimizer.step()
+
+    before = copy.deepcopy(model.state_dict())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    model.load_state_dict(before)  # in place: what the graph reads
+
+    def advance(steps: int) -> None:
+        for _ in range(steps):
+            graph.replay()
+
+    return Contender(advance, lambda: stacked(Ensemble.from_models([model])), 1)
+
+
 def stacked(ensemble: Ensemble) -> list[Tensor]:
     return [p.detach()[:CHECKED_MEMBERS] for pair in zip(ensemble.weights, ensemble.biases, strict=True) for p in pair]
 
@@ -189,6 +219,7 @@ class Impl:
     label: str
     build: Callable[[Problem], Contender]
     takes: Callable[[Case], bool] = lambda case: True
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 BASELINE, JUDGED = "eager", "fit"
@@ -197,16 +228,23 @@ IMPLS = {
     "fit": Impl("perceptriton fit", fitted),
     "compiled": Impl("torch.compile", lambda problem: eager(problem, True), lambda case: case.members is None),
     "vmap": Impl("torch.func.vmap", vmapped, lambda case: case.members is not None),
+    # SGD alone: of the others a graph would freeze the number of the step.
+    "graph": Impl(
+        "eager in a CUDA graph",
+        captured,
+        lambda case: case.members is None and case.batch_size is None and case.optimizer == "SGD",
+        ("cuda",),
+    ),
 }
 
 
 def pytest_generate_tests(metafunc):
-    # Only what runs on the CPU so far.
+    device = metafunc.config.getoption("--suite-device")
     parameters = [
         pytest.param(impl, case, id=f"{case.name}-{impl}")
         for case in CASES
         for impl, record in IMPLS.items()
-        if record.takes(case)
+        if record.takes(case) and device in case.devices and device in record.devices
     ]
     metafunc.parametrize(("impl", "case"), parameters)
 
@@ -221,10 +259,11 @@ def relative_error(actual: list[Tensor], truth: list[Tensor]) -> float:
 class Group:
     """The contenders of one case, each checked when it is built."""
 
-    def __init__(self, case: Case, impls: list[str], quick: bool) -> None:
-        self.case, self.impls, self.quick = case, impls, quick
-        self.truth = self._after(eager(Problem(case, torch.float64), most=CHECKED_MEMBERS))
-        self.bound = 2 * relative_error(self._after(eager(Problem(case), most=CHECKED_MEMBERS)), self.truth) + FLOOR
+    def __init__(self, case: Case, impls: list[str], device: str, quick: bool) -> None:
+        self.case, self.impls, self.device, self.quick = case, impls, device, quick
+        self.truth = self._after(eager(Problem(case, device, torch.float64), most=CHECKED_MEMBERS))
+        found = self._after(eager(Problem(case, device), most=CHECKED_MEMBERS))
+        self.bound = 2 * relative_error(found, self.truth) + FLOOR
         self.built: dict[str, Contender] = {}
         self.errors: dict[str, float] = {}
 
@@ -236,7 +275,7 @@ class Group:
     def contender(self, impl: str) -> Contender:
         """Raises ArithmeticError if its parameters are farther from the truth than twice the eager loop's allow."""
         if impl not in self.built:
-            contender = IMPLS[impl].build(Problem(self.case))
+            contender = IMPLS[impl].build(Problem(self.case, self.device))
             error = relative_error(self._after(contender), self.truth)
             if not error <= self.bound:  # a NaN must fail
                 raise ArithmeticError(f"{impl} is off by {error:.2e}, more than {self.bound:.2e}")
@@ -249,7 +288,8 @@ class Group:
         for impl in self.impls:
             # fit's first steps of a call are few at a time.
             contender, trial = self.contender(impl), 500 if impl == JUDGED and self.case.nets < 1024 else 5
-            seconds = min(timing._batch(partial(contender.advance, trial), 1) for _ in range(2)) / trial
+            call = partial(contender.advance, trial)
+            seconds = min(timing.batch(call, 1, self.device == "cuda") for _ in range(2)) / trial
             counts[impl] = max(1, round(CALL_SECONDS / seconds))
         return counts
 
@@ -259,15 +299,19 @@ class Group:
         counts = self.steps_per_call
         calls = {i: partial(self.contender(i).advance, counts[i]) for i in self.impls}
         samples = timing.interleaved(
-            calls, seconds=0.5 if self.quick else 4.0, batch_seconds=CALL_SECONDS, rounds=(5, 201)
+            calls,
+            seconds=0.5 if self.quick else 2.0 if self.device == "cuda" else 4.0,
+            batch_seconds=CALL_SECONDS,
+            rounds=(5, 201),
+            cuda=self.device == "cuda",
         )
         scale = {i: counts[i] * self.contender(i).nets for i in self.impls}
         return {i: [seconds / scale[i] for seconds in sample.wall] for i, sample in samples.items()}
 
 
-@pytest.fixture(scope="module")
-def groups(request):
-    config = request.config
+@pytest.fixture(scope="session")
+def groups(request, not_reached):
+    config, began = request.config, time.monotonic()
     selected: dict[str, list[str]] = {}
     for item in request.session.items:
         if isinstance(item, pytest.Function) and item.function is test_training:
@@ -279,7 +323,13 @@ def groups(request):
         if case.name not in held:
             held.clear()  # they come one after the other
             torch.compiler.reset()
-            held[case.name] = Group(case, selected[case.name], config.getoption("--layers-quick"))
+            device, quick = config.getoption("--suite-device"), config.getoption("--suite-quick")
+            seconds = config.getoption("--suite-seconds")
+            if seconds is not None and time.monotonic() - began > seconds:
+                if case.name not in not_reached:
+                    not_reached.append(case.name)
+                pytest.skip(f"not run: {seconds:g} s were over before its turn came")
+            held[case.name] = Group(case, selected[case.name], device, quick)
         return held[case.name]
 
     return group
@@ -301,6 +351,7 @@ def test_training(benchmark, groups, request, impl, case):
         "batch_size": case.batch_size,
         "members": case.members,
         "optimizer": case.optimizer,
+        "device": group.device,
         "error": group.errors[impl],
     }
     if smoke:

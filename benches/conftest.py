@@ -24,7 +24,8 @@ if binding.LATE:
 def pytest_addoption(parser):
     group = parser.getgroup("suite")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    group.addoption("--suite", choices=tuple(SUITES), default="layers", help="which cases of bench_stacks.py")
+    suites = (*SUITES, "training")
+    group.addoption("--suite", choices=suites, default="layers", help="which cases of bench_stacks.py; or training")
     group.addoption("--suite-device", choices=("cpu", "cuda"), default=auto, help="where to run")
     group.addoption("--suite-dtypes", default=None, help="comma-separated; default: float32, on CUDA bfloat16 too")
     group.addoption("--suite-quick", action="store_true", help="few rounds: to look, not to quote")

@@ -178,6 +178,12 @@ def markdown(document: dict) -> str:
     return "\n".join(text) + "\n"
 
 
+def png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
@@ -228,9 +234,7 @@ def _bars(document: dict, title: str, axis: str, value, text, marks: dict, unit:
     axes.set_title(title, loc="left", fontsize=13, color=INK, pad=22)
     axes.text(0, 1.012, machine(document), transform=axes.transAxes, fontsize=7.5, color=INK)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _throughput(document: dict) -> bytes | None:
@@ -267,9 +271,7 @@ def _throughput(document: dict) -> bytes | None:
     figure.suptitle(f"Throughput of whole networks\n{machine(document)}", fontsize=9, color=INK)
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png(figure)
 
 
 def pictures(document: dict) -> dict[str, bytes]:
@@ -311,9 +313,15 @@ def write(source: Path, out: Path | None = None) -> list[Path]:
     document = json.loads(source.read_text())
     out = source.parent if out is None else out
     written = [out / f"{source.stem}.md"]
-    atomic.write(written[0], markdown(document))
+    if suite(document) == "training":
+        import report_training
+
+        text, draw = report_training.markdown(document), report_training.pictures
+    else:
+        text, draw = markdown(document), pictures
+    atomic.write(written[0], text)
     try:
-        images = pictures(document)
+        images = draw(document)
     except ModuleNotFoundError as error:
         print(f"no pictures: {error}", file=sys.stderr)
         images = {}

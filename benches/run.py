@@ -1,6 +1,6 @@
 """Runs the benchmark suite in a process of its own and writes JSON, table and pictures when it has ended.
 
-usage: python benches/run.py [--suite layers|mlp] [--out DIR] [--cases SUBSTRING] [--quick] [--device cpu|cuda] ...
+usage: python benches/run.py [--suite layers|mlp|training] [--out DIR] [--cases SUBSTRING] [--quick] ...
 
 Exit status: 0 if every contender passed its check and was timed; 1 if some did not (what was timed is written, under
 a name that ends in "-incomplete"); otherwise that of pytest, and nothing is written. Interrupted, it leaves nothing.
@@ -34,7 +34,8 @@ def slug(document: dict) -> str:
 
 def command(options: argparse.Namespace, output: Path) -> list[str]:
     selected = [f"({options.cases})"] if options.cases else []
-    found = [sys.executable, "-m", "pytest", str(HERE / "bench_stacks.py"), "--rootdir", str(HERE.parent)]
+    file = HERE / ("bench_training.py" if options.suite == "training" else "bench_stacks.py")
+    found = [sys.executable, "-m", "pytest", str(file), "--rootdir", str(HERE.parent)]
     found += [f"--suite={options.suite}", "-c", str(HERE.parent / "pyproject.toml"), "-p", "no:cacheprovider"]
     found += ["--benchmark-quiet", "--benchmark-disable-gc", f"--benchmark-json={output}"]
     if options.toy:
@@ -77,7 +78,7 @@ def run_to_end(arguments: list[str]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=tuple(SUITES), default="layers", help="single layers, or networks")
+    parser.add_argument("--suite", choices=(*SUITES, "training"), default="layers", help="what to time")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--cases", help="only benchmarks whose name contains this; an expression for pytest -k")
     parser.add_argument("--quick", action="store_true", help="few rounds: to look, not to quote")

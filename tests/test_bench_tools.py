@@ -421,6 +421,59 @@ def test_report_writes_pictures(bench, tmp_path):
         assert path.stat().st_size > 5000
 
 
+def trained(impl, us, speedup, members=None, **more):
+    info = {"impl": impl, "label": impl.upper(), "case": f"xor-{members}", "sizes": [2, 2, 1], "samples": 4}
+    info |= {"batch_size": None, "members": members, "optimizer": "SGD", "us_per_net_step": us, "spread": 0.01}
+    return {"extra_info": info | {"speedup_over_eager": speedup} | more}
+
+
+def training_document():
+    found = document(
+        trained("eager", 200.0, 1.0),
+        trained("fit", 10.0, 20.0),
+        trained("compiled", 400.0, 0.5),
+        trained("eager", 200.0, 1.0, members=64, spread=0.5),
+        trained("fit", 0.4, 512.0, members=64),
+        trained("eager", 200.0, 1.0, members=1024),
+        trained("fit", 0.05, 4096.5, members=1024),
+        {"extra_info": {"case": "a run without timings"}},
+    )
+    found["machine_info"]["suite"] = "training"
+    return found
+
+
+def test_report_of_training_loops(bench, tmp_path):
+    report = bench("report_training")
+    rows, labels = report.read(training_document())
+    assert labels == {"eager": "EAGER", "fit": "FIT", "compiled": "COMPILED"}
+    assert [(row.members, row.us["fit"]) for row in rows] == [(None, 10.0), (64, 0.4), (1024, 0.05)]
+    text = report.markdown(training_document())
+    assert "| xor-None | 2-2-1, SGD, batch 4 |  | 200 | 10 | **20x** | 400 (0.50x) |" in text
+    assert "| xor-64 | 2-2-1, SGD, batch 4 | 64 | 200 | 0.4 | **512x** ~ |  |" in text
+    assert "**4,096x**" in text
+
+
+def test_pictures_of_networks_and_of_training_loops(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    report = bench("report")
+    networks = document(
+        *(
+            result(impl, us * rows / 100, us / 50, case=f"net-{rows}", shape=[rows, 64, 64, 64], mode=mode)
+            for rows in (1024, 4096)
+            for mode in ("forward", "forward+backward")
+            for impl, us in (("eager", 100.0), ("fused", 50.0))
+        )
+    )
+    networks["machine_info"]["suite"] = "mlp"
+    wanted = {"mlp": (networks, ["speedup", "throughput"]), "training": (training_document(), ["step", "ensembles"])}
+    for name, (content, pictures) in wanted.items():
+        source = tmp_path / f"{name}.json"
+        source.write_text(json.dumps(content))
+        written = {path.name: path.read_bytes() for path in report.write(source)}
+        for picture in pictures:
+            assert written[f"{name}-{picture}.png"].startswith(b"\x89PNG"), picture
+
+
 # --- files appear whole or not at all ----------------------------------------------------------------------
 
 

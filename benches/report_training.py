@@ -1,0 +1,155 @@
+"""The table and the pictures of the suite "training"; `report.py` calls this."""
+
+from dataclasses import dataclass, field
+
+from report import FAINT, INK, NOISY, machine, png
+
+BASELINE, JUDGED = "eager", "fit"
+STYLES = {
+    "eager": ("#999999", "o-"),
+    "fit": ("#D55E00", "o-"),
+    "compiled": ("#0072B2", "D--"),
+    "vmap": ("#56B4E9", "s--"),
+    "graph": ("#E69F00", "^:"),
+}
+
+
+@dataclass
+class Row:
+    """One case: what each contender needed per step of one network."""
+
+    case: str
+    what: str
+    members: int | None
+    us: dict[str, float] = field(default_factory=dict)
+    speedup: dict[str, float] = field(default_factory=dict)
+    spread: float = 0.0
+
+
+def read(document: dict) -> tuple[list[Row], dict[str, str]]:
+    """The rows in the order of the file, and the label of each contender."""
+    rows: dict[str, Row] = {}
+    labels: dict[str, str] = {}
+    for benchmark in document["benchmarks"]:
+        info = benchmark["extra_info"]
+        if "us_per_net_step" not in info:
+            continue
+        batch = f"{info['batch_size']} of {info['samples']:,}" if info["batch_size"] else f"{info['samples']:,}"
+        what = f"{'-'.join(map(str, info['sizes']))}, {info['optimizer']}, batch {batch}"
+        row = rows.setdefault(info["case"], Row(info["case"], what, info["members"]))
+        impl = info["impl"]
+        labels[impl] = info["label"]
+        row.us[impl] = info["us_per_net_step"]
+        if "speedup_over_eager" in info:
+            row.speedup[impl] = info["speedup_over_eager"]
+        if impl in (BASELINE, JUDGED):
+            row.spread = max(row.spread, info["spread"])
+    return list(rows.values()), labels
+
+
+def _us(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.3g}x" if ratio >= 10 else f"{ratio:.2f}x"
+
+
+def markdown(document: dict) -> str:
+    rows, labels = read(document)
+    others = [impl for impl in labels if impl not in (BASELINE, JUDGED)]
+    impls = [impl for impl in (BASELINE, JUDGED) if impl in labels]
+    header = ["case", "network", "members", *(f"{labels[impl]}, us" for impl in impls), "speed-up"]
+    header += [f"{labels[impl]}, us" for impl in others]
+    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
+    for row in rows:
+        cells = [row.case, row.what, f"{row.members:,}" if row.members else ""]
+        cells += [_us(row.us[impl]) if impl in row.us else "" for impl in impls]
+        ratio = f"**{_times(row.speedup[JUDGED])}**" if JUDGED in row.speedup else ""
+        cells.append(ratio + (" ~" if ratio and row.spread > NOISY else ""))
+        for impl in others:
+            ratio = f" ({_times(row.speedup[impl])})" if impl in row.speedup else ""
+            cells.append(_us(row.us[impl]) + ratio if impl in row.us else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    text = [f"# Training loops: {machine(document)}", "", *lines, ""]
+    text.append(
+        "Microseconds per step of one network (a step of an ensemble of 1,024 counts 1,024), median. All contenders of "
+        "a row were timed in turn; a speed-up over the eager loop is the median over the rounds of the ratio within a "
+        "round. The eager loop of an ensemble is its networks one after the other, up to 32 of them."
+    )
+    if any(row.spread > NOISY for row in rows):
+        text.append(f"`~`: timings scattered by more than {NOISY:.0%} (interquartile range over median).")
+    if left_out := document["machine_info"].get("not_reached"):
+        text.append(f"Not reached in the time set for the run: {', '.join(left_out)}.")
+    return "\n".join(text) + "\n"
+
+
+def pictures(document: dict) -> dict[str, bytes]:
+    """PNG images by name: the time of a step by implementation, and net-steps per second against ensemble size."""
+    rows, labels = read(document)
+    single, many = [row for row in rows if row.members is None], [row for row in rows if row.members]
+    found = {}
+    if single:
+        found["step"] = _steps(document, single, labels)
+    if len(many) > 1:
+        found["ensembles"] = _ensembles(document, many, labels)
+    return found
+
+
+def _figure(document: dict, title: str, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.tick_params(colors=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=13, color=INK, pad=22)
+    axes.text(0, 1.012, machine(document), transform=axes.transAxes, fontsize=7.5, color=INK, va="bottom")
+    return figure, axes
+
+
+def _steps(document: dict, rows: list[Row], labels: dict[str, str]) -> bytes:
+    impls = [impl for impl in STYLES if any(impl in row.us for row in rows)]
+    figure, axes = _figure(document, "One step of one network", 1.6 + 0.3 * len(rows) * (len(impls) + 1))
+    height = 0.8 / len(impls)
+    for place, row in enumerate(rows):
+        for i, impl in enumerate(impls):
+            if impl not in row.us:
+                continue
+            y = place + (i - (len(impls) - 1) / 2) * height
+            label = labels[impl] if impl not in axes.get_legend_handles_labels()[1] else None
+            axes.barh(y, row.us[impl], 0.9 * height, color=STYLES[impl][0], label=label, zorder=2)
+            ratio = f" ({_times(row.speedup[impl])})" if impl in row.speedup and impl != BASELINE else ""
+            axes.text(row.us[impl] * 1.05, y, f"{_us(row.us[impl])} us{ratio}", va="center", fontsize=8, color=INK)
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * 3)
+    axes.set_yticks(range(len(rows)), [f"{row.case}\n{row.what}" for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("microseconds per step (less is better)", color=INK)
+    axes.grid(axis="x", color=FAINT, linewidth=0.5, zorder=0)
+    handles, names = axes.get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    figure.legend(
+        unique.values(), unique.keys(), loc="outside lower center", ncols=len(unique), frameon=False, fontsize=8
+    )
+    return png(figure)
+
+
+def _ensembles(document: dict, rows: list[Row], labels: dict[str, str]) -> bytes:
+    figure, axes = _figure(document, "Ensembles of XOR networks", 5)
+    for impl, (colour, marker) in STYLES.items():
+        points = [(row.members, 1e6 / row.us[impl]) for row in rows if impl in row.us]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, color=colour, label=labels[impl])
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    sizes = sorted({row.members or 1 for row in rows})
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_xlabel("networks in the ensemble", color=INK)
+    axes.set_ylabel("steps of one network per second (more is better)", color=INK)
+    axes.grid(color=FAINT, linewidth=0.5)
+    axes.legend(frameon=False, fontsize=8)
+    return png(figure)
