@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as _modules
 
 from ..kernels import ops
 from ..kernels.activations import ACTIVATIONS
@@ -20,23 +20,49 @@ from .layers import LAYERS, LinearAct
 __all__ = ["MLP"]
 
 
-@dataclass(frozen=True)
+# What torch.nn.modules.module.register_module_*_hook fill.
+_GLOBAL_HOOKS = (
+    _modules._global_forward_hooks,
+    _modules._global_forward_pre_hooks,
+    _modules._global_backward_hooks,
+    _modules._global_backward_pre_hooks,
+)
+
+
+@dataclass(frozen=True, slots=True)
 class _Run:
-    """What a network needs to run without the calls of its layers, valid as long as `modules` are those it has."""
+    """Neighbouring layers of an `nn.Sequential`, and what it takes to run them without calling them one by one."""
 
     modules: tuple[nn.Module, ...]
-    layers: list[tuple[dict, Callable[[Tensor], Tensor]]]  # parameters, activation; [] to call all modules
-    attributes: list[dict]  # those of every module: an instance may get a forward of its own
-    hooks: list[dict]  # the hooks of every module: alive, so seen as soon as one is registered
+    layers: tuple[tuple[dict, Callable[[Tensor], Tensor]], ...]  # parameters, activation
+    attributes: tuple[dict, ...]  # those of every module: an instance may get a forward of its own
+    hooks: tuple[dict, ...]  # those of every module and torch's global ones: alive, so seen once one is registered
     growth: float  # multiply-adds of the largest layer per element of the input
     activations: tuple[str, str] | None  # hidden, output; None where hidden layers differ
+
+    @classmethod
+    def of(cls, modules: tuple[nn.Module, ...]) -> "_Run":
+        layers = [cast(nn.Linear, module) for module in modules if type(module) is not nn.Identity]
+        names = [layer.activation if isinstance(layer, LinearAct) else "identity" for layer in layers]
+        return cls(
+            modules,
+            tuple((layer._parameters, ACTIVATIONS[name].forward) for layer, name in zip(layers, names, strict=True)),
+            tuple(module.__dict__ for module in modules),
+            _GLOBAL_HOOKS
+            + tuple(
+                hooks
+                for m in modules
+                for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+            ),
+            max(layer.in_features * layer.out_features for layer in layers) / max(layers[0].in_features, 1),
+            (names[0], names[-1]) if len(set(names[:-1])) <= 1 else None,
+        )
 
     @property
     def free(self) -> bool:
         """Whether nobody would miss the calls of the modules."""
         # map and any in C: a network of four tiny layers runs in 30 us.
-        overridden = any(map(dict.__contains__, self.attributes, repeat("forward")))
-        return not overridden and not any(self.hooks) and not _has_any_global_hook()
+        return not any(self.hooks) and not any(map(dict.__contains__, self.attributes, repeat("forward")))
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor] | None] | None:
         """(weights, biases), without biases None; None where only some layers have one, or a layer is parametrized."""
@@ -45,8 +71,82 @@ class _Run:
         every = len(weights) == len(self.layers) and len(biases) in (0, len(weights))
         return (weights, biases or None) if every else None
 
+    def __call__(self, input: Tensor) -> Tensor:
+        if not self.free:
+            return self._one_by_one(input)
+        try:
+            if input.is_cpu:
+                small = ops.small_cpu_products.get(input.dtype) or ops.small_cpu_product(input.dtype)
+                if input.numel() * self.growth < small:
+                    y = input
+                    # Plain torch operations, as the layers themselves would choose here.
+                    for parameters, activation in self.layers:
+                        y = activation(F.linear(y, parameters["weight"], parameters["bias"]))
+                    return y
+        except (AttributeError, LookupError, RuntimeError, TypeError):
+            return self._one_by_one(input)  # a parametrized layer; or a wrong input: layers have the better message
+        if self.activations is None or (found := self.parameters()) is None:
+            return self._one_by_one(input)
+        try:
+            return mlp_act(input, *found, *self.activations)
+        except (TypeError, ValueError):
+            return self._one_by_one(input)  # a wrong input once more
 
-class MLP(nn.Sequential):
+    def _one_by_one(self, input: Tensor) -> Tensor:
+        for module in self.modules:
+            input = module(input)
+        return input
+
+
+def _steps(modules: tuple[nn.Module, ...]) -> list[_Run | nn.Module]:
+    """The modules, with layers that follow each other taken together."""
+    runs: list[list[nn.Module]] = []
+    for module in modules:
+        layer = type(module) in LAYERS.values()
+        inside = bool(runs) and type(runs[-1][0]) in LAYERS.values()
+        if inside and (layer or type(module) is nn.Identity):
+            runs[-1].append(module)
+        else:
+            runs.append([module])
+    return [_Run.of(tuple(run)) if len(run) > 1 else run[0] for run in runs]
+
+
+class FusedSequential(nn.Sequential):
+    """An `nn.Sequential` that runs fused layers which follow each other as one network.
+
+    What it computes is what calling its modules in turn computes. Hooks, parametrizations and a `forward` of an
+    instance's own are noticed at every call; then those layers are called one by one.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in_features of the first layer) -> (..., out_features of the last)."""
+        if is_compiling():
+            return super().forward(input)
+        for step in self._plan()[1]:
+            input = step(input)
+        return input
+
+    def _plan(self) -> tuple[tuple[nn.Module, ...], list[_Run | nn.Module]]:
+        """(the modules, what takes their place), made anew when modules have come or gone."""
+        modules = tuple(self._modules.values())
+        planned = self.__dict__.get("_planned")
+        if planned is None or planned[0] != modules:
+            planned = self.__dict__["_planned"] = modules, _steps(cast(tuple[nn.Module, ...], modules))
+        return planned
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_planned"}
+
+    def __getitem__(self, index):
+        # A slice is no longer the network that the constructor describes. Its modules keep their names, as in torch.
+        return (
+            nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+            if isinstance(index, slice)
+            else super().__getitem__(index)
+        )
+
+
+class MLP(FusedSequential):
     """A multilayer perceptron of fused layers.
 
     sizes: the width of the input, of each hidden layer and of the output, at least two numbers.
@@ -86,27 +186,6 @@ class MLP(nn.Sequential):
             modules += [LAYERS[name](inputs, outputs, bias, device, dtype), nn.Identity()]
         super().__init__(*modules)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input (..., sizes[0]) -> (..., sizes[-1])."""
-        if is_compiling():
-            return super().forward(input)
-        run = self._run()
-        if not (run.layers and run.free):
-            return super().forward(input)
-        try:
-            if input.is_cpu:
-                small = ops.small_cpu_products.get(input.dtype) or ops.small_cpu_product(input.dtype)
-                if input.numel() * run.growth < small:
-                    return self._small(run, input)
-        except (AttributeError, LookupError, RuntimeError, TypeError):
-            return super().forward(input)  # a parametrized layer; or a wrong input: the layer has the better message
-        if run.activations is None or (parameters := run.parameters()) is None:
-            return super().forward(input)
-        try:
-            return mlp_act(input, *parameters, *run.activations)
-        except (TypeError, ValueError):
-            return super().forward(input)  # a wrong input once more
-
     def bce_loss(
         self, input: Tensor, target: Tensor, *, pos_weight: Tensor | None = None, reduction: str = "mean"
     ) -> Tensor:
@@ -116,53 +195,11 @@ class MLP(nn.Sequential):
         `nn.BCEWithLogitsLoss` of the logits; see `mlp_sigmoid_bce`. Raises NotImplementedError where the loss cannot
         be had in one piece: with another output activation, or with hooks or parametrizations on the layers.
         """
-        run = self._run()
-        parameters = run.parameters() if run.layers and run.free else None
-        if run.activations is None or run.activations[1] != "sigmoid" or parameters is None:
+        steps = self._plan()[1]
+        run = steps[0] if len(steps) == 1 and isinstance(steps[0], _Run) else None
+        found = run.parameters() if run is not None and run.free else None
+        if run is None or found is None or run.activations is None or run.activations[1] != "sigmoid":
             raise NotImplementedError(f"bce_loss needs plain layers, the last one with a sigmoid: {self}")
-        weights, biases = parameters
         options = {"pos_weight": pos_weight, "reduction": reduction}
+        weights, biases = found
         return mlp_sigmoid_bce(input, weights, biases, target, run.activations[0], **options)
-
-    def _run(self) -> _Run:
-        run = self.__dict__.get("_planned")
-        if run is None or run.modules != tuple(self._modules.values()):
-            run = self.__dict__["_planned"] = self._plan()
-        return run
-
-    def _small(self, run: _Run, y: Tensor) -> Tensor:
-        # Plain torch operations, as the layers themselves would choose here, without the calls of 2 L modules.
-        for parameters, activation in run.layers:
-            y = activation(F.linear(y, parameters["weight"], parameters["bias"]))
-        return y
-
-    def _plan(self) -> _Run:
-        modules = tuple(self._modules.values())
-        layers = [cast(nn.Linear, module) for module in modules if type(module) is not nn.Identity]
-        if not layers or not all(type(layer) in LAYERS.values() for layer in layers):
-            return _Run(modules, [], [], [], 0.0, None)
-        names = [layer.activation if isinstance(layer, LinearAct) else "identity" for layer in layers]
-        macs = max(layer.in_features * layer.out_features for layer in layers)
-        return _Run(
-            modules,
-            [(layer._parameters, ACTIVATIONS[name].forward) for layer, name in zip(layers, names, strict=True)],
-            [module.__dict__ for module in modules],
-            [
-                hooks
-                for m in modules
-                for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-            ],
-            macs / max(layers[0].in_features, 1),
-            (names[0], names[-1]) if len(set(names[:-1])) <= 1 else None,
-        )
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_planned"}
-
-    def __getitem__(self, index):
-        # A slice is no longer the network that the constructor describes. Its modules keep their names, as in torch.
-        return (
-            nn.Sequential(OrderedDict(list(self._modules.items())[index]))
-            if isinstance(index, slice)
-            else super().__getitem__(index)
-        )
