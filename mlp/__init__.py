@@ -2,6 +2,7 @@
 
 from .ensemble import Ensemble
 from .functional import linear_act, linear_sigmoid, linear_sigmoid_bce, mlp_act, mlp_sigmoid_bce
+from .fusing import fuse_, unfuse_
 from .layers import LinearReLU, LinearSigmoid, LinearSigmoidBCELoss, LinearTanh
 from .model import MLP
 from .sweep import fit_sharded
@@ -17,9 +18,11 @@ __all__ = [
     "LinearTanh",
     "fit",
     "fit_sharded",
+    "fuse_",
     "linear_act",
     "linear_sigmoid",
     "linear_sigmoid_bce",
     "mlp_act",
     "mlp_sigmoid_bce",
+    "unfuse_",
 ]

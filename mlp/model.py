@@ -42,7 +42,7 @@ class _Run:
 
     @classmethod
     def of(cls, modules: tuple[nn.Module, ...]) -> "_Run":
-        layers = [cast(nn.Linear, module) for module in modules if type(module) is not nn.Identity]
+        layers = [cast(nn.Linear, module) for module in modules if not does_nothing(module)]
         names = [layer.activation if isinstance(layer, LinearAct) else "identity" for layer in layers]
         return cls(
             modules,
@@ -98,13 +98,17 @@ class _Run:
         return input
 
 
+def does_nothing(module: nn.Module) -> bool:
+    return type(module).forward is nn.Identity.forward
+
+
 def _steps(modules: tuple[nn.Module, ...]) -> list[_Run | nn.Module]:
     """The modules, with layers that follow each other taken together."""
     runs: list[list[nn.Module]] = []
     for module in modules:
         layer = type(module) in LAYERS.values()
         inside = bool(runs) and type(runs[-1][0]) in LAYERS.values()
-        if inside and (layer or type(module) is nn.Identity):
+        if inside and (layer or does_nothing(module)):
             runs[-1].append(module)
         else:
             runs.append([module])

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .layers import LAYERS, LinearAct
-from .model import MLP
+from .model import MLP, FusedSequential, does_nothing
 
 __all__ = ["Network", "describe", "hooked", "why_not_trainable"]
 
-_ACTIVATIONS = {nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.ReLU: "relu", nn.Identity: "identity"}
+_ACTIVATIONS = {nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.ReLU: "relu"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def hooked(module: nn.Module) -> bool:
 
 def describe(model: nn.Module) -> Network | str:
     """The network that an `MLP` or an `nn.Sequential` is, or the reason why it is none."""
-    if not isinstance(model, nn.Sequential) or type(model) not in (MLP, nn.Sequential):
+    if not isinstance(model, nn.Sequential) or type(model) not in (MLP, FusedSequential, nn.Sequential):
         return f"{type(model).__name__} is neither an MLP nor an nn.Sequential"
     if found := next((name or "the model" for name, module in model.named_modules() if hooked(module)), None):
         return f"{found} has hooks or a forward of its own"
@@ -46,11 +46,13 @@ def describe(model: nn.Module) -> Network | str:
         if kind in LAYERS.values() and isinstance(module, nn.Linear):
             layers.append(module)
             names.append(module.activation if isinstance(module, LinearAct) else "identity")
+        elif does_nothing(module) and layers:
+            continue
         elif kind not in _ACTIVATIONS or not layers:
             return f"{kind.__name__} is not part of a chain of linear layers and activations"
-        elif kind is not nn.Identity and names[-1] != "identity":
+        elif names[-1] != "identity":
             return f"{kind.__name__} follows another activation"
-        elif kind is not nn.Identity:
+        else:
             names[-1] = _ACTIVATIONS[kind]
     if not layers:
         return "the model has no layers"

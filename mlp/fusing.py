@@ -1,0 +1,170 @@
+"""Fused layers in the place of Linear + activation, in models that exist already."""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch.fx
+from torch import nn
+
+from .layers import LinearReLU, LinearSigmoid, LinearTanh
+from .model import FusedSequential
+
+__all__ = ["fuse_", "unfuse_"]
+
+# The layer that takes the place of a Linear before this activation. None of these classes adds state of its own, so
+# an instance changes its class and stays what it is to everyone who holds it: optimizers, checkpoints, hooks.
+FUSED: dict[type[nn.Module], type[nn.Linear]] = {
+    nn.Sigmoid: LinearSigmoid,
+    nn.Tanh: LinearTanh,
+    nn.ReLU: LinearReLU,
+}
+
+
+class Applied(nn.Identity):
+    """In the place of an activation that the layer before it has applied."""
+
+    def extra_repr(self) -> str:
+        return self.__dict__[_WAS].__name__
+
+
+_WAS = "_class_before_fuse"  # the attribute in which a module remembers its class
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__dict__[_WAS] = type(module)
+    module.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def fuse_(model: nn.Module, refused: dict[str, str] | None = None) -> list[str]:
+    """Fuses every `nn.Linear` with the `nn.Sigmoid`, `nn.Tanh` or `nn.ReLU` that follows it, in place.
+
+    Returns the qualified names of the Linears that became `LinearSigmoid`, `LinearTanh` or `LinearReLU`. The modules
+    stay the same objects with the same parameters, so optimizers, `state_dict` and references go on working; the
+    activations do nothing any more. An `nn.Sequential` runs such layers that follow each other as one network.
+    Calling it again changes nothing. `unfuse_` undoes it.
+
+    A pair is found in an `nn.Sequential`, or in a module whose forward `torch.fx` can trace, where the Linear is used
+    once, its output goes to the activation alone and the activation is used once. What is called from a forward as a
+    function (`torch.sigmoid`) stays as it is. refused: takes the qualified names of Linears that are followed by an
+    activation and were left alone, with the reason: hooks on either of them, parametrizations, a module of another
+    class or with a forward of its own, a Linear or an activation that is used elsewhere. An `nn.Sequential` is taken
+    to be called as a whole.
+
+    Raises TypeError if the model is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    uses = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    replaced: list[str] = []
+    for name, module in model.named_modules():
+        here: list[str] = []
+        for first, second in _pairs(module):
+            linear, activation = (module.get_submodule(child) for child in (first, second))
+            full = f"{name}.{first}" if name else first
+            if (reason := _why_not(linear, activation, uses)) is None:
+                here.append(full)
+                _become(linear, FUSED[type(activation)])
+                _become(activation, Applied)
+            elif refused is not None:
+                refused[full] = reason
+        if here and type(module) is nn.Sequential:
+            _become(module, FusedSequential)
+        replaced += here
+    return replaced
+
+
+def unfuse_(model: nn.Module) -> list[str]:
+    """Undoes `fuse_`: every module has its old class again. Returns the qualified names of the Linears.
+
+    An `MLP` or a layer that was built fused stays as it is. Raises TypeError if the model is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    restored: list[str] = []
+    for name, module in model.named_modules():
+        if kind := module.__dict__.pop(_WAS, None):
+            module.__dict__.pop("_planned", None)
+            module.__class__ = kind
+            if kind is nn.Linear:
+                restored.append(name)
+    return restored
+
+
+# --- where layers follow each other ------------------------------------------------------------------------
+
+
+def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The names, below this module, of each linear layer and the activation right behind it."""
+    names = list(_in_sequence(module) if type(module).forward in SEQUENCES else _traced(module))
+    for first, second in names:
+        linear, activation = (module.get_submodule(name) for name in (first, second))
+        if isinstance(linear, nn.Linear) and isinstance(activation, tuple(FUSED)):
+            yield first, second
+
+
+SEQUENCES = (nn.Sequential.forward, FusedSequential.forward)
+
+
+def _in_sequence(module: nn.Module) -> Iterator[tuple[str, str]]:
+    names = list(module._modules)
+    return pairwise(names)
+
+
+class _Tracer(torch.fx.Tracer):
+    """Traces one forward; the modules that it calls stay calls."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _traced(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Calls of which the second is the only user of the first, each module being called once."""
+    children = [child for child in module._modules.values() if child is not None]
+    if not any(isinstance(child, tuple(FUSED)) for child in _below(children)):
+        return
+    try:
+        graph = _Tracer().trace(module)
+    except Exception:  # whatever a forward that cannot be traced raises, nothing is known about it
+        return
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    times = Counter(id(module.get_submodule(str(node.target))) for node in calls)
+    # Parameters that the forward reads past their module are used elsewhere too.
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    for node in calls:
+        users = list(node.users)
+        if len(users) != 1 or users[0].op != "call_module" or users[0].args != (node,) or users[0].kwargs:
+            continue
+        first, second = str(node.target), str(users[0].target)
+        once = all(times[id(module.get_submodule(name))] == 1 for name in (first, second))
+        if once and not {first, second} & read:
+            yield first, second
+
+
+def _below(modules: list[nn.Module]) -> Iterator[nn.Module]:
+    for module in modules:
+        yield module
+        # A forward may call the entries of its containers.
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            yield from _below([child for child in module._modules.values() if child is not None])
+
+
+# --- what must stay as it is -------------------------------------------------------------------------------
+
+
+def _why_not(linear: nn.Module, activation: nn.Module, uses: Counter) -> str | None:
+    """Why this pair cannot be fused, or None."""
+    for what, module, kinds in (("it", linear, (nn.Linear,)), ("the activation", activation, tuple(FUSED))):
+        if type(module) not in kinds:
+            return f"{what} is a {type(module).__name__}"
+        if _hooks(module):
+            return f"{what} has hooks"
+        if "forward" in module.__dict__:
+            return f"{what} has a forward of its own"
+        if uses[id(module)] > 1:
+            return f"{what} is used elsewhere too"
+    return None
+
+
+def _hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
