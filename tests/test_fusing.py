@@ -1,0 +1,351 @@
+"""fuse_ and unfuse_: what is found, what is left alone and why, and that nobody who holds the model notices."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from perceptriton.kernels import ops
+from perceptriton.mlp import MLP, LinearReLU, LinearSigmoid, LinearTanh, fit, fuse_, unfuse_
+
+ACTIVATIONS = {nn.Sigmoid: LinearSigmoid, nn.Tanh: LinearTanh, nn.ReLU: LinearReLU}
+
+
+class Head(nn.Module):
+    """A classifier head as torchvision writes it: a Sequential inside, with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True))
+        self.classifier = nn.Sequential(
+            nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Dropout(0.0), nn.Linear(16, 16), nn.ReLU(True), nn.Linear(16, 3)
+        )
+
+    def forward(self, x):
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+class ActorCritic(nn.Module):
+    """A policy: a shared body, two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
+        self.policy, self.value = nn.Linear(16, 2), nn.Linear(16, 1)
+
+    def forward(self, x):
+        h = self.body(x)
+        return torch.cat([self.policy(h), self.value(h)], 1)
+
+
+class Gated(nn.Module):
+    """Several sigmoid heads, called by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.gate, self.out = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 2)
+        self.open, self.squash, self.last = nn.Sigmoid(), nn.Tanh(), nn.Sigmoid()
+
+    def forward(self, x):
+        return self.last(self.out(self.open(self.gate(x)) * self.squash(self.inner(x))))
+
+
+MODELS = {
+    "head": (Head, (5, 1, 4, 4), ["classifier.0", "classifier.3"]),
+    "actor-critic": (ActorCritic, (5, 4), ["body.0", "body.2"]),
+    "gated": (Gated, (5, 4), ["inner", "gate", "out"]),
+    "sequential": (
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 2), nn.Sigmoid()),
+        (5, 4),
+        ["0", "2"],
+    ),
+    "nested": (
+        lambda: nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 2), nn.Sigmoid())),
+        (5, 4),
+        ["0.0", "1.0"],
+    ),
+}
+
+
+def results(model, x):
+    """y and the gradient of every parameter."""
+    y = model(x)
+    return [y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
+def case(request):
+    make, shape, names = request.param
+    torch.manual_seed(1)
+    model = make()
+    return model, torch.randn(shape), names
+
+
+def test_models_of_real_life(case):
+    model, x, names = case
+    before, parameters = copy.deepcopy(model), list(model.parameters())
+    modules = list(model.modules())
+    expected = results(model, x)
+    assert sorted(fuse_(model)) == sorted(names)
+    for name in names:
+        assert type(model.get_submodule(name)) in ACTIVATIONS.values()
+    # The same objects, to whoever holds them.
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    torch.testing.assert_close(results(model, x), expected)
+    # Checkpoints go both ways.
+    model.load_state_dict(before.state_dict(), strict=True)
+    before.load_state_dict(model.state_dict(), strict=True)
+    # Once more changes nothing.
+    refused = {}
+    assert fuse_(model, refused) == []
+    assert refused == {}
+    assert sorted(unfuse_(model)) == sorted(names)
+    assert repr(model) == repr(before)
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+    assert [set(m.__dict__) for m in model.modules()] == [set(m.__dict__) for m in before.modules()]
+    torch.testing.assert_close(results(model, x), expected)
+    assert unfuse_(model) == []
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_can_be_undone_alone(case, copied):
+    model, x, names = case
+    fuse_(model)
+    other = copied(model)
+    torch.testing.assert_close(results(other, x), results(model, x))
+    assert sorted(unfuse_(other)) == sorted(names)
+    assert sorted(unfuse_(model)) == sorted(names)
+
+
+def test_an_optimizer_goes_on(case):
+    model, x, _ = case
+    twin = copy.deepcopy(model)
+    for net, at in ((model, 2), (twin, None)):
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
+        for step in range(5):
+            if step == at:
+                fuse_(net)
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
+
+
+def test_parameters_that_came_later_stay_when_it_is_undone():
+    model = nn.Sequential(nn.Linear(4, 2), nn.Sigmoid())
+    fuse_(model)
+    state = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model.double()
+    unfuse_(model)
+    assert torch.equal(model[0].weight, state["0.weight"].double())
+
+
+def test_a_sequential_runs_its_layers_as_one_network(monkeypatch):
+    networks = []
+    forward = ops.mlp_fwd
+    monkeypatch.setattr(ops, "mlp_fwd", lambda *a: networks.append(len(a[1])) or forward(*a))
+    for dtype in (torch.float32,):
+        monkeypatch.setitem(ops.small_cpu_products, dtype, 1)
+    model = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64, 600),
+        nn.Sigmoid(),
+        nn.Linear(600, 600),
+        nn.Sigmoid(),
+        nn.Dropout(0.0),
+        nn.Linear(600, 3),
+    )
+    x = torch.randn(1000, 8, 8)
+    expected = results(model, x)
+    fuse_(model)
+    # 1,000 x 600 x 600 multiply-adds are not small to any table of plan.py
+    torch.testing.assert_close(results(model, x), expected, rtol=1e-4, atol=1e-4)
+    assert networks == [2]
+
+
+def test_fit_takes_a_fused_sequential():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1), nn.Sigmoid())
+    twin = copy.deepcopy(model)
+    fuse_(model)
+    x, y = torch.rand(8, 2), torch.rand(8, 1)
+    for net in (model, twin):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+        assert fit(net, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=20).path == "torch"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_checkpoint_files(case):
+    model, x, _ = case
+    fuse_(model)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(model)
+    unfuse_(other)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    torch.testing.assert_close(other(x), model(x))
+
+
+# --- what is left alone ------------------------------------------------------------------------------------------
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+class OwnSequential(nn.Sequential):
+    def forward(self, x):
+        return self[0](x) + 1  # the activation is not what its place suggests
+
+
+class Branches(nn.Module):
+    """Forwards that cannot be traced keep their modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.act = nn.Linear(4, 2), nn.Sigmoid()
+
+    def forward(self, x):
+        return self.act(self.layer(x)) if x.sum() > 0 else self.layer(x)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.act = nn.Linear(4, 4), nn.Sigmoid()
+
+    def forward(self, x):
+        return self.act(self.layer(self.act(self.layer(x))))
+
+
+class Peeks(nn.Module):
+    """The output before the activation is wanted too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.act = nn.Linear(4, 4), nn.Sigmoid()
+
+    def forward(self, x):
+        z = self.layer(x)
+        return self.act(z) * z
+
+
+class Reads(nn.Module):
+    """The weight is used past the layer: harmless, but not ours to judge."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.act = nn.Linear(4, 4), nn.Sigmoid()
+
+    def forward(self, x):
+        return self.act(self.layer(x)) + self.layer.weight.sum()
+
+
+def pair():
+    return nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
+
+
+def with_(change):
+    model = pair()
+    change(model)
+    return model
+
+
+def shared_activation():
+    act = nn.Sigmoid()
+    return nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act)
+
+
+def shared_linear():
+    linear = nn.Linear(4, 4)
+    return nn.Sequential(linear, nn.Sigmoid(), linear, nn.Tanh())
+
+
+REFUSED = {
+    "linear-hook": (lambda: with_(lambda m: m[0].register_forward_hook(lambda *_: None)), {"0": "it has hooks"}),
+    "activation-hook": (
+        lambda: with_(lambda m: m[1].register_full_backward_hook(lambda *_: None)),
+        {"0": "the activation has hooks"},
+    ),
+    "parametrization": (
+        lambda: with_(lambda m: parametrizations.weight_norm(m[0])),
+        {"0": "it is a ParametrizedLinear"},
+    ),
+    "subclass": (lambda: nn.Sequential(OwnLinear(4, 4), nn.Sigmoid()), {"0": "it is a OwnLinear"}),
+    "own-forward": (
+        lambda: with_(lambda m: setattr(m[0], "forward", lambda x: 0 * x)),
+        {"0": "it has a forward of its own"},
+    ),
+    "shared-activation": (
+        shared_activation,
+        {"0": "the activation is used elsewhere too", "2": "the activation is used elsewhere too"},
+    ),
+    "shared-linear": (shared_linear, {"0": "it is used elsewhere too", "2": "it is used elsewhere too"}),
+    "already": (lambda: nn.Sequential(LinearTanh(4, 4), nn.Sigmoid()), {"0": "it is a LinearTanh"}),
+    "own-sequential": (lambda: OwnSequential(nn.Linear(4, 4), nn.Sigmoid()), {}),
+    "untraceable": (Branches, {}),
+    "called-twice": (Twice, {}),
+    "peeks": (Peeks, {}),
+    "reads": (Reads, {}),
+    "other-activation": (lambda: nn.Sequential(nn.Linear(4, 4), nn.GELU()), {}),
+    "mlp": (lambda: MLP([4, 4, 4]), {}),
+}
+
+
+@pytest.mark.parametrize(("make", "reasons"), REFUSED.values(), ids=REFUSED)
+def test_left_alone(make, reasons):
+    torch.manual_seed(1)
+    model = make()
+    types, x = [type(m) for m in model.modules()], torch.randn(3, 4)
+    expected, refused = model(x), {}
+    assert fuse_(model, refused) == []
+    assert refused == reasons
+    assert [type(m) for m in model.modules()] == types
+    assert torch.equal(model(x), expected)
+    assert unfuse_(model) == []
+
+
+def test_what_can_be_fused_is_fused_beside_what_cannot():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 4), nn.Tanh())
+    model[0].register_forward_hook(lambda *_: None)
+    refused = {}
+    assert fuse_(model, refused) == ["2"]
+    assert refused == {"0": "it has hooks"}
+
+
+def test_hooks_that_come_later_fire():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 2), nn.Sigmoid())
+    fuse_(model)
+    seen = []
+    for i in range(4):
+        model[i].register_forward_hook(lambda m, *_: seen.append(type(m).__name__))
+    model(torch.randn(3, 4))
+    assert seen == ["LinearSigmoid", "Applied", "LinearSigmoid", "Applied"]
+
+
+@pytest.mark.parametrize("function", [fuse_, unfuse_])
+def test_errors(function):
+    with pytest.raises(TypeError, match=r"^model must be an nn\.Module, not list$"):
+        function([nn.Linear(2, 2)])
+
+
+@pytest.mark.filterwarnings("default")  # the compiler itself uses what torch deprecates
+def test_compiles_after_fusing(case):
+    model, x, _ = case
+    expected = results(model, x)
+    fuse_(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    y = compiled(x)
+    actual = [y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
+    torch.testing.assert_close(actual, expected)
