@@ -80,7 +80,8 @@ clean: ## remove everything that make made
 # --- tests -------------------------------------------------------------------------------------------------
 
 # On a GPU `make cuda` runs them.
-KERNEL_TESTS := tests/test_kernels.py tests/test_mlp_kernels.py tests/test_networks.py tests/test_training_kernels.py
+KERNEL_TESTS := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_networks.py test_training_kernels.py \
+	test_fit.py::test_kernels_train_alike)
 COMPILE_TESTS := tests/test_compile.py tests/test_mlp_compile.py tests/test_training_compile.py
 
 .PHONY: test test-start test-all test-kernels test-old-triton test-deterministic test-benches

@@ -1,7 +1,6 @@
 """fit trains as the loop that everyone writes, whatever runs underneath."""
 
 import copy
-import importlib.util
 import json
 import math
 import os
@@ -813,10 +812,7 @@ def test_an_ensemble_is_no_sequential():
 
 # --- the kernels -----------------------------------------------------------------------------------------------
 
-KERNELS = importlib.util.find_spec("perceptriton.kernels.training") is not None
 
-
-@pytest.mark.skipif(not KERNELS, reason="this tree has no training kernels")
 @pytest.mark.parametrize("batch_size", [None, 3], ids=["full", "minibatches"])
 @pytest.mark.parametrize("optimizer", ["sgd-decay", "dampening", "adam", "adamw"])
 @pytest.mark.parametrize("impl", ["lane", "block"])
