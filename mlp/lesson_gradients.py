@@ -152,9 +152,7 @@ def _chain_by_autograd(w: float, x: float, b: float, device: torch.device | str)
     g = leaves[0] * leaves[1]
     f = g + leaves[2]
     derivatives = torch.autograd.grad(f, [*leaves, g])
-    return {"f": f.item()} | {
-        f"df/d{name}": value.item() for name, value in zip("wxbg", derivatives, strict=True)
-    }
+    return {"f": f.item()} | {f"df/d{name}": value.item() for name, value in zip("wxbg", derivatives, strict=True)}
 
 
 def _chain_by_layer(
@@ -166,9 +164,7 @@ def _chain_by_layer(
     input = torch.full((1, 1), x, device=layer.weight.device, requires_grad=True)
     f = call(input)
     derivatives = torch.autograd.grad(f, [layer.weight, input, layer.bias])
-    return {"f": f.item()} | {
-        f"df/d{name}": value.item() for name, value in zip("wxb", derivatives, strict=True)
-    }
+    return {"f": f.item()} | {f"df/d{name}": value.item() for name, value in zip("wxb", derivatives, strict=True)}
 
 
 # --- one step of a 2-2-2 network -----------------------------------------------------------------------------
@@ -296,13 +292,18 @@ def _worked_by_hand(x: Tensor, target: Tensor, hidden: Tensor, output: Tensor) -
 
 def _worked_by_autograd(x: Tensor, target: Tensor, model: nn.Sequential) -> dict[str, float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    h = model[:2](x)
-    o = model[2:](h)
+    z_h = model[0](x)
+    h = model[1](z_h)
+    z_o = model[2](h)
+    o = model[3](z_o)
     error = (target - o) ** 2 / 2
     error.sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     optimizer.step()
+    # A fused layer shows no z.
+    sums = {} if isinstance(model[1], nn.Identity) else _pair("z_h", z_h) | _pair("z_o", z_o)
     return {
+        **sums,
         **_pair("h", h),
         **_pair("o", o),
         **_pair("E_o", error),
@@ -349,7 +350,9 @@ class ByHand:
         """What does not follow the loop by hand, one phrase for each, and whether that has converged."""
         trajectory = self.trajectory
         loss, step = trajectory.runs[0].losses[-1], trajectory.steps[-1]
-        stuck = [] if self.converged else [f"not converged: a loss of {loss:.4f} at step {step}, not below {SOLVED:.4f}"]
+        stuck = (
+            [] if self.converged else [f"not converged: a loss of {loss:.4f} at step {step}, not below {SOLVED:.4f}"]
+        )
         return stuck + trajectory.misses
 
     @property

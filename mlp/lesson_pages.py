@@ -1,8 +1,7 @@
 """The lessons in words: what each teaches, and its result as a page of text. Nothing here prints or computes."""
 
-import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -62,8 +61,8 @@ def worked_step_intro(steps: int) -> str:
         dE/dz_h = (W_output' dE/dz_o) h (1 - h)                   dE/dW_hidden = dE/dz_h x'
         W new = W - 0.5 dE/dW
         """,
-        "(' is the transpose.) The table was worked on paper to eight decimals. `fit` shows E and the new weights "
-        f"only. Below, the same network trains on for {steps:,} steps to compare times.",
+        "(' is the transpose.) The table was worked on paper to eight decimals. A fused layer shows no z, and `fit` "
+        f"only E and the new weights. Below, the same network trains on for {steps:,} steps to compare times.",
     )
 
 
@@ -99,9 +98,9 @@ def xor_intro(steps: int) -> str:
 
 def xor_deep_intro(steps: int, draws: int) -> str:
     return _page(
-        "XOR with three hidden layers of ten. Each sigmoid passes back at most a quarter of its gradient:",
+        "XOR with three hidden layers of ten. Each sigmoid passes at most a quarter of its gradient back:",
         """
-        sigmoid'(z) = y (1 - y) <= 1/4      three hidden layers: at most 1/64 reaches the first
+        sigmoid'(z) = y (1 - y) <= 1/4      through three hidden layers: at most 1/64, times the weights
         """,
         "So the loss stays at ln 2 = 0.6931, that of a guess, for thousands of steps, and then drops all at once. "
         f"Learning rate 1, {steps:,} steps, draw {draws} after seed {lessons.XOR_SEED}. Rounding decides when exactly "
@@ -146,9 +145,7 @@ def chain_rule_report(result: ChainRule) -> str:
         cells = [f"{way.values[name]:8g}" if name in way.values else f"{'-':>8}" for name in result.reference]
         lines.append(f"  {way.name:14}{''.join(cells)}{result.us[way.name]:10.1f}")
     verdict = " All equal the reference." if result.matches else ""
-    return "\n".join(
-        [*lines, "", _fill("us: microseconds for f and its slopes, median over 20 turns." + verdict)]
-    )
+    return "\n".join([*lines, "", _fill("us: microseconds for f and its slopes, median over 20 turns." + verdict)])
 
 
 def worked_step_report(result: WorkedStep) -> str:
@@ -173,9 +170,12 @@ def worked_step_report(result: WorkedStep) -> str:
     verdict = " All match the reference." if result.matches else ""
     lines.append(_fill(f"Largest difference: {', '.join(parts)}.{verdict}"))
     last = (result.steps - 1) // 100 * 100
-    lines += ["", f"  {f'in float32, {result.steps:,} steps':24}  {'ran as':8}  {f'E at step {last:,}':>18}" + _times_head()]
+    lines += [
+        "",
+        f"  {f'in float32, {result.steps:,} steps':24}  {'ran as':8}  {f'E at step {last:,}':>18}" + _times_head(),
+    ]
     for run in result.runs:
-        lines.append(f"  {run.name:24}  {run.path:8}  {run.losses[-1] / 2:18.10f}{_times(run)}")
+        lines.append(f"  {run.name:24}  {run.path:8}  {run.losses[-1] / 2:18.8e}{_times(run)}")
     lines.append(_speed(result.runs[0]))
     return "\n".join(lines)
 
@@ -190,11 +190,16 @@ def training_report(result: Trajectory) -> str:
 def by_hand_report(result: ByHand) -> str:
     trajectory = result.trajectory
     rates = [f"{rate:g}" for rate in result.rates]
-    lines = [f"  {'at the first step':26}" + "".join(f"{name:>13}" for name in result.names)]
-    lines.append(f"  {'gradient by hand / autograd':26}" + "".join(f"{r:13.7f}"[1:] if i == 0 else f"{r:13.7f}" for i, r in enumerate(result.ratios)))
-    lines.append(f"  {'learning rate of autograd':26}" + "".join(f"{rate:>13}" for rate in rates))
+    lines = [f"  {'at the first step':28}" + "".join(f"{name:>12}" for name in result.names)]
+    lines.append(f"  {'gradient by hand / autograd':28}" + "".join(f"{ratio:12.7f}" for ratio in result.ratios))
+    lines.append(f"  {'learning rate for autograd':28}" + "".join(f"{rate:>12}" for rate in rates))
     columns = {"textbook": result.textbook} | {_short(run): run.losses for run in trajectory.runs}
-    lines += ["", _losses(trajectory.steps, columns, result.textbook), "", *_contenders(trajectory, "by hand")]
+    lines += [
+        "",
+        _losses(trajectory.steps, columns, result.textbook),
+        "",
+        *_contenders(trajectory, "the loop by hand", "the 1e-7 and the order of rounding"),
+    ]
     lines.append(
         _fill(
             "The textbook's weights came from uninitialized memory, so its losses show the form, not the numbers. "
@@ -206,7 +211,10 @@ def by_hand_report(result: ByHand) -> str:
 
 
 def sweep_report(result: Sweep) -> str:
-    lines = [f"Share of {len(result.seeds):,} seeds that have succeeded by a step, in percent; learning rates across:", ""]
+    lines = [
+        f"Share of {len(result.seeds):,} seeds that have succeeded by a step, in percent; learning rates across:",
+        "",
+    ]
     lines.append("    step" + "".join(f"{rate:7.3g}" for rate in result.rates))
     shown = _shown(result.steps, list(result.steps))
     for index, step in enumerate(result.steps):
@@ -250,7 +258,7 @@ def _shown(steps: Sequence[int], reference: Sequence[float | None]) -> set[int]:
 
 
 def _losses(
-    steps: Sequence[int], columns: dict[str, Sequence[float | None]], reference: Sequence[float | None]
+    steps: Sequence[int], columns: Mapping[str, Sequence[float | None]], reference: Sequence[float | None]
 ) -> str:
     lines = ["    step" + "".join(f"{name:>14}" for name in columns)]
     shown = _shown(steps, reference)
@@ -262,7 +270,7 @@ def _losses(
     return "\n".join(lines)
 
 
-def _contenders(result: Trajectory, against: str = "the reference") -> list[str]:
+def _contenders(result: Trajectory, against: str = "the reference", why: str = "the order of rounding") -> list[str]:
     lines = [f"  {'':24}  {'ran as':8}  {'largest difference':>18}  {'at step':>7}" + _times_head()]
     for run in result.runs:
         difference, step, _ = result.largest_difference(run)
@@ -274,8 +282,8 @@ def _contenders(result: Trajectory, against: str = "the reference") -> list[str]
     verdict = f" All match {against}." if result.matches else ""
     lines.append(
         _fill(
-            f"Differences are relative to {against}, over {logged} logged steps. The band is {stated}: what the order "
-            f"of rounding can do.{verdict}"
+            f"Differences are relative to {against}, over {logged} logged steps. The band is {stated}: what {why} "
+            f"can do.{verdict}"
         )
     )
     return lines
