@@ -100,7 +100,7 @@ def chain_rule(device: torch.device | str = "cpu") -> ChainRule:
     given = table("chain_rule")
     w, x, b = (float(given[name]) for name in "wxb")
     reference = {"f": given["f"]} | {f"df/d{name}": given[f"df_d{name}"] for name in "wxbg"}
-    layer = nn.Linear(1, 1, device=device)
+    layer = draw(0, lambda: nn.Linear(1, 1)).to(device)
     ways: dict[str, Callable[[], dict[str, float]]] = {
         HAND: partial(_chain_by_hand, w, x, b),
         "differences": partial(_chain_by_differences, w, x, b),
@@ -258,7 +258,7 @@ _WORKED = {
 
 
 def _worked_network(build: Callable[..., nn.Sequential], hidden: Tensor, output: Tensor) -> nn.Sequential:
-    model = build([2, 2, 2], bias=False).to(hidden.dtype)
+    model = draw(0, lambda: build([2, 2, 2], bias=False)).to(hidden.dtype)
     with torch.no_grad():
         for parameter, weight in zip(model.parameters(), (hidden, output), strict=True):
             parameter.copy_(weight)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ __all__ = [
     "table",
 ]
 
+_Made = TypeVar("_Made")
+
 REFERENCE = Path(__file__).parent / "reference"
 
 NN, FUSED = "nn.Linear + nn.Sigmoid", "fused layers"
@@ -49,7 +52,7 @@ def table(name: str) -> dict:
     return json.loads((REFERENCE / f"{name}.json").read_text())
 
 
-def draw(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+def draw(seed: int, make: Callable[[], _Made]) -> _Made:
     """make() with torch's CPU generator seeded for it alone; the caller's random numbers are left as they were."""
     # The generator is seeded directly: torch.manual_seed would also reseed those of the GPUs, which are not restored.
     with torch.random.fork_rng(devices=[]):

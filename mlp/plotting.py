@@ -261,7 +261,7 @@ def _draw_losses(axes, data: TrainingPicture | BlobsPicture, name: str, referenc
     # All hundred points would hide the line under them.
     every = max(1, len(data.reference_steps) // 33)
     shown = data.reference_steps[::every]
-    even = len(set(np.diff(shown))) == 1
+    even = len(set(np.diff(shown))) == 1 and shown[1] - shown[0] > 1
     axes.plot(data.steps, data.losses, color=BLUE, linewidth=2, label=name)
     axes.plot(
         data.reference_steps,
