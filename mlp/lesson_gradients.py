@@ -1,9 +1,8 @@
-"""The lessons that work gradients out by hand and hold them against those of autograd and of the fused layers."""
+"""The lessons that work gradients out on paper and hold them against those of autograd and of the fused layers."""
 
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,42 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from .functional import linear_act
-from .lesson_race import FUSED, NN, Loop, Run, Task, Trajectory, check_steps, draw, explained, fits, race, table
-from .lesson_training import unfused, xor_data
+from .lesson_race import FUSED, HAND, NN, FitCalls, Loop, Run, Task, check_steps, draw, fits, race, table
+from .lesson_training import unfused
 from .model import MLP
-from .training import fit
 
 __all__ = [
-    "HAND_BAND",
-    "HAND_SEED",
-    "HAND_STEPS",
-    "SOLVED",
     "WORKED_BANDS",
     "WORKED_STEPS",
-    "ByHand",
     "ChainRule",
     "Values",
     "WorkedStep",
-    "by_hand",
     "chain_rule",
-    "hand_gradients",
     "worked_step",
 ]
-
-HAND = "by hand"
 
 # Absolute. The table has eight decimals: half a unit of the last. In float32 numbers near 0.6 are 6e-8 apart.
 WORKED_BANDS = {torch.float64: 5e-9, torch.float32: 2e-7}
 WORKED_STEPS = 1000
-
-HAND_SEED = 3
-HAND_STEPS = 3801
-# Relative. The 1e-7 in the hand's dL/dy moves its losses by 2e-5 over 3,801 steps in fp64; fp32 rounding, which the
-# plateau near ln 2 amplifies, by as much again.
-HAND_BAND = 2e-4
-# A mean binary cross-entropy over four points below this proves that all four are on the right side of 0.5: one that
-# is not costs at least ln 2, a quarter of which is this.
-SOLVED = math.log(2) / 4
 
 
 @dataclass(frozen=True)
@@ -54,7 +34,6 @@ class Values:
     """What one way of computing makes of the named quantities; those that it does not show are missing."""
 
     name: str
-    path: str
     dtype: torch.dtype
     values: dict[str, float]
 
@@ -115,7 +94,7 @@ def chain_rule(device: torch.device | str = "cpu") -> ChainRule:
             for _ in range(10):
                 way()
             seconds[name].append((time.perf_counter() - began) / 10)
-    found = tuple(Values(name, "", torch.float32, way()) for name, way in ways.items())
+    found = tuple(Values(name, torch.float32, way()) for name, way in ways.items())
     return ChainRule(w, x, b, reference, found, {name: 1e6 * statistics.median(s) for name, s in seconds.items()})
 
 
@@ -209,34 +188,18 @@ def worked_step(steps: int = WORKED_STEPS, device: torch.device | str = "cpu", *
         for key, names in _WORKED.items()
         for name, value in zip(names, given[key] if isinstance(given[key], list) else [given[key]], strict=True)
     }
-    found = []
-    for dtype in (torch.float64, torch.float32):
-        x, target, hidden, output = (
-            torch.tensor(given[key], dtype=dtype) for key in ("x", "target", "W_hidden", "W_output")
-        )
-        found.append(Values(HAND, "", dtype, _worked_by_hand(x, target, hidden, output)))
-        for name, build in ((NN, unfused), (FUSED, MLP)):
-            model = _worked_network(build, hidden, output).to(device)
-            found.append(Values(name, "", dtype, _worked_by_autograd(x.to(device), target.to(device), model)))
-        model = _worked_network(MLP, hidden, output).to(device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-        criterion = nn.MSELoss(reduction="sum")
-        sample, goal = x[None].to(device), target[None].to(device)
-        history = fit(model, sample, goal, criterion=criterion, optimizer=optimizer, steps=1, log_every=1)
-        weights = _named_weights(*(p.detach() for p in model.parameters()))
-        found.append(Values("fit", history.path, dtype, {"E": history.loss.item() / 2} | weights))
-    # Only what the table has.
-    found = tuple(replace(way, values={n: v for n, v in way.values.items() if n in reference}) for way in found)
+    ways = tuple(way for dtype in WORKED_BANDS for way in _worked_ways(given, dtype, device))
+    shown = ({name: value for name, value in way.values.items() if name in reference} for way in ways)
+    ways = tuple(replace(way, values=values) for way, values in zip(ways, shown, strict=True))
 
-    # In float32, the last dtype of the loop above.
-    optimizer = partial(torch.optim.SGD, lr=0.25)
-    task = Task(sample, goal, criterion, optimizer, steps, log_every=100)
-    contenders = [
-        Loop(name, _worked_network(build, hidden, output).to(device), task)
+    task = _worked_task(given, torch.float32, device, steps)
+    nn_loop, fused_loop = (
+        Loop(name, _worked_network(build, given, torch.float32, device), task)
         for name, build in ((NN, unfused), (FUSED, MLP))
-    ]
-    runs = race(task, [*contenders, *fits(_worked_network(MLP, hidden, output).to(device), task)], progress)
-    return WorkedStep(str(device), given["x"], given["target"], reference, found, steps, runs)
+    )
+    calls = fits(_worked_network(MLP, given, torch.float32, device), task)
+    runs = race(task, [nn_loop, fused_loop, *calls], progress)
+    return WorkedStep(str(device), given["x"], given["target"], reference, ways, steps, runs)
 
 
 # The table's keys, and the names of the numbers under each.
@@ -257,11 +220,32 @@ _WORKED = {
 }
 
 
-def _worked_network(build: Callable[..., nn.Sequential], hidden: Tensor, output: Tensor) -> nn.Sequential:
-    model = draw(0, lambda: build([2, 2, 2], bias=False)).to(hidden.dtype)
+def _worked_ways(given: dict, dtype: torch.dtype, device: torch.device | str) -> Iterator[Values]:
+    tensors = (torch.tensor(given[key], dtype=dtype) for key in ("x", "target", "W_hidden", "W_output"))
+    yield Values(HAND, dtype, _worked_by_hand(*tensors))
+
+    task = _worked_task(given, dtype, device, steps=1)
+    for name, build in ((NN, unfused), (FUSED, MLP)):
+        model = _worked_network(build, given, dtype, device)
+        yield Values(name, dtype, _worked_by_autograd(task.x[0], task.y[0], model))
+
+    calls = FitCalls(_worked_network(MLP, given, dtype, device), task)
+    calls.take(turn=0, turns=1, steps=range(1))
+    yield Values(calls.name, dtype, {"E": calls.losses[0] / 2} | _named_weights(*calls.model.parameters()))
+
+
+def _worked_task(given: dict, dtype: torch.dtype, device: torch.device | str, steps: int) -> Task:
+    x, y = (torch.tensor([given[key]], dtype=dtype, device=device) for key in ("x", "target"))
+    return Task(x, y, nn.MSELoss(reduction="sum"), partial(torch.optim.SGD, lr=0.25), steps, log_every=100)
+
+
+def _worked_network(
+    build: Callable[..., nn.Sequential], given: dict, dtype: torch.dtype, device: torch.device | str
+) -> nn.Sequential:
+    model = draw(0, lambda: build([2, 2, 2], bias=False)).to(device, dtype)
     with torch.no_grad():
-        for parameter, weight in zip(model.parameters(), (hidden, output), strict=True):
-            parameter.copy_(weight)
+        for parameter, key in zip(model.parameters(), ("W_hidden", "W_output"), strict=True):
+            parameter.copy_(torch.tensor(given[key], dtype=dtype))
     return model
 
 
@@ -325,135 +309,3 @@ def _named_gradients(dhidden: Tensor, doutput: Tensor) -> dict[str, float]:
 def _named_weights(hidden: Tensor, output: Tensor) -> dict[str, float]:
     flat = [*hidden.flatten().tolist(), *output.flatten().tolist()]
     return {f"W{i} new": value for i, value in enumerate(flat, 1)}
-
-
-# --- backpropagation written out -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ByHand:
-    """What `by_hand` returns."""
-
-    trajectory: Trajectory  # the reference is the loss of the loop by hand, the first of the runs
-    textbook: list[float | None]  # the table's loss at the logged steps, from weights that nobody knows
-    names: list[str]  # of the parameters
-    ratios: list[float]  # gradient by hand over autograd's of the mean loss, median over the elements of a parameter
-    rates: list[float]  # of an ordinary optimizer that takes the same steps, by parameter
-
-    @property
-    def converged(self) -> bool:
-        """Whether the last logged loss by hand is below SOLVED."""
-        return self.trajectory.runs[0].losses[-1] < SOLVED
-
-    @property
-    def misses(self) -> list[str]:
-        """What does not follow the loop by hand, one phrase for each, and whether that has converged."""
-        trajectory = self.trajectory
-        loss, step = trajectory.runs[0].losses[-1], trajectory.steps[-1]
-        stuck = (
-            [] if self.converged else [f"not converged: a loss of {loss:.4f} at step {step}, not below {SOLVED:.4f}"]
-        )
-        return stuck + trajectory.misses
-
-    @property
-    def matches(self) -> bool:
-        return not self.misses
-
-
-def by_hand(
-    steps: int = HAND_STEPS, device: torch.device | str = "cpu", *, seed: int = HAND_SEED, progress: bool = False
-) -> ByHand:
-    """Trains a 2-2-1 sigmoid network on XOR by gradients written out in plain torch: `hand_gradients`, lr 0.5.
-
-    They are not those of the mean loss: weights have the sum over the four samples, biases the mean. So an optimizer
-    with a learning rate of 2 for weights and 0.5 for biases takes the same steps, and nn.Linear + nn.Sigmoid, the
-    fused layers and `fit` do so, in turns as in `xor`. `fit` runs an ordinary loop for two groups of parameters.
-
-    The table's weights came from uninitialized memory: its losses can be seen beside these, not reproduced.
-
-    Raises ValueError for steps below 1.
-    """
-    check_steps(steps)
-    x, y = (t.to(device) for t in xor_data())
-    hand = _HandLoop(draw(seed, partial(MLP, [2, 2, 1])).to(device), Task(x, y, nn.BCELoss(), _two_rates, steps, 100))
-    task = hand.task
-    names, ratios = _compared(hand.model, x, y)
-
-    def network(build: Callable[..., nn.Sequential]) -> nn.Module:
-        return draw(seed, partial(build, [2, 2, 1])).to(device)
-
-    loops = [Loop(NN, network(unfused), task), Loop(FUSED, network(MLP), task)]
-    runs = race(task, [hand, *loops, *fits(network(MLP), task, calls=1)], progress)
-    losses = dict(table("xor_by_hand")["loss"])
-    groups = task.optimizer(hand.model.parameters()).param_groups
-    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
-    trajectory = Trajectory(
-        device=str(device),
-        sizes=[2, 2, 1],
-        steps=list(task.logged),
-        reference=list(runs[0].losses),
-        bands=[HAND_BAND] * len(task.logged),
-        initial=network(MLP),
-        runs=runs,
-        samples=x.cpu(),
-        targets=y.flatten().cpu(),
-        points=x.cpu(),
-        expected=None,
-        prediction_band=HAND_BAND,
-        explanation=explained([2, 2, 1], x),
-    )
-    textbook = [losses.get(step) for step in task.logged]
-    return ByHand(trajectory, textbook, names, ratios, [rates[id(p)] for p in hand.model.parameters()])
-
-
-def hand_gradients(
-    x: Tensor, target: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """(y, [dweight1, dbias1, dweight2, dbias2]) by the conventions of the textbook's script.
-
-    x (B, I), target (B, 1), weight1 (H, I), bias1 (H,), weight2 (1, H), bias2 (1,) -> y (B, 1). With the loss
-    L = -target ln y - (1 - target) ln(1 - y) of a sample:
-
-        dy = (y - target) / (y (1 - y) + 1e-7)       the 1e-7 keeps it finite
-        dz2 = dy y (1 - y)                           almost y - target
-        dz1 = (dz2 @ weight2) h (1 - h)
-        dweight = dz.T @ (the layer's input)         summed over the batch
-        dbias = mean of dz                           averaged over the batch
-    """
-    h = torch.sigmoid(x @ weight1.T + bias1)
-    y = torch.sigmoid(h @ weight2.T + bias2)
-    dy = (y - target) / (y * (1 - y) + 1e-7)
-    dz2 = dy * y * (1 - y)
-    dz1 = (dz2 @ weight2) * h * (1 - h)
-    return y, [dz1.T @ x, dz1.mean(0), dz2.T @ h, dz2.mean(0)]
-
-
-class _HandLoop(Loop):
-    """Gradient descent by `hand_gradients`, with the model for a place to keep the parameters in."""
-
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        super().__init__(HAND, model, task)
-        self.parameters = [p.detach() for p in model.parameters()]
-
-    def step(self) -> Tensor:
-        x, target = self.task.x, self.task.y
-        y, gradients = hand_gradients(x, target, *self.parameters)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter -= 0.5 * gradient
-        return -(target * torch.log(y) + (1 - target) * torch.log(1 - y)).mean()
-
-
-def _two_rates(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    parameters = list(parameters)
-    weights, biases = ([p for p in parameters if p.dim() == d] for d in (2, 1))
-    return torch.optim.SGD([{"params": weights, "lr": 4 * 0.5}, {"params": biases, "lr": 0.5}])
-
-
-def _compared(model: nn.Module, x: Tensor, y: Tensor) -> tuple[list[str], list[float]]:
-    """The parameters' names, and the ratios of `ByHand`."""
-    parameters = list(model.parameters())
-    loss = nn.BCELoss()(model(x), y)
-    own = torch.autograd.grad(loss, parameters)
-    _, hand = hand_gradients(x, y, *(p.detach() for p in parameters))
-    names = ["weight1", "bias1", "weight2", "bias2"]
-    return names, [(h / o).median().item() for h, o in zip(hand, own, strict=True)]

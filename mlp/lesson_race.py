@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Explanation, MlpExplanation, explain
+from .ensemble import Ensemble
 from .training import History, fit
 
 __all__ = [
     "FUSED",
+    "HAND",
     "NN",
     "REFERENCE",
     "FitCalls",
@@ -39,7 +41,7 @@ _Made = TypeVar("_Made")
 
 REFERENCE = Path(__file__).parent / "reference"
 
-NN, FUSED = "nn.Linear + nn.Sigmoid", "fused layers"
+NN, FUSED, HAND = "nn.Linear + nn.Sigmoid", "fused layers", "by hand"
 
 # Steps that each of two loops takes before it is the other's turn. On a busy machine the ratio of
 # their times wandered by 10% with turns of 500, by 2% with turns of 100.
@@ -226,7 +228,7 @@ class FitCalls:
         column: int | None = None,
     ) -> None:
         self.name, self.initial, self.task, self.impl, self.calls = name, model, task, impl, calls
-        self.lr, self.column, self.members = lr, column, 1 if column is None else len(model)  # pyright: ignore[reportArgumentType]
+        self.lr, self.column, self.members = lr, column, len(model) if isinstance(model, Ensemble) else 1
         self.clock = _Clock(task.x.device)
         self.model, self.history = self._fit(0)
 

@@ -4,22 +4,8 @@ A lesson is one function that computes or trains, and returns all there is to sh
 `matches`, and `misses` that say what does not match. The tables are in `reference/`.
 """
 
-from .lesson_gradients import (
-    HAND_BAND,
-    HAND_SEED,
-    HAND_STEPS,
-    SOLVED,
-    WORKED_BANDS,
-    WORKED_STEPS,
-    ByHand,
-    ChainRule,
-    Values,
-    WorkedStep,
-    by_hand,
-    chain_rule,
-    hand_gradients,
-    worked_step,
-)
+from .lesson_by_hand import HAND_BAND, HAND_SEED, HAND_STEPS, SOLVED, ByHand, by_hand, hand_gradients
+from .lesson_gradients import WORKED_BANDS, WORKED_STEPS, ChainRule, Values, WorkedStep, chain_rule, worked_step
 from .lesson_race import FUSED, NN, REFERENCE, Run, Trajectory
 from .lesson_sweep import SWEEP_RATES, SWEEP_SEEDS, SWEEP_STEPS, Sweep, sweep
 from .lesson_training import (
