@@ -103,7 +103,7 @@ class Run:
     losses: list[float]  # at the logged steps
     seconds: float  # all steps once, the first one's compilation included where there is one
     us_per_step: float  # microseconds, of an Ensemble per member; median over turns or calls
-    ratio: float  # how many times the first contender's time per step this one's is below; median over turns
+    ratio: float  # the first contender's time per step over this one's; of loops the median over turns
 
 
 @dataclass(frozen=True)
@@ -293,8 +293,13 @@ def race(task: Task, contenders: Sequence[Loop | FitCalls], progress: bool) -> t
     runs = []
     for c in contenders:
         us = {turn: value / c.members for turn, value in c.clock.us.items()}
-        ratio = statistics.median(base[turn] / value for turn, value in us.items())
-        runs.append(Run(c.name, c.path, c.model, c.losses, c.seconds, statistics.median(us.values()), ratio))
+        us_per_step = statistics.median(us.values())
+        if isinstance(c, Loop):
+            ratio = statistics.median(base[turn] / value for turn, value in us.items())
+        else:
+            # One turn is too short to set a call of all steps against.
+            ratio = statistics.median(base.values()) / us_per_step
+        runs.append(Run(c.name, c.path, c.model, c.losses, c.seconds, us_per_step, ratio))
     return tuple(runs)
 
 
