@@ -1,4 +1,4 @@
-"""The command line: `perceptriton lesson xor` and `perceptriton doctor`, also as `python -m perceptriton.mlp`.
+"""The command line: `perceptriton lesson NAME` and `perceptriton doctor`, also as `python -m perceptriton.mlp`.
 
 Exit codes: 0; 1 where a lesson does not reproduce its table or its picture cannot be written; 2 for bad arguments;
 130 after an interrupt; 141 when the reader of the output has gone.
@@ -12,18 +12,18 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from ..kernels import explain, ops
-from . import lessons, plotting
+from . import lesson_pages, lessons, plotting
+from .lesson_pages import WIDTH
 
 __all__ = ["main"]
-
-WIDTH = 100  # columns
 
 # What `doctor` explains: rows, widths of a layer or of a network.
 SHAPES = (
@@ -87,19 +87,19 @@ def _parser() -> argparse.ArgumentParser:
     names = lesson.add_subparsers(title="lessons", metavar="LESSON", required=True)
     for name, entry in LESSONS.items():
         one = add(names, name, entry.summary)
-        entry.add_arguments(one)
-        one.set_defaults(run=entry.run)
+        _lesson_arguments(one, entry)
+        one.set_defaults(run=partial(_lesson, entry))
     return parser
 
 
-def _steps(text: str) -> int:
+def _count(text: str) -> int:
     try:
-        steps = int(text)
+        count = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if steps < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {steps}")
-    return steps
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {count}")
+    return count
 
 
 def _device(text: str) -> str:
@@ -131,79 +131,116 @@ def _has_cuda() -> bool:
 
 @dataclass(frozen=True)
 class Lesson:
+    """A lesson's function in `lessons`, by name, and how its arguments and its result are shown."""
+
     summary: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
+    function: str
+    intro: Callable[..., str]  # of the function's arguments but device
+    report: Callable[[Any], str]
+    plot: str = ""  # the function in `plotting`, by name; "" if there is no picture
+    picture: str = ""  # what the picture shows
+    counts: dict[str, int] = field(default_factory=dict)  # arguments that are numbers, with their defaults
 
 
-def _xor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--steps", type=_steps, default=lessons.XOR_STEPS, metavar="N", help="training steps (default: %(default)s)"
-    )
+LESSONS = {
+    "chain-rule": Lesson(
+        "the slopes of f = w x + b", "chain_rule", lesson_pages.chain_rule_intro, lesson_pages.chain_rule_report
+    ),
+    "worked-step": Lesson(
+        "one step of backpropagation in a 2-2-2 network, to eight decimals",
+        "worked_step",
+        lesson_pages.worked_step_intro,
+        lesson_pages.worked_step_report,
+        counts={"steps": lessons.WORKED_STEPS},
+    ),
+    "by-hand": Lesson(
+        "backpropagation written out without autograd learns exclusive or",
+        "by_hand",
+        lesson_pages.by_hand_intro,
+        lesson_pages.by_hand_report,
+        "plot_by_hand",
+        "the loss and the decision surface",
+        {"steps": lessons.HAND_STEPS},
+    ),
+    "xor": Lesson(
+        "a 2-2-1 network learns exclusive or",
+        "xor",
+        lesson_pages.xor_intro,
+        lesson_pages.training_report,
+        "plot_training",
+        "the loss and the decision surface",
+        {"steps": lessons.XOR_STEPS},
+    ),
+    "xor-deep": Lesson(
+        "a 2-10-10-10-1 network learns exclusive or, late",
+        "xor_deep",
+        lesson_pages.xor_deep_intro,
+        lesson_pages.training_report,
+        "plot_training",
+        "the loss and the decision surface",
+        {"steps": lessons.XOR_STEPS, "draws": 1},
+    ),
+    "blobs": Lesson(
+        "a perceptron separates two blobs",
+        "blobs",
+        lesson_pages.blobs_intro,
+        lesson_pages.training_report,
+        "plot_blobs",
+        "the decision line before and after training, and the loss",
+        {"steps": lessons.BLOBS_STEPS},
+    ),
+    "sweep": Lesson(
+        "how often 2-2-1 networks learn exclusive or, over seeds and learning rates",
+        "sweep",
+        lesson_pages.sweep_intro,
+        lesson_pages.sweep_report,
+        "plot_sweep",
+        "the heat map of success",
+        {"steps": lessons.SWEEP_STEPS, "seeds": lessons.SWEEP_SEEDS},
+    ),
+}
+
+COUNTS = {
+    "steps": "training steps",
+    "draws": "1 or 2: which of the networks drawn in a row is trained",
+    "seeds": "seeds at each learning rate",
+}
+
+
+def _lesson_arguments(parser: argparse.ArgumentParser, lesson: Lesson) -> None:
+    for name, default in lesson.counts.items():
+        choices = (1, 2) if name == "draws" else None
+        parser.add_argument(
+            f"--{name}",
+            type=_count,
+            choices=choices,
+            default=default,
+            metavar="N",
+            help=f"{COUNTS[name]} (default: %(default)s)",
+        )
     parser.add_argument(
         "--device", type=_device, default="cpu", metavar="DEVICE", help="cpu or cuda (default: %(default)s)"
     )
-    parser.add_argument(
-        "--plot", type=_picture, metavar="FILE.png", help="write the loss and the decision surface here"
-    )
+    if lesson.plot:
+        parser.add_argument("--plot", type=_picture, metavar="FILE.png", help=f"write {lesson.picture} here")
 
 
-def _xor(args: argparse.Namespace) -> int:
-    _paragraph(
-        f"XOR: is exactly one of two inputs 1? No straight line separates the answers, so a single layer cannot learn "
-        f"it. Here a network of two fused linear + sigmoid layers, 2-2-1, is trained by {args.steps:,} steps of plain "
-        f"gradient descent: learning rate 1, binary cross-entropy over all four cases, weights drawn with seed "
-        f"{lessons.XOR_SEED}. Its losses must be those of the reference table. A network of nn.Linear + nn.Sigmoid "
-        f"takes the same steps in turns with it, to compare their times."
-    )
-    result = lessons.xor(args.steps, args.device, progress=True)
-    _print_losses(result)
-    print("\n  x1  x2  target           p  class")
-    for (x1, x2), target, p in zip(result.inputs, result.targets, result.predictions, strict=True):
-        print(f"  {x1:2}  {x2:2}  {target:6}  {p:10.6f}  {int(p > 0.5):5}")
-    print(f"Accuracy: {result.accuracy:.0%}")
-
-    print("\n                           seconds   us/step")
-    print(f"  fused layers            {result.seconds:8.2f}  {result.us_per_step:8.1f}")
-    print(f"  nn.Linear + nn.Sigmoid  {result.nn_seconds:8.2f}  {result.nn_us_per_step:8.1f}")
-    print(f"Ratio: {result.ratio:.3f} (above 1 the fused layers are faster; median over the turns)")
-
-    print(f"\nWhat ran, on {result.device}:")
-    print(textwrap.indent(str(result.explanation), "  "))
-    if args.plot:
-        figure, _ = plotting.plot_xor(result)
+def _lesson(lesson: Lesson, args: argparse.Namespace) -> int:
+    counts = {name: getattr(args, name) for name in lesson.counts}
+    print(lesson.intro(**counts), end="\n\n", flush=True)
+    options = {"progress": True} if counts else {}
+    result = getattr(lessons, lesson.function)(device=args.device, **counts, **options)
+    print(lesson.report(result))
+    if lesson.plot and args.plot:
+        figure, _ = getattr(plotting, lesson.plot)(result)
         try:
             plotting.save(figure, args.plot)
         except OSError as error:
             return _failed(f"{args.plot!r} could not be written: {error.strerror or error}", 1)
         print(f"\nPicture: {args.plot}")
     if not result.matches:
-        return _failed(
-            f"the losses do not match the reference: {result.largest_difference:.1e} relative at step "
-            f"{result.largest_difference_step}, outside the band of {lessons.XOR_BAND:.0e}",
-            1,
-        )
+        return _failed(f"the reference is missed: {'; '.join(result.misses)}", 1)
     return 0
-
-
-def _print_losses(result: lessons.XorResult) -> None:
-    print("\n    step         loss    reference  relative difference")
-    differences = iter(result.differences)
-    for step, loss, reference in zip(result.steps, result.losses, result.reference, strict=True):
-        compared = f"{reference:11.8f}  {next(differences):19.1e}" if reference is not None else f"{'-':>11}  {'-':>19}"
-        if step % 1000 == 0 or step == result.steps[-1]:
-            print(f"  {step:6}  {loss:11.8f}  {compared}")
-    _paragraph(
-        f"Largest relative difference over {len(result.differences)} logged steps: {result.largest_difference:.1e} at "
-        f"step {result.largest_difference_step} (nn.Linear + nn.Sigmoid: {result.nn_largest_difference:.1e}). The "
-        f"band is {lessons.XOR_BAND:.0e}, what the order of rounding can do."
-        + (" The losses match the reference." if result.matches else "")
-    )
-
-
-LESSONS = {
-    "xor": Lesson("a 2-2-1 network learns exclusive or", _xor_arguments, _xor),
-}
 
 
 # --- doctor ------------------------------------------------------------------------------------------------
@@ -264,10 +301,6 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _paragraph(text: str) -> None:
-    print(textwrap.fill(text, WIDTH), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,12 +10,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .lessons import XorResult
+from .lessons import ByHand, Run, Sweep, Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["XorPicture", "check_target", "plot_xor", "save"]
+__all__ = [
+    "BlobsPicture",
+    "SweepPicture",
+    "TrainingPicture",
+    "check_target",
+    "plot_blobs",
+    "plot_by_hand",
+    "plot_sweep",
+    "plot_training",
+    "save",
+]
 
 # Okabe and Ito's colours, which remain apart under every common colour blindness.
 BLUE, VERMILION, INK = "#0072B2", "#D55E00", "#222222"
@@ -23,8 +34,8 @@ PALE_BLUE, PALE_VERMILION = "#8CC4E6", "#F2AE80"
 
 
 @dataclass(frozen=True)
-class XorPicture:
-    """What `plot_xor` draws."""
+class TrainingPicture:
+    """What `plot_training` and `plot_by_hand` draw."""
 
     steps: np.ndarray  # (L,)
     losses: np.ndarray  # (L,), nats
@@ -34,25 +45,117 @@ class XorPicture:
     probability: np.ndarray  # (G, G), p of class 1; row i has x2 = axis[i], column j has x1 = axis[j]
 
 
-def plot_xor(result: XorResult) -> "tuple[Figure, XorPicture]":
-    """The loss against the step with the reference on top, and the network's output over the plane.
+@dataclass(frozen=True)
+class BlobsPicture:
+    """What `plot_blobs` draws."""
+
+    steps: np.ndarray  # (L,)
+    losses: np.ndarray  # (L,), nats
+    reference_steps: np.ndarray  # (R,)
+    reference_losses: np.ndarray  # (R,)
+    axis: np.ndarray  # (G,), the values of x1 and of x2 on the grid
+    before: np.ndarray  # (G, G), p of class 1 before training, as in TrainingPicture
+    after: np.ndarray  # (G, G), the same after it
+    lines: dict[str, np.ndarray]  # "before", "after": (2, 2), two points (x1, x2) of the line p = 0.5
+
+
+@dataclass(frozen=True)
+class SweepPicture:
+    """What `plot_sweep` draws."""
+
+    rates: np.ndarray  # (R,)
+    steps: np.ndarray  # (L,)
+    success: np.ndarray  # (L, R), shares of the seeds
+
+
+def plot_training(result: Trajectory) -> "tuple[Figure, TrainingPicture]":
+    """The loss of `fit` against the step with the reference on top, and the network's output over the plane.
 
     Raises ImportError if matplotlib is missing.
     """
-    figure = _figure(11, 4.8)
+    widths = "-".join(map(str, result.sizes))
+    return _plot_training(result, result.runs[-1], result.reference, f"Loss of a {widths} network on XOR", "reference")
+
+
+def plot_by_hand(result: ByHand) -> "tuple[Figure, TrainingPicture]":
+    """The same of the loop by hand, with the textbook's losses, which are those of other weights.
+
+    Raises ImportError if matplotlib is missing.
+    """
+    title = "Loss by hand-written backpropagation on XOR"
+    return _plot_training(
+        result.trajectory, result.trajectory.runs[0], result.textbook, title, "textbook, from other weights"
+    )
+
+
+def plot_blobs(result: Trajectory) -> "tuple[Figure, BlobsPicture]":
+    """The points with the decision line before and after training, and the loss against the step.
+
+    Raises ImportError if matplotlib is missing.
+    """
+    figure = _figure(14, 4.6)
+    run = result.runs[-1]
     compared = [(s, r) for s, r in zip(result.steps, result.reference, strict=True) if r is not None]
-    axis = np.linspace(-0.5, 1.5, 201)
-    data = XorPicture(
+    axis = np.linspace(-2, 2, 201)
+    models = {"before": result.initial, "after": run.model}
+    data = BlobsPicture(
         np.array(result.steps),
-        np.array(result.losses),
+        np.array(run.losses),
         np.array([s for s, _ in compared]),
         np.array([r for _, r in compared]),
         axis,
-        _surface(result.model, axis),
+        _surface(result.initial, axis),
+        _surface(run.model, axis),
+        {name: _decision_line(model) for name, model in models.items()},
     )
-    loss_axes, plane_axes = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    _draw_losses(loss_axes, data)
-    _draw_plane(figure, plane_axes, data, result)
+    loss_axes, before, after = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
+    surface = None
+    for axes, name in ((before, "before"), (after, "after")):
+        surface = _draw_probability(axes, axis, getattr(data, name))
+        axes.axline(*data.lines[name], color=INK, linewidth=1.8, label="p = 0.5")
+        _draw_classes(axes, result, size=6, edge=0.8)
+        axes.plot(
+            *result.points.T.tolist(),
+            linestyle="none",
+            marker="*",
+            markersize=15,
+            markerfacecolor="white",
+            markeredgecolor=INK,
+            label="test point",
+        )
+        for (x1, x2), p in zip(result.points.tolist(), _at(models[name], result.points), strict=True):
+            outwards = (16 * x1, 30 * x2)
+            axes.annotate(
+                f"p = {p:.3f}", (x1, x2), outwards, textcoords="offset points", ha="center", va="center", color=INK
+            )
+        axes.set(xlim=(-2, 2), ylim=(-2, 2), xticks=range(-2, 3), yticks=range(-2, 3), aspect="equal")
+        axes.set(xlabel="$x_1$", ylabel="$x_2$", title=f"The perceptron {name} training")
+    before.legend(loc="upper right", facecolor="white", framealpha=0.9, edgecolor="none", fontsize=9)
+    figure.colorbar(surface, ax=after, label="p, the output for class 1")
+    _draw_losses(loss_axes, data, run.name, "reference")
+    loss_axes.set(title="Loss of a 2-1 perceptron on two blobs", yscale="linear", ylim=(0, None))
+    return figure, data
+
+
+def plot_sweep(result: Sweep) -> "tuple[Figure, SweepPicture]":
+    """A heat map: the share of seeds that have succeeded, over learning rates and steps.
+
+    Raises ImportError if matplotlib is missing.
+    """
+    figure = _figure(9, 5.6)
+    data = SweepPicture(np.array(result.rates), np.array(result.steps), result.success.numpy())
+    axes = figure.subplots()
+    columns = np.arange(len(data.rates) + 1) - 0.5
+    rows = np.append(data.steps, data.steps[-1] + 100) - 50
+    surface = axes.pcolormesh(columns, rows, 100 * data.success, cmap="cividis", vmin=0, vmax=100, rasterized=True)
+    figure.colorbar(surface, ax=axes, label="seeds that have succeeded (%)")
+    axes.set_xticks(range(len(data.rates)), [f"{rate:.2g}" for rate in data.rates])
+    last = axes.secondary_xaxis("top")
+    last.set_xticks(range(len(data.rates)), [f"{100 * share:.0f}%" for share in data.success[-1]])
+    last.tick_params(length=0)
+    last.set_xlabel(f"at step {data.steps[-1]:,}")
+    axes.set(xlabel="learning rate", ylabel="step of gradient descent")
+    axes.set_title(f"XOR: success of {len(result.seeds):,} 2-2-1 networks at each learning rate", pad=12)
     return figure, data
 
 
@@ -103,19 +206,63 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="compressed")
 
 
+def _plot_training(
+    result: Trajectory, run: Run, reference: Sequence[float | None], title: str, label: str
+) -> "tuple[Figure, TrainingPicture]":
+    figure = _figure(11, 4.8)
+    compared = [(s, r) for s, r in zip(result.steps, reference, strict=True) if r is not None]
+    axis = np.linspace(-0.5, 1.5, 201)
+    data = TrainingPicture(
+        np.array(result.steps),
+        np.array(run.losses),
+        np.array([s for s, _ in compared]),
+        np.array([r for _, r in compared]),
+        axis,
+        _surface(run.model, axis),
+    )
+    loss_axes, plane_axes = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    _draw_losses(loss_axes, data, run.name, label)
+    loss_axes.set_title(title)
+    surface = _draw_probability(plane_axes, axis, data.probability)
+    bar = figure.colorbar(surface, ax=plane_axes, label="p, the output for class 1")
+    # A network that has hardly been trained may be on one side of 0.5 everywhere.
+    if data.probability.min() < 0.5 < data.probability.max():
+        lines = plane_axes.contour(axis, axis, data.probability, levels=[0.5], colors=INK, linewidths=1.5)
+        plane_axes.clabel(lines, fmt=lambda p: f"p = {p:g}", fontsize=9)
+        bar.add_lines(lines)
+    _draw_classes(plane_axes, result, size=11, edge=2)
+    ticks = [-0.5, 0, 0.5, 1, 1.5]
+    plane_axes.set(title="What the network makes of the plane", xlabel="$x_1$", ylabel="$x_2$")
+    plane_axes.set(xticks=ticks, yticks=ticks, aspect="equal")
+    plane_axes.legend(loc="upper left", facecolor="white", framealpha=0.9, edgecolor="none")
+    return figure, data
+
+
 @torch.no_grad()
-def _surface(model: torch.nn.Module, axis: np.ndarray) -> np.ndarray:
-    x1, x2 = np.meshgrid(axis, axis)
+def _at(model: torch.nn.Module, points: torch.Tensor) -> list[float]:
     parameter = next(model.parameters())
-    points = torch.from_numpy(np.stack([x1, x2], -1)).to(parameter.device, parameter.dtype)
-    return model(points).squeeze(-1).cpu().numpy()
+    return model(points.to(parameter.device, parameter.dtype)).flatten().tolist()
 
 
-def _draw_losses(axes, data: XorPicture) -> None:
+def _surface(model: torch.nn.Module, axis: np.ndarray) -> np.ndarray:
+    grid = torch.from_numpy(np.stack(np.meshgrid(axis, axis), -1)).flatten(0, 1)
+    return np.array(_at(model, grid), dtype=np.float32).reshape(len(axis), len(axis))
+
+
+def _decision_line(model: torch.nn.Module) -> np.ndarray:
+    """(2, 2): two points (x1, x2) with w1 x1 + w2 x2 + b = 0, one length of w apart."""
+    weight, bias = (p.detach().cpu().double().numpy() for p in model.parameters())
+    (w,), (b,) = weight, bias
+    foot = -b * w / (w @ w)  # the line's point nearest to the origin
+    return np.stack([foot, foot + np.array([-w[1], w[0]])])
+
+
+def _draw_losses(axes, data: TrainingPicture | BlobsPicture, name: str, reference: str) -> None:
     # All hundred points would hide the line under them.
     every = max(1, len(data.reference_steps) // 33)
     shown = data.reference_steps[::every]
-    axes.plot(data.steps, data.losses, color=BLUE, linewidth=2, label="this run")
+    even = len(set(np.diff(shown))) == 1 and shown[1] - shown[0] > 1
+    axes.plot(data.steps, data.losses, color=BLUE, linewidth=2, label=name)
     axes.plot(
         data.reference_steps,
         data.reference_losses,
@@ -125,10 +272,9 @@ def _draw_losses(axes, data: XorPicture) -> None:
         markerfacecolor="none",
         markeredgecolor=VERMILION,
         markevery=every,
-        label=f"reference, every {shown[1] - shown[0]} steps" if len(shown) > 1 else "reference",
+        label=f"{reference}, every {shown[1] - shown[0]} steps" if even else reference,
     )
     axes.set_yscale("log")
-    axes.set_title("Loss of a 2-2-1 network on XOR")
     axes.set_xlabel("step of gradient descent")
     axes.set_ylabel("mean binary cross-entropy (nats)")
     axes.grid(color="0.9")
@@ -137,36 +283,23 @@ def _draw_losses(axes, data: XorPicture) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_plane(figure, axes, data: XorPicture, result: XorResult) -> None:
+def _draw_probability(axes, axis: np.ndarray, probability: np.ndarray):
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("classes", [PALE_VERMILION, "white", PALE_BLUE])
-    surface = axes.pcolormesh(
-        data.axis, data.axis, data.probability, cmap=colours, vmin=0, vmax=1, shading="gouraud", rasterized=True
-    )
-    bar = figure.colorbar(surface, ax=axes, label="p, the output for class 1")
-    # A network that has hardly been trained may be on one side of 0.5 everywhere.
-    if data.probability.min() < 0.5 < data.probability.max():
-        lines = axes.contour(data.axis, data.axis, data.probability, levels=[0.5], colors=INK, linewidths=1.5)
-        axes.clabel(lines, fmt=lambda p: f"p = {p:g}", fontsize=9)
-        bar.add_lines(lines)
+    return axes.pcolormesh(axis, axis, probability, cmap=colours, vmin=0, vmax=1, shading="gouraud", rasterized=True)
+
+
+def _draw_classes(axes, result: Trajectory, size: float, edge: float) -> None:
     for label, marker, colour in ((0, "o", VERMILION), (1, "s", BLUE)):
-        points = [p for p, target in zip(result.inputs, result.targets, strict=True) if target == label]
+        points = result.samples[result.targets == label]
         axes.plot(
-            [p[0] for p in points],
-            [p[1] for p in points],
+            *points.T.tolist(),
             linestyle="none",
             marker=marker,
-            markersize=11,
+            markersize=size,
             markerfacecolor=colour,
             markeredgecolor="white",
-            markeredgewidth=2,
+            markeredgewidth=edge,
             label=f"class {label}",
         )
-    axes.set_title("What the network makes of the plane")
-    axes.set_xlabel("$x_1$")
-    axes.set_ylabel("$x_2$")
-    axes.set_xticks([-0.5, 0, 0.5, 1, 1.5])
-    axes.set_yticks([-0.5, 0, 0.5, 1, 1.5])
-    axes.set_aspect("equal")
-    axes.legend(loc="upper left", facecolor="white", framealpha=0.9, edgecolor="none")

@@ -14,37 +14,118 @@ import pytest
 import torch
 
 from perceptriton.kernels import explain
-from perceptriton.mlp import lessons, plotting
+from perceptriton.mlp import __main__ as command_line
+from perceptriton.mlp import lesson_race, lessons, plotting
 from perceptriton.mlp.__main__ import SHAPES, main
 
 needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
 
 
-@needs_matplotlib
-def test_lesson_xor_prints_the_table_and_writes_the_picture(tmp_path, capsys):
-    target = tmp_path / "xor.png"
-    assert main(["lesson", "xor", "--steps", "1101", "--plot", str(target)]) == 0
+# Each lesson, short, with a line of its page that only its numbers can make.
+LESSONS = {
+    "chain-rule": ([], r"fused layers -7 5 -2 1 - \d+\.\d"),
+    "worked-step": (["--steps", "101"], "W5 new 0.43703857 0.43703857 0.43703857 0.43703857 0.43703857"),
+    "by-hand": (
+        ["--steps", "1201"],
+        r"gradient by hand / autograd (?:3\.9999|4\.0000)\d+ (?:0\.9999|1\.0000)\d+ (?:3\.9999|4\.0000)\d+ \S+",
+    ),
+    "xor": (["--steps", "301"], r"300 0\.69315171(?: 0\.6931517\d){3}"),
+    "xor-deep": (["--steps", "301", "--draws", "2"], r"300 0\.69315147(?: 0\.693151\d\d){3}"),
+    "blobs": (["--steps", "11"], r"9 0\.60920805(?: 0\.60920[78]\d\d){3}"),
+    "sweep": (["--steps", "201", "--seeds", "5"], r"200 0\.69315779(?: 0\.693157\d\d){3}"),
+}
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_lesson_prints_its_page(name, capsys):
+    options, line = LESSONS[name]
+    assert main(["lesson", name, *options]) == 0
     out, err = capsys.readouterr()
     assert err == ""  # in particular no progress bar: this is no terminal
-    rows = re.findall(r"^ +(\d+) +(0\.\d{8}) +(0\.\d{8}) +(\d\.\de-\d\d|0\.0e\+00)$", out, re.MULTILINE)
-    assert [int(step) for step, *_ in rows] == [0, 1000, 1100]
-    for _, loss, reference, difference in rows:
-        assert float(loss) == pytest.approx(float(reference), rel=lessons.XOR_BAND)
-        assert float(difference) <= lessons.XOR_BAND
-    assert "12 logged steps" in out
-    assert "The losses match the reference." in out
-    assert "Accuracy: " in out
+    assert max(map(len, out.splitlines())) <= 100
+    pattern = " *" + line.replace(" ", " +")
+    assert re.search(f"^{pattern}$", out, re.MULTILINE), out
+    assert re.search("All (match|equal) the (reference|loop by hand)", " ".join(out.split()))
+    assert " us" in out  # times
+    assert " = " in out  # a formula
+
+
+def test_every_lesson_has_a_page_and_is_named_in_the_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["lesson", "--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^    ([a-z]\S*)", out, re.MULTILINE) == list(LESSONS) == list(command_line.LESSONS)
+
+
+def test_lesson_xor_prints_the_table(capsys):
+    assert main(["lesson", "xor", "--steps", "1501"]) == 0
+    out, _ = capsys.readouterr()
+    number = r"0\.\d{8}"
+    rows = re.findall(rf"^ +(\d+) +({number}) +({number}) +({number}) +({number})$", out, re.MULTILINE)
+    assert [int(step) for step, *_ in rows] == [0, 1000, 1500]
+    for _, reference, *losses in rows:
+        for loss in losses:
+            assert float(loss) == pytest.approx(float(reference), rel=lessons.XOR_BAND)
+    words = " ".join(out.split())
+    assert "over 16 logged steps. The band is 6e-05" in words
+    assert "All match the reference." in words
+    assert "Accuracy over the 4 samples: nn " in out
+    run = r" +{} +\d\.\de-\d\d +\d+ +\d+\.\d\d +\d+\.\d +\d+\.\d\dx$"
+    for contender, path in ((lessons.NN, "loop"), (lessons.FUSED, "loop"), ("fit", "torch")):
+        assert re.search(f"^  {re.escape(contender)}" + run.format(path), out, re.MULTILINE), contender
     assert len(re.findall(r"^  (?:inference|forward  |backward ) aten ", out, re.MULTILINE)) == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["xor.png"]
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("name", [name for name, lesson in command_line.LESSONS.items() if lesson.plot])
+def test_lesson_writes_its_picture_and_nothing_else(name, tmp_path, capsys):
+    target = tmp_path / "picture.png"
+    assert main(["lesson", name, *LESSONS[name][0], "--plot", str(target)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
     assert target.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.endswith(f"\nPicture: {target}\n")
 
 
-def test_lesson_xor_that_misses_the_table_is_a_failure(monkeypatch, capsys):
-    monkeypatch.setattr(lessons, "xor", functools.partial(lessons.xor, seed=778))
-    assert main(["lesson", "xor", "--steps", "101"]) == 1
+@pytest.mark.parametrize(
+    ("name", "function", "wrong"),
+    [
+        ("xor", "xor", {"seed": 778}),
+        ("xor-deep", "xor_deep", {"seed": 778}),
+        ("blobs", "blobs", {"seed": 3}),
+        ("sweep", "sweep", {"first_seed": 778}),
+    ],
+    ids=["xor", "xor-deep", "blobs", "sweep"],
+)
+def test_lesson_that_misses_the_table_is_a_failure(name, function, wrong, monkeypatch, capsys):
+    monkeypatch.setattr(lessons, function, functools.partial(getattr(lessons, function), **wrong))
+    options = ["--seeds", "2"] if name == "sweep" else []
+    assert main(["lesson", name, "--steps", "10", *options]) == 1
     out, err = capsys.readouterr()
     assert "match the reference" not in out
-    assert re.fullmatch(r"perceptriton: the losses do not match the reference: .* outside the band of 6e-05\n", err)
+    miss = r"[^;]*: \d\.\de-\d\d relative at step \d, outside the band of \de-0\d"
+    assert re.fullmatch(rf"perceptriton: the reference is missed: {miss}; {miss}; {miss}\n", err)
+
+
+def test_by_hand_that_has_not_converged_is_a_failure(capsys):
+    assert main(["lesson", "by-hand", "--steps", "101"]) == 1
+    out, err = capsys.readouterr()
+    assert "It has converged" not in " ".join(out.split())
+    assert re.fullmatch(
+        r"perceptriton: the reference is missed: not converged: a loss of 0\.69\d\d at step 100, not below 0\.1733\n",
+        err,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("chain-rule", {"x": 4}), ("worked-step", {"W_output": [[0.45, 0.7], [0.4, 0.6]]})]
+)
+def test_gradients_that_miss_the_table_are_a_failure(name, change, monkeypatch, capsys):
+    monkeypatch.setattr("perceptriton.mlp.lesson_gradients.table", lambda name: lesson_race.table(name) | change)
+    assert main(["lesson", name, *LESSONS[name][0]]) == 1
+    out, err = capsys.readouterr()
+    assert "the reference." not in " ".join(out.split())
+    assert re.match(r"perceptriton: the reference is missed: by hand in float\d\d: \S+ = \S+ and not \S+;", err)
 
 
 @needs_matplotlib
@@ -67,6 +148,11 @@ def test_a_picture_that_cannot_be_written_is_a_failure(tmp_path, monkeypatch, ca
         (["lesson", "xor", "--steps", "0"], "--steps: must be at least 1, not 0"),
         (["lesson", "xor", "--steps", "-3"], "--steps: must be at least 1, not -3"),
         (["lesson", "xor", "--steps", "many"], "--steps: 'many' is not a whole number"),
+        (["lesson", "xor", "--draws", "2"], "unrecognized arguments: --draws 2"),
+        (["lesson", "xor-deep", "--draws", "3"], "--draws: invalid choice: 3 .*1, 2"),
+        (["lesson", "sweep", "--seeds", "0"], "--seeds: must be at least 1, not 0"),
+        (["lesson", "chain-rule", "--steps", "5"], "unrecognized arguments: --steps 5"),
+        (["lesson", "worked-step", "--plot", "a.png"], "unrecognized arguments: --plot a.png"),
         (["lesson", "xor", "--device", "tpu"], "--device: must be cpu or cuda, not 'tpu'"),
         (["lesson", "xor", "--device", "cuda"], "--device: torch finds no CUDA device"),
         (["lesson", "xor", "--st", "5"], "unrecognized arguments: --st 5"),
@@ -101,7 +187,8 @@ def assert_refused(argv, message, monkeypatch, capsys):
     def train(*_, **__):
         raise AssertionError("training started")
 
-    monkeypatch.setattr(lessons, "xor", train)
+    for lesson in command_line.LESSONS.values():
+        monkeypatch.setattr(lessons, lesson.function, train)
     with pytest.raises(SystemExit) as exit:
         main(argv)
     assert exit.value.code == 2

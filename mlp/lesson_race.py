@@ -1,0 +1,336 @@
+"""Training one task several ways at once: in turns, with a clock, beside a table of losses."""
+
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import Explanation, MlpExplanation, explain
+from .ensemble import Ensemble
+from .training import History, fit
+
+__all__ = [
+    "FUSED",
+    "HAND",
+    "NN",
+    "REFERENCE",
+    "FitCalls",
+    "Loop",
+    "Run",
+    "Task",
+    "Trajectory",
+    "check_steps",
+    "draw",
+    "explained",
+    "fits",
+    "race",
+    "table",
+]
+
+_Made = TypeVar("_Made")
+
+REFERENCE = Path(__file__).parent / "reference"
+
+NN, FUSED, HAND = "nn.Linear + nn.Sigmoid", "fused layers", "by hand"
+
+# Steps that each of two loops takes before it is the other's turn. On a busy machine the ratio of
+# their times wandered by 10% with turns of 500, by 2% with turns of 100.
+TURN = 100
+FIT_CALLS = 3  # all steps each, spread over the turns of the loops
+
+
+def table(name: str) -> dict:
+    """One of the tables in `reference/`."""
+    return json.loads((REFERENCE / f"{name}.json").read_text())
+
+
+def draw(seed: int, make: Callable[[], _Made]) -> _Made:
+    """make() with torch's CPU generator seeded for it alone; the caller's random numbers are left as they were."""
+    # The generator is seeded directly: torch.manual_seed would also reseed those of the GPUs, which are not restored.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return make()
+
+
+def check_steps(steps: int) -> None:
+    """Raises ValueError for steps below 1."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+
+
+def explained(sizes: Sequence[int], x: Tensor) -> Explanation | MlpExplanation:
+    """Which implementation fused layers of these widths take for x."""
+    shapes = [(n, k) for k, n in pairwise(sizes)]
+    if len(shapes) == 1:
+        return explain(x.shape, shapes[0], x.dtype, x.device)
+    return explain(x.shape, shapes, x.dtype, x.device)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all contenders train: the same samples, loss and optimizer, for the same number of steps."""
+
+    x: Tensor  # (samples, inputs)
+    y: Tensor  # (samples, outputs)
+    criterion: nn.Module
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    steps: int
+    log_every: int
+
+    @property
+    def logged(self) -> range:
+        """The steps at which the loss is logged, before their update."""
+        return range(0, self.steps, self.log_every)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One contender's way through a task."""
+
+    name: str
+    path: str  # "loop", or what ran under fit: `History.path`
+    model: nn.Module  # trained
+    losses: list[float]  # at the logged steps
+    seconds: float  # all steps once, the first one's compilation included where there is one
+    us_per_step: float  # microseconds, of an Ensemble per member; median over turns or calls
+    ratio: float  # the first contender's time per step over this one's; of loops the median over turns
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What the lessons that train return: every contender's losses beside those of the reference."""
+
+    device: str
+    sizes: list[int]  # widths of the network
+    steps: list[int]  # at which the loss was logged
+    reference: list[float | None]  # the loss at that step; None where the table has none
+    bands: list[float | None]  # relative, of each loss in the reference
+    initial: nn.Module  # the network before its first step
+    runs: tuple[Run, ...]  # the first is what the others are timed against
+    samples: Tensor  # (samples, inputs), on the CPU
+    targets: Tensor  # (samples,), 0 or 1
+    points: Tensor  # (P, inputs), where `predictions` looks
+    expected: list[float] | None  # the table's p at the points; None if the table is of another number of steps
+    prediction_band: float  # relative
+    explanation: Explanation | MlpExplanation  # how the fused layers run
+
+    def run(self, name: str) -> Run:
+        """The contender of that name. Raises KeyError if there is none."""
+        found = {run.name: run for run in self.runs}
+        return found[name]
+
+    def differences(self, run: Run) -> list[float | None]:
+        """|loss - reference| / reference at each logged step, None where the reference has no loss."""
+        return [None if r is None else abs(loss - r) / r for loss, r in zip(run.losses, self.reference, strict=True)]
+
+    def largest_difference(self, run: Run) -> tuple[float, int, float]:
+        """(difference, its step, the band there) where the difference is the largest part of its band; NaN is larger.
+
+        Raises ValueError if no logged step is in the reference.
+        """
+        rows = zip(self.differences(run), self.steps, self.bands, strict=True)
+        compared = [(d, step, band) for d, step, band in rows if d is not None and band is not None]
+        return max(compared, key=lambda row: math.inf if math.isnan(row[0]) else row[0] / row[2])
+
+    @torch.no_grad()
+    def predictions(self, run: Run) -> list[float]:
+        """The p of class 1 at each of `points`."""
+        parameter = next(run.model.parameters())
+        return run.model(self.points.to(parameter.device, parameter.dtype)).flatten().tolist()
+
+    def accuracy(self, run: Run) -> float:
+        """The share of samples whose p is on the target's side of 0.5."""
+        with torch.no_grad():
+            parameter = next(run.model.parameters())
+            p = run.model(self.samples.to(parameter.device, parameter.dtype)).flatten().cpu()
+        return ((p > 0.5) == (self.targets > 0.5)).double().mean().item()
+
+    @property
+    def misses(self) -> list[str]:
+        """What does not match the reference, one phrase for each; empty if all contenders do."""
+        found = []
+        for run in self.runs:
+            difference, step, band = self.largest_difference(run)
+            if not difference <= band:
+                found.append(f"{run.name}: {difference:.1e} relative at step {step}, outside the band of {band:.0e}")
+            band = self.prediction_band
+            for p, e in zip(self.predictions(run), self.expected, strict=True) if self.expected else ():
+                if not abs(p - e) <= band * e:
+                    found.append(f"{run.name}: p = {p:.8f} and not {e:.8f}, outside the band of {band:.0e}")
+        return found
+
+    @property
+    def matches(self) -> bool:
+        """Whether every loss and every p of every contender lies within its band."""
+        return not self.misses
+
+
+class Loop:
+    """An ordinary training loop that can be run piece by piece, with a clock."""
+
+    path = "loop"
+    members = 1
+
+    def __init__(self, name: str, model: nn.Module, task: Task) -> None:
+        self.name, self.model, self.task = name, model, task
+        self.optimizer = task.optimizer(model.parameters())
+        self.losses: list[float] = []
+        self.clock = _Clock(task.x.device)
+
+    def take(self, turn: int, turns: int, steps: range) -> None:
+        """Takes these steps."""
+        with self.clock.of(turn, len(steps)):
+            for step in steps:
+                loss = self.step()
+                if step % self.task.log_every == 0:
+                    self.losses.append(loss.item())
+
+    def step(self) -> Tensor:
+        """One step; the loss before it, ()."""
+        self.optimizer.zero_grad()
+        loss = self.task.criterion(self.model(self.task.x), self.task.y)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.clock.seconds)
+
+
+class FitCalls:
+    """Calls of `fit`, each training a fresh copy of the model for all steps, at a few of the turns.
+
+    A call is what `fit` is for: cut into turns of 100 steps its time would be that of its checks.
+
+    lr: that of `fit`, for an Ensemble. column: the member whose losses are shown, for an Ensemble.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        impl: str | None = None,
+        *,
+        name: str = "fit",
+        calls: int = FIT_CALLS,
+        lr: Tensor | None = None,
+        column: int | None = None,
+    ) -> None:
+        self.name, self.initial, self.task, self.impl, self.calls = name, model, task, impl, calls
+        self.lr, self.column, self.members = lr, column, len(model) if isinstance(model, Ensemble) else 1
+        self.clock = _Clock(task.x.device)
+        self.model, self.history = self._fit(0)
+
+    @property
+    def path(self) -> str:
+        return self.history.path
+
+    def _fit(self, steps: int) -> tuple[nn.Module, History]:
+        model, task = copy.deepcopy(self.initial), self.task
+        options = {"steps": steps, "log_every": task.log_every, "lr": self.lr, "impl": self.impl}
+        optimizer = task.optimizer(model.parameters())
+        return model, fit(model, task.x, task.y, criterion=task.criterion, optimizer=optimizer, **options)
+
+    def take(self, turn: int, turns: int, steps: range) -> None:
+        """Trains from the start for all steps, if this is one of its turns: none at the ends, where loops warm up."""
+        if turn in {(2 * call + 1) * turns // (2 * self.calls) for call in range(self.calls)}:
+            with self.clock.of(turn, self.task.steps):
+                self.model, self.history = self._fit(self.task.steps)
+
+    @property
+    def losses(self) -> list[float]:
+        losses = self.history.loss
+        return (losses if self.column is None else losses[:, self.column]).tolist()
+
+    @property
+    def seconds(self) -> float:
+        return self.clock.seconds[0]
+
+
+def fits(model: nn.Module, task: Task, calls: int = FIT_CALLS) -> list[FitCalls]:
+    """`fit` as it chooses for itself and, on a GPU, in each other way that takes this task."""
+    found = [FitCalls(model, task, calls=calls)]
+    for impl in ("lane", "block", "graph") if task.x.is_cuda else ():
+        try:
+            other = FitCalls(model, task, impl, name=f"fit, {impl}", calls=calls)
+        except NotImplementedError:
+            continue
+        if other.path != found[0].path:
+            found.append(other)
+    return found
+
+
+def race(task: Task, contenders: Sequence[Loop | FitCalls], progress: bool) -> tuple[Run, ...]:
+    """Trains them all, in turns, so that whatever slows the machine slows all of them.
+
+    progress: a bar on stderr if that is a terminal, tqdm is installed and it takes longer than two seconds.
+    """
+    # No short piece at the end: its time would be noise.
+    turns = max(1, task.steps // TURN)
+    bounds = [i * task.steps // turns for i in range(turns + 1)]
+    loops = [c for c in contenders if isinstance(c, Loop)]
+    calls = [c for c in contenders if isinstance(c, FitCalls)]
+    with _bar(task.steps, progress) as bar:
+        for turn, (start, stop) in enumerate(pairwise(bounds)):
+            # Each loop goes first every other time, so that a steady drift favours none. What follows a call of `fit`
+            # runs a little slower: few calls, at the end of their turns, leave the medians alone.
+            for contender in [*(loops if turn % 2 == 0 else reversed(loops)), *calls]:
+                contender.take(turn, turns, range(start, stop))
+            if bar is not None:
+                bar.update(stop - start)
+    base = contenders[0].clock.us
+    runs = []
+    for c in contenders:
+        us = {turn: value / c.members for turn, value in c.clock.us.items()}
+        us_per_step = statistics.median(us.values())
+        if isinstance(c, Loop):
+            ratio = statistics.median(base[turn] / value for turn, value in us.items())
+        else:
+            # One turn is too short to set a call of all steps against.
+            ratio = statistics.median(base.values()) / us_per_step
+        runs.append(Run(c.name, c.path, c.model, c.losses, c.seconds, us_per_step, ratio))
+    return tuple(runs)
+
+
+class _Clock:
+    """Times of pieces of work, on a GPU until it is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+        self.us: dict[int, float] = {}  # microseconds per step, by turn
+
+    @contextmanager
+    def of(self, turn: int, steps: int) -> Iterator[None]:
+        self._finish()
+        began = time.perf_counter()
+        yield
+        self._finish()
+        seconds = time.perf_counter() - began
+        self.seconds.append(seconds)
+        self.us[turn] = 1e6 * seconds / steps
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _bar(steps: int, wanted: bool):
+    if wanted:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return nullcontext()
+        return tqdm(total=steps, unit="step", delay=2, leave=False, disable=None)  # None: unless stderr is a terminal
+    return nullcontext()
