@@ -104,7 +104,8 @@ def xor_deep_intro(steps: int, draws: int) -> str:
         """,
         "So the loss stays at ln 2 = 0.6931, that of a guess, for thousands of steps, and then drops all at once. "
         f"Learning rate 1, {steps:,} steps, draw {draws} after seed {lessons.XOR_SEED}. Rounding decides when exactly "
-        "the drop comes: before it the losses must agree to 3e-7, after it to 8e-3, relative. " + TURNS,
+        f"the drop comes: before it the losses must agree to {lessons.DEEP_BANDS[0]:.0e}, after it to "
+        f"{lessons.DEEP_BANDS[1]:.1e}, relative. " + TURNS,
     )
 
 

@@ -37,8 +37,9 @@ XOR_STEPS = 10_001
 # between nine ways of computing the same 10,001 steps.
 XOR_BAND = 6e-5
 # The same of the deep network: while its loss is still on the plateau near ln 2 (to step 2000), and after the fast
-# drop, which each way of rounding reaches a little earlier or later.
-DEEP_BANDS = (3e-7, 8e-3)
+# drop, which each way of rounding reaches a little earlier or later. There it is twice the 8e-3 that the nine ways
+# differed by: torch's own loop takes up all of that on some CPUs.
+DEEP_BANDS = (3e-7, 1.6e-2)
 PLATEAU = 0.6  # nats
 
 BLOBS_SEED = 2

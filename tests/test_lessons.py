@@ -17,8 +17,9 @@ from perceptriton.mlp.lesson_race import REFERENCE, FitCalls, Loop, Task, race
 
 # The largest difference between nine ways of rounding the same 10,001 steps, relative.
 BAND = 6e-5
-# The same of the deep network, to step 2,000 and after the fast drop.
-PLATEAU_BAND, DROPPED_BAND = 3e-7, 8e-3
+# The same of the deep network, to step 2,000; and twice as much, 8e-3, after the fast drop: on one CPU torch's own loop
+# came to 7.8e-3.
+PLATEAU_BAND, DROPPED_BAND = 3e-7, 1.6e-2
 BLOBS_BAND = 1e-6  # some units in the last place of fp32, which a mean of 100 losses can be off by
 HAND_BAND = 2e-4
 FIT = "fit"
