@@ -1,6 +1,5 @@
 # One line per target: `make help`. Needs python3 (3.10 or newer), a package index and, for `cuda`, none of them.
 .DEFAULT_GOAL := help
-.NOTPARALLEL:
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -21,8 +20,8 @@ PYTEST := $(BIN)/pytest
 define step
 	@printf '\n== %s\n' '$(1)'
 	@mkdir -p .build
-	$(2) | tee .build/step.txt
-	@printf '%-44s %s\n' '$(1)' "$$(tail -n 1 .build/step.txt | sed 's/^[= ]*//; s/[= ]*$$//')" >> $(SUMMARY)
+	$(2) | tee '.build/$(1).txt'
+	@printf '%-44s %s\n' '$(1)' "$$(tail -n 1 '.build/$(1).txt' | sed 's/^[= ]*//; s/[= ]*$$//')" >> $(SUMMARY)
 endef
 
 .PHONY: help
@@ -84,8 +83,15 @@ KERNEL_TESTS := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_netw
 	test_fit.py::test_kernels_train_alike)
 COMPILE_TESTS := tests/test_compile.py tests/test_mlp_compile.py tests/test_training_compile.py
 
-.PHONY: test test-start test-all test-kernels test-old-triton test-deterministic test-benches
-test: test-start test-all test-kernels test-old-triton test-deterministic test-benches ## everything that needs no GPU
+.PHONY: test test-start test-beside test-all test-compile test-kernels test-old-triton test-deterministic test-benches
+test: test-start ## everything that needs no GPU
+	@# The interpreter takes one core for minutes, the rest the other one.
+	@echo 'kernels under the interpreter: in the background, into .build/kernels.log'
+	@$(MAKE) --no-print-directory test-kernels > .build/kernels.log 2>&1 & kernels=$$!; \
+	$(MAKE) --no-print-directory test-beside && rest=0 || rest=$$?; \
+	printf '\n== waiting for the kernels under the interpreter\n'; \
+	wait $$kernels || { cat .build/kernels.log; exit 1; }; \
+	exit $$rest
 	@printf '\n== all passed\n'
 	@cat $(SUMMARY)
 
@@ -93,13 +99,23 @@ test-start: $(READY)
 	@mkdir -p .build
 	@: > $(SUMMARY)
 
+test-beside: $(READY)
+	@for part in test-all test-compile test-old-triton test-deterministic test-benches; do \
+		$(MAKE) --no-print-directory $$part; \
+	done
+
 test-all: $(READY)
 	$(call step,everything on the CPU,$(PYTEST) $(COMPILE_TESTS:%=--ignore %))
-	$(call step,compile-only: aligned tiles,$(PYTEST) tests/test_compile.py -k 'not ragged')
+
+# A part of the tiles, on both compilers; test-tiles has them all.
+test-compile: $(READY)
+	$(call step,compile-only: layers,$(PYTEST) tests/test_compile.py -k 'half and not ragged')
+	$(call step,compile-only: networks,$(PYTEST) tests/test_mlp_compile.py -k '(half and (xor or digits)) or sm_100 or not sm_')
 	$(call step,compile-only: training loops,$(PYTEST) tests/test_training_compile.py -k 'not states')
 
 test-kernels: $(READY)
 	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS))
+	$(call step,deterministic: kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) --deterministic tests/test_kernels.py)
 
 test-old-triton: $(READY)
 	@# A package index without this version must not hide the other tests, but nobody may overlook it either.
@@ -111,10 +127,9 @@ test-old-triton: $(READY)
 
 .PHONY: test-old-triton-compile
 test-old-triton-compile:
-	$(call step,compile-only on triton $(OLD_TRITON): a part,PYTHONPATH=$(OVERLAY) $(PYTEST) tests/test_compile.py -k '$(PART)')
+	$(call step,compile-only on triton $(OLD_TRITON): a part,PYTHONPATH=$(OVERLAY) $(PYTEST) $(COMPILE_TESTS) -k '$(PART)')
 
-# Every tile on both compilers takes minutes; `make test` tries the most used on the older one.
-PART := sm_90 and half and 64x64
+PART := sm_90 and half and (64x64 or digits)
 
 .PHONY: test-tiles
 test-tiles: $(OVERLAY)/.ready ## compile every tile on both tritons (minutes)
@@ -123,7 +138,6 @@ test-tiles: $(OVERLAY)/.ready ## compile every tile on both tritons (minutes)
 
 test-deterministic: $(READY)
 	$(call step,deterministic: layers and networks,$(PYTEST) --deterministic tests/test_functional.py tests/test_networks.py)
-	$(call step,deterministic: kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) --deterministic tests/test_kernels.py)
 
 test-benches: $(READY)
 	$(call step,benchmarks run once: layers,$(PYTEST) benches/bench_stacks.py --benchmark-disable)

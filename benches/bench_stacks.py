@@ -147,7 +147,12 @@ def test_stack(benchmark, suite, impl, case, dtype, mode):
         pytest.skip("not compiled in a run without timings")
     with torch.set_grad_enabled(mode != "forward"):
         group = suite.enter(case, dtype, mode)
-        contender, errors = group.contender(impl)
+        try:
+            contender, errors = group.contender(impl)
+        except ArithmeticError as error:
+            if impl.startswith(JUDGED) or impl == BASELINE:
+                raise
+            pytest.skip(f"not timed, since it misses the truth: {error}")  # a compiler's choice, not ours
         cuda = suite.device == "cuda"
         benchmark.group = f"{case.name} {dtype} {mode}"
         benchmark.extra_info |= {
