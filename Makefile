@@ -88,6 +88,7 @@ test: test-start ## everything that needs no GPU
 	@# The interpreter takes one core for minutes, the rest the other one.
 	@echo 'kernels under the interpreter: in the background, into .build/kernels.log'
 	@$(MAKE) --no-print-directory test-kernels > .build/kernels.log 2>&1 & kernels=$$!; \
+	trap "kill $$kernels 2> /dev/null || true" EXIT; \
 	$(MAKE) --no-print-directory test-beside && rest=0 || rest=$$?; \
 	printf '\n== waiting for the kernels under the interpreter\n'; \
 	wait $$kernels || { cat .build/kernels.log; exit 1; }; \
