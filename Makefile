@@ -142,5 +142,5 @@ test-deterministic: $(READY)
 
 test-benches: $(READY)
 	$(call step,benchmarks run once: layers,$(PYTEST) benches/bench_stacks.py --benchmark-disable)
-	$(call step,benchmarks run once: networks,$(PYTEST) --suite mlp benches/bench_stacks.py --benchmark-disable -k 'xor or digits or 2^10')
+	$(call step,benchmarks run once: networks,$(PYTEST) --suite mlp benches/bench_stacks.py --benchmark-disable -k 'xor or digits or 1024')
 	$(call step,benchmarks run once: training,$(PYTEST) --suite training benches/bench_training.py --benchmark-disable)

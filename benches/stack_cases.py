@@ -103,7 +103,7 @@ NETWORKS = (
     Case("digits", 256, (32, 64, 5)),
     Case("square-256", 4096, (256, 256, 256, 256)),
     *(
-        Case(f"{name}-2^{power}", 1 << power, sizes, tuple(device for device in ROWS if power in ROWS[device]))
+        Case(f"{name}-{1 << power}", 1 << power, sizes, tuple(device for device in ROWS if power in ROWS[device]))
         for name, sizes in LADDER.items()
         for power in sorted({power for powers in ROWS.values() for power in powers})
     ),
