@@ -263,7 +263,7 @@ def _throughput(document: dict) -> bytes | None:
             axes.set_yscale("log")
             axes.set_title(f"{'-'.join(map(str, sizes))}, {dtype}, {mode}", loc="left", fontsize=8.5, color=INK)
             axes.grid(color=FAINT, linewidth=0.4)
-            axes.tick_params(colors=INK, labelsize=8)
+            axes.tick_params(which="both", colors=INK, labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[-1]:
         axes.set_xlabel("rows", color=INK)
