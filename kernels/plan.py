@@ -179,14 +179,26 @@ def linear_act_fwd(
 # A measured shape speaks for others whose every size is at most this many times larger or smaller.
 WIDE_REACH = 2.0
 
+# Without a measurement the largest tile is taken that computes at most this many times more beyond the edges and in
+# idle multiprocessors than the best: it reads least per product. An estimate.
+WIDE_WASTE = 1.15
+
+
+def _waste(m: int, n: int, tile: Tile, units: int) -> float:
+    """Outputs that whole waves of whole tiles compute, for each output that is wanted."""
+    waves = _cdiv(_cdiv(m, tile.block_m) * _cdiv(n, tile.block_n), units)
+    return waves * units * tile.block_m * tile.block_n / (m * n)
+
 
 def _wide_tile(
     m: int, k: int, n: int, dtype: str, precision: str, device: Device, impl: str | None
 ) -> tuple[WideTile, str] | None:
     """The tile of the TMA kernel and why it is taken, or None where it cannot run or nobody asked for it."""
     kind = _kind(dtype, precision)
-    # On the FMA units this kernel spills. Rows of y start at multiples of 16 bytes or TMA cannot write them.
-    if device.arch < 90 or kind == "ieee" or n * _itemsize(dtype) % 16:
+    # No tile: products on the FMA units, which spill here, and chips that nothing was compiled for.
+    tiles = wide_candidates(kind, device.arch)
+    # Rows of y start at multiples of 16 bytes, or TMA cannot write them.
+    if not tiles or n * _itemsize(dtype) % 16:
         return None
     asked = impl == "triton" or kind in SPLITS
     if measured := _measured_tile(m, k, n, kind, device):
@@ -197,28 +209,29 @@ def _wide_tile(
             return None
     if not asked or k <= TILED_MAX_K["ieee" if kind in SPLITS else kind]:
         return None
-    tiles = wide_candidates(kind)
-    # The first, which is the largest, that has work for every multiprocessor.
-    counts = [_cdiv(m, t.block_m) * _cdiv(n, t.block_n) for t in tiles]
-    smallest = min(tiles, key=lambda t: t.block_m * t.block_n)
-    tile = next((t for t, count in zip(tiles, counts, strict=True) if count >= device.units), smallest)
-    return (
-        tile,
-        f"{tile.block_m}x{tile.block_n} tiles travel by TMA, finished in registers; not measured on this device",
-    )
+    waste = [_waste(m, n, tile, device.units) for tile in tiles]
+    tile = next(tile for tile, own in zip(tiles, waste, strict=True) if own <= WIDE_WASTE * min(waste))
+    return tile, "tiles travel by TMA, bias and activation in the epilogue; not measured on this device"
 
 
-def wide_candidates(kind: str) -> tuple[WideTile, ...]:
-    """Tiles of the TMA kernel that compile clean for sm_90, largest first; of one size, the preferred one first."""
-    return _wide_table()["candidates"]["sm_90"][kind]
+def wide_candidates(kind: str, arch: int) -> tuple[WideTile, ...]:
+    """Tiles of the TMA kernel that compile clean for this chip, largest first; of one size, the preferred one first."""
+    return _wide_table()["candidates"].get(_wide_generation(arch), {}).get(kind, ())
+
+
+def _wide_generation(arch: int) -> str:
+    # Neither registers nor shared memory carry over: sm_120 has TMA too, and less than half the shared memory.
+    return f"sm_{arch // 10}0"
 
 
 def _measured_tile(m: int, k: int, n: int, kind: str, device: Device) -> tuple[WideTile | None, str] | None:
     """What the nearest shape measured on this device says: a tile, or None for the library; None if there is none."""
-    names = (device.name, _generation(device.arch))
+    names = (device.name, _wide_generation(device.arch))
     for pattern, measured in _wide_table()["devices"].items():
         if any(name and fnmatch.fnmatchcase(name, pattern) for name in names):
-            rows = measured["rows"].get(kind, ())
+            tiles, rows = wide_candidates(kind, device.arch), measured["rows"].get(kind, ())
+            # A pattern may match a chip of another generation, for which its tiles were not compiled.
+            rows = [row for row in rows if row["tile"] is None or row["tile"] in tiles]
             far = [[abs(math.log2(a / b)) for a, b in zip((m, k, n), row["shape"], strict=True)] for row in rows]
             near = [(sum(f), i) for i, f in enumerate(far) if max(f) <= math.log2(WIDE_REACH)]
             if near:
@@ -239,13 +252,14 @@ def read_wide(document: dict) -> dict:
 
     `candidates`: generation, kind of product, list of tiles. `devices`: a device's name (or a pattern of names, or a
     generation), what measured it, and per kind rows of shape (m, k, n), the fastest tile or null where the library
-    was at least as fast, and both times.
+    was faster than all, and the times of the fastest tile and of the library.
     """
 
     def tile(where: str, row: object) -> WideTile:
         if not isinstance(row, list) or len(row) != 9 or not all(type(v) is int for v in row):
             raise ValueError(f"wide.json, {where}: {row} is not a list of 9 integers")
-        found = WideTile(*row[:7], bool(row[7]), bool(row[8]))
+        *sizes, flatten, specialize = row
+        found = WideTile(*sizes, flatten=bool(flatten), specialize=bool(specialize))
         blocks = (found.block_m, found.block_n, found.block_k)
         if any(b < 16 or b & (b - 1) for b in blocks) or max(blocks) > 256:
             raise ValueError(f"wide.json, {where}: blocks {blocks} are not powers of 2 from 16 to 256")
@@ -257,12 +271,15 @@ def read_wide(document: dict) -> dict:
         generation: {kind: tuple(tile(f"{generation}, {kind}", row) for row in rows) for kind, rows in kinds.items()}
         for generation, kinds in document["candidates"].items()
     }
-    known = candidates["sm_90"]
+    known: dict[str, set[WideTile]] = {}
+    for kinds in candidates.values():
+        for kind, tiles in kinds.items():
+            known.setdefault(kind, set()).update(tiles)
     devices = {}
     for name, measured in document["devices"].items():
         if missing := {"torch", "triton", "date", "rows"} - measured.keys():
             raise ValueError(f"wide.json, {name}: without {', '.join(sorted(missing))}")
-        kinds: dict[str, list[dict]] = {}
+        read: dict[str, list[dict]] = {}
         for kind, rows in measured["rows"].items():
             for row in rows:
                 where = f"{name}, {kind}, {row.get('shape')}"
@@ -273,8 +290,8 @@ def read_wide(document: dict) -> dict:
                     raise ValueError(f"wide.json, {where}: {row['tile']} is none of the candidates")
                 if not (row["us"] > 0 and row["library_us"] > 0):
                     raise ValueError(f"wide.json, {where}: times {row['us']} and {row['library_us']}")
-                kinds.setdefault(kind, []).append(row | {"tile": found})
-        devices[name] = measured | {"rows": kinds}
+                read.setdefault(kind, []).append(row | {"tile": found})
+        devices[name] = measured | {"rows": read}
     return {"candidates": candidates, "devices": devices}
 
 
@@ -341,7 +358,7 @@ class Prediction:
     def __str__(self) -> str:
         return (
             f"{self.flops:.3g} flop, {self.bytes:.3g} bytes, {self.special:.3g} special functions: "
-            f"at least {self.limit_us:.3g} us, this plan {self.plan_us:.3g} us at peak rates (a model, not a measurement)"
+            f"at least {self.limit_us:.3g} us, by this plan {self.plan_us:.3g} us at peak rates (a model)"
         )
 
 
@@ -357,10 +374,7 @@ def predict(m: int, k: int, n: int, dtype: str, plan: Plan, chip: Chip = H200) -
     flops, moved, special = 2 * m * k * n * count, size * (m * k + n * k + n + m * n), 2 * m * n
     products, memory, functions = flops / chip.flops[unit], moved / chip.bandwidth, special / chip.special
     if plan.impl in ("tiled", "tma"):
-        tile = plan.tile
-        waves = _cdiv(_cdiv(m, tile.block_m) * _cdiv(n, tile.block_n), chip.units)
-        waste = waves * chip.units * tile.block_m * tile.block_n / (m * n)
-        took = max(memory, waste * (products + functions))
+        took = max(memory, _waste(m, n, plan.tile, chip.units) * (products + functions))
     elif plan.impl == "library":
         took = max(memory, products) + max(2 * size * m * n / chip.bandwidth, functions)
     else:
