@@ -112,7 +112,8 @@ def allow_fp32_split(mode: str | None) -> str | None:
     mode: "tf32x3" or "bf16x6" (errors like fp32's, three and six products), "bf16x3" (three products, some 16 bits) or
     None, the default: nothing but what torch's own setting says. A permission for this process, like torch's: taken
     where the kernel for wide layers applies (compute capability 9.0, rows that start at multiples of 16 bytes), and
-    nowhere else. A finite number above 3.39e38 counts as inf. The README's section on precision lists the errors.
+    nowhere else. Backward products stay as they are. The README's section on precision lists errors and what happens at
+    the ends of fp32's range.
     Raises ValueError for any other mode.
     """
     global _fp32_split
