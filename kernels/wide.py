@@ -77,7 +77,9 @@ def linear_act_fwd_tma_kernel(
             x = x_desc.load([tile_m * BLOCK_M, k * BLOCK_K])
             w = weight_desc.load([tile_n * BLOCK_N, k * BLOCK_K])
             # Both come straight from shared memory, where a transpose is a stride order.
-            acc = tl.dot(_operand(x, WIDEN), _operand(w, WIDEN).T, acc, input_precision=PRECISION)
+            # The interpreter multiplies in fp32, and knows some of the others not even by name.
+            precision: tl.constexpr = "ieee" if WIDEN else PRECISION
+            acc = tl.dot(_operand(x, WIDEN), _operand(w, WIDEN).T, acc, input_precision=precision)
         finished += tl.num_programs(0)
         tile_m, tile_n = _place(finished, num_m, num_n, GROUP_M)
         first_m = tile_m * BLOCK_M

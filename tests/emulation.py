@@ -42,7 +42,7 @@ def _split(a, b, kind):
 
 
 def product(x, weight, kind, block_k=32):
-    """x @ weight.T in fp32 as a kernel with steps of block_k along K computes it: x (M, K), weight (N, K), both fp32."""
+    """x @ weight.T of fp32 x (M, K) and weight (N, K) as a kernel with steps of block_k along K computes it."""
     a, b = (torch.nn.functional.pad(t, (0, -t.shape[1] % block_k)) for t in (x, weight))
     # The steps as a batch: (steps, M, block_k) and (steps, block_k, N).
     a = a.unflatten(1, (-1, block_k)).transpose(0, 1).contiguous()
