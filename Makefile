@@ -80,8 +80,9 @@ clean: ## remove everything that make made
 # --- tests -------------------------------------------------------------------------------------------------
 
 # On a GPU `make cuda` runs them.
-KERNEL_TESTS := tests/test_kernels.py tests/test_mlp_kernels.py tests/test_networks.py tests/test_training_kernels.py
-COMPILE_TESTS := tests/test_compile.py tests/test_mlp_compile.py tests/test_training_compile.py
+KERNEL_TESTS := tests/test_kernels.py tests/test_wide.py tests/test_mlp_kernels.py tests/test_networks.py \
+	tests/test_training_kernels.py
+COMPILE_TESTS := tests/test_compile.py tests/test_wide_compile.py tests/test_mlp_compile.py tests/test_training_compile.py
 
 .PHONY: test test-start test-all test-kernels test-old-triton test-deterministic test-benches
 test: test-start test-all test-kernels test-old-triton test-deterministic test-benches ## everything that needs no GPU
@@ -95,6 +96,7 @@ test-start: $(READY)
 test-all: $(READY)
 	$(call step,everything on the CPU,$(PYTEST) $(COMPILE_TESTS:%=--ignore %))
 	$(call step,compile-only: aligned tiles,$(PYTEST) tests/test_compile.py -k 'not ragged')
+	$(call step,compile-only: wide layers,$(PYTEST) tests/test_wide_compile.py)
 	$(call step,compile-only: training loops,$(PYTEST) tests/test_training_compile.py -k 'not states')
 
 test-kernels: $(READY)
