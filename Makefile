@@ -80,8 +80,8 @@ clean: ## remove everything that make made
 
 # On a GPU `make cuda` runs them.
 KERNEL_TESTS := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_networks.py test_training_kernels.py \
-	test_fit.py::test_kernels_train_alike)
-COMPILE_TESTS := tests/test_compile.py tests/test_mlp_compile.py tests/test_training_compile.py
+	test_wide.py test_fit.py::test_kernels_train_alike)
+COMPILE_TESTS := $(addprefix tests/,test_compile.py test_wide_compile.py test_mlp_compile.py test_training_compile.py)
 
 .PHONY: test test-start test-beside test-all test-compile test-kernels test-old-triton test-deterministic test-benches
 test: test-start ## everything that needs no GPU
@@ -112,6 +112,7 @@ test-all: $(READY)
 test-compile: $(READY)
 	$(call step,compile-only: layers,$(PYTEST) tests/test_compile.py -k 'half and not ragged')
 	$(call step,compile-only: networks,$(PYTEST) tests/test_mlp_compile.py -k '(half and (xor or digits)) or sm_100 or not sm_')
+	$(call step,compile-only: wide layers,$(PYTEST) tests/test_wide_compile.py -k 'half or not sm_')
 	$(call step,compile-only: training loops,$(PYTEST) tests/test_training_compile.py -k 'not states')
 
 test-kernels: $(READY)

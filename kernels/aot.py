@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
@@ -97,6 +98,8 @@ def compile_for(arch: int, launch: Launch) -> Resources:
         """The type of one argument, or of one element of a tuple of arguments."""
         if isinstance(value, tuple) and not parameter.is_constexpr:
             return tuple(specialize((*path, i), element, parameter) for i, element in enumerate(value))
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)}>"
         if isinstance(value, Tensor):
             if not parameter.do_not_specialize_on_alignment:
                 attributes[path] = [["tt.divisibility", 16]]

@@ -45,6 +45,13 @@ def _launchers():
 
 
 @functools.cache
+def _wide_launchers():
+    from . import wide
+
+    return wide
+
+
+@functools.cache
 def _mlp_launchers():
     from . import mlp
 
@@ -71,7 +78,7 @@ def _look_at(device: torch.device) -> Device:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         arch = 10 * properties.major + properties.minor
-        return Device("cuda", arch, properties.multi_processor_count, triton=has_triton())
+        return Device("cuda", arch, properties.multi_processor_count, triton=has_triton(), name=properties.name)
     return Device("cpu", 90, 1, cpu_kind()) if device.type == "cpu" else Device(device.type)
 
 
@@ -94,6 +101,30 @@ def _precision(device: Device) -> str:
     if device.kind != "cuda":
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+_fp32_split: str | None = None
+
+
+def allow_fp32_split(mode: str | None) -> str | None:
+    """Lets wide layers compute fp32 products forward as several products of tensor cores; returns what was allowed.
+
+    mode: "tf32x3" or "bf16x6" (errors like fp32's, three and six products), "bf16x3" (three products, some 16 bits) or
+    None, the default: nothing but what torch's own setting says. A permission for this process, like torch's: taken
+    where the kernel for wide layers applies (compute capability 9.0, rows that start at multiples of 16 bytes), and
+    nowhere else. Backward products stay as they are. The README's section on precision lists errors and what happens at
+    the ends of fp32's range.
+    Raises ValueError for any other mode.
+    """
+    global _fp32_split
+    if mode is not None and mode not in planning.SPLITS:
+        raise ValueError(f"mode must be None or one of {', '.join(map(repr, planning.SPLITS))}, not {mode!r}")
+    before, _fp32_split = _fp32_split, mode
+    return before
+
+
+def _split(dtype: torch.dtype) -> str | None:
+    return _fp32_split if dtype is torch.float32 else None
 
 
 small_cpu_products: dict[torch.dtype, int] = {}  # filled on first use: multiply-adds below which plain torch wins
@@ -194,11 +225,14 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     # Not -1: a size of 0 beside it would leave it undetermined.
     x2 = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)
     device = _device_for(x.device, impl)
-    plan = planning.linear_act_fwd(
-        x2.shape[0], k, n, _NAMES.get(x.dtype, str(x.dtype)), _precision(device), device, impl
-    )
+    dtype = _NAMES.get(x.dtype, str(x.dtype))
+    arguments = (x2.shape[0], k, n, dtype, _precision(device), device, impl, _split(x.dtype))
+    plan = planning.linear_act_fwd(*arguments)
+    # Looked at for wide layers alone: for small ones it would cost more than it decides.
+    if plan.impl == "tma" and not (_wide_launchers().readable(x2) and _wide_launchers().readable(weight)):
+        plan = planning.linear_act_fwd(*arguments, False)
     _obey(impl, plan)
-    implementation = _launchers() if plan.triton else reference
+    implementation = _wide_launchers() if plan.impl == "tma" else _launchers() if plan.triton else reference
     y = implementation.linear_act_fwd(x2, weight, bias, activation, plan)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
@@ -479,7 +513,10 @@ def explain(
     else:
         (n, k) = shapes[0]
         arguments = (rows, k, n, name, precision, device, impl)
-        explanation = Explanation(planning.linear_act_fwd(*arguments), planning.linear_act_bwd(*arguments))
+        # Of operands that lie dense.
+        readable = k * dtype.itemsize % 16 == 0
+        forward = planning.linear_act_fwd(*arguments, _split(dtype), readable)
+        explanation = Explanation(forward, planning.linear_act_bwd(*arguments))
     _obey(impl, explanation.forward)
     return explanation
 

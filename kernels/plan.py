@@ -2,14 +2,17 @@
 
 Pure functions of numbers and names: no torch, no triton, no device is touched. The tables under `tuned/` are
 data: `gpu_tiles.json` lists the tiles that compile without register spills for each chip generation
-(`benches/tune_tiles.py` writes it), `cpu.json` the measured crossovers between torch's two CPU matrix libraries
-(`benches/tune_cpu.py` writes it).
+(`benches/tune_tiles.py` writes it), `wide.json` the same for the product that travels by TMA, and which of them beat
+the library on devices that were measured (`benches/tune.py` writes that part), `cpu.json` the measured crossovers
+between torch's two CPU matrix libraries (`benches/tune_cpu.py` writes it).
 """
 
+import fnmatch
 import functools
 import itertools
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 TABLES = Path(__file__).parent / "tuned"
@@ -27,6 +30,7 @@ class Device:
     units: int = 1  # CUDA streaming multiprocessors
     vendor: str = ""  # CPU: what `ops.cpu_kind` says
     triton: bool = False  # kernels can be launched here
+    name: str = ""  # CUDA: as the driver tells it; tables of measurements go by it
 
 
 @dataclass(frozen=True)
@@ -39,19 +43,30 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class WideTile(Tile):
+    """A tile of the product that travels by TMA."""
+
+    group_m: int = 8  # row tiles that are walked together, column by column
+    subtiles: int = 1  # 1 or 2: pieces in which a tile is finished and stored
+    flatten: bool = False  # both loops as one, so that loads run ahead into the next tile
+    specialize: bool = False  # a warp of its own for the loads
+
+
+@dataclass(frozen=True)
 class Plan:
     """One choice. `impl` names it, `reason` says why, the rest is what that implementation needs.
 
-    On a GPU: "rows" (whole weight on chip, programs walk rows), "tiled" (output tiles, loop over K), "passes" (one
-    pass for dz and dbias, then library GEMMs), "library" (library GEMM, activation in place). On a CPU: "aten"
-    (plain torch under autograd) and "explicit" (forward and backward written out in `reference.py`).
+    On a GPU: "rows" (whole weight on chip, programs walk rows), "tiled" (output tiles, loop over K), "tma" (the same
+    for wide layers: tiles travel by TMA, programs walk them), "passes" (one pass for dz and dbias, then library GEMMs),
+    "library" (library GEMM, activation in place). On a CPU: "aten" (plain torch under autograd) and "explicit"
+    (forward and backward written out in `reference.py`).
     """
 
     impl: str
     reason: str
     tile: Tile = Tile(0, 0, 0, 0, 0)
     programs: int = 1
-    precision: str = "ieee"  # of fp32 products in the kernels: "ieee" or "tf32"
+    precision: str = "ieee"  # of fp32 products in the kernels: "ieee", "tf32" or one of SPLITS
     forward_gemm: str = "mm"  # "mm" (the BLAS behind torch.mm) or "onednn"
     dx_gemm: str = "mm"
     dweight_gemm: str = "mm"
@@ -59,7 +74,7 @@ class Plan:
 
     @property
     def triton(self) -> bool:
-        return self.impl in ("rows", "tiled", "passes")
+        return self.impl in ("rows", "tiled", "tma", "passes")
 
 
 @functools.cache
@@ -116,9 +131,27 @@ TILED_MAX_K = {"half": 256, "tf32": 128, "ieee": 32}
 IEEE_BACKWARD_MAX = 64 * 64
 
 
+# fp32 products as several products of tensor cores, each operand a sum of two or three short numbers.
+SPLITS = ("tf32x3", "bf16x6", "bf16x3")
+
+
 @functools.lru_cache(maxsize=4096)
-def linear_act_fwd(m: int, k: int, n: int, dtype: str, precision: str, device: Device, impl: str | None = None) -> Plan:
-    """The plan for act(x @ weight.T + bias) with x (m, k) and weight (n, k)."""
+def linear_act_fwd(
+    m: int,
+    k: int,
+    n: int,
+    dtype: str,
+    precision: str,
+    device: Device,
+    impl: str | None = None,
+    split: str | None = None,
+    readable: bool = True,
+) -> Plan:
+    """The plan for act(x @ weight.T + bias) with x (m, k) and weight (n, k).
+
+    split: the one of SPLITS that fp32 products of wide layers may use, or None. readable: TMA can read x and weight as
+    they lie in memory.
+    """
     if reason := refusal(m, k, n, dtype, device):
         return Plan("aten", reason)
     if device.kind == "cpu" and not device.triton:
@@ -130,6 +163,10 @@ def linear_act_fwd(m: int, k: int, n: int, dtype: str, precision: str, device: D
         tile, per_sm = found
         programs = min(_cdiv(m, tile.block_m), device.units * per_sm)
         return Plan("rows", f"{k}x{n} weight stays on chip; x is read once, y written once", tile, programs, precision)
+    if readable and (found := _wide_tile(m, k, n, dtype, split or precision, device, impl)):
+        tile, reason = found
+        programs = min(_cdiv(m, tile.block_m) * _cdiv(n, tile.block_n), device.units)
+        return Plan("tma", reason, tile, programs, split or precision)
     if impl is None and k > TILED_MAX_K[kind]:
         return Plan("library", f"{k} in_features: bound by arithmetic, where the library GEMM is faster")
     tiles = TILED[kind, _generation(device.arch)]
@@ -137,6 +174,130 @@ def linear_act_fwd(m: int, k: int, n: int, dtype: str, precision: str, device: D
     pick = next((i for i, count in enumerate(counts) if count >= device.units), len(tiles) - 1)
     reason = "bias and activation in the epilogue of the product"
     return Plan("tiled", reason, tiles[pick], counts[pick], precision)
+
+
+# A measured shape speaks for others whose every size is at most this many times larger or smaller.
+WIDE_REACH = 2.0
+
+# Without a measurement the largest tile is taken that computes at most this many times more beyond the edges and in
+# idle multiprocessors than the best: it reads least per product. An estimate.
+WIDE_WASTE = 1.15
+
+
+def _waste(m: int, n: int, tile: Tile, units: int) -> float:
+    """Outputs that whole waves of whole tiles compute, for each output that is wanted."""
+    waves = _cdiv(_cdiv(m, tile.block_m) * _cdiv(n, tile.block_n), units)
+    return waves * units * tile.block_m * tile.block_n / (m * n)
+
+
+def _wide_tile(
+    m: int, k: int, n: int, dtype: str, precision: str, device: Device, impl: str | None
+) -> tuple[WideTile, str] | None:
+    """The tile of the TMA kernel and why it is taken, or None where it cannot run or nobody asked for it."""
+    kind = _kind(dtype, precision)
+    # No tile: products on the FMA units, which spill here, and chips that nothing was compiled for.
+    tiles = wide_candidates(kind, device.arch)
+    # Rows of y start at multiples of 16 bytes, or TMA cannot write them.
+    if not tiles or n * _itemsize(dtype) % 16:
+        return None
+    asked = impl == "triton" or kind in SPLITS
+    if measured := _measured_tile(m, k, n, kind, device):
+        tile, reason = measured
+        if tile is not None:
+            return tile, reason
+        if not asked:
+            return None
+    if not asked or k <= TILED_MAX_K["ieee" if kind in SPLITS else kind]:
+        return None
+    waste = [_waste(m, n, tile, device.units) for tile in tiles]
+    tile = next(tile for tile, own in zip(tiles, waste, strict=True) if own <= WIDE_WASTE * min(waste))
+    return tile, "tiles travel by TMA, bias and activation in the epilogue; not measured on this device"
+
+
+def wide_candidates(kind: str, arch: int) -> tuple[WideTile, ...]:
+    """Tiles of the TMA kernel that compile clean for this chip, largest first; of one size, the preferred one first."""
+    return _wide_table()["candidates"].get(_wide_generation(arch), {}).get(kind, ())
+
+
+def _wide_generation(arch: int) -> str:
+    # Neither registers nor shared memory carry over: sm_120 has TMA too, and less than half the shared memory.
+    return f"sm_{arch // 10}0"
+
+
+def _measured_tile(m: int, k: int, n: int, kind: str, device: Device) -> tuple[WideTile | None, str] | None:
+    """What the nearest shape measured on this device says: a tile, or None for the library; None if there is none."""
+    names = (device.name, _wide_generation(device.arch))
+    for pattern, measured in _wide_table()["devices"].items():
+        if any(name and fnmatch.fnmatchcase(name, pattern) for name in names):
+            tiles, rows = wide_candidates(kind, device.arch), measured["rows"].get(kind, ())
+            # A pattern may match a chip of another generation, for which its tiles were not compiled.
+            rows = [row for row in rows if row["tile"] is None or row["tile"] in tiles]
+            far = [[abs(math.log2(a / b)) for a, b in zip((m, k, n), row["shape"], strict=True)] for row in rows]
+            near = [(sum(f), i) for i, f in enumerate(far) if max(f) <= math.log2(WIDE_REACH)]
+            if near:
+                row = rows[min(near)[1]]
+                ratio = row["library_us"] / row["us"]
+                shape = "x".join(map(str, row["shape"]))
+                return row["tile"], f"measured at {shape} on {pattern}: {ratio:.2f}x the library and a pass"
+    return None
+
+
+@functools.cache
+def _wide_table() -> dict:
+    return read_wide(json.loads((TABLES / "wide.json").read_text()))
+
+
+def read_wide(document: dict) -> dict:
+    """The content of `wide.json` with its rows as tiles. Raises ValueError at what a plan could not use.
+
+    `candidates`: generation, kind of product, list of tiles. `devices`: a device's name (or a pattern of names, or a
+    generation), what measured it, and per kind rows of shape (m, k, n), the fastest tile or null where the library
+    was faster than all, and the times of the fastest tile and of the library.
+    """
+
+    def tile(where: str, row: object) -> WideTile:
+        if not isinstance(row, list) or len(row) != 9 or not all(type(v) is int for v in row):
+            raise ValueError(f"wide.json, {where}: {row} is not a list of 9 integers")
+        *sizes, flatten, specialize = row
+        found = WideTile(*sizes, flatten=bool(flatten), specialize=bool(specialize))
+        blocks = (found.block_m, found.block_n, found.block_k)
+        if any(b < 16 or b & (b - 1) for b in blocks) or max(blocks) > 256:
+            raise ValueError(f"wide.json, {where}: blocks {blocks} are not powers of 2 from 16 to 256")
+        if found.num_warps not in (4, 8) or found.subtiles not in (1, 2) or min(found.num_stages, found.group_m) < 1:
+            raise ValueError(f"wide.json, {where}: {row} is no tile")
+        return found
+
+    candidates = {
+        generation: {kind: tuple(tile(f"{generation}, {kind}", row) for row in rows) for kind, rows in kinds.items()}
+        for generation, kinds in document["candidates"].items()
+    }
+    known: dict[str, set[WideTile]] = {}
+    for kinds in candidates.values():
+        for kind, tiles in kinds.items():
+            known.setdefault(kind, set()).update(tiles)
+    devices = {}
+    for name, measured in document["devices"].items():
+        if missing := {"torch", "triton", "date", "rows"} - measured.keys():
+            raise ValueError(f"wide.json, {name}: without {', '.join(sorted(missing))}")
+        read: dict[str, list[dict]] = {}
+        for kind, rows in measured["rows"].items():
+            for row in rows:
+                where = f"{name}, {kind}, {row.get('shape')}"
+                if kind not in known or len(row["shape"]) != 3 or min(row["shape"]) < 1:
+                    raise ValueError(f"wide.json, {where}: not three sizes of one of {', '.join(known)}")
+                found = None if row["tile"] is None else tile(where, row["tile"])
+                if found is not None and found not in known[kind]:
+                    raise ValueError(f"wide.json, {where}: {row['tile']} is none of the candidates")
+                if not (row["us"] > 0 and row["library_us"] > 0):
+                    raise ValueError(f"wide.json, {where}: times {row['us']} and {row['library_us']}")
+                read.setdefault(kind, []).append(row | {"tile": found})
+        devices[name] = measured | {"rows": read}
+    return {"candidates": candidates, "devices": devices}
+
+
+def wide_row(tile: WideTile) -> list[int]:
+    """A tile as `wide.json` writes it."""
+    return [int(value) for value in astuple(tile)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -159,6 +320,66 @@ def linear_act_bwd(m: int, k: int, n: int, dtype: str, precision: str, device: D
     tile = Tile(32, 128, 0, 4, 1)
     reason = f"{k}x{n}: no register tile for dweight; dz and dbias in one pass, then library GEMMs"
     return Plan("passes", reason, tile, _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n), precision)
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+# --- what a plan can reach at best --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peak rates, from the vendor's data sheet."""
+
+    units: int
+    bandwidth: float  # bytes per second
+    flops: dict[str, float]  # dense, per second, by product: "half", "tf32", "ieee"
+    special: float  # special functions (exp2, rsqrt) per second: 16 per clock and multiprocessor
+
+
+H200 = Chip(132, 4.8e12, {"half": 989.4e12, "tf32": 494.7e12, "ieee": 66.9e12}, 132 * 16 * 1.83e9)
+
+# Products of tensor cores that one fp32 product of each kind takes, and of which kind they are.
+PRODUCTS = {"tf32x3": (3, "tf32"), "bf16x6": (6, "half"), "bf16x3": (3, "half")}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one forward pass: what it takes, the limit that peak rates set, and what a plan's own way adds to that."""
+
+    flops: int  # on the units that do them, every product of a split counted
+    bytes: int  # between chip and memory, each operand once
+    special: int  # exp2 and rsqrt, two for each sigmoid
+    limit_us: float  # the slowest of the three alone
+    plan_us: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.flops:.3g} flop, {self.bytes:.3g} bytes, {self.special:.3g} special functions: "
+            f"at least {self.limit_us:.3g} us, by this plan {self.plan_us:.3g} us at peak rates (a model)"
+        )
+
+
+def predict(m: int, k: int, n: int, dtype: str, plan: Plan, chip: Chip = H200) -> Prediction:
+    """A model of act(x @ weight.T + bias) by this plan, at the peak rates of `chip`.
+
+    The library's product writes z, and a pass over it reads z and writes y. A kernel with output tiles computes whole
+    tiles in whole waves, and its multiprocessors do special functions after the products, not beside them. What an
+    implementation loses against peak rates is not in it.
+    """
+    size, precision = _itemsize(dtype), plan.precision
+    count, unit = PRODUCTS.get(precision, (1, _kind(dtype, precision)))
+    flops, moved, special = 2 * m * k * n * count, size * (m * k + n * k + n + m * n), 2 * m * n
+    products, memory, functions = flops / chip.flops[unit], moved / chip.bandwidth, special / chip.special
+    if plan.impl in ("tiled", "tma"):
+        took = max(memory, _waste(m, n, plan.tile, chip.units) * (products + functions))
+    elif plan.impl == "library":
+        took = max(memory, products) + max(2 * size * m * n / chip.bandwidth, functions)
+    else:
+        took = max(memory, products, functions)
+    return Prediction(flops, moved, special, 1e6 * max(memory, products, functions), 1e6 * took)
 
 
 def refusal(m: int, k: int, n: int, dtype: str, device: Device) -> str | None:

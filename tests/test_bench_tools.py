@@ -559,3 +559,62 @@ def test_driver_asks_for_what_it_was_told(bench, tmp_path):
         seen["arguments"]
     )
     assert list(tmp_path.iterdir()) == []
+
+
+# --- the table of the TMA product ---------------------------------------------------------------------------------
+
+
+def test_measured_rows_join_the_table(bench):
+    tune = bench("tune")
+    shipped = json.loads((tune.TABLES / "wide.json").read_text())
+    assert tune.text(shipped) == (tune.TABLES / "wide.json").read_text()
+    tile = tune.planning.wide_row(tune.planning.wide_candidates("half", 90)[0])
+    document = shipped
+    for shape, us in (((64, 64, 64), 3.0), ((128, 64, 64), 5.0), ((64, 64, 64), 4.0)):
+        row = {"shape": list(shape), "tile": tile, "us": us, "library_us": 6.0}
+        document = tune.updated(document, "some device", "half", row)
+    assert shipped["devices"] == {}
+    measured = document["devices"]["some device"]
+    # Measured again, a shape has one row, the new one.
+    assert [(row["shape"], row["us"]) for row in measured["rows"]["half"]] == [
+        ([128, 64, 64], 5.0),
+        ([64, 64, 64], 4.0),
+    ]
+    assert measured["torch"] == torch.__version__
+    assert json.loads(tune.text(document)) == document
+    # What a plan would refuse to read is not written.
+    with pytest.raises(ValueError, match="none of the candidates"):
+        tune.updated(document, "some device", "half", row | {"tile": [16, *tile[1:]]})
+
+
+TUNE = """
+import sys
+import tune
+if sys.argv.pop(1) == "wrong":
+    import os
+    os.environ["TRITON_INTERPRET"] = "1"
+    from perceptriton.kernels import wide
+    right = wide.linear_act_fwd
+    wide.linear_act_fwd = lambda x, weight, bias, *rest: right(x, weight, bias + 0.1, *rest)
+tune.TOYS = tune.TOYS[:1]
+tune.main()
+"""
+
+
+@pytest.mark.parametrize("kernel", ["right", "wrong"])
+def test_tuning_rehearsed(kernel, tmp_path):
+    pytest.importorskip("triton")
+    out = tmp_path / "wide.json"
+    arguments = ("--dry-run", "--kinds", "bf16x6", "--seconds", "0", "--out", out)
+    process = in_benches(TUNE, kernel, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=300)
+    if kernel == "wrong":
+        assert process.returncode != 0
+        assert "Nothing is to be timed here" in errors
+        assert not out.exists()
+        return
+    assert process.returncode == 0, errors
+    (row,) = json.loads(out.read_text())["devices"]["DRY RUN on a CPU"]["rows"]["bf16x6"]
+    assert row["shape"] == [70, 264, 72]
+    assert row["tile"] is None  # an interpreted kernel wins nothing
+    assert row["us"] > row["library_us"] > 0

@@ -52,10 +52,9 @@ def _cases():
         if op == "linear_act_fwd":
             # Row counts from many to few reach every entry of the list of output tiles.
             for m in (16384, 2048, 256):
-                plan = planning.linear_act_fwd(
-                    m, 4096, 4096 if m > 256 else 128, NAMES[dtype], precision, CHIPS[arch], "triton"
-                )
                 shape = (m, 4096, 4096 if m > 256 else 128)
+                # Of operands that TMA cannot read, which the pointer kernel takes.
+                plan = planning.linear_act_fwd(*shape, NAMES[dtype], precision, CHIPS[arch], "triton", None, False)
                 yield f"sm_{arch}-{op}-{kind}-tiled-{m}", arch, op, kind, shape, plan
         elif kind != "tf32":
             shape = (4096, 1024, 1024)

@@ -1,6 +1,7 @@
 """The plans: pure functions of shapes, checked without a device."""
 
 import itertools
+import json
 
 import pytest
 
@@ -25,11 +26,12 @@ def test_tiles_cover_their_shapes(device, dtype, precision):
                 assert n <= plan.tile.block_n < 2 * max(n, 9)
                 assert 1 <= plan.programs <= max(device.units * 32, 1)
                 assert plan.programs <= -(-m // plan.tile.block_m)
-        assert forward.impl in ("rows", "tiled")
+        assert forward.impl in ("rows", "tiled", "tma")
         assert backward.impl in ("rows", "passes")
-        if forward.impl == "tiled":
+        if forward.impl != "rows":
             tile = forward.tile
-            assert forward.programs == -(-m // tile.block_m) * -(-n // tile.block_n)
+            tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
+            assert forward.programs == (tiles if forward.impl == "tiled" else min(tiles, device.units))
 
 
 @pytest.mark.parametrize(
@@ -103,3 +105,153 @@ def test_tile_table_is_well_formed(arch):
                 assert num_warps in (4, 8)
                 assert num_stages in (1, 2, 3)
                 assert 1 <= per_sm <= 32
+
+
+# --- wide layers -----------------------------------------------------------------------------------------------------
+
+WIDE = (4096, 1024, 1024)
+
+
+def wide_document(rows, name="NVIDIA H100*", kind="half"):
+    """The table as it ships, with measurements of one device."""
+    document = json.loads((planning.TABLES / "wide.json").read_text())
+    measured = {"torch": "2.11.0", "triton": "3.6.0", "date": "2026-01-01", "rows": {kind: rows}}
+    return document | {"devices": {name: measured}}
+
+
+def wide_row(shape, tile, us=50.0, library_us=60.0):
+    return {"shape": list(shape), "tile": tile, "us": us, "library_us": library_us}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """measured(rows, ...): plans see these measurements instead of the table that ships."""
+
+    def measured(*arguments):
+        table = planning.read_wide(wide_document(*arguments))
+        monkeypatch.setattr(planning, "_wide_table", lambda: table)
+        planning.linear_act_fwd.cache_clear()
+
+    yield measured
+    planning.linear_act_fwd.cache_clear()
+
+
+NAMED = Device("cuda", 90, 132, triton=True, name="NVIDIA H100 80GB HBM3")
+TILE = [128, 128, 64, 8, 4, 8, 1, 0, 0]
+
+
+def test_nobody_is_below_the_library_unmeasured():
+    for device, dtype in itertools.product((H100, NAMED, A100), ("bfloat16", "float16", "float32")):
+        assert planning.linear_act_fwd(*WIDE, dtype, "ieee", device).impl == "library"
+
+
+def test_measured_shapes_speak_for_their_neighbours(measured):
+    measured([wide_row(WIDE, TILE), wide_row((4096, 4096, 4096), None, 70.0)])
+
+    def impl(m, k, n, device=NAMED, asked=None):
+        return planning.linear_act_fwd(m, k, n, "bfloat16", "ieee", device, asked).impl
+
+    plan = planning.linear_act_fwd(*WIDE, "bfloat16", "ieee", NAMED)
+    assert (plan.impl, planning.wide_row(plan.tile), plan.programs) == ("tma", TILE, 132)
+    assert plan.reason == "measured at 4096x1024x1024 on NVIDIA H100*: 1.20x the library and a pass"
+    assert impl(3000, 1100, 2048) == "tma"
+    assert impl(4096, 4096, 4096) == impl(3000, 3000, 3000) == "library"  # the library was measured to win
+    assert impl(4096, 1024, 16384) == "library"  # too far from both
+    assert impl(*WIDE, device=H100) == "library"  # a device without that name
+    assert impl(4096, 4096, 4096, asked="triton") == "tma"  # a choice is obeyed
+
+
+def test_wide_needs_rows_of_sixteen_bytes():
+    def impl(m, k, n, dtype="bfloat16", device=H100, readable=True):
+        return planning.linear_act_fwd(m, k, n, dtype, "tf32", device, "triton", None, readable).impl
+
+    assert impl(*WIDE) == impl(*WIDE, "float32") == "tma"
+    assert impl(4096, 1024, 1028) == "tiled"
+    assert impl(4096, 1024, 1028, "float32") == "tma"
+    assert impl(*WIDE, readable=False) == "tiled"
+    assert impl(*WIDE, device=A100) == "tiled"
+    # TMA is there, but no tile was compiled for its smaller shared memory.
+    assert impl(*WIDE, device=Device("cuda", 120, 170, triton=True)) == "tiled"
+    assert impl(*WIDE, device=Device("cuda", 103, 148, triton=True)) == "tma"
+
+
+def test_splits_are_taken_by_permission_alone():
+    for impl, split in itertools.product((None, "triton"), (None, *planning.SPLITS)):
+        plan = planning.linear_act_fwd(*WIDE, "float32", "ieee", H100, impl, split)
+        assert plan.precision == (split or "ieee")
+        assert plan.impl == ("tma" if split else "library" if impl is None else "tiled")
+    # Where the kernel does not apply, fp32 stays fp32.
+    for shape, device in (((65536, 64, 64), H100), ((4096, 1024, 1023), H100), (WIDE, A100)):
+        assert planning.linear_act_fwd(*shape, "float32", "ieee", device, "triton", "bf16x6").precision == "ieee"
+
+
+def test_unmeasured_tiles_waste_little():
+    for m, n in itertools.product((128, 1024, 4096, 16384), (128, 1024, 4096, 8192)):
+        plan = planning.linear_act_fwd(m, 1024, n, "bfloat16", "ieee", H100, "triton")
+        assert plan.tile in planning.wide_candidates("half", 90)
+        least = min(planning._waste(m, n, tile, 132) for tile in planning.wide_candidates("half", 90))
+        assert planning._waste(m, n, plan.tile, 132) <= planning.WIDE_WASTE * least
+    assert plan.tile.block_m * plan.tile.block_n == 128 * 256
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: d["candidates"]["sm_90"]["half"].append([128, 128]),
+            r"sm_90, half: \[128, 128\] is not a list of 9",
+        ),
+        (lambda d: d["candidates"]["sm_90"]["half"].append([96, *TILE[1:]]), r"blocks \(96, 128, 64\)"),
+        (lambda d: d["candidates"]["sm_90"]["half"].append([*TILE[:3], 3, *TILE[4:]]), "is no tile"),
+        (lambda d: d["devices"]["NVIDIA H100*"].pop("date"), r"NVIDIA H100\*: without date"),
+        (
+            lambda d: d["devices"]["NVIDIA H100*"]["rows"].update(fp8=[wide_row(WIDE, None)]),
+            "not three sizes of one of",
+        ),
+        (lambda d: d["devices"]["NVIDIA H100*"]["rows"]["half"][0].update(shape=[0, 1, 1]), "not three sizes"),
+        (
+            lambda d: d["devices"]["NVIDIA H100*"]["rows"]["half"][0].update(tile=[16, *TILE[1:]]),
+            "none of the candidates",
+        ),
+        (lambda d: d["devices"]["NVIDIA H100*"]["rows"]["half"][0].update(us=0), "times 0 and 60.0"),
+    ],
+)
+def test_tables_are_checked_when_they_are_read(change, message):
+    document = wide_document([wide_row(WIDE, TILE)])
+    planning.read_wide(document)
+    change(document)
+    with pytest.raises(ValueError, match=message):
+        planning.read_wide(document)
+
+
+# rows, in_features, out_features, dtype, precision: microseconds at the least, and of a library product and a pass,
+# as computed by hand from an H200's peak rates
+LIMITS = [
+    ((8192, 8192, 8192), "bfloat16", "ieee", 1.11e3, 1.17e3),
+    ((16384, 4096, 4096), "bfloat16", "ieee", 556, 612),
+    ((4096, 1024, 1024), "bfloat16", "ieee", 8.68, 12.2),
+    ((4096, 1024, 1024), "float32", "ieee", 128, 135),
+    ((8192, 8192, 8192), "float32", "tf32x3", 6670, None),
+    ((8192, 8192, 8192), "float32", "bf16x6", 6670, None),
+    ((8192, 8192, 8192), "float32", "bf16x3", 3330, None),
+    ((1 << 20, 64, 64), "bfloat16", "ieee", 55.9, None),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "precision", "limit", "library"), LIMITS)
+def test_limits_of_an_h200(shape, dtype, precision, limit, library):
+    found = planning.predict(*shape, dtype, planning.Plan("library", "", precision=precision))
+    assert found.limit_us == pytest.approx(limit, rel=0.01)
+    assert library is None or found.plan_us == pytest.approx(library, rel=0.01)
+    assert "a model" in str(found)
+
+
+def test_predictions_count_idle_multiprocessors():
+    # 133 tiles take two waves of 132, and nearly as long as 264.
+    tile = planning.wide_candidates("half", 90)[0]
+    one, two, full = (
+        planning.predict(tiles * tile.block_m, 4096, tile.block_n, "bfloat16", planning.Plan("tma", "", tile)).plan_us
+        for tiles in (132, 133, 264)
+    )
+    assert two == pytest.approx(2 * one, rel=0.01)
+    assert two == pytest.approx(full, rel=0.01)

@@ -1,0 +1,173 @@
+"""Measures on a GPU which wide layers the TMA kernel computes faster than the library, for kernels/tuned/wide.json.
+
+For each kind of product and shape, every candidate tile of the chip is first checked against fp64, by the yardstick of
+the tests, then timed in turn with torch's product and in-place activation. The row of a shape names the fastest tile,
+or null where none beats the library by the margin. A row is written as soon as it is measured, and nothing of other
+devices is touched. `kernels/plan.py` picks by these rows from the next process on.
+
+--dry-run proves the harness on a CPU: triton's interpreter, toy shapes, two tiles of each kind, a table of its own.
+Its times mean nothing.
+
+usage: python benches/tune.py [--kinds half,tf32x3] [--seconds S] [--out FILE] [--dry-run]
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import atomic
+import timing
+import torch
+
+from perceptriton.kernels import plan as planning
+from perceptriton.kernels import reference
+from perceptriton.kernels.plan import TABLES, Plan, WideTile
+
+ROOT = Path(__file__).parent.parent
+KINDS = ("half", "tf32", *planning.SPLITS)
+# rows, in_features, out_features: squares, the layers of the benchmark suite, batches of inference, heads.
+SHAPES = [(s, s, s) for s in (1024, 2048, 4096, 8192)] + [
+    (16384, 4096, 4096),
+    (4096, 1024, 1024),
+    (131072, 256, 256),
+    (65536, 512, 512),
+    (128, 8192, 8192),
+    (1024, 8192, 8192),
+    (16384, 2048, 4096),
+    (16384, 1024, 128),
+]
+TOYS = [(70, 264, 72), (130, 40, 136)]
+# A tile has to win by more than what repeated measurements differ by.
+MARGIN = 1.02
+# What a result may add to twice the library's error: the floors of the tests, and what a short product costs.
+FLOOR = {"half": 2e-3, "tf32": 2e-6, "tf32x3": 2e-6, "bf16x6": 2e-6, "bf16x3": 2e-5}
+
+
+def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+@contextlib.contextmanager
+def library_precision(kind: str):
+    """What the library's fp32 products are compared as: tf32 with tf32, the splits with fp32."""
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def measure(kind: str, shape: tuple[int, int, int], tiles, device: torch.device, units: int, seconds: float) -> dict:
+    """The row of one shape."""
+    wide = importlib.import_module("perceptriton.kernels.wide")
+    m, k, n = shape
+    cuda = device.type == "cuda"
+    # The interpreter has no bf16 products.
+    dtype = torch.float32 if kind != "half" else torch.bfloat16 if cuda else torch.float16
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(m, k, generator=generator, device=device).to(dtype)
+    weight = (1.4 / math.sqrt(k) * torch.randn(n, k, generator=generator, device=device)).to(dtype)
+    bias = torch.randn(n, generator=generator, device=device).to(dtype)
+    exact = torch.sigmoid(torch.addmm(bias.double(), x.double(), weight.double().t()))
+
+    def library():
+        return reference.linear_act_fwd(x, weight, bias, "sigmoid", Plan("library", ""))
+
+    def step(tile: WideTile):
+        programs = min(-(-m // tile.block_m) * -(-n // tile.block_n), units)
+        plan = Plan("tma", "", tile, programs, "ieee" if kind == "half" else kind)
+        return lambda: wide.linear_act_fwd(x, weight, bias, "sigmoid", plan)
+
+    with library_precision(kind):
+        bound = 2 * relative_error(library(), exact) + FLOOR[kind]
+        steps = {"library": library}
+        for tile in tiles:
+            error = relative_error(step(tile)(), exact)
+            if not error <= bound:  # a NaN must fail
+                raise SystemExit(
+                    f"{kind} {shape} {tile}: error {error:.2e} > {bound:.2e}. Nothing is to be timed here."
+                )
+            steps[str(planning.wide_row(tile))] = step(tile)
+        del exact
+        samples = timing.interleaved(steps, seconds=seconds, rounds=(5, 101), cuda=cuda)
+    # What a loop on the host sees: for the smaller shapes that is the launch, three descriptors included.
+    us = {name: 1e6 * own.seconds for name, own in samples.items()}
+    library_us = us.pop("library")
+    best = min(us, key=us.__getitem__)
+    won = us[best] * MARGIN < library_us
+    return {
+        "shape": list(shape),
+        "tile": json.loads(best) if won else None,
+        "us": round(us[best], 2),
+        "library_us": round(library_us, 2),
+    }
+
+
+def updated(document: dict, name: str, kind: str, row: dict) -> dict:
+    """The table with one row more, or in place of the old one of that shape. Checked as a plan will read it."""
+    old = document["devices"].get(name, {"rows": {}})
+    rows = [other for other in old["rows"].get(kind, []) if other["shape"] != row["shape"]] + [row]
+    measured = {
+        "torch": torch.__version__,
+        "triton": importlib.import_module("triton").__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "rows": old["rows"] | {kind: rows},
+    }
+    document = document | {"devices": document["devices"] | {name: measured}}
+    planning.read_wide(document)
+    return document
+
+
+def text(document: dict) -> str:
+    """JSON with a row per line: a table to read and to diff."""
+    indented = json.dumps(document, indent=1)
+    flat = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", indented)
+    return re.sub(r"\{\s+(\"shape\"[^{}]*?)\s+\}", lambda row: "{" + " ".join(row[1].split()) + "}", flat) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of products, separated by commas")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each shape and kind")
+    parser.add_argument(
+        "--out", type=Path, help="the table (kernels/tuned/wide.json; dry run: .build/dry-run/wide.json)"
+    )
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args()
+    kinds = options.kinds.split(",")
+    if unknown := set(kinds) - set(KINDS):
+        parser.error(f"--kinds: {', '.join(sorted(unknown))}: none of {', '.join(KINDS)}")
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+        name, arch, units, device, shapes = "DRY RUN on a CPU", 90, 2, torch.device("cpu"), TOYS
+    elif not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        sys.exit("not run: no CUDA device of compute capability 9.0; --dry-run needs none")
+    else:
+        properties = torch.cuda.get_device_properties(0)
+        name, arch, units = properties.name, 10 * properties.major + properties.minor, properties.multi_processor_count
+        device, shapes = torch.device("cuda", 0), SHAPES
+    out = options.out or (ROOT / ".build/dry-run" if options.dry_run else TABLES) / "wide.json"
+    document = json.loads((out if out.exists() else TABLES / "wide.json").read_text())
+    for kind in kinds:
+        tiles = planning.wide_candidates(kind, arch)
+        if options.dry_run:
+            tiles = sorted(tiles, key=lambda tile: tile.block_m * tile.block_n * tile.block_k)[:2]
+        for shape in shapes if tiles else ():
+            row = measure(kind, shape, tiles, device, units, options.seconds)
+            document = updated(document, name, kind, row)
+            atomic.write(out, text(document))
+            print(f"{kind:7} {'x'.join(map(str, shape)):18} {row['library_us'] / row['us']:6.2f}x  {row['tile']}")
+    print(f"{out}: {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Compile-only: every tile of the TMA product that `kernels/tuned/wide.json` ships, compiled for its chip.
+
+No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource table is printed with -rA or -s.
+"""
+
+import os
+
+import pytest
+import torch
+from compiling import compile_selected, dangerous_dots, launch_signature
+
+pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
+
+from perceptriton.kernels import Plan, aot, wide
+from perceptriton.kernels import plan as planning
+from perceptriton.kernels.plan import WideTile
+
+SHAPE = (8192, 4096, 4096)
+KINDS = ("half", "tf32", *planning.SPLITS)
+# Products of tensor cores for each product, and the depth of one instruction.
+DOTS = {"half": (1, 16), "tf32": (1, 8), "tf32x3": (3, 8), "bf16x6": (6, 16), "bf16x3": (3, 16)}
+
+# id: (arch, kind, tile, dtype of 16-bit products)
+CASES = {
+    f"sm_{arch}-{kind}-{'-'.join(map(str, planning.wide_row(tile)))}": (arch, kind, tile, torch.bfloat16)
+    for arch in (90, 100)
+    for kind in KINDS
+    for tile in planning.wide_candidates(kind, arch)
+}
+# fp16 differs from bf16 in the conversions of the epilogue alone.
+FIRST = planning.wide_candidates("half", 90)[0]
+CASES["sm_90-half-fp16"] = (90, "half", FIRST, torch.float16)
+
+
+def _launch(kind, tile, dtype=torch.bfloat16, shape=SHAPE, activation="sigmoid"):
+    m, k, n = shape
+    dtype = dtype if kind == "half" else torch.float32
+    tensors = [torch.empty(size, dtype=dtype, device="meta") for size in ((m, k), (n, k), (n,))]
+    plan = Plan("tma", "", tile, 132, "ieee" if kind == "half" else kind)
+    (launch,) = aot.launches(wide.linear_act_fwd, *tensors, activation, plan)
+    return launch
+
+
+def _compile(case):
+    arch, kind, tile, dtype = case
+    return [aot.compile_for(arch, _launch(kind, tile, dtype))]
+
+
+@pytest.fixture(scope="session")
+def compiled(request):
+    return compile_selected(request, CASES, _compile)
+
+
+def faults(arch, resources, tile):
+    """What keeps a compiled tile from being a candidate."""
+    found = []
+    if resources.stack or resources.opcodes.get("LDL", 0) + resources.opcodes.get("STL", 0):
+        found.append(f"{resources.stack} bytes of stack per thread")
+    if resources.shared > aot.SHARED_LIMIT[arch]:
+        found.append(f"{resources.shared} bytes of shared memory")
+    if resources.opcodes.get("MUFU", 0) < special_functions(tile):
+        found.append("outputs that are not computed")
+    return found
+
+
+def special_functions(tile):
+    """exp2 and rsqrt for each output of a thread."""
+    return 2 * tile.block_m * tile.block_n / (32 * tile.num_warps)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_candidates_are_clean(name, compiled):
+    arch, _, tile, _ = CASES[name]
+    (resources,) = compiled[name]
+    assert faults(arch, resources, tile) == []
+    assert not dangerous_dots(resources.ttgir)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_run_on_tensor_cores(name, compiled):
+    arch, kind, tile, _ = CASES[name]
+    opcodes = compiled[name][0].opcodes
+    count, depth = DOTS[kind]
+    # A group of four warps computes 64 rows with one wgmma; on sm_100 one thread starts 128 rows at once.
+    rows = tile.block_m // (64 * tile.num_warps // 4)
+    expected = count * tile.block_k // depth * rows
+    if arch == 90:
+        assert opcodes.get("HGMMA", 0) == expected
+    else:
+        assert opcodes.get("UTCHMMA", 0) >= count * tile.block_k // depth
+    assert opcodes.get("HMMA", 0) == 0
+    # fp32 that was multiplied outside the tensor cores would show as FFMA by the thousand.
+    assert opcodes.get("FFMA", 0) < 1000
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_special_function_units_per_output(name, compiled):
+    _, _, tile, _ = CASES[name]
+    mufu = compiled[name][0].opcodes["MUFU"]
+    # Divisions of tile numbers take a few more. Of two loops in one, some of the epilogue is there twice, under
+    # conditions that exclude each other.
+    assert mufu <= special_functions(tile) * (2 if tile.flatten else 1) + 8
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[0] == 90])
+def test_tiles_travel_by_tma(name, compiled):
+    opcodes = compiled[name][0].opcodes
+    # Two loads to a step, and a store for each piece.
+    assert opcodes.get("UTMALDG", 0) >= 2
+    assert opcodes.get("UTMASTG", 0) >= CASES[name][2].subtiles
+
+
+def test_ragged_sizes_compile_alike():
+    # Edges are the hardware's: sizes that are no multiple of a tile take no code of their own. N stays one of 8.
+    launch = _launch("half", FIRST, shape=(8191, 4072, 4088))
+    resources = aot.compile_for(90, launch)
+    assert faults(90, resources, FIRST) == []
+    assert resources.opcodes["HGMMA"] == DOTS["half"][0] * FIRST.block_k // DOTS["half"][1]
+
+
+def test_signatures_are_those_of_a_launch(monkeypatch):
+    # What is gated here must be what would run.
+    launch = _launch("bf16x6", planning.wide_candidates("bf16x6", 90)[0])
+    types, constants, attributes = launch_signature(launch)
+    seen = []
+    source = aot.ASTSource
+    monkeypatch.setattr(aot, "ASTSource", lambda *arguments: seen.append(arguments) or source(*arguments))
+    aot.compile_for(90, launch)
+    ((_, own_types, own_constants, own_attributes),) = seen
+    assert own_types == types
+    assert set(own_constants) == set(constants)
+    assert own_attributes == attributes
+    assert types["x_desc"] == "tensordesc<fp32[128, 32]>"
+
+
+# --- the gates see what they are for -----------------------------------------------------------------------------
+
+
+def test_true_fp32_spills_and_is_never_picked():
+    resources = aot.compile_for(90, _launch("ieee", WideTile(64, 64, 32, 4, 3)))
+    assert faults(90, resources, WideTile(64, 64, 32, 4, 3))
+    assert resources.opcodes.get("HGMMA", 0) == 0
+    assert planning.wide_candidates("ieee", 90) == ()
+
+
+def test_a_tile_that_compiles_to_nothing_is_seen():
+    # triton 3.6.0 and 3.7.1 make an empty kernel of it for sm_100, without a word, and a good one for sm_90.
+    tile = WideTile(128, 128, 32, 8, 3, subtiles=2)
+    assert faults(100, aot.compile_for(100, _launch("bf16x6", tile)), tile) == ["outputs that are not computed"]
+
+
+def test_shared_memory_is_counted():
+    tile = WideTile(128, 256, 64, 8, 5, subtiles=2)
+    assert "shared memory" in " ".join(faults(90, aot.compile_for(90, _launch("half", tile)), tile))
+
+
+def test_specialized_warps_repeat_each_others_products():
+    # Why no candidate of sm_90 has a warp of its own for loads: both groups of consumers compute the whole tile.
+    plain, special = (WideTile(64, 128, 64, 4, 4, specialize=specialize) for specialize in (False, True))
+    one, two = (aot.compile_for(90, _launch("half", tile)).opcodes["HGMMA"] for tile in (plain, special))
+    assert two == 2 * one
+    assert not any(tile.specialize for tile in planning.wide_candidates("half", 90))
