@@ -876,7 +876,7 @@ def pretend(monkeypatch):
     """pretend(major, minor, triton) makes cuda:0 such a device; it must not be remembered by other tests."""
 
     def pretend(major, minor, triton):
-        properties = types.SimpleNamespace(major=major, minor=minor, multi_processor_count=40)
+        properties = types.SimpleNamespace(major=major, minor=minor, multi_processor_count=40, name="a GPU")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(ops, "has_triton", lambda: triton)
         return torch.device("cuda", 0)
@@ -903,7 +903,7 @@ def test_unusable_gpus_are_named_once(capability, triton, reason, pretend):
 
 def test_usable_gpus_need_no_warning(pretend):
     device = pretend(9, 0, True)
-    assert ops._describe(device) == Device("cuda", 90, 40, triton=True)
+    assert ops._describe(device) == Device("cuda", 90, 40, triton=True, name="a GPU")
     assert ops.launchable(device, torch.bfloat16)
     assert not ops.launchable(device, torch.float64)
 
