@@ -204,6 +204,17 @@ class _Layout(ABC):
                 yield bias
 
 
+_streams = threading.local()
+
+
+def _capture_stream(device: torch.device) -> "torch.cuda.Stream":
+    """A stream of this thread on this device. torch's own for captures is one for all, on the device that was first."""
+    own: dict = _streams.__dict__.setdefault("by_device", {})
+    if device not in own:
+        own[device] = torch.cuda.Stream(device)
+    return own[device]
+
+
 class _Batch:
     """The buffers and calls of a step on a batch of one size."""
 
@@ -234,7 +245,7 @@ class _Batch:
         runs nothing.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=_capture_stream(self.output.device), capture_error_mode="thread_local"):
             for call in self.both:
                 call()
         self.both = [graph.replay]

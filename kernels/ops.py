@@ -188,6 +188,11 @@ def _tensor_refusal(
     return None
 
 
+def batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for many, as the gradient does in a batched backward pass (is_grads_batched)."""
+    return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+
+
 def _mode_refusal(device: torch.device, impl: str | None) -> str | None:
     if _functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"

@@ -382,6 +382,10 @@ def predict(m: int, k: int, n: int, dtype: str, plan: Plan, chip: Chip = H200) -
     return Prediction(flops, moved, special, 1e6 * max(memory, products, functions), 1e6 * took)
 
 
+# Chips on which one program may use 99 KB of shared memory, as it may from 12.0 on; tiles were picked for 163 and 227.
+SMALL_SHARED = (86, 89)
+
+
 def refusal(m: int, k: int, n: int, dtype: str, device: Device) -> str | None:
     """Why plain torch has to do it, or None."""
     if 0 in (m, k, n):
@@ -392,6 +396,8 @@ def refusal(m: int, k: int, n: int, dtype: str, device: Device) -> str | None:
         return f"no kernels for {device.kind} devices"
     if device.kind == "cuda" and device.arch < 80:
         return f"compute capability {device.arch // 10}.{device.arch % 10}: the kernels need 8.0"
+    if device.kind == "cuda" and (device.arch in SMALL_SHARED or device.arch >= 120):
+        return f"compute capability {device.arch // 10}.{device.arch % 10}: no tiles yet for its 99 KB of shared memory"
     if device.kind == "cuda" and not device.triton:
         return "triton is not installed"
     return None

@@ -33,7 +33,7 @@ class LinearActFunction(torch.autograd.Function):
         if y is None:
             y = dy  # identity: its derivative asks for a shape only
         wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or ops.batched(dy)):
             # create_graph: gradients that can themselves be differentiated, exact to any order.
             gradients = reference.linear_act_double(dy, y, x, weight, ctx.activation, wanted)
         elif torch.is_autocast_enabled(dy.device.type):
@@ -171,7 +171,7 @@ class MlpFunction(torch.autograd.Function):
         weights, biases = _split(parameters, ctx.layers)
         # The products keep the dtype of the forward pass even if backward() runs under autocast.
         with torch.autocast(dy.device.type, enabled=False):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or ops.batched(dy):
 
                 def network(x, *parameters):
                     return _plain(x, *_split(parameters, ctx.layers), ctx.hidden, ctx.output)
@@ -202,7 +202,7 @@ class MlpBceFunction(torch.autograd.Function):
         weights, biases = _split(parameters, ctx.layers)
         head = (target, pos_weight, ctx.reduction)
         with torch.autocast(dloss.device.type, enabled=False):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or ops.batched(dloss):
 
                 def loss(x, *parameters):
                     return _bce(_plain(x, *_split(parameters, ctx.layers), ctx.hidden, "identity"), *head)
@@ -233,9 +233,15 @@ def _flags(wanted: tuple[bool, ...], layers: int) -> ops.Wanted:
 def _double(function, inputs: Sequence[Tensor], wanted: Sequence[bool], upstream: Tensor) -> list[Tensor | None]:
     """Gradients that can themselves be differentiated, exact to any order: those of torch's own operations."""
     # Aliases, so that an input that depends on another, or is given twice, gets the gradient of its own place only.
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():  # off in a batched backward pass, whose gradients nobody differentiates again
+        return _double_with_grad(function, inputs, wanted, upstream, again)
+
+
+def _double_with_grad(function, inputs, wanted, upstream, create_graph: bool) -> list[Tensor | None]:
     aliases = [tensor.view_as(tensor) for tensor in inputs]
     chosen = [alias for alias, want in zip(aliases, wanted, strict=True) if want]
-    gradients = iter(torch.autograd.grad(function(*aliases), chosen, upstream, create_graph=True))
+    gradients = iter(torch.autograd.grad(function(*aliases), chosen, upstream, create_graph=create_graph))
     return [next(gradients) if want else None for want in wanted]
 
 

@@ -66,8 +66,9 @@ class _Run:
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor] | None] | None:
         """(weights, biases), without biases None; None where only some layers have one, or a layer is parametrized."""
-        weights = [weight for own, _ in self.layers if (weight := own.get("weight")) is not None]
-        biases = [bias for own, _ in self.layers if (bias := own.get("bias")) is not None]
+        found = [(own.get("weight"), own.get("bias")) for own, _ in self.layers]
+        weights = [weight for weight, _ in found if weight is not None]
+        biases = [bias for _, bias in found if bias is not None]
         every = len(weights) == len(self.layers) and len(biases) in (0, len(weights))
         return (weights, biases or None) if every else None
 

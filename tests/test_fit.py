@@ -799,6 +799,20 @@ def test_progress(terminal, progress, seconds_per_chunk, shown, monkeypatch):
     assert all((bar.n, bar.total, bar.closed) == (100, 100, True) for bar in bars)
 
 
+def test_a_model_that_draws_numbers_finds_them_in_the_same_order_whatever_the_chunk(monkeypatch):
+    results = []
+    for chunks in ([(0, 6)], [(step, 1) for step in range(6)], [(0, 1), (1, 5)]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Dropout(0.5), nn.Linear(4, 1))
+        x, y = torch.randn(8, 3), torch.rand(8, 1)
+        monkeypatch.setattr(training, "_chunks", lambda _, chunks=chunks: iter(chunks))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        fit(model, x, y, criterion=nn.MSELoss(), optimizer=optimizer, steps=6, batch_size=4)
+        results.append([p.detach() for p in model.parameters()])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
 def test_progress_needs_no_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setattr(sys, "stderr", Terminal(True))

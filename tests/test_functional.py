@@ -802,7 +802,7 @@ REGIMES = {
     "leading": ((1 << 10, 1 << 10, 64), (64, 64), torch.bfloat16, H100, "rows", "rows", ""),
     "wide": ((4096, 4096), (4096, 4096), torch.bfloat16, H100, "library", "passes", "library"),
     "ampere": ((1 << 20, 64), (64, 64), torch.bfloat16, Device("cuda", 80, 108, triton=True), "rows", "rows", ""),
-    "newer": ((1 << 20, 64), (64, 64), torch.bfloat16, Device("cuda", 120, 170, triton=True), "rows", "rows", ""),
+    "newer": ((1 << 20, 64), (64, 64), torch.bfloat16, Device("cuda", 103, 148, triton=True), "rows", "rows", ""),
     "turing": ((4, 2), (1, 2), torch.float32, Device("cuda", 75, 40, triton=True), "aten", "aten", "7.5.*need 8.0"),
     "no-triton": ((4, 2), (1, 2), torch.float32, Device("cuda", 90, 132), "aten", "aten", "triton is not installed"),
 }

@@ -16,7 +16,7 @@ from perceptriton.kernels.plan import Recipe, TrainPlan
 
 
 class Recorder(TorchDispatchMode):
-    def __init__(self, graph, capture_error_mode=None):
+    def __init__(self, graph, stream=None, capture_error_mode=None):
         super().__init__()
         self.graph = graph
 
@@ -49,6 +49,7 @@ class Graph:
 def recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Recorder)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream on {device}")
     monkeypatch.setattr(Graph, "made", 0)
 
 
@@ -108,6 +109,14 @@ def test_replayed_steps_are_steps(options, members, batch_size):
     # Nor does the size of a chunk change a bit.
     for a, b in zip(train("graph", recipe, members, batch_size, [1, 9, 14]), actual, strict=True):
         assert torch.equal(a, b)
+
+
+def test_captures_have_a_stream_per_device_and_thread():
+    one, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    streams = {device: loop._capture_stream(device) for device in (one, other)}
+    assert streams == {one: "a stream on cuda:0", other: "a stream on cuda:1"}
+    assert loop._capture_stream(one) is streams[one]
+    loop._streams.__dict__.clear()
 
 
 def test_a_step_that_is_captured_is_not_lost():

@@ -132,6 +132,8 @@ def test_programs_never_exceed_row_tiles():
         ({"widths": (2, 0, 1)}, "nothing to compute"),
         ({"widths": (2, 2, 1), "dtype": "float64"}, "float64"),
         ({"widths": (2, 2, 1), "device": Device("cuda", 75, 40, triton=True)}, "7.5"),
+        ({"widths": (2, 2, 1), "device": Device("cuda", 86, 82, triton=True)}, "99 KB"),
+        ({"widths": (2, 2, 1), "device": Device("cuda", 120, 170, triton=True)}, "99 KB"),
         ({"widths": (2, 2, 1), "device": Device("cuda", 90, 132)}, "triton"),
         ({"widths": (2, 2, 1), "impl": "torch"}, "torch"),
     ],

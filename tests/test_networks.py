@@ -377,6 +377,19 @@ def test_fp64_is_exact_to_second_order(path, take):
 
 
 @pytest.mark.parametrize("path", OWN)
+def test_batched_backward(path, take):
+    impl = take(path)
+    net = Net((5, 8, 3), m=6)
+    inputs = [t.requires_grad_() for t in net.tensors]
+    dy = torch.randn(4, 6, 3, device=DEVICE)
+    actual, expected = (
+        torch.autograd.grad(y, inputs, dy, is_grads_batched=True)
+        for y in (mlp_act(*net.split(inputs), impl=impl), plain(*net.split(inputs)))
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", OWN)
 def test_transforms(path, take):
     take(path)
     net = Net((5, 8, 3), m=6)

@@ -171,7 +171,7 @@ def test_wide_needs_rows_of_sixteen_bytes():
     assert impl(*WIDE, readable=False) == "tiled"
     assert impl(*WIDE, device=A100) == "tiled"
     # TMA is there, but no tile was compiled for its smaller shared memory.
-    assert impl(*WIDE, device=Device("cuda", 120, 170, triton=True)) == "tiled"
+    assert impl(*WIDE, device=Device("cuda", 120, 170, triton=True)) == "aten"
     assert impl(*WIDE, device=Device("cuda", 103, 148, triton=True)) == "tma"
 
 
