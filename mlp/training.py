@@ -104,7 +104,10 @@ def fit(
         bar.close()
         for p in model.parameters():
             p.grad = None
-    loss = torch.cat(rows) if rows else torch.empty(0, job.columns, device="cpu")
+    rows = [row for row in rows if len(row)]
+    # Without a row, that of the losses there would have been.
+    empty = torch.empty(0, job.columns, device="cpu", dtype=next(model.parameters(), x).dtype)
+    loss = torch.cat(rows) if rows else empty
     return History(
         list(range(0, steps, log_every)) if log_every else [],
         loss if isinstance(model, Ensemble) else loss.squeeze(1),
