@@ -232,16 +232,12 @@ def _flags(wanted: tuple[bool, ...], layers: int) -> ops.Wanted:
 
 def _double(function, inputs: Sequence[Tensor], wanted: Sequence[bool], upstream: Tensor) -> list[Tensor | None]:
     """Gradients that can themselves be differentiated, exact to any order: those of torch's own operations."""
-    # Aliases, so that an input that depends on another, or is given twice, gets the gradient of its own place only.
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():  # off in a batched backward pass, whose gradients nobody differentiates again
-        return _double_with_grad(function, inputs, wanted, upstream, again)
-
-
-def _double_with_grad(function, inputs, wanted, upstream, create_graph: bool) -> list[Tensor | None]:
-    aliases = [tensor.view_as(tensor) for tensor in inputs]
-    chosen = [alias for alias, want in zip(aliases, wanted, strict=True) if want]
-    gradients = iter(torch.autograd.grad(function(*aliases), chosen, upstream, create_graph=create_graph))
+    create_graph = torch.is_grad_enabled()  # off in a batched backward pass, which nobody differentiates again
+    with torch.enable_grad():
+        # Aliases, so that an input that depends on another, or is given twice, gets the gradient of its own place only.
+        aliases = [tensor.view_as(tensor) for tensor in inputs]
+        chosen = [alias for alias, want in zip(aliases, wanted, strict=True) if want]
+        gradients = iter(torch.autograd.grad(function(*aliases), chosen, upstream, create_graph=create_graph))
     return [next(gradients) if want else None for want in wanted]
 
 
