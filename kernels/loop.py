@@ -1,7 +1,7 @@
 """Whole training loops in plain torch: forward, backward and update written out, without autograd.
 
-The CPU implementation, and the definition of correct for the training kernels. All buffers are made once per call; a
-step is a list of calls that write into them. A bias is one more column of its weight, met by a 1 in the layer's input,
+The CPU implementation, and the definition of correct for the training kernels. All buffers are made once; a step
+is a list of calls that write into them. A bias is one more column of its weight, met by a 1 in the layer's input,
 so a layer takes one product forward, one backward and one for its update. With h[0] = x and, for either cross entropy,
 dz = p - t at the output:
 
@@ -28,72 +28,88 @@ from .plan import Recipe, TrainPlan
 Call = Callable[[], object]
 
 
-def train(
-    recipe: Recipe,
-    parameters: Sequence[Tensor],
-    first: Sequence[Tensor],
-    second: Sequence[Tensor],
-    lr: Tensor,
-    x: Tensor,
-    y: Tensor,
-    order: Tensor | None,
-    batch_size: int,
-    start: int,
-    taken: int,
-    steps: int,
-    log_every: int,
-    losses: Tensor,
-    plan: TrainPlan,
-) -> None:
-    """Takes `steps` training steps; parameters, optimizer state and losses are written in place.
+class Loop:
+    """A run of training steps, in as many pieces as the caller likes: buffers and graphs are made once."""
 
-    parameters: w0, b0, w1, b1, ... (w0, w1, ... without biases), weights (E, N, K), biases (E, N). first, second: ()
-    or like parameters: momentum buffers, or Adam's two averages. lr: (E,). x: (E or 1, samples, widths[0]), y: (E or
-    1, samples, widths[-1]); a leading 1 is shared. All of one dtype, float32 or float64.
-
-    order: None for full batch, or (epochs, samples), the order of the samples in each epoch from that of step `start`
-    on. taken: steps that the optimizer state has seen. losses: (rows, E), one row per step s in [start, start + steps)
-    with s % log_every == 0, from before its update. plan: says that this implementation was chosen.
-    """
-    members, samples = parameters[0].shape[0], x.shape[1]
-    size = samples if order is None else min(batch_size, samples)
-    choice = planning.train_loop(members, size, recipe, x.shape[0] == 1)
-    graph = plan.impl == "graph"
-    current = torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-    with torch.inference_mode(), current, _threads(choice.one_thread and x.is_cpu):
+    def __init__(
+        self,
+        recipe: Recipe,
+        parameters: Sequence[Tensor],
+        first: Sequence[Tensor],
+        second: Sequence[Tensor],
+        lr: Tensor,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        taken: int,
+        plan: TrainPlan,
+    ) -> None:
+        """parameters: w0, b0, w1, b1, ... (w0, w1, ... without biases), weights (E, N, K), biases (E, N). first,
+        second: () or like parameters: momentum buffers, or Adam's two averages; not read if `taken`, the number of
+        steps that they have seen, is 0. lr: (E,). x: (E or 1, samples, widths[0]), y: (E or 1, samples, widths[-1]); a
+        leading 1 is shared. All of one dtype, float32 or float64. batch_size: at most `samples`. plan: says that this
+        implementation was chosen.
+        """
+        self.given, self.device = (parameters, first, second), x.device
+        self.size = min(batch_size, x.shape[1])
+        self.per_epoch = -(-x.shape[1] // self.size)
+        self.graph = plan.impl == "graph"
+        choice = planning.train_loop(lr.shape[0], self.size, recipe, x.shape[0] == 1)
+        self.one_thread = choice.one_thread and x.is_cpu
         make = _Arrays if choice.layout == "arrays" else partial(_Matrices, joint=choice.layout == "joint")
-        layout = make(recipe, parameters, x, y)
-        optimizer = _Optimizer(layout, first, second, lr, taken, graph)
-        batches = {size: _Batch(layout, optimizer, size)}
-        batch, pieces = batches[size], None
-        if order is None:
-            batch.load(None)
-        else:
-            epochs = itertools.chain.from_iterable(epoch.split(size) for epoch in order)
-            pieces = itertools.islice(epochs, start % -(-samples // size), None)
+        with self._context():
+            self.layout = make(recipe, parameters, x, y)
+            self.optimizer = _Optimizer(self.layout, first, second, lr, taken, self.graph)
+            self.batches: dict[int, _Batch] = {}
+
+    def run(self, order: Tensor | None, start: int, steps: int, log_every: int, losses: Tensor) -> None:
+        """Takes `steps` steps, the first being number `start` of the run; writes parameters, state and losses in place.
+
+        order: None for full batches, or (epochs, samples), the order of the samples in each epoch from that of step
+        `start` on. losses: (rows, E), one row per step s in [start, start + steps) with s % log_every == 0, from before
+        its update.
+        """
+        pieces = None
+        if order is not None:
+            epochs = itertools.chain.from_iterable(epoch.split(self.size) for epoch in order)
+            pieces = itertools.islice(epochs, start % self.per_epoch, None)
         rows = iter(losses)
-        for step in range(start, start + steps):
-            if pieces is not None:
-                indices = next(pieces)
-                if len(indices) not in batches:  # the last of an epoch may be smaller
-                    batches[len(indices)] = _Batch(layout, optimizer, len(indices))
-                batch = batches[len(indices)]
-                batch.load(indices)
-            optimizer.advance()
-            if log_every and step % log_every == 0:
-                for call in batch.forward:
-                    call()
-                next(rows).copy_(batch.loss())
-                for call in batch.backward:
-                    call()
-            else:
-                if graph and batch.ran and not batch.captured:
-                    batch.capture()
-                for call in batch.both:
-                    call()
-            batch.ran = True
-        layout.read(layout.parameters, parameters)
-        optimizer.read(first, second)
+        with self._context():
+            batch = self._batch(self.size)
+            if pieces is None and not batch.ran:
+                batch.load(None)
+            for step in range(start, start + steps):
+                if pieces is not None:
+                    indices = next(pieces)
+                    batch = self._batch(len(indices))
+                    batch.load(indices)
+                self.optimizer.advance()
+                if log_every and step % log_every == 0:
+                    for call in batch.forward:
+                        call()
+                    next(rows).copy_(batch.loss())
+                    for call in batch.backward:
+                        call()
+                else:
+                    if self.graph and batch.ran and not batch.captured:
+                        batch.capture()
+                    for call in batch.both:
+                        call()
+                batch.ran = True
+            parameters, first, second = self.given
+            self.layout.read(self.layout.parameters, parameters)
+            self.optimizer.read(first, second)
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with torch.inference_mode(), current, _threads(self.one_thread):
+            yield
+
+    def _batch(self, size: int) -> "_Batch":
+        if size not in self.batches:  # the last of an epoch may be smaller
+            self.batches[size] = _Batch(self.layout, self.optimizer, size)
+        return self.batches[size]
 
 
 # --- threads -----------------------------------------------------------------------------------------------

@@ -71,12 +71,18 @@ def _load_bias(ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _bce(z, t, pos_weight):
-    """-(pos_weight t log p + (1 - t) log(1 - p)) with p = sigmoid(z), from z, without cancellation at either end."""
+def _log1p_exp(z):
+    """log(1 + e^-|z|), to fp32 accuracy."""
     e = tl.exp2(tl.abs(z) * -1.4426950408889634)
     u = 1.0 + e
-    # log1p(e): what the sum 1 + e lost is e - (u - 1), exactly, and it counts 1 / (1 + e), near enough 1 - e.
-    log1p = tl.log(u) + (e - (u - 1.0)) * (1.0 - e)
+    # What the sum 1 + e lost is e - (u - 1), exactly, and it counts 1 / (1 + e), near enough 1 - e.
+    return tl.log(u) + (e - (u - 1.0)) * (1.0 - e)
+
+
+@triton.jit
+def _bce(z, t, pos_weight):
+    """-(pos_weight t log p + (1 - t) log(1 - p)) with p = sigmoid(z), from z, without cancellation at either end."""
+    log1p = _log1p_exp(z)
     return tl.where(z >= 0, 1.0 - t, -pos_weight * t) * z + (1.0 + (pos_weight - 1.0) * t) * log1p
 
 
@@ -156,9 +162,12 @@ def mlp_fwd_kernel(
             if bias_ptrs is not None:
                 z += biases[l][None, :]
             if l + 1 < LAYERS:
-                h = HIDDEN(z).to(DTYPE)
+                h = _clear_padding(HIDDEN(z), WIDTHS[l + 1], PADDED[l + 1], 1).to(DTYPE)
             elif out_ptrs[l] is not None:
-                h = OUTPUT(z).to(DTYPE)
+                h = OUTPUT(z)
+                if COLUMNS[l + 1] > WIDTHS[l + 1]:
+                    h = _clear_padding(h, WIDTHS[l + 1], PADDED[l + 1], 1)
+                h = h.to(DTYPE)
             if out_ptrs[l] is not None:
                 offs_n = tl.arange(0, PADDED[l + 1])
                 tl.store(
@@ -181,6 +190,15 @@ def mlp_fwd_kernel(
                 )
     if loss_ptr is not None and SUMMED:
         tl.store(loss_ptr + tl.program_id(0), (tl.sum(sums, axis=0) * scale).to(loss_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _clear_padding(block, WIDTH: tl.constexpr, PADDED: tl.constexpr, AXIS: tl.constexpr):
+    # The neurons beyond WIDTH. Their weights are 0, but 0 * inf is NaN, and so is the next layer's NaN * 0.
+    if WIDTH < PADDED:
+        inside = tl.expand_dims(tl.arange(0, PADDED) < WIDTH, 1 - AXIS)
+        block = tl.where(inside, block, 0.0)
+    return block
 
 
 @triton.jit
@@ -281,16 +299,17 @@ def mlp_bwd_kernel(
             if bias_ptrs is not None:
                 z += biases[l][:, None]
             if l + 1 < LAYERS:
-                hs = hs + (_operand(HIDDEN(z), DTYPE, WIDEN),)
-        mask_nm = mask_n[:, None] & mask_m[None, :]
+                h = _clear_padding(HIDDEN(z), WIDTHS[l + 1], PADDED[l + 1], 0)
+                hs = hs + (_operand(h, DTYPE, WIDEN),)
         if target_ptr is not None:
             t = _load_block(target_ptr, offs_n.to(tl.int64), offs_m, stride_tn, stride_tm, mask_n, mask_m)
-            dz = tl.where(mask_nm, _bce_dz(z, t.to(tl.float32), pos_weight), 0.0)
+            dz = tl.where(mask_m[None, :], _bce_dz(z, t.to(tl.float32), pos_weight), 0.0)
         else:
             dz = OUTPUT_PRIME(OUTPUT(z))
         if dy_ptr is not None:
             dy = _load_block(dy_ptr, offs_n.to(tl.int64), offs_m, stride_dyn, stride_dym, mask_n, mask_m)
             dz = dz * dy.to(tl.float32)
+        dz = _clear_padding(dz, WIDTHS[LAYERS], PADDED[LAYERS], 0)
         new_dweights = ()
         new_dbiases = ()
         for l in tl.static_range(LAYERS - 1, -1, -1):
@@ -305,7 +324,7 @@ def mlp_bwd_kernel(
                 if l > FIRST or dx_ptr is not None:
                     dz = tl.dot(tl.trans(weights[l]), dzr, input_precision=PRECISION)  # dh, [PADDED[l], BLOCK_M]
                     if l > 0:
-                        dz = dz * HIDDEN_PRIME(hs[l].to(tl.float32))
+                        dz = _clear_padding(dz * HIDDEN_PRIME(hs[l].to(tl.float32)), WIDTHS[l], PADDED[l], 0)
             new_dweights = new_dweights + (dw,)
             new_dbiases = new_dbiases + (db,)
         dweights = new_dweights

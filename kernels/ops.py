@@ -557,42 +557,9 @@ def plan_train(
     return plan
 
 
-def train(
-    recipe: Recipe,
-    parameters: Sequence[Tensor],
-    first: Sequence[Tensor],
-    second: Sequence[Tensor],
-    lr: Tensor,
-    x: Tensor,
-    y: Tensor,
-    order: Tensor | None,
-    batch_size: int,
-    start: int,
-    taken: int,
-    steps: int,
-    log_every: int,
-    losses: Tensor,
-    plan: TrainPlan,
-) -> None:
-    """Takes `steps` training steps by the implementation of the plan; see `loop.train` for the arguments."""
-    implementation = loop if plan.impl in ("torch", "graph") else _training_launchers()
-    implementation.train(
-        recipe,
-        parameters,
-        first,
-        second,
-        lr,
-        x,
-        y,
-        order,
-        batch_size,
-        start,
-        taken,
-        steps,
-        log_every,
-        losses,
-        plan,
-    )
+def training_loop(plan: TrainPlan) -> "type[loop.Loop]":
+    """The implementation of the plan; the others have the signatures of `loop.Loop`."""
+    return loop.Loop if plan.impl in ("torch", "graph") else _training_launchers().Loop
 
 
 # --- registration: what torch.compile calls -------------------------------------------------------------------

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from . import device
 from .linear import _current
-from .mlp import _bce, _padded
+from .mlp import _bce, _log1p_exp, _padded
 from .plan import Recipe, TrainPlan
 
 Tensors = tuple[Tensor, ...]
@@ -62,12 +62,21 @@ UNALIGNED = ("order_ptr", "losses_ptr")  # may be rows of longer tensors
 
 @triton.jit
 def bce(z, y, t):
-    return _bce(z, t, 1.0)
+    # From z, where p has lost digits, but cut off where torch's BCELoss is: log 0, and all below -100, counts -100.
+    log1p = _log1p_exp(z)
+    minus_log_p = tl.maximum(-z, 0.0) + log1p
+    minus_log_q = tl.maximum(z, 0.0) + log1p
+    return t * tl.where(minus_log_p > 100.0, 100.0, minus_log_p) + (1.0 - t) * tl.where(y == 1.0, 100.0, minus_log_q)
 
 
 @triton.jit
 def bce_dz(z, y, prime, t):
     return y - t
+
+
+@triton.jit
+def bce_logits(z, y, t):
+    return _bce(z, t, 1.0)
 
 
 @triton.jit
@@ -85,7 +94,7 @@ def mse_dz(z, y, prime, t):
     return 2.0 * (y - t) * prime
 
 
-LOSSES = {"bce": (bce, bce_dz), "bce_logits": (bce, bce_logits_dz), "mse": (mse, mse_dz)}
+LOSSES = {"bce": (bce, bce_dz), "bce_logits": (bce_logits, bce_logits_dz), "mse": (mse, mse_dz)}
 
 
 # --- optimizers: the numbers of step t = 1, 2, .., and what it makes of a parameter ----------------------------------
@@ -628,108 +637,100 @@ def train_block_kernel(
 # --- the launcher ---------------------------------------------------------------------------------------------------
 
 
-def train(
-    recipe: Recipe,
-    parameters: Tensors,
-    first: Tensors,
-    second: Tensors,
-    lr: Tensor,
-    x: Tensor,
-    y: Tensor,
-    order: Tensor | None,
-    batch_size: int,
-    start: int,
-    taken: int,
-    steps: int,
-    log_every: int,
-    losses: Tensor,
-    plan: TrainPlan,
-) -> None:
-    """Take `steps` training steps, in place, as torch.optim's optimizers would.
+class Loop:
+    """A run of training steps in launches. The arguments are those of `loop.Loop`, in float32 and contiguous."""
 
-    parameters: (w0, b0, w1, b1, ..), or (w0, w1, ..) without biases, for members e = 0 .. E-1: weights (E, N_l, K_l),
-    biases (E, N_l). first, second: the optimizer's state, shaped like `parameters`: SGD's momentum buffers and (), or
-    Adam's exp_avg and exp_avg_sq; () where it keeps none. Both are written in place, and not read if `taken` is 0.
-    lr: (E,). x: (E or 1, samples, widths[0]). y: (E or 1, samples, widths[-1]). All are fp32 and contiguous.
-    order: None for full batches, else int32 (epochs, samples): row i is the permutation of the i-th epoch from that of
-    step `start` on. start: how many steps of the run came before. taken: how many its optimizer's state has seen before
-    this launch. losses: (rows, E) fp32; row i gets the loss before the i-th step s in [start, start + steps) with
-    s % log_every == 0; none if log_every is 0.
-    """
-    if steps == 0:
-        return
-    widths = recipe.widths
-    members, samples = lr.shape[0], x.shape[1]
-    batch_size = min(batch_size, samples)
-    batches = -(-samples // batch_size)
-    last = samples - (batches - 1) * batch_size
-    divide = recipe.reduction == "mean"
-    adam_like = recipe.optimizer in ("adam", "adamw")
-    if adam_like:
-        optimizer = "adam"
-        beta1, beta2 = recipe.beta1, recipe.beta2
-        logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
-        hyper = (beta1, 1 - beta1, beta2, 1 - beta2, *logs, recipe.eps)
-    else:
-        optimizer = "sgd" if recipe.momentum == 0 else "nesterov" if recipe.nesterov else "momentum"
-        hyper = (recipe.momentum, 1 - recipe.dampening)
-    offset = start % log_every if log_every else 0
-    layers = list(itertools.pairwise(widths))
-    sizes = tuple(p[0].numel() for p in parameters)
-    starts = tuple(itertools.accumulate(sizes, initial=0))[:-1]
-    resident = order is None and batches == 1 and samples <= plan.rows
-    if plan.impl == "lane":
-        kernel, grid = train_lane_kernel, (triton.cdiv(members, plan.networks),)
-        tile = {
-            "STARTS": starts,
-            "AT": starts[:: len(parameters) // len(layers)],
-            "ROWS": samples if resident else plan.rows,
-            "RESIDENT": resident,
-            "BLOCK": plan.networks,
-        }
-    else:
-        kernel, grid = train_block_kernel, (members,)
-        tile = {"PADDED": _padded(widths), "RESIDENT": resident, "BLOCK_M": plan.rows}
-    with _current(x):
-        kernel[grid](
-            parameter_ptrs=tuple(parameters),
-            first_ptrs=tuple(first) or None,
-            second_ptrs=tuple(second) or None,
-            lr_ptr=lr,
-            x_ptr=x,
-            y_ptr=y,
-            order_ptr=order,
-            losses_ptr=losses if log_every else None,
-            members=members,
-            samples=samples,
-            stride_xe=x.stride(0) if x.shape[0] > 1 else 0,
-            stride_ye=y.stride(0) if y.shape[0] > 1 else 0,
-            batch_size=batch_size,
-            batches=batches,
-            batch=start % batches,
-            scale=1.0 / (batch_size * widths[-1]) if divide else 1.0,
-            last_scale=1.0 / (last * widths[-1]) if divide else 1.0,
-            taken=taken,
-            steps=steps,
-            offset=offset,
-            # A period longer than the launch would overflow for nothing.
-            period=min(log_every or steps, offset + steps),
-            weight_decay=recipe.weight_decay or None,
-            hyper=hyper,
-            HIDDEN=device.ACTIVATIONS[recipe.hidden][0],
-            HIDDEN_PRIME=device.ACTIVATIONS[recipe.hidden][1],
-            OUTPUT=device.ACTIVATIONS[recipe.output][0],
-            OUTPUT_PRIME=device.ACTIVATIONS[recipe.output][1],
-            LOSS=LOSSES[recipe.loss][0],
-            DZ=LOSSES[recipe.loss][1],
-            NUMBERS=OPTIMIZERS[optimizer][0],
-            UPDATE=OPTIMIZERS[optimizer][1],
-            DECOUPLED=recipe.optimizer == "adamw",
-            WIDTHS=widths,
-            SIZES=sizes,
+    def __init__(
+        self,
+        recipe: Recipe,
+        parameters: Tensors,
+        first: Tensors,
+        second: Tensors,
+        lr: Tensor,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        taken: int,
+        plan: TrainPlan,
+    ) -> None:
+        self.taken, self.plan = taken, plan
+        widths, members, self.samples = recipe.widths, lr.shape[0], x.shape[1]
+        batch_size = min(batch_size, self.samples)
+        self.batches = -(-self.samples // batch_size)
+        last = self.samples - (self.batches - 1) * batch_size
+        divide = recipe.reduction == "mean"
+        if recipe.optimizer in ("adam", "adamw"):
+            optimizer = "adam"
+            beta1, beta2 = recipe.beta1, recipe.beta2
+            logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
+            hyper = (beta1, 1 - beta1, beta2, 1 - beta2, *logs, recipe.eps)
+        else:
+            optimizer = "sgd" if recipe.momentum == 0 else "nesterov" if recipe.nesterov else "momentum"
+            hyper = (recipe.momentum, 1 - recipe.dampening)
+        sizes = tuple(p[0].numel() for p in parameters)
+        if plan.impl == "lane":
+            self.kernel, self.grid = train_lane_kernel, (triton.cdiv(members, plan.networks),)
+            starts = tuple(itertools.accumulate(sizes, initial=0))[:-1]
+            at = starts[:: len(parameters) // (len(widths) - 1)]
+            tile = {"STARTS": starts, "AT": at, "BLOCK": plan.networks}
+        else:
+            self.kernel, self.grid = train_block_kernel, (members,)
+            tile = {"PADDED": _padded(widths), "BLOCK_M": plan.rows}
+        # What no launch changes.
+        self.arguments = {
+            "parameter_ptrs": tuple(parameters),
+            "first_ptrs": tuple(first) or None,
+            "second_ptrs": tuple(second) or None,
+            "lr_ptr": lr,
+            "x_ptr": x,
+            "y_ptr": y,
+            "members": members,
+            "samples": self.samples,
+            "stride_xe": x.stride(0) if x.shape[0] > 1 else 0,
+            "stride_ye": y.stride(0) if y.shape[0] > 1 else 0,
+            "batch_size": batch_size,
+            "batches": self.batches,
+            "scale": 1.0 / (batch_size * widths[-1]) if divide else 1.0,
+            "last_scale": 1.0 / (last * widths[-1]) if divide else 1.0,
+            "weight_decay": recipe.weight_decay or None,
+            "hyper": hyper,
+            "HIDDEN": device.ACTIVATIONS[recipe.hidden][0],
+            "HIDDEN_PRIME": device.ACTIVATIONS[recipe.hidden][1],
+            "OUTPUT": device.ACTIVATIONS[recipe.output][0],
+            "OUTPUT_PRIME": device.ACTIVATIONS[recipe.output][1],
+            "LOSS": LOSSES[recipe.loss][0],
+            "DZ": LOSSES[recipe.loss][1],
+            "NUMBERS": OPTIMIZERS[optimizer][0],
+            "UPDATE": OPTIMIZERS[optimizer][1],
+            "DECOUPLED": recipe.optimizer == "adamw",
+            "WIDTHS": widths,
+            "SIZES": sizes,
             **tile,
-            num_warps=plan.num_warps,
-            num_stages=1,
+            "num_warps": plan.num_warps,
+            "num_stages": 1,
             # Said, or the assembler spills a few values in order to stay at 64, 96 or 128.
-            maxnreg=255,
-        )
+            "maxnreg": 255,
+        }
+
+    def run(self, order: Tensor | None, start: int, steps: int, log_every: int, losses: Tensor) -> None:
+        """As `loop.Loop.run`; order is int32, losses float32."""
+        if steps == 0:
+            return
+        offset = start % log_every if log_every else 0
+        resident = order is None and self.batches == 1 and self.samples <= self.plan.rows
+        rows = {"ROWS": self.samples if resident else self.plan.rows} if self.plan.impl == "lane" else {}
+        with _current(losses):
+            self.kernel[self.grid](
+                order_ptr=order,
+                losses_ptr=losses if log_every else None,
+                batch=start % self.batches,
+                taken=self.taken,
+                steps=steps,
+                offset=offset,
+                # A period longer than the launch would overflow for nothing.
+                period=min(log_every or steps, offset + steps),
+                RESIDENT=resident,
+                **rows,
+                **self.arguments,
+            )
+        self.taken += steps

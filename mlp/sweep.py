@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .ensemble import Ensemble
-from .training import History, fit
+from .training import History, _prepare, fit
 
 __all__ = ["fit_sharded"]
 
@@ -47,6 +47,9 @@ def fit_sharded(
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be an Ensemble, not {type(ensemble).__name__}")
     began = time.perf_counter()
+    # The whole is checked by everyone: an error in one share alone would leave the other ranks waiting for it.
+    whole = optimizer(ensemble.parameters())
+    _prepare(ensemble, x, y, criterion, whole, steps, batch_size, log_every, lr, generator, impl)
     many = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if many else (0, 1)
     # Rank 0 always has members; the last ranks have none if there are more processes than members.
@@ -78,8 +81,7 @@ def fit_sharded(
         y[mine] if y.dim() == 3 else y,
         criterion=criterion,
         optimizer=optimizer(share.parameters()),
-        # An idle rank trains nothing, but meets the errors that the others meet.
-        steps=min(steps, 0) if idle else steps,
+        steps=0 if idle else steps,
         batch_size=batch_size,
         log_every=log_every,
         lr=None if lr is None else lr[mine],
@@ -91,8 +93,8 @@ def fit_sharded(
     losses = history.loss.new_empty(len(ensemble), len(logged))
     if not idle:
         losses[mine] = history.loss.t()
-        for whole, part in zip(parameters, share.parameters(), strict=True):
-            whole[mine] = part.detach()
+        for own, part in zip(parameters, share.parameters(), strict=True):
+            own[mine] = part.detach()
     for source, part in enumerate(shares):
         for tensor in (*parameters, losses):
             send(tensor[part], source)

@@ -29,7 +29,7 @@ class History:
 
     steps: list[int]  # at which the loss was logged, counted from 0 in each call of fit
     loss: Tensor  # before the update of that step: (rows,), of an Ensemble (rows, E), on the CPU
-    seconds: float  # of training
+    seconds: float  # of training, with what it sets up
     path: str  # which implementation ran: "lane", "block", "graph", "torch"; "general": an ordinary loop
 
 
@@ -78,20 +78,9 @@ def fit(
     Raises TypeError and ValueError for arguments that do not fit, which leaves the model as it was, TypeError too for
     a criterion that returns no tensor.
     """
-    _check(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
-    x, y = x.detach(), y.detach()
-    samples = x.shape[-2] if isinstance(model, Ensemble) else x.shape[0]
-    job = _fast_job(model, x, y, criterion, optimizer, lr)
-    if isinstance(job, str):
-        if impl is not None:
-            raise NotImplementedError(f"impl={impl!r}: {job}")
-        if lr is not None:
-            raise NotImplementedError(f"lr needs a loop without autograd: {job}")
-        job = _GeneralJob(model, x, y, criterion, optimizer)
-    else:
-        job.choose(samples, batch_size, impl)
-    order = None if batch_size is None else _Order(samples, batch_size, generator)
     began = time.perf_counter()
+    job = _prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
+    order = None if batch_size is None else _Order(job.samples, batch_size, generator)
     bar = _Bar(steps, progress, began)
     rows: list[Tensor] = []
     try:
@@ -114,6 +103,23 @@ def fit(
         time.perf_counter() - began,
         job.path,
     )
+
+
+def _prepare(
+    model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl
+) -> "_FastJob | _GeneralJob":
+    """Raises whatever may be refused; has trained nothing, and copied nothing."""
+    _check(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
+    x, y = x.detach(), y.detach()
+    job = _fast_job(model, x, y, criterion, optimizer, lr)
+    if isinstance(job, str):
+        if impl is not None:
+            raise NotImplementedError(f"impl={impl!r}: {job}")
+        if lr is not None:
+            raise NotImplementedError(f"lr needs a loop without autograd: {job}")
+        return _GeneralJob(model, x, y, criterion, optimizer)
+    job.choose(batch_size, impl)
+    return job
 
 
 # --- errors at the door ------------------------------------------------------------------------------------
@@ -184,7 +190,8 @@ def _check_data(network: Network, recipe: Recipe, x: Tensor, y: Tensor) -> None:
     for name, tensor, width in (("x", x, network.widths[0]), ("y", y, network.widths[-1])):
         if tensor.shape[-1] != width or (network.members is None and tensor.dim() != 2):
             raise ValueError(f"{name} {tuple(tensor.shape)} is not ({x.shape[0]}, {width})")
-        if tensor.dtype != p.dtype:
+        # Of the criteria, BCELoss alone does not promote its target.
+        if tensor.dtype != p.dtype and (tensor is x or recipe.loss == "bce"):
             raise ValueError(f"{name} is {tensor.dtype}, but the model's parameters {p.dtype}")
         if tensor.device != p.device:
             raise ValueError(f"{name} is on {tensor.device}, but the model on {p.device}")
@@ -199,42 +206,32 @@ class _FastJob:
     """Steps on copies of the parameters and of the optimizer's state, written back after every chunk."""
 
     def __init__(self, network: Network, recipe: Recipe, state: "_State", x: Tensor, y: Tensor, lr: Tensor) -> None:
-        self.network, self.recipe, self.state, self.lr = network, recipe, state, lr
-        self.x, self.y = (t.contiguous() if t.dim() == 3 else t.contiguous()[None] for t in (x, y))
-        self.columns = network.members or 1
-        self.parameters = self._copies(network.parameters)
-        self.first, self.second = (self._copies(tensors) for tensors in state.tensors())
-        self.path = ""
+        self.network, self.recipe, self.state, self.x, self.y, self.lr = network, recipe, state, x, y, lr
+        self.columns, self.samples = network.members or 1, x.shape[-2]
+        self.loop: Any = None
 
-    def choose(self, samples: int, batch_size: int | None, impl: str | None) -> None:
-        p = self.parameters[0]
-        self.plan = ops.plan_train(self.columns, samples, batch_size, self.recipe, p.dtype, p.device, impl)
+    def choose(self, batch_size: int | None, impl: str | None) -> None:
+        p = self.network.parameters[0]
+        self.plan = ops.plan_train(self.columns, self.samples, batch_size, self.recipe, p.dtype, p.device, impl)
         self.path = self.plan.impl
+
+    def _set_up(self, batch: int) -> Any:
+        self.parameters, self.first, self.second = map(self._copies, (self.network.parameters, *self.state.tensors()))
+        x, y = (t.contiguous() if t.dim() == 3 else t.contiguous()[None] for t in (self.x, self.y))
+        arguments = (self.parameters, self.first, self.second, self.lr, x, y, batch, self.state.taken, self.plan)
+        return ops.training_loop(self.plan)(self.recipe, *arguments)
 
     def _copies(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         copies = (t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
         return tuple(copy if self.network.members else copy[None] for copy in copies)
 
     def run(self, start: int, steps: int, order: "_Order | None", log_every: int) -> Tensor:
-        p = self.parameters[0]
+        p = self.network.parameters[0]
+        if self.loop is None:
+            self.loop = self._set_up(self.samples if order is None else order.batch)
         losses = p.new_empty(_logged(start, steps, log_every), self.columns)
-        ops.train(
-            self.recipe,
-            self.parameters,
-            self.first,
-            self.second,
-            self.lr,
-            self.x,
-            self.y,
-            None if order is None else order.rows(start, steps).to(p.device),
-            self.x.shape[1] if order is None else order.batch,
-            start,
-            self.state.taken,
-            steps,
-            log_every,
-            losses,
-            self.plan,
-        )
+        rows = None if order is None else order.rows(start, steps).to(p.device)
+        self.loop.run(rows, start, steps, log_every, losses)
         _finish(p.device)
         with torch.no_grad():
             for own, copy in zip(self.network.parameters, self.parameters, strict=True):
@@ -250,7 +247,8 @@ class _GeneralJob:
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, criterion, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.x, self.y, self.criterion, self.optimizer = model, x, y, criterion, optimizer
-        self.columns = len(model) if isinstance(model, Ensemble) else 1
+        many = isinstance(model, Ensemble)
+        self.columns, self.samples = (len(model), x.shape[-2]) if many else (1, x.shape[0])
 
     def run(self, start: int, steps: int, order: "_Order | None", log_every: int) -> Tensor:
         batches = None if order is None else order.batches(start, steps)
@@ -336,6 +334,8 @@ def _fast_job(model, x, y, criterion, optimizer, lr) -> _FastJob | str:
     if isinstance(state, str):
         return state
     _check_data(network, recipe, x, y)
+    if y.dtype != p.dtype:
+        return f"y is {y.dtype}, the parameters {p.dtype}"
     rates = p.new_full((network.members or 1,), rate) if lr is None else lr.detach().to(p.device, p.dtype).contiguous()
     return _FastJob(network, recipe, state, x, y, rates.detach())
 

@@ -9,11 +9,14 @@ from torch import nn
 from perceptriton.mlp import Ensemble, fit_sharded
 
 
-def sweep(members=5, seed=3):
+def sweep(members=5, seed=3, dtype=torch.float32, spoil=False):
     """A minibatch sweep over learning rates. The seed stands for what each process has drawn on its own."""
     data = torch.Generator().manual_seed(7)
-    x, y = torch.randn(10, 3, generator=data), torch.rand(members, 10, 2, generator=data)
-    ensemble = Ensemble(members, [3, 4, 2], generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(10, 3, generator=data, dtype=dtype)
+    y = torch.rand(members, 10, 2, generator=data, dtype=dtype)
+    if spoil:
+        y[-1] = 2  # the last member's alone
+    ensemble = Ensemble(members, [3, 4, 2], generator=torch.Generator().manual_seed(seed), dtype=dtype)
     history = fit_sharded(
         ensemble,
         x,
@@ -40,6 +43,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     # Only rank 0 has the parameters and the order that count.
-    results = [sweep(seed=3 + rank), sweep(members=1, seed=3 + rank)]
+    results: list = [sweep(seed=3 + rank), sweep(members=1, seed=3 + rank, dtype=torch.float64)]
+    try:
+        sweep(spoil=True)
+    except ValueError as error:
+        results.append(str(error))
     dist.destroy_process_group()
     torch.save(results, out)

@@ -27,7 +27,7 @@ from training_cases import (
     xor,
 )
 
-from perceptriton.kernels import loop, ops, plan
+from perceptriton.kernels import loop, plan
 from perceptriton.mlp import MLP, Ensemble, History, LinearSigmoid, fit, lessons, training
 
 # Two orders of the same fp64 sums over 100 steps.
@@ -407,6 +407,18 @@ def test_the_size_of_a_chunk_changes_no_bit(optimizer, batch_size, layout, monke
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize(("batch_size", "sizes"), [(None, [10]), (4, [4, 2])], ids=["full", "minibatches"])
+def test_chunks_share_their_buffers(batch_size, sizes, monkeypatch):
+    # Made anew, they would take their time out of every chunk, and chunks of a model whose set-up takes longer than a
+    # chunk would shrink to one step.
+    built, build = [], loop._Matrices.build
+    monkeypatch.setattr(loop._Matrices, "build", lambda own, batch: (built.append(batch.size), build(own, batch)))
+    monkeypatch.setattr(training, "_chunks", chunks_of(2))
+    model, x, y = make((3, 5, 2), "sigmoid", "sigmoid", True, 10, torch.float32)
+    fit(model, x, y, criterion=nn.BCELoss(), optimizer=sgd(model), steps=9, batch_size=batch_size)
+    assert built == sizes
+
+
 def test_chunks_cover_all_steps_by_time(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
@@ -423,17 +435,17 @@ def test_chunks_cover_all_steps_by_time(monkeypatch):
 @pytest.mark.parametrize("optimizer", ["sgd", *STATEFUL])
 def test_an_interrupted_chunk_leaves_the_one_before(optimizer, monkeypatch):
     monkeypatch.setattr(training, "_chunks", chunks_of(10))
-    train, calls = ops.train, []
+    run, calls = loop.Loop.run, []
 
     def interrupted(*arguments):
-        train(*arguments)
+        run(*arguments)
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
 
     model, twin, x, y = twins("tanh")
     own, other = OPTIMIZERS[optimizer](model.parameters()), OPTIMIZERS[optimizer](twin.parameters())
-    monkeypatch.setattr(ops, "train", interrupted)
+    monkeypatch.setattr(loop.Loop, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=100)
     ordinary(twin, x, y, nn.BCELoss(), other, 20)
@@ -455,8 +467,8 @@ def test_an_interrupt_waits_for_its_chunk(path, monkeypatch):
 
     criterion = nn.BCELoss()
     if path == "torch":
-        train = ops.train
-        monkeypatch.setattr(ops, "train", lambda *arguments: (press(), train(*arguments)))
+        run = loop.Loop.run
+        monkeypatch.setattr(loop.Loop, "run", lambda *arguments: (press(), run(*arguments)))
     else:
         criterion.register_forward_hook(press)
     with pytest.raises(KeyboardInterrupt):
@@ -622,6 +634,15 @@ def test_autocast_takes_the_ordinary_loop():
     assert history.path == "general"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_targets_of_another_dtype_take_the_ordinary_loop(dtype):
+    model, twin, x, _ = twins("tanh", torch.float32)
+    y = torch.tensor([[0, 1, 1]] * len(x), dtype=dtype)
+    assert fit(model, x, y, criterion=nn.MSELoss(), optimizer=sgd(model), steps=4).path == "general"
+    ordinary(twin, x, y, nn.MSELoss(), sgd(twin), 4)
+    assert relative(model.parameters(), twin.parameters()) == 0
+
+
 def test_data_of_more_dimensions_take_the_ordinary_loop():
     model, twin, *_ = twins("tanh")
     x, y = torch.randn(5, 2, 4, dtype=torch.float64), torch.rand(5, 2, 3, dtype=torch.float64)
@@ -696,6 +717,11 @@ BAD = {
         {"x": torch.rand(5, 3).double()},
         ValueError,
         r"^x is torch.float64, but the model's parameters torch.fl",
+    ),
+    "target-dtype": (
+        {"y": torch.rand(5, 2).double()},
+        ValueError,
+        r"^y is torch.float64, but the model's parameters torch.fl",
     ),
     "device": ({"y": torch.rand(5, 2, device="meta")}, ValueError, r"^y is on meta, but the model on cpu$"),
     "range": ({"y": torch.full((5, 2), 1.5)}, ValueError, r"^y must lie in \[0, 1\] for BCELoss, not in \[1.5, 1.5\]$"),

@@ -294,6 +294,34 @@ def test_inputs_are_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
+# numpy, under the interpreter, warns where a GPU has nothing to say.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("cuts", [(), (1,)], ids=str)
+@pytest.mark.parametrize(
+    ("hidden", "dtype", "extreme"),
+    [("sigmoid", torch.float32, float("inf")), ("tanh", torch.float32, float("nan")), ("relu", torch.float16, 6e4)],
+    ids=["inf", "nan", "overflow"],
+)
+def test_what_is_not_finite_stays_where_torch_has_it(hidden, dtype, extreme, cuts):
+    # Neurons that only pad a layer have weights of 0, and 0 * inf would carry NaN into every result.
+    net = Net((2, 10, 3, 1), m=5, dtype=dtype, hidden=hidden)
+    net.x[1, 0] = extreme
+    if hidden == "relu":
+        net.weights = tuple(weight.abs() for weight in net.weights)  # inf - inf would be NaN anyway
+    y, _, dx, dweights, dbiases = net.run(fused(3, *cuts))
+    hs, torch_dx, torch_dweights, torch_dbiases = net.torch()
+    assert not all(t.isfinite().all() for t in (*hs, *torch_dweights))
+    for name, ours, theirs in zip(
+        ("y", "dx", *("dweight",) * 3, *("dbias",) * 3),
+        (y, dx, *dweights, *dbiases),
+        (hs[-1], torch_dx, *torch_dweights, *torch_dbiases),
+        strict=True,
+    ):
+        torch.testing.assert_close(
+            ours, theirs, rtol=2e-2, atol=2e-3, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 # --- only what is wanted ------------------------------------------------------------------------------------------
 
 WANTED = {

@@ -92,8 +92,9 @@ def _launch(case, plan=None, steps=(0, 0, 1000, 10)):
     second = parameters if recipe.optimizer != "sgd" else ()
     data = empty(1, samples, recipe.widths[0]), empty(1, samples, recipe.widths[-1])
     order = empty(50, samples, dtype=torch.int32) if ordered else None
-    arguments = (recipe, parameters, first, second, empty(members), *data, order, batch_size, *steps)
-    (launch,) = aot.launches(training.train, *arguments, empty(100, members), plan or _plan(case))
+    start, taken, count, log_every = steps
+    arguments = (recipe, parameters, first, second, empty(members), *data, batch_size, taken, plan or _plan(case))
+    (launch,) = aot.launches(training.Loop(*arguments).run, order, start, count, log_every, empty(100, members))
     return launch
 
 

@@ -149,6 +149,8 @@ class Run:
         written = tuple(p for p, _ in pairs)
         buffers = tuple(s for s, _ in state_pairs)
         lr, x, y = (t.to(DEVICE) for t in (self.lr, self.x, self.y))
+        split = (buffers[:count], buffers[count:])
+        run = training.Loop(self.recipe, written, *split, lr, x, y, self.batch_size, taken, plan)
         results, losses, done = [], [], 0
         for end in steps:
             logged = [s for s in range(start + done, start + end) if log_every and s % log_every == 0]
@@ -156,23 +158,7 @@ class Run:
             epoch = (start + done) // self.batches
             order = None if self.order is None else self.order[epoch:].to(DEVICE).contiguous()
             with poisoned():
-                training.train(
-                    self.recipe,
-                    written,
-                    buffers[:count],
-                    buffers[count:],
-                    lr,
-                    x,
-                    y,
-                    order,
-                    self.batch_size,
-                    start + done,
-                    taken + done,
-                    end - done,
-                    log_every,
-                    trace,
-                    plan,
-                )
+                run.run(order, start + done, end - done, log_every, trace)
             done = end
             losses.append(trace.cpu())
             for _, around in (*pairs, *state_pairs, (trace, whole)):
@@ -281,6 +267,21 @@ def test_losses(plan, loss, output, reduction):
     run = Run(recipe, members=2, samples=3, batch_size=2, epochs=3)
     run.lr /= 3 if reduction == "sum" else 1
     check(run, run.kernel(plan, (6,), log_every=1), (6,), log_every=1)
+
+
+# numpy, under the interpreter, warns where a GPU has nothing to say.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("t", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_the_logarithm_of_a_saturated_output_is_cut_off(plan, t):
+    # at -100, as torch.nn.BCELoss does: from z = 16.7 on 1 - y is 0, y is 0 below -104
+    logits = torch.tensor([-200.0, -103, -50, -17, 0, 10, 17, 50, 103, torch.inf, torch.nan])
+    run = Run(Recipe((1, 1), bias=False, reduction="sum"), members=len(logits), samples=1)
+    run.initial, run.x, run.y = [logits.view(-1, 1, 1)], torch.ones(1, 1, 1), torch.full((1, 1, 1), t)
+    ((_, _, loss),) = run.kernel(plan, (1,), log_every=1)
+    p = logits.sigmoid()
+    expected = -(t * p.log().clamp(min=-100) + (1 - t) * torch.log1p(-p).clamp(min=-100))
+    torch.testing.assert_close(loss[0], expected, rtol=2e-4, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
