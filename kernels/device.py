@@ -62,3 +62,5 @@ ACTIVATIONS = {
     "relu": (relu, relu_prime),
     "identity": (identity, identity_prime),
 }
+
+UNBOUNDED = ("relu", "identity")

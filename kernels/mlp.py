@@ -51,23 +51,38 @@ def _load_block(ptr, offs_r, offs_c, stride_r, stride_c, mask_r, mask_c):
 
 
 @triton.jit
-def _load_weight(ptr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _neurons(N: tl.constexpr, BLOCK_N: tl.constexpr):
+    # A neuron that only pads the layer repeats the last one. With weights of 0 it would make NaN of an infinite input,
+    # and the next layer's 0 * NaN would carry that into every result; what is finite where the layer is, 0 takes out.
     offs_n = tl.arange(0, BLOCK_N)
+    return tl.minimum(offs_n, N - 1) if N < BLOCK_N else offs_n
+
+
+@triton.jit
+def _clear_padding(h, N: tl.constexpr, BLOCK_N: tl.constexpr, AXIS: tl.constexpr):
+    # 0 does not take out an infinite output, of which unbounded activations are capable.
+    if N < BLOCK_N:
+        h = tl.where(tl.expand_dims(tl.arange(0, BLOCK_N) < N, 1 - AXIS), h, 0.0)
+    return h
+
+
+@triton.jit
+def _load_weight(ptr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    offs_n = _neurons(N, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    return _load_block(ptr, offs_n, offs_k, K, 1, offs_n < N, offs_k < K)  # [BLOCK_N, BLOCK_K]
+    return tl.load(ptr + offs_n[:, None] * K + offs_k[None, :], mask=(offs_k < K)[None, :], other=0.0)
 
 
 @triton.jit
 def _load_weight_t(ptr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    offs_n = tl.arange(0, BLOCK_N)
+    offs_n = _neurons(N, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    return _load_block(ptr, offs_k, offs_n, 1, K, offs_k < K, offs_n < N)  # [BLOCK_K, BLOCK_N]
+    return tl.load(ptr + offs_n[None, :] * K + offs_k[:, None], mask=(offs_k < K)[:, None], other=0.0)
 
 
 @triton.jit
 def _load_bias(ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    offs_n = tl.arange(0, BLOCK_N)
-    return tl.load(ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+    return tl.load(ptr + _neurons(N, BLOCK_N)).to(tl.float32)
 
 
 @triton.jit
@@ -112,6 +127,7 @@ def mlp_fwd_kernel(
     WIDTHS: tl.constexpr,
     PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,  # of x and of every output in memory
+    UNBOUNDED: tl.constexpr,  # HIDDEN is
     SUMMED: tl.constexpr,  # the loss is summed
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -162,12 +178,12 @@ def mlp_fwd_kernel(
             if bias_ptrs is not None:
                 z += biases[l][None, :]
             if l + 1 < LAYERS:
-                h = _clear_padding(HIDDEN(z), WIDTHS[l + 1], PADDED[l + 1], 1).to(DTYPE)
+                h = HIDDEN(z)
             elif out_ptrs[l] is not None:
                 h = OUTPUT(z)
-                if COLUMNS[l + 1] > WIDTHS[l + 1]:
-                    h = _clear_padding(h, WIDTHS[l + 1], PADDED[l + 1], 1)
-                h = h.to(DTYPE)
+            if UNBOUNDED and (l + 1 < LAYERS or COLUMNS[l + 1] > WIDTHS[l + 1]):
+                h = _clear_padding(h, WIDTHS[l + 1], PADDED[l + 1], 1)
+            h = h.to(DTYPE)
             if out_ptrs[l] is not None:
                 offs_n = tl.arange(0, PADDED[l + 1])
                 tl.store(
@@ -190,15 +206,6 @@ def mlp_fwd_kernel(
                 )
     if loss_ptr is not None and SUMMED:
         tl.store(loss_ptr + tl.program_id(0), (tl.sum(sums, axis=0) * scale).to(loss_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _clear_padding(block, WIDTH: tl.constexpr, PADDED: tl.constexpr, AXIS: tl.constexpr):
-    # The neurons beyond WIDTH. Their weights are 0, but 0 * inf is NaN, and so is the next layer's NaN * 0.
-    if WIDTH < PADDED:
-        inside = tl.expand_dims(tl.arange(0, PADDED) < WIDTH, 1 - AXIS)
-        block = tl.where(inside, block, 0.0)
-    return block
 
 
 @triton.jit
@@ -238,6 +245,7 @@ def mlp_bwd_kernel(
     WIDTHS: tl.constexpr,
     PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,  # of x and dx, and of dy, in memory
+    UNBOUNDED: tl.constexpr,  # HIDDEN is
     DWEIGHT_AT: tl.constexpr,  # one per layer: where in a slot its dweight begins; -1: not wanted
     DBIAS_AT: tl.constexpr,  # likewise
     FIRST: tl.constexpr,  # the first layer of which anything is wanted
@@ -299,17 +307,19 @@ def mlp_bwd_kernel(
             if bias_ptrs is not None:
                 z += biases[l][:, None]
             if l + 1 < LAYERS:
-                h = _clear_padding(HIDDEN(z), WIDTHS[l + 1], PADDED[l + 1], 0)
+                h = HIDDEN(z)
+                if UNBOUNDED:
+                    h = _clear_padding(h, WIDTHS[l + 1], PADDED[l + 1], 0)
                 hs = hs + (_operand(h, DTYPE, WIDEN),)
+        mask_nm = mask_n[:, None] & mask_m[None, :]
         if target_ptr is not None:
             t = _load_block(target_ptr, offs_n.to(tl.int64), offs_m, stride_tn, stride_tm, mask_n, mask_m)
-            dz = tl.where(mask_m[None, :], _bce_dz(z, t.to(tl.float32), pos_weight), 0.0)
+            dz = tl.where(mask_nm, _bce_dz(z, t.to(tl.float32), pos_weight), 0.0)
         else:
             dz = OUTPUT_PRIME(OUTPUT(z))
         if dy_ptr is not None:
             dy = _load_block(dy_ptr, offs_n.to(tl.int64), offs_m, stride_dyn, stride_dym, mask_n, mask_m)
             dz = dz * dy.to(tl.float32)
-        dz = _clear_padding(dz, WIDTHS[LAYERS], PADDED[LAYERS], 0)
         new_dweights = ()
         new_dbiases = ()
         for l in tl.static_range(LAYERS - 1, -1, -1):
@@ -324,7 +334,7 @@ def mlp_bwd_kernel(
                 if l > FIRST or dx_ptr is not None:
                     dz = tl.dot(tl.trans(weights[l]), dzr, input_precision=PRECISION)  # dh, [PADDED[l], BLOCK_M]
                     if l > 0:
-                        dz = _clear_padding(dz * HIDDEN_PRIME(hs[l].to(tl.float32)), WIDTHS[l], PADDED[l], 0)
+                        dz = dz * HIDDEN_PRIME(hs[l].to(tl.float32))
             new_dweights = new_dweights + (dw,)
             new_dbiases = new_dbiases + (db,)
         dweights = new_dweights
@@ -458,6 +468,7 @@ def _mlp_fwd(x, weights, biases, hidden, output, plan, save, head=None):
                 WIDTHS=widths[segment.first : segment.last + 1],
                 PADDED=_padded(widths[segment.first : segment.last + 1]),
                 COLUMNS=tuple(columns[segment.first : segment.last + 1]),
+                UNBOUNDED=hidden in device.UNBOUNDED,
                 SUMMED=reduction in ("mean", "sum"),
                 PRECISION=plan.precision,
                 WIDEN=INTERPRETED,
@@ -591,6 +602,7 @@ def _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head=N
                 WIDTHS=widths[segment.first : segment.last + 1],
                 PADDED=_padded(widths[segment.first : segment.last + 1]),
                 COLUMNS=(columns[segment.first], columns[segment.last]),
+                UNBOUNDED=hidden in device.UNBOUNDED,
                 DWEIGHT_AT=tuple(a - base if a >= 0 else -1 for a in at_weights[layers]),
                 DBIAS_AT=tuple(a - base if a >= 0 else -1 for a in at_biases[layers]),
                 FIRST=max(first - segment.first, 0),
