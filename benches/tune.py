@@ -1,7 +1,9 @@
 """Measures on a GPU which wide layers the TMA kernel computes faster than the library, for kernels/tuned/wide.json.
 
 For each kind of product and shape, every candidate tile of the chip is first checked against fp64, by the yardstick of
-the tests, then timed in turn with torch's product and in-place activation. The row of a shape names the fastest tile,
+the tests, then timed in turn with torch's product and in-place activation; the kind "dgrad", which leads from dz of a
+layer to dz and dbias of the layer below, with torch's product and this package's pass. Where tiles are few, each is
+tried with its sum cut into parts too. The row of a shape names the fastest tile,
 or null where none beats the library by the margin. A row is written as soon as it is measured, and nothing of other
 devices is touched. `kernels/plan.py` picks by these rows from the next process on.
 
@@ -31,7 +33,7 @@ from perceptriton.kernels import reference
 from perceptriton.kernels.plan import TABLES, Plan, WideTile
 
 ROOT = Path(__file__).parent.parent
-KINDS = ("half", "tf32", *planning.SPLITS)
+KINDS = ("half", "dgrad", "tf32", *planning.SPLITS)
 # rows, in_features, out_features: squares, the layers of the benchmark suite, batches of inference, heads.
 SHAPES = [(s, s, s) for s in (1024, 2048, 4096, 8192)] + [
     (16384, 4096, 4096),
@@ -44,10 +46,12 @@ SHAPES = [(s, s, s) for s in (1024, 2048, 4096, 8192)] + [
     (16384, 1024, 128),
 ]
 TOYS = [(70, 264, 72), (130, 40, 136)]
+# The pass that the library's product is followed by has one tile for all chips.
+PASSES = planning.Device("cuda", 90, 132, triton=True)
 # A tile has to win by more than what repeated measurements differ by.
 MARGIN = 1.02
 # What a result may add to twice the library's error: the floors of the tests, and what a short product costs.
-FLOOR = {"half": 2e-3, "tf32": 2e-6, "tf32x3": 2e-6, "bf16x6": 2e-6, "bf16x3": 2e-5}
+FLOOR = {"half": 2e-3, "dgrad": 2e-3, "tf32": 2e-6, "tf32x3": 2e-6, "bf16x6": 2e-6, "bf16x3": 2e-5}
 
 
 def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
@@ -68,45 +72,60 @@ def library_precision(kind: str):
 
 def measure(kind: str, shape: tuple[int, int, int], tiles, device: torch.device, units: int, seconds: float) -> dict:
     """The row of one shape."""
-    wide = importlib.import_module("perceptriton.kernels.wide")
+    linear, wide = (importlib.import_module(f"perceptriton.kernels.{name}") for name in ("linear", "wide"))
     m, k, n = shape
     cuda = device.type == "cuda"
+    sixteen = kind in ("half", "dgrad")
     # The interpreter has no bf16 products.
-    dtype = torch.float32 if kind != "half" else torch.bfloat16 if cuda else torch.float16
+    dtype = torch.float32 if not sixteen else torch.bfloat16 if cuda else torch.float16
+    precision = "ieee" if sixteen else kind
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(m, k, generator=generator, device=device).to(dtype)
     weight = (1.4 / math.sqrt(k) * torch.randn(n, k, generator=generator, device=device)).to(dtype)
-    bias = torch.randn(n, generator=generator, device=device).to(dtype)
-    exact = torch.sigmoid(torch.addmm(bias.double(), x.double(), weight.double().t()))
+    if kind == "dgrad":
+        weight = weight.t().contiguous()
+        h = torch.rand(m, n, generator=generator, device=device).to(dtype)
+        exact = (x.double() @ weight.double()) * (h.double() * (1 - h.double()))
+        passes = planning.linear_act_bwd(m, 4096, n, str(dtype)[6:], precision, PASSES, "triton")
+    else:
+        bias = torch.randn(n, generator=generator, device=device).to(dtype)
+        exact = torch.sigmoid(torch.addmm(bias.double(), x.double(), weight.double().t()))
 
     def library():
+        if kind == "dgrad":
+            return linear.act_bwd(torch.mm(x, weight), h, "sigmoid", True, passes)[0]
         return reference.linear_act_fwd(x, weight, bias, "sigmoid", Plan("library", ""))
 
-    def step(tile: WideTile):
-        programs = min(-(-m // tile.block_m) * -(-n // tile.block_n), units)
-        plan = Plan("tma", "", tile, programs, "ieee" if kind == "half" else kind)
+    def step(tile: WideTile, splits: int):
+        programs = min(-(-m // tile.block_m) * -(-n // tile.block_n) * splits, units * tiles[tile])
+        plan = Plan("tma", "", tile, programs, precision, splits=splits)
+        if kind == "dgrad":
+            return lambda: wide.linear_act_dgrad(x, weight, h, "sigmoid", True, plan)[0]
         return lambda: wide.linear_act_fwd(x, weight, bias, "sigmoid", plan)
 
     with library_precision(kind):
         bound = 2 * relative_error(library(), exact) + FLOOR[kind]
         steps = {"library": library}
         for tile in tiles:
-            error = relative_error(step(tile)(), exact)
-            if not error <= bound:  # a NaN must fail
-                raise SystemExit(
-                    f"{kind} {shape} {tile}: error {error:.2e} > {bound:.2e}. Nothing is to be timed here."
-                )
-            steps[str(planning.wide_row(tile))] = step(tile)
+            cuts = {1} if kind == "dgrad" else {1, planning.wide_splits(*shape, tile, units)}
+            for splits in sorted(cuts):
+                error = relative_error(step(tile, splits)(), exact)
+                if not error <= bound:  # a NaN must fail
+                    raise SystemExit(
+                        f"{kind} {shape} {tile} {splits}: error {error:.2e} > {bound:.2e}. Nothing is to be timed here."
+                    )
+                steps[json.dumps([planning.wide_row(tile), splits])] = step(tile, splits)
         del exact
         samples = timing.interleaved(steps, seconds=seconds, rounds=(5, 101), cuda=cuda)
     # What a loop on the host sees: for the smaller shapes that is the launch, three descriptors included.
     us = {name: 1e6 * own.seconds for name, own in samples.items()}
     library_us = us.pop("library")
     best = min(us, key=us.__getitem__)
-    won = us[best] * MARGIN < library_us
+    tile, splits = json.loads(best) if us[best] * MARGIN < library_us else (None, 1)
     return {
         "shape": list(shape),
-        "tile": json.loads(best) if won else None,
+        "tile": tile,
+        **({"splits": splits} if splits > 1 else {}),
         "us": round(us[best], 2),
         "library_us": round(library_us, 2),
     }
@@ -160,7 +179,8 @@ def main() -> None:
     for kind in kinds:
         tiles = planning.wide_candidates(kind, arch)
         if options.dry_run:
-            tiles = sorted(tiles, key=lambda tile: tile.block_m * tile.block_n * tile.block_k)[:2]
+            smallest = sorted(tiles, key=lambda tile: tile.block_m * tile.block_n * tile.block_k)[:2]
+            tiles = {tile: tiles[tile] for tile in smallest}
         for shape in shapes if tiles else ():
             row = measure(kind, shape, tiles, device, units, options.seconds)
             document = updated(document, name, kind, row)

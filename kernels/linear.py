@@ -338,7 +338,7 @@ def linear_act_bwd(
     if plan.impl == "rows":
         return _linear_act_bwd_rows(dy, y, x, weight, activation, wanted, plan)
     need_dx, need_dweight, need_dbias = wanted
-    dz, dbias = _act_bwd(dy, y, activation, need_dbias, plan)
+    dz, dbias = act_bwd(dy, y, activation, need_dbias, plan)
     dx = torch.mm(dz, weight) if need_dx and weight is not None else None
     dweight = torch.mm(dz.t(), x) if need_dweight and x is not None else None
     return dx, dweight, dbias
@@ -404,7 +404,7 @@ def _linear_act_bwd_rows(
     return dx, dweight, dbias
 
 
-def _act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Plan) -> tuple[Tensor, Tensor | None]:
+def act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Plan) -> tuple[Tensor, Tensor | None]:
     """(dz, dbias): dz = dy * act'(y), (M, N), and its column sums, (N,), or None."""
     M, N = y.shape
     tile = plan.tile

@@ -59,10 +59,11 @@ def _neurons(N: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _clear_padding(h, N: tl.constexpr, BLOCK_N: tl.constexpr, AXIS: tl.constexpr):
-    # 0 does not take out an infinite output, of which unbounded activations are capable.
+def _clear_padding(h, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    # 0 does not take out an infinite output, of which unbounded activations are capable. Forward only: gradients of a
+    # network that overflows hold NaN in any case, and the backward kernel has no register to spare.
     if N < BLOCK_N:
-        h = tl.where(tl.expand_dims(tl.arange(0, BLOCK_N) < N, 1 - AXIS), h, 0.0)
+        h = tl.where((tl.arange(0, BLOCK_N) < N)[None, :], h, 0.0)
     return h
 
 
@@ -182,7 +183,7 @@ def mlp_fwd_kernel(
             elif out_ptrs[l] is not None:
                 h = OUTPUT(z)
             if UNBOUNDED and (l + 1 < LAYERS or COLUMNS[l + 1] > WIDTHS[l + 1]):
-                h = _clear_padding(h, WIDTHS[l + 1], PADDED[l + 1], 1)
+                h = _clear_padding(h, WIDTHS[l + 1], PADDED[l + 1])
             h = h.to(DTYPE)
             if out_ptrs[l] is not None:
                 offs_n = tl.arange(0, PADDED[l + 1])
@@ -245,7 +246,6 @@ def mlp_bwd_kernel(
     WIDTHS: tl.constexpr,
     PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,  # of x and dx, and of dy, in memory
-    UNBOUNDED: tl.constexpr,  # HIDDEN is
     DWEIGHT_AT: tl.constexpr,  # one per layer: where in a slot its dweight begins; -1: not wanted
     DBIAS_AT: tl.constexpr,  # likewise
     FIRST: tl.constexpr,  # the first layer of which anything is wanted
@@ -307,10 +307,7 @@ def mlp_bwd_kernel(
             if bias_ptrs is not None:
                 z += biases[l][:, None]
             if l + 1 < LAYERS:
-                h = HIDDEN(z)
-                if UNBOUNDED:
-                    h = _clear_padding(h, WIDTHS[l + 1], PADDED[l + 1], 0)
-                hs = hs + (_operand(h, DTYPE, WIDEN),)
+                hs = hs + (_operand(HIDDEN(z), DTYPE, WIDEN),)
         mask_nm = mask_n[:, None] & mask_m[None, :]
         if target_ptr is not None:
             t = _load_block(target_ptr, offs_n.to(tl.int64), offs_m, stride_tn, stride_tm, mask_n, mask_m)
@@ -602,7 +599,6 @@ def _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head=N
                 WIDTHS=widths[segment.first : segment.last + 1],
                 PADDED=_padded(widths[segment.first : segment.last + 1]),
                 COLUMNS=(columns[segment.first], columns[segment.last]),
-                UNBOUNDED=hidden in device.UNBOUNDED,
                 DWEIGHT_AT=tuple(a - base if a >= 0 else -1 for a in at_weights[layers]),
                 DBIAS_AT=tuple(a - base if a >= 0 else -1 for a in at_biases[layers]),
                 FIRST=max(first - segment.first, 0),

@@ -237,9 +237,15 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     if plan.impl == "tma" and not (_wide_launchers().readable(x2) and _wide_launchers().readable(weight)):
         plan = planning.linear_act_fwd(*arguments, False)
     _obey(impl, plan)
-    implementation = _wide_launchers() if plan.impl == "tma" else _launchers() if plan.triton else reference
-    y = implementation.linear_act_fwd(x2, weight, bias, activation, plan)
+    y = _layer_fwd(x2, weight, bias, activation, plan)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+
+def _layer_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
+    if plan.impl == "tma":
+        wide = _wide_launchers()
+        return wide.linear_act_fwd(wide.as_readable(x), wide.as_readable(weight), bias, activation, plan)
+    return (_launchers() if plan.triton else reference).linear_act_fwd(x, weight, bias, activation, plan)
 
 
 def linear_act_bwd(
@@ -364,8 +370,10 @@ def mlp_fwd(
 
     x (..., K), weights (N_l, K_l) each, biases (N_l,) each or None, of any strides. hidden, output: activations.
     """
-    if plan.triton:
+    if plan.impl == "fused":
         y, saved = _mlp_launchers().mlp_fwd(_flat(x), *_dense(weights, biases), hidden, output, plan, save)
+    elif plan.impl == "stack":
+        y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save, _layer_fwd)
     else:
         y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]), saved
@@ -384,8 +392,10 @@ def mlp_bwd(
 ) -> tuple[Tensor | None, Maybe, Maybe]:
     """(dx, dweights, dbiases) of `mlp_fwd` from dy (..., N) of any strides. What is not wanted is None."""
     options = (hidden, output, wanted, plan)
-    if plan.triton:
+    if plan.impl == "fused":
         gradients = _mlp_launchers().mlp_bwd(_flat(dy), _flat(x), saved, *_dense(weights, biases), *options)
+    elif plan.impl == "stack":
+        gradients = _wide_launchers().mlp_bwd(_flat(dy), _flat(x), saved, tuple(weights), *options)
     else:
         gradients = reference.mlp_bwd(_flat(dy), _flat(x), saved, weights, biases, *options)
     dx, dweights, dbiases = gradients

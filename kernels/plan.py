@@ -71,6 +71,7 @@ class Plan:
     dx_gemm: str = "mm"
     dweight_gemm: str = "mm"
     chunk: int = 0  # rows of dz that exist at a time; 0: all of them
+    splits: int = 1  # "tma": parts of the sum over in_features that different programs take
 
     @property
     def triton(self) -> bool:
@@ -163,10 +164,8 @@ def linear_act_fwd(
         tile, per_sm = found
         programs = min(_cdiv(m, tile.block_m), device.units * per_sm)
         return Plan("rows", f"{k}x{n} weight stays on chip; x is read once, y written once", tile, programs, precision)
-    if readable and (found := _wide_tile(m, k, n, dtype, split or precision, device, impl)):
-        tile, reason = found
-        programs = min(_cdiv(m, tile.block_m) * _cdiv(n, tile.block_n), device.units)
-        return Plan("tma", reason, tile, programs, split or precision)
+    if readable and (plan := _wide(m, k, n, dtype, split or precision, device, impl)):
+        return plan
     if impl is None and k > TILED_MAX_K[kind]:
         return Plan("library", f"{k} in_features: bound by arithmetic, where the library GEMM is faster")
     tiles = TILED[kind, _generation(device.arch)]
@@ -190,33 +189,81 @@ def _waste(m: int, n: int, tile: Tile, units: int) -> float:
     return waves * units * tile.block_m * tile.block_n / (m * n)
 
 
-def _wide_tile(
-    m: int, k: int, n: int, dtype: str, precision: str, device: Device, impl: str | None
-) -> tuple[WideTile, str] | None:
-    """The tile of the TMA kernel and why it is taken, or None where it cannot run or nobody asked for it."""
+# Parts into which a sum is cut must be this long, or writing and reading them costs more than what idle
+# multiprocessors would have saved. An estimate.
+SPLIT_MIN_K = 1024
+
+
+def _wide(m: int, k: int, n: int, dtype: str, precision: str, device: Device, impl: str | None) -> Plan | None:
+    """The plan for a forward product by the TMA kernel, or None where it cannot run or nobody asked for it."""
     kind = _kind(dtype, precision)
-    # No tile: products on the FMA units, which spill here, and chips that nothing was compiled for.
-    tiles = wide_candidates(kind, device.arch)
-    # Rows of y start at multiples of 16 bytes, or TMA cannot write them.
-    if not tiles or n * _itemsize(dtype) % 16:
-        return None
     asked = impl == "triton" or kind in SPLITS
+    if k <= TILED_MAX_K["ieee" if kind in SPLITS else kind]:
+        asked = False
+    # Rows of y start at multiples of 16 bytes, or TMA cannot write them.
+    if n * _itemsize(dtype) % 16 or not (found := _wide_tile(m, k, n, kind, device, asked, "bias and activation")):
+        return None
+    tile, splits, reason = found
+    tiles = _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n)
+    programs = min(tiles * splits, device.units * wide_candidates(kind, device.arch)[tile])
+    return Plan("tma", reason, tile, programs, precision, splits=splits)
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_act_dgrad(m: int, k: int, n: int, dtype: str, device: Device, impl: str | None = None) -> Plan | None:
+    """The plan for (dz @ weight) * act'(h) with dz (m, k), weight (k, n) and h (m, n); None: no such kernel here.
+
+    For 16-bit dtypes: on sm_90 tensor cores read fp32 operands along the size that is summed over only.
+    """
+    if refusal(m, k, n, dtype, device) or dtype == "float32" or k % 8 or n % 8:
+        return None
+    if not (found := _wide_tile(m, k, n, "dgrad", device, impl == "triton", "the derivative of the layer below")):
+        return None
+    tile, _, reason = found
+    programs = min(
+        _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n), device.units * wide_candidates("dgrad", device.arch)[tile]
+    )
+    return Plan("tma", reason, tile, programs)
+
+
+def _wide_tile(
+    m: int, k: int, n: int, kind: str, device: Device, asked: bool, epilogue: str
+) -> tuple[WideTile, int, str] | None:
+    """(tile, splits, reason) of a product that travels by TMA, or None."""
+    # No tile: products on the FMA units, which spill here, and chips that nothing was compiled for.
+    tiles = tuple(wide_candidates(kind, device.arch))
+    if not tiles:
+        return None
     if measured := _measured_tile(m, k, n, kind, device):
-        tile, reason = measured
+        tile, splits, reason = measured
         if tile is not None:
-            return tile, reason
-        if not asked:
-            return None
-    if not asked or k <= TILED_MAX_K["ieee" if kind in SPLITS else kind]:
+            return tile, splits, reason
+    if not asked:
         return None
     waste = [_waste(m, n, tile, device.units) for tile in tiles]
     tile = next(tile for tile, own in zip(tiles, waste, strict=True) if own <= WIDE_WASTE * min(waste))
-    return tile, "tiles travel by TMA, bias and activation in the epilogue; not measured on this device"
+    splits = 1 if kind == "dgrad" else wide_splits(m, k, n, tile, device.units)
+    cut = f", {splits} programs to a tile" if splits > 1 else ""
+    return tile, splits, f"tiles travel by TMA{cut}, {epilogue} in the epilogue; not measured on this device"
 
 
-def wide_candidates(kind: str, arch: int) -> tuple[WideTile, ...]:
-    """Tiles of the TMA kernel that compile clean for this chip, largest first; of one size, the preferred one first."""
-    return _wide_table()["candidates"].get(_wide_generation(arch), {}).get(kind, ())
+def wide_splits(m: int, k: int, n: int, tile: Tile, units: int) -> int:
+    """Parts, a power of 2, into which few tiles' sums over a long k are cut so that they keep a chip busy."""
+    if tile.block_m * tile.block_n > 128 * 128:
+        return 1  # parts are stored in fp32, and such tiles leave no shared memory for that
+    count = _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n)
+    splits = 1
+    while 2 * splits * count <= units and k >= 2 * splits * SPLIT_MIN_K and splits < 16:
+        splits *= 2
+    return splits
+
+
+def wide_candidates(kind: str, arch: int) -> dict[WideTile, int]:
+    """Tiles of the TMA kernels that compile clean for this chip, and how many programs of each fit on an SM.
+
+    Largest first; of one size, the preferred one first. kind: of product, or "dgrad".
+    """
+    return _wide_table()["candidates"].get(_wide_generation(arch), {}).get(kind, {})
 
 
 def _wide_generation(arch: int) -> str:
@@ -224,8 +271,8 @@ def _wide_generation(arch: int) -> str:
     return f"sm_{arch // 10}0"
 
 
-def _measured_tile(m: int, k: int, n: int, kind: str, device: Device) -> tuple[WideTile | None, str] | None:
-    """What the nearest shape measured on this device says: a tile, or None for the library; None if there is none."""
+def _measured_tile(m: int, k: int, n: int, kind: str, device: Device) -> tuple[WideTile | None, int, str] | None:
+    """What the nearest shape measured on this device says: tile and splits, no tile for the library; None if none."""
     names = (device.name, _wide_generation(device.arch))
     for pattern, measured in _wide_table()["devices"].items():
         if any(name and fnmatch.fnmatchcase(name, pattern) for name in names):
@@ -238,7 +285,11 @@ def _measured_tile(m: int, k: int, n: int, kind: str, device: Device) -> tuple[W
                 row = rows[min(near)[1]]
                 ratio = row["library_us"] / row["us"]
                 shape = "x".join(map(str, row["shape"]))
-                return row["tile"], f"measured at {shape} on {pattern}: {ratio:.2f}x the library and a pass"
+                return (
+                    row["tile"],
+                    row["splits"],
+                    f"measured at {shape} on {pattern}: {ratio:.2f}x the library and a pass",
+                )
     return None
 
 
@@ -250,14 +301,16 @@ def _wide_table() -> dict:
 def read_wide(document: dict) -> dict:
     """The content of `wide.json` with its rows as tiles. Raises ValueError at what a plan could not use.
 
-    `candidates`: generation, kind of product, list of tiles. `devices`: a device's name (or a pattern of names, or a
-    generation), what measured it, and per kind rows of shape (m, k, n), the fastest tile or null where the library
-    was faster than all, and the times of the fastest tile and of the library.
+    `candidates`: generation, kind of product, list of tiles, each with its programs per SM. `devices`: a device's name
+    (or a pattern of names, or a generation), what measured it, and per kind rows of shape (m, k, n), the fastest tile
+    or null where the library was faster than all, its `splits` (1 where none are named), and the times of the fastest
+    tile and of the library.
     """
 
-    def tile(where: str, row: object) -> WideTile:
-        if not isinstance(row, list) or len(row) != 9 or not all(type(v) is int for v in row):
-            raise ValueError(f"wide.json, {where}: {row} is not a list of 9 integers")
+    def tile(where: str, row: object, more: int = 0) -> WideTile:
+        if not isinstance(row, list) or len(row) != 9 + more or not all(type(v) is int for v in row):
+            raise ValueError(f"wide.json, {where}: {row} is not a list of {9 + more} integers")
+        row = row[:9]
         *sizes, flatten, specialize = row
         found = WideTile(*sizes, flatten=bool(flatten), specialize=bool(specialize))
         blocks = (found.block_m, found.block_n, found.block_k)
@@ -268,7 +321,9 @@ def read_wide(document: dict) -> dict:
         return found
 
     candidates = {
-        generation: {kind: tuple(tile(f"{generation}, {kind}", row) for row in rows) for kind, rows in kinds.items()}
+        generation: {
+            kind: {tile(f"{generation}, {kind}", row, 1): row[9] for row in rows} for kind, rows in kinds.items()
+        }
         for generation, kinds in document["candidates"].items()
     }
     known: dict[str, set[WideTile]] = {}
@@ -288,9 +343,11 @@ def read_wide(document: dict) -> dict:
                 found = None if row["tile"] is None else tile(where, row["tile"])
                 if found is not None and found not in known[kind]:
                     raise ValueError(f"wide.json, {where}: {row['tile']} is none of the candidates")
+                if row.get("splits", 1) not in (1, 2, 4, 8, 16):
+                    raise ValueError(f"wide.json, {where}: {row['splits']} splits")
                 if not (row["us"] > 0 and row["library_us"] > 0):
                     raise ValueError(f"wide.json, {where}: times {row['us']} and {row['library_us']}")
-                read.setdefault(kind, []).append(row | {"tile": found})
+                read.setdefault(kind, []).append({"splits": 1} | row | {"tile": found})
         devices[name] = measured | {"rows": read}
     return {"candidates": candidates, "devices": devices}
 
@@ -478,26 +535,29 @@ class MlpPlan:
     """How a whole network runs in one direction.
 
     `impl` is "fused" (each segment is one kernel, inside which activations never leave the chip; forward in the order
-    of `segments`, backward in reverse, with one number of programs), "layers" (not as a whole: layer by layer), or on a
-    CPU "aten" (plain torch operations under autograd) and "explicit" (`reference.py`, one autograd node).
+    of `segments`, backward in reverse, with one number of programs), "stack" (wide layers as one autograd node, by
+    kernels in which a layer's dz comes out of the product of the layer above), "layers" (not as a whole: layer by
+    layer), or on a CPU "aten" (plain torch operations under autograd) and "explicit" (`reference.py`, one autograd
+    node).
     """
 
     impl: str
     reason: str
     segments: tuple[MlpSegment, ...] = ()
     precision: str = "ieee"
-    layers: tuple[Plan, ...] = ()  # "explicit": each layer's own plan
+    layers: tuple[Plan, ...] = ()  # "explicit" and "stack": each layer's own plan
+    dgrads: tuple[Plan | None, ...] = ()  # "stack", backward: of each layer's product that ends in dz of the one below
     chunk: int = 0  # "explicit", backward: rows that go through all layers at a time; 0: all of them
 
     @property
     def triton(self) -> bool:
-        return self.impl == "fused"
+        return self.impl in ("fused", "stack")
 
     @property
     def boundaries(self) -> tuple[int, ...]:
         """The l for which a backward pass needs the input of layer l: where a segment other than the first begins.
 
-        "explicit" needs all of them, and y, the input of the layer after the last.
+        "explicit" and "stack" need all of them, and y, the input of the layer after the last.
         """
         if self.layers:
             return tuple(range(1, len(self.layers) + 1))
@@ -593,7 +653,7 @@ def _mlp(op: str, m, widths, dtype, precision, device, loss, impl) -> MlpPlan:
     if impl == "torch":
         return MlpPlan("layers", 'impl="torch": layer by layer')
     if max(widths) > MLP_MAX_WIDTH:
-        return MlpPlan("layers", f"a width of {max(widths)}: networks stay on chip up to {MLP_MAX_WIDTH}")
+        return _stack(op, m, widths, dtype, precision, device, loss, impl)
     kind, backward = _kind(dtype, precision), op == "mlp_bwd"
     if impl is None and kind == "ieee" and m > MLP_IEEE_ROWS and max(widths) > MLP_IEEE_MAX_WIDTH[backward]:
         return MlpPlan("layers", f"fp32 at a width of {max(widths)} is bound by arithmetic, and fusing saves none")
@@ -613,6 +673,23 @@ def _mlp(op: str, m, widths, dtype, precision, device, loss, impl) -> MlpPlan:
     cut = f" in {len(segments)} segments" if len(segments) > 1 else ""
     rest = "x and dy are read once each" if backward else "x is read once, y written once"
     return MlpPlan("fused", f"activations stay on chip{cut}; {rest}", segments, precision)
+
+
+def _stack(op: str, m, widths, dtype, precision, device, loss, impl) -> MlpPlan:
+    too_wide = f"a width of {max(widths)}: networks stay on chip up to {MLP_MAX_WIDTH}"
+    pairs = list(itertools.pairwise(widths))
+    dgrads = [None, *(linear_act_dgrad(m, n, k, dtype, device, impl) for k, n in pairs[1:])]
+    if loss or not any(dgrads):
+        return MlpPlan("layers", too_wide)
+    reason = "wide layers as one node: the product of a layer's gradient ends in dz of the layer below"
+    if op == "mlp_bwd":
+        layers = tuple(linear_act_bwd(m, k, n, dtype, precision, device, impl) for k, n in pairs)
+        return MlpPlan("stack", reason, precision=precision, layers=layers, dgrads=tuple(dgrads))
+    itemsize = _itemsize(dtype)
+    layers = tuple(
+        linear_act_fwd(m, k, n, dtype, precision, device, impl, None, k * itemsize % 16 == 0) for k, n in pairs
+    )
+    return MlpPlan("stack", reason, precision=precision, layers=layers)
 
 
 def _cpu_mlp(op: str, m: int, widths: tuple[int, ...], dtype: str, device: Device) -> MlpPlan:

@@ -9,7 +9,7 @@ A network is a chain of such layers, the dx of one being the dy of the layer bel
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -100,13 +100,17 @@ def mlp_fwd(
     output: str,
     plan: MlpPlan,
     save: tuple[int, ...] = (),
+    layer: Callable[[Tensor, Tensor, Tensor | None, str, Plan], Tensor] = linear_act_fwd,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(y, saved): the output of the last layer and the inputs of the layers l in `save`; l = len(weights) is y."""
+    """(y, saved): the output of the last layer and the inputs of the layers l in `save`; l = len(weights) is y.
+
+    layer: what runs a layer by its own plan.
+    """
     out = [x]
     last = len(weights) - 1
     for l, weight in enumerate(weights):
         bias = None if biases is None else biases[l]
-        h = linear_act_fwd(out[-1], weight, bias, output if l == last else hidden, plan.layers[l])
+        h = layer(out[-1], weight, bias, output if l == last else hidden, plan.layers[l])
         out = [*out, h] if save else [h]
     return out[-1], tuple(out[l] for l in save)
 

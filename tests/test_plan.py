@@ -199,10 +199,10 @@ def test_unmeasured_tiles_waste_little():
     [
         (
             lambda d: d["candidates"]["sm_90"]["half"].append([128, 128]),
-            r"sm_90, half: \[128, 128\] is not a list of 9",
+            r"sm_90, half: \[128, 128\] is not a list of 10",
         ),
-        (lambda d: d["candidates"]["sm_90"]["half"].append([96, *TILE[1:]]), r"blocks \(96, 128, 64\)"),
-        (lambda d: d["candidates"]["sm_90"]["half"].append([*TILE[:3], 3, *TILE[4:]]), "is no tile"),
+        (lambda d: d["candidates"]["sm_90"]["half"].append([96, *TILE[1:], 1]), r"blocks \(96, 128, 64\)"),
+        (lambda d: d["candidates"]["sm_90"]["half"].append([*TILE[:3], 3, *TILE[4:], 1]), "is no tile"),
         (lambda d: d["devices"]["NVIDIA H100*"].pop("date"), r"NVIDIA H100\*: without date"),
         (
             lambda d: d["devices"]["NVIDIA H100*"]["rows"].update(fp8=[wide_row(WIDE, None)]),
@@ -214,6 +214,7 @@ def test_unmeasured_tiles_waste_little():
             "none of the candidates",
         ),
         (lambda d: d["devices"]["NVIDIA H100*"]["rows"]["half"][0].update(us=0), "times 0 and 60.0"),
+        (lambda d: d["devices"]["NVIDIA H100*"]["rows"]["half"][0].update(splits=3), "3 splits"),
     ],
 )
 def test_tables_are_checked_when_they_are_read(change, message):
@@ -248,7 +249,7 @@ def test_limits_of_an_h200(shape, dtype, precision, limit, library):
 
 def test_predictions_count_idle_multiprocessors():
     # 133 tiles take two waves of 132, and nearly as long as 264.
-    tile = planning.wide_candidates("half", 90)[0]
+    tile = next(iter(planning.wide_candidates("half", 90)))
     one, two, full = (
         planning.predict(tiles * tile.block_m, 4096, tile.block_n, "bfloat16", planning.Plan("tma", "", tile)).plan_us
         for tiles in (132, 133, 264)

@@ -1,5 +1,6 @@
 """The product whose tiles travel by TMA against fp64: on a GPU with TMA, or in triton's interpreter."""
 
+import dataclasses
 import itertools
 import types
 
@@ -21,10 +22,10 @@ from cases import (
     transposed,
 )
 
-from perceptriton.kernels import allow_fp32_split, ops
+from perceptriton.kernels import activations, allow_fp32_split, ops
 from perceptriton.kernels import plan as planning
 from perceptriton.kernels.plan import Plan, WideTile
-from perceptriton.mlp import linear_act
+from perceptriton.mlp import linear_act, mlp_act
 
 DEVICE = kernel_device()
 if DEVICE is None:
@@ -95,10 +96,82 @@ def test_activations(activation, dtype):
     check(x, weight, bias, activation)
 
 
+CUTS = {
+    "three-parts-and-an-empty-one": ("ragged", 4, SMALL, torch.float32),
+    "uneven-parts": ("deep-k", 2, HALVES, torch.bfloat16),
+    "one-step": ("one-by-eight", 2, HALVES, torch.float16),
+}
+
+
+@pytest.mark.parametrize(("shape", "splits", "tile", "dtype"), CUTS.values(), ids=CUTS)
+def test_sums_cut_into_parts(shape, splits, tile, dtype):
+    x, weight, bias, _ = make_layer(*SHAPES[shape], dtype, DEVICE)
+    cut = Plan("tma", "", tile, 3, "tf32x3" if dtype is torch.float32 else "ieee", splits=splits)
+    y = wide.linear_act_fwd(x, weight, bias, "sigmoid", cut)
+    check(x, weight, bias, actual=y)
+    # The number of programs changes no bit, and no bias is one of 0.
+    assert same_bits(wide.linear_act_fwd(x, weight, bias, "sigmoid", dataclasses.replace(cut, programs=50)), y)
+    assert same_bits(*(wide.linear_act_fwd(x, weight, b, "tanh", cut) for b in (None, torch.zeros_like(bias))))
+
+
+# --- dgrad ----------------------------------------------------------------------------------------------------
+
+
+def make_dgrad(m, k, n, dtype, activation="sigmoid"):
+    """dz (m, k), weight (k, n) and h (m, n), the output of the layer below."""
+    dz, weight, _, _ = make_layer(m, k, n, dtype, DEVICE)
+    z = torch.randn(m, n, generator=torch.Generator().manual_seed(5))
+    h = activations.ACTIVATIONS[activation].forward(1.4 * z).to(DEVICE, dtype)
+    return dz, weight.t().contiguous(), h
+
+
+def torch_dgrad(dz, weight, h, activation):
+    below = activations.ACTIVATIONS[activation].backward(dz @ weight, h)
+    return below, below.sum(0)
+
+
+def check_dgrad(dz, weight, h, activation, tile=SMALL, programs=3, actual=None):
+    plan = Plan("tma", "", tile, programs)
+    actual = wide.linear_act_dgrad(dz, weight, h, activation, True, plan) if actual is None else actual
+    expected = torch_dgrad(dz, weight, h, activation)
+    exact = torch_dgrad(dz.double(), weight.double(), h.double(), activation)
+    assert all(a.dtype is dz.dtype and a.shape == e.shape for a, e in zip(actual, exact, strict=True))
+    assert_as_good_as_torch(actual, expected, exact, dz.dtype, ["dz", "dbias"])
+    return actual
+
+
+@pytest.mark.parametrize(("tile", "dtype"), [(SMALL, torch.bfloat16), (HALVES, torch.float16)], ids=["whole", "halves"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dgrad_shapes(shape, tile, dtype):
+    m, k, n = SHAPES[shape]
+    check_dgrad(*make_dgrad(m, k, n, dtype), "sigmoid", tile)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_dgrad_activations(activation):
+    tensors = make_dgrad(*SHAPES["ragged"], torch.float16, activation)
+    before = [t.clone() for t in tensors]
+    first = check_dgrad(*tensors, activation)
+    for programs in (1, 50):
+        assert all(map(same_bits, check_dgrad(*tensors, activation, programs=programs), first))
+    assert all(map(same_bits, tensors, before))
+    without = wide.linear_act_dgrad(*tensors, activation, False, Plan("tma", "", SMALL, 2))
+    assert without[1] is None
+    assert same_bits(without[0], first[0])
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros_like, lambda y: torch.full_like(y, y.mean().item()), torch.flipud])
+def test_yardstick_fails_wrong_gradients(wrong):
+    tensors = make_dgrad(*SHAPES["ragged"], torch.bfloat16)
+    actual = [wrong(t) for t in check_dgrad(*tensors, "sigmoid")]
+    with pytest.raises(AssertionError, match=r"^dz: error"):
+        check_dgrad(*tensors, "sigmoid", actual=actual)
+
+
 # The kinds of product that the chip has tiles for, with every one of them.
 CANDIDATES = {
     f"{kind}-{'-'.join(map(str, planning.wide_row(tile)))}": (kind, tile)
-    for kind in ("half", "tf32", *planning.SPLITS)
+    for kind in ("half", "dgrad", "tf32", *planning.SPLITS)
     for tile in planning.wide_candidates(kind, ARCH)
 }
 
@@ -107,6 +180,9 @@ CANDIDATES = {
 def test_every_candidate(kind, tile):
     # A second tile of every size, cut; two programs for four tiles.
     shape = (tile.block_m + 9, 2 * tile.block_k + 8, tile.block_n + 24)
+    if kind == "dgrad":
+        check_dgrad(*make_dgrad(*shape, torch.bfloat16), "sigmoid", tile, programs=2)
+        return
     dtype = torch.bfloat16 if kind == "half" else torch.float32
     x, weight, bias, _ = make_layer(*shape, dtype, DEVICE)
     y = run(x, weight, bias, tile=tile, programs=2, precision="ieee" if kind == "half" else kind)
@@ -244,6 +320,78 @@ def test_inputs_are_left_alone():
     before = [t.clone() for t in tensors]
     run(*tensors)
     assert all(map(same_bits, tensors, before))
+
+
+# --- networks of wide layers ----------------------------------------------------------------------------------
+
+NETS = {
+    "wide": (264, 136, 200, 136),  # every product between layers ends in the layer below
+    "ends-narrow": (40, 264, 136, 10),  # the head has a kernel of its own, and a dz pass comes before the next
+    "ragged-in": (31, 136, 264, 136),  # rows of x that TMA cannot read
+    "ragged-between": (264, 130, 264, 136),  # a layer in between that it cannot write
+}
+
+
+def network(widths, dtype, m=70, bias=True):
+    layers = [make_layer(m, k, n, dtype, DEVICE) for k, n in itertools.pairwise(widths)]
+    weights = [layer[1].requires_grad_() for layer in layers]
+    biases = [layer[2].requires_grad_() for layer in layers] if bias else None
+    return layers[0][0].requires_grad_(), weights, biases, layers[-1][3]
+
+
+def torch_network(x, weights, biases, dy, activation, dtype=None):
+    tensors = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, *weights, *(biases or ()))]
+    h = tensors[0]
+    for l in range(len(weights)):
+        h = torch.nn.functional.linear(h, tensors[1 + l], tensors[1 + len(weights) + l] if biases else None)
+        h = activations.ACTIVATIONS[activation].forward(h)
+    return h.detach(), *torch.autograd.grad(h, tensors, dy.to(h.dtype))
+
+
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, True), (torch.float16, False)], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("net", NETS)
+def test_networks(net, dtype, bias, monkeypatch):
+    spy = Spy(wide.linear_act_dgrad_tma_kernel)
+    monkeypatch.setattr(wide, "linear_act_dgrad_tma_kernel", spy)
+    x, weights, biases, dy = network(NETS[net], dtype, bias=bias)
+    y = mlp_act(x, weights, biases, "tanh", impl="triton")
+    assert y.grad_fn.name() == "MlpFunctionBackward"
+    inputs = (x, *weights, *(biases or ()))
+    actual = (y.detach(), *torch.autograd.grad(y, inputs, dy))
+    assert len(spy.launches) == {"wide": 2, "ends-narrow": 1, "ragged-in": 2, "ragged-between": 1}[net]
+    expected, exact = (torch_network(x, weights, biases, dy, "tanh", own) for own in (None, torch.float64))
+    names = ["y", "dx", *(f"dweight {l}" for l in range(3)), *(f"dbias {l}" for l in range(3) if bias)]
+    # Rounding adds up from layer to layer, and in another order than torch's.
+    assert_as_good_as_torch(actual, expected, exact, dtype, names, allowance=FLOOR[dtype])
+
+
+WANTED = {
+    "dx": lambda x, weights, biases: [x],
+    "last-layer": lambda x, weights, biases: [weights[2], biases[2]],
+    "first-bias": lambda x, weights, biases: [biases[0]],
+    "middle": lambda x, weights, biases: [weights[1]],
+}
+
+
+@pytest.mark.parametrize("choose", WANTED.values(), ids=WANTED)
+def test_networks_compute_what_is_wanted(choose):
+    x, weights, biases, dy = network(NETS["wide"], torch.float16)
+    everything = [x, *weights, *biases]
+    full = torch.autograd.grad(mlp_act(x, weights, biases, impl="triton"), everything, dy)
+    wanted = choose(x, weights, biases)
+    for tensor in everything:
+        tensor.requires_grad_(any(tensor is w for w in wanted))
+    some = torch.autograd.grad(mlp_act(x, weights, biases, impl="triton"), wanted, dy)
+    for tensor, gradient in zip(wanted, some, strict=True):
+        (place,) = [i for i, other in enumerate(everything) if other is tensor]
+        assert relative_error(gradient, full[place]) < 1e-3
+
+
+def test_networks_without_gradients():
+    x, weights, biases, _ = network(NETS["ends-narrow"], torch.float16)
+    with torch.no_grad():
+        y = mlp_act(x, weights, biases, impl="triton")
+    assert torch.equal(y, mlp_act(x, weights, biases, impl="triton"))
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------

@@ -18,34 +18,44 @@ from perceptriton.kernels import plan as planning
 from perceptriton.kernels.plan import WideTile
 
 SHAPE = (8192, 4096, 4096)
-KINDS = ("half", "tf32", *planning.SPLITS)
+KINDS = ("half", "dgrad", "tf32", *planning.SPLITS)
 # Products of tensor cores for each product, and the depth of one instruction.
-DOTS = {"half": (1, 16), "tf32": (1, 8), "tf32x3": (3, 8), "bf16x6": (6, 16), "bf16x3": (3, 16)}
+DOTS = {"half": (1, 16), "dgrad": (1, 16), "tf32": (1, 8), "tf32x3": (3, 8), "bf16x6": (6, 16), "bf16x3": (3, 16)}
 
-# id: (arch, kind, tile, dtype of 16-bit products)
+# id: (arch, kind, tile, dtype of 16-bit products, splits)
 CASES = {
-    f"sm_{arch}-{kind}-{'-'.join(map(str, planning.wide_row(tile)))}": (arch, kind, tile, torch.bfloat16)
+    f"sm_{arch}-{kind}-{'-'.join(map(str, planning.wide_row(tile)))}{'-split' * (splits > 1)}": (
+        *(arch, kind, tile, torch.bfloat16),
+        splits,
+    )
     for arch in (90, 100)
     for kind in KINDS
     for tile in planning.wide_candidates(kind, arch)
+    for splits in ((1,) if kind == "dgrad" or planning.wide_splits(1, 1 << 20, 1, tile, 132) == 1 else (1, 2))
 }
 # fp16 differs from bf16 in the conversions of the epilogue alone.
-FIRST = planning.wide_candidates("half", 90)[0]
-CASES["sm_90-half-fp16"] = (90, "half", FIRST, torch.float16)
+FIRST = next(iter(planning.wide_candidates("half", 90)))
+CASES["sm_90-half-fp16"] = (90, "half", FIRST, torch.float16, 1)
 
 
-def _launch(kind, tile, dtype=torch.bfloat16, shape=SHAPE, activation="sigmoid"):
+def _launch(kind, tile, dtype=torch.bfloat16, splits=1, shape=SHAPE, activation="sigmoid"):
     m, k, n = shape
+    if kind == "dgrad":
+        tensors = [torch.empty(size, dtype=dtype, device="meta") for size in ((m, k), (k, n), (m, n))]
+        plan = Plan("tma", "", tile, 132)
+        launch, _ = aot.launches(wide.linear_act_dgrad, *tensors, activation, True, plan)  # and the sum of dbias
+        return launch
     dtype = dtype if kind == "half" else torch.float32
     tensors = [torch.empty(size, dtype=dtype, device="meta") for size in ((m, k), (n, k), (n,))]
-    plan = Plan("tma", "", tile, 132, "ieee" if kind == "half" else kind)
-    (launch,) = aot.launches(wide.linear_act_fwd, *tensors, activation, plan)
+    plan = Plan("tma", "", tile, 132, "ieee" if kind == "half" else kind, splits=splits)
+    launch, *sums = aot.launches(wide.linear_act_fwd, *tensors, activation, plan)
+    assert len(sums) == (splits > 1)
     return launch
 
 
 def _compile(case):
-    arch, kind, tile, dtype = case
-    return [aot.compile_for(arch, _launch(kind, tile, dtype))]
+    arch, kind, tile, dtype, splits = case
+    return [aot.compile_for(arch, _launch(kind, tile, dtype, splits))]
 
 
 @pytest.fixture(scope="session")
@@ -53,34 +63,40 @@ def compiled(request):
     return compile_selected(request, CASES, _compile)
 
 
-def faults(arch, resources, tile):
-    """What keeps a compiled tile from being a candidate."""
+def faults(arch, resources, tile, functions=2):
+    """What keeps a compiled tile from being a candidate. functions: special ones for each output."""
     found = []
     if resources.stack or resources.opcodes.get("LDL", 0) + resources.opcodes.get("STL", 0):
         found.append(f"{resources.stack} bytes of stack per thread")
     if resources.shared > aot.SHARED_LIMIT[arch]:
         found.append(f"{resources.shared} bytes of shared memory")
-    if resources.opcodes.get("MUFU", 0) < special_functions(tile):
+    if resources.opcodes.get("MUFU", 0) < functions * outputs(tile) or not any("MMA" in op for op in resources.opcodes):
         found.append("outputs that are not computed")
     return found
 
 
-def special_functions(tile):
-    """exp2 and rsqrt for each output of a thread."""
-    return 2 * tile.block_m * tile.block_n / (32 * tile.num_warps)
+def outputs(tile):
+    """Of a thread."""
+    return tile.block_m * tile.block_n / (32 * tile.num_warps)
+
+
+def functions(case):
+    """exp2 and rsqrt for each output; a part of a sum and a derivative from h take none."""
+    return 0 if case[1] == "dgrad" or case[4] > 1 else 2
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_candidates_are_clean(name, compiled):
-    arch, _, tile, _ = CASES[name]
+    arch, kind, tile, *_ = CASES[name]
     (resources,) = compiled[name]
-    assert faults(arch, resources, tile) == []
+    assert faults(arch, resources, tile, functions(CASES[name])) == []
+    assert resources.programs_per_sm(arch) >= planning.wide_candidates(kind, arch)[tile]
     assert not dangerous_dots(resources.ttgir)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_products_run_on_tensor_cores(name, compiled):
-    arch, kind, tile, _ = CASES[name]
+    arch, kind, tile, *_ = CASES[name]
     opcodes = compiled[name][0].opcodes
     count, depth = DOTS[kind]
     # A group of four warps computes 64 rows with one wgmma; on sm_100 one thread starts 128 rows at once.
@@ -97,18 +113,18 @@ def test_products_run_on_tensor_cores(name, compiled):
 
 @pytest.mark.parametrize("name", CASES)
 def test_special_function_units_per_output(name, compiled):
-    _, _, tile, _ = CASES[name]
+    _, _, tile, *_ = CASES[name]
     mufu = compiled[name][0].opcodes["MUFU"]
     # Divisions of tile numbers take a few more. Of two loops in one, some of the epilogue is there twice, under
     # conditions that exclude each other.
-    assert mufu <= special_functions(tile) * (2 if tile.flatten else 1) + 8
+    assert mufu <= functions(CASES[name]) * outputs(tile) * (2 if tile.flatten else 1) + 16
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[0] == 90])
 def test_tiles_travel_by_tma(name, compiled):
     opcodes = compiled[name][0].opcodes
-    # Two loads to a step, and a store for each piece.
-    assert opcodes.get("UTMALDG", 0) >= 2
+    # Two loads to a step, and a store for each piece; h is loaded likewise.
+    assert opcodes.get("UTMALDG", 0) >= 2 + (CASES[name][2].subtiles if CASES[name][1] == "dgrad" else 0)
     assert opcodes.get("UTMASTG", 0) >= CASES[name][2].subtiles
 
 
@@ -122,7 +138,7 @@ def test_ragged_sizes_compile_alike():
 
 def test_signatures_are_those_of_a_launch(monkeypatch):
     # What is gated here must be what would run.
-    launch = _launch("bf16x6", planning.wide_candidates("bf16x6", 90)[0])
+    launch = _launch("bf16x6", next(iter(planning.wide_candidates("bf16x6", 90))))
     types, constants, attributes = launch_signature(launch)
     seen = []
     source = aot.ASTSource
@@ -142,7 +158,7 @@ def test_true_fp32_spills_and_is_never_picked():
     resources = aot.compile_for(90, _launch("ieee", WideTile(64, 64, 32, 4, 3)))
     assert faults(90, resources, WideTile(64, 64, 32, 4, 3))
     assert resources.opcodes.get("HGMMA", 0) == 0
-    assert planning.wide_candidates("ieee", 90) == ()
+    assert planning.wide_candidates("ieee", 90) == {}
 
 
 def test_a_tile_that_compiles_to_nothing_is_seen():
