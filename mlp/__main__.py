@@ -1,7 +1,7 @@
-"""The command line: `perceptriton lesson NAME` and `perceptriton doctor`, also as `python -m perceptriton.mlp`.
+"""The command line: `perceptriton lesson NAME`, `doctor` and `export-hub DIR`, also as `python -m perceptriton.mlp`.
 
-Exit codes: 0; 1 where a lesson does not reproduce its table or its picture cannot be written; 2 for bad arguments;
-130 after an interrupt; 141 when the reader of the output has gone.
+Exit codes: 0; 1 where a lesson does not reproduce its table or a file cannot be written; 2 for bad arguments; 130 after
+an interrupt; 141 when the reader of the output has gone.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..kernels import explain, ops
-from . import lesson_pages, lessons, plotting
+from . import hub, lesson_pages, lessons, plotting
 from .lesson_pages import WIDTH
 
 __all__ = ["main"]
@@ -83,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     doctor = add(commands, "doctor", "what is installed, and which implementation layers take on this machine")
     doctor.set_defaults(run=_doctor)
+    export = add(commands, "export-hub", "write this package as the kernel hub of the package `kernels` loads it")
+    export.add_argument("directory", metavar="DIR", help="a folder that is empty or does not exist yet")
+    export.add_argument("--repo-id", metavar="OWNER/NAME", help="where on the hub it is to be published")
+    export.set_defaults(run=_export_hub)
     lesson = add(commands, "lesson", "train a classic example and compare it with the textbook's numbers")
     names = lesson.add_subparsers(title="lessons", metavar="LESSON", required=True)
     for name, entry in LESSONS.items():
@@ -240,6 +244,22 @@ def _lesson(lesson: Lesson, args: argparse.Namespace) -> int:
         print(f"\nPicture: {args.plot}")
     if not result.matches:
         return _failed(f"the reference is missed: {'; '.join(result.misses)}", 1)
+    return 0
+
+
+# --- export-hub --------------------------------------------------------------------------------------------
+
+
+def _export_hub(args: argparse.Namespace) -> int:
+    try:
+        identifiers = hub.export(args.directory, args.repo_id)
+    except ValueError as error:
+        return _failed(f"error: {error}", 2)
+    except OSError as error:
+        return _failed(f"{args.directory!r} could not be written: {error.strerror or error}", 1)
+    for variant, identifier in identifiers.items():
+        print(f"{variant:<16}  {identifier}")
+    print(f"\nTo load it: kernels.get_local_kernel(pathlib.Path({args.directory!r}))")
     return 0
 
 
