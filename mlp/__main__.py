@@ -9,12 +9,14 @@ import importlib.metadata
 import os
 import platform
 import sys
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -57,9 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed("interrupted", 130)
     except BrokenPipeError:
-        # `perceptriton doctor | head`. The interpreter flushes stdout once more as it exits: into nowhere, then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # `perceptriton doctor | head`
+        _close_stdout()
         return 141
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # `perceptriton doctor > file`, on a full disk: what is written to stdout has no name.
+        _close_stdout()
+        return _failed(f"the output could not be written: {error.strerror}", 1)
+
+
+def _close_stdout() -> None:
+    # The interpreter flushes it once more as it exits: into nowhere, then.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # --- arguments ---------------------------------------------------------------------------------------------
@@ -313,7 +326,24 @@ def _facts(cuda: bool) -> list[tuple[str, str]]:
     # What triton itself reads; it is not imported for this.
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true")
     facts.append(("triton's interpreter", 'on: impl="triton" takes CPU tensors' if interpreted else "off"))
+    if ops.has_triton():
+        facts.append(("triton's cache", _triton_cache()))
     return facts
+
+
+def _triton_cache() -> str:
+    """The folder for compiled kernels, and what keeps triton from writing there. Leaves nothing behind."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")).absolute()
+    try:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            # A full disk may have room for a few bytes.
+            probe.write(bytes(1 << 20))
+            probe.flush()
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror}): new kernels will fail"
+    return f"{folder}, writable"
 
 
 def _version(distribution: str) -> str:
