@@ -225,7 +225,7 @@ launchable._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMembe
 def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, impl: str | None) -> Tensor:
     """act(x @ weight.T + bias) for x (..., K), weight (N, K), bias (N,): (..., N), contiguous, in x's dtype."""
     if torch.compiler.is_compiling():
-        return torch.ops.perceptriton.linear_act(x, weight, bias, activation, impl)
+        return _registered.linear_act(x, weight, bias, activation, impl)
     n, k = weight.shape
     # Not -1: a size of 0 beside it would leave it undetermined.
     x2 = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)
@@ -262,7 +262,7 @@ def linear_act_bwd(
     A gradient that is not wanted is None. x may be None if dweight is not wanted, weight if dx is not.
     """
     if torch.compiler.is_compiling():
-        gradients = torch.ops.perceptriton.linear_act_backward(dy, y, x, weight, activation, wanted, impl)
+        gradients = _registered.linear_act_backward(dy, y, x, weight, activation, wanted, impl)
         dx, dweight, dbias = (g if want else None for g, want in zip(gradients, wanted, strict=True))
         return dx, dweight, dbias
     n = y.shape[-1]
@@ -574,7 +574,11 @@ def training_loop(plan: TrainPlan) -> "type[loop.Loop]":
 
 # --- registration: what torch.compile calls -------------------------------------------------------------------
 
-_library = torch.library.Library("perceptriton", "DEF")
+# "perceptriton", or the name under which a copy of the package was imported: each copy registers ops of its own.
+NAMESPACE = "_".join(__name__.split(".")[:-2])
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_registered = getattr(torch.ops, NAMESPACE)
 _library.define("linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str? impl) -> Tensor")
 _library.define(
     "linear_act_backward(Tensor dy, Tensor y, Tensor? x, Tensor? weight, str activation, bool[3] wanted, str? impl)"
@@ -592,12 +596,12 @@ _library.impl("linear_act", linear_act_fwd, "CompositeExplicitAutograd")
 _library.impl("linear_act_backward", _linear_act_backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("perceptriton::linear_act", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::linear_act", lib=_library)
 def _(x, weight, bias, activation, impl):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("perceptriton::linear_act_backward", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::linear_act_backward", lib=_library)
 def _(dy, y, x, weight, activation, wanted, impl):
     k, n = _in_features(x, weight), y.shape[-1]
     shapes = ((*y.shape[:-1], k), (n, k), (n,))

@@ -1,7 +1,7 @@
-"""The command line: `perceptriton lesson NAME` and `perceptriton doctor`, also as `python -m perceptriton.mlp`.
+"""The command line: `perceptriton lesson NAME`, `doctor` and `export-hub DIR`, also as `python -m perceptriton.mlp`.
 
-Exit codes: 0; 1 where a lesson does not reproduce its table or its picture cannot be written; 2 for bad arguments;
-130 after an interrupt; 141 when the reader of the output has gone.
+Exit codes: 0; 1 where a lesson does not reproduce its table or a file cannot be written; 2 for bad arguments; 130 after
+an interrupt; 141 when the reader of the output has gone.
 """
 
 import argparse
@@ -9,18 +9,20 @@ import importlib.metadata
 import os
 import platform
 import sys
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from ..kernels import explain, ops
-from . import lesson_pages, lessons, plotting
+from . import hub, lesson_pages, lessons, plotting
 from .lesson_pages import WIDTH
 
 __all__ = ["main"]
@@ -57,9 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed("interrupted", 130)
     except BrokenPipeError:
-        # `perceptriton doctor | head`. The interpreter flushes stdout once more as it exits: into nowhere, then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # `perceptriton doctor | head`
+        _close_stdout()
         return 141
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # `perceptriton doctor > file`, on a full disk: what is written to stdout has no name.
+        _close_stdout()
+        return _failed(f"the output could not be written: {error.strerror}", 1)
+
+
+def _close_stdout() -> None:
+    # The interpreter flushes it once more as it exits: into nowhere, then.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # --- arguments ---------------------------------------------------------------------------------------------
@@ -83,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     doctor = add(commands, "doctor", "what is installed, and which implementation layers take on this machine")
     doctor.set_defaults(run=_doctor)
+    export = add(commands, "export-hub", "write this package as the kernel hub of the package `kernels` loads it")
+    export.add_argument("directory", metavar="DIR", help="a folder that is empty or does not exist yet")
+    export.add_argument("--repo-id", metavar="OWNER/NAME", help="where on the hub it is to be published")
+    export.set_defaults(run=_export_hub)
     lesson = add(commands, "lesson", "train a classic example and compare it with the textbook's numbers")
     names = lesson.add_subparsers(title="lessons", metavar="LESSON", required=True)
     for name, entry in LESSONS.items():
@@ -243,6 +260,22 @@ def _lesson(lesson: Lesson, args: argparse.Namespace) -> int:
     return 0
 
 
+# --- export-hub --------------------------------------------------------------------------------------------
+
+
+def _export_hub(args: argparse.Namespace) -> int:
+    try:
+        identifiers = hub.export(args.directory, args.repo_id)
+    except ValueError as error:
+        return _failed(f"error: {error}", 2)
+    except OSError as error:
+        return _failed(f"{args.directory!r} could not be written: {error.strerror or error}", 1)
+    for variant, identifier in identifiers.items():
+        print(f"{variant:<16}  {identifier}")
+    print(f"\nTo load it: kernels.get_local_kernel(pathlib.Path({args.directory!r}))")
+    return 0
+
+
 # --- doctor ------------------------------------------------------------------------------------------------
 
 
@@ -293,7 +326,24 @@ def _facts(cuda: bool) -> list[tuple[str, str]]:
     # What triton itself reads; it is not imported for this.
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true")
     facts.append(("triton's interpreter", 'on: impl="triton" takes CPU tensors' if interpreted else "off"))
+    if ops.has_triton():
+        facts.append(("triton's cache", _triton_cache()))
     return facts
+
+
+def _triton_cache() -> str:
+    """The folder for compiled kernels, and what keeps triton from writing there. Leaves nothing behind."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")).absolute()
+    try:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            # A full disk may have room for a few bytes.
+            probe.write(bytes(1 << 20))
+            probe.flush()
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror}): new kernels will fail"
+    return f"{folder}, writable"
 
 
 def _version(distribution: str) -> str:

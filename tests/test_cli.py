@@ -237,6 +237,41 @@ def test_doctor_says_whether_the_interpreter_is_on(monkeypatch, capsys):
         assert re.search(f"^triton's interpreter +{state}", capsys.readouterr().out, re.MULTILINE)
 
 
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+
+
+@needs_triton
+@pytest.mark.parametrize("error", [errno.EROFS, errno.ENOSPC, errno.EACCES, None], ids=errno.errorcode.get)
+def test_doctor_says_whether_kernels_can_be_cached(error, tmp_path, monkeypatch, capsys):
+    def refused(**_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "not" / "yet"))
+    if error:
+        monkeypatch.setattr(command_line.tempfile, "TemporaryFile", refused)
+    assert main(["doctor"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("triton's cache"))
+    state = f"cannot be written ({os.strerror(error)}): new kernels will fail" if error else "writable"
+    assert line.endswith(f"{tmp_path}/not/yet{' ' if error else ', '}{state}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_triton
+@pytest.mark.parametrize("unset", ["TRITON_CACHE_DIR", "TRITON_HOME"])
+def test_doctor_looks_at_the_cache_where_triton_does(unset, tmp_path, monkeypatch, capsys):
+    script = "from triton import knobs; print(knobs.cache.dir)"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path / "triton"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in dict.fromkeys(["TRITON_CACHE_DIR", unset]):
+        monkeypatch.delenv(name)
+    expected = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    ).stdout.strip()
+    assert expected.startswith(str(tmp_path))
+    assert command_line._triton_cache() == f"{expected}, writable"
+
+
 def test_doctor_runs_anywhere_and_imports_neither_triton_nor_matplotlib(tmp_path):
     run = subprocess.run(
         [sys.executable, "-W", "error", "-X", "importtime", "-m", "perceptriton.mlp", "doctor"],
@@ -252,6 +287,20 @@ def test_doctor_runs_anywhere_and_imports_neither_triton_nor_matplotlib(tmp_path
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
     assert "torch" in imported
     assert not {"triton", "matplotlib"} & imported
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_output_onto_a_full_disk_is_a_failure():
+    with open("/dev/full", "w") as stdout:
+        run = subprocess.run(
+            [sys.executable, "-m", "perceptriton.mlp", "doctor"],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert run.returncode == 1
+    assert run.stderr == "perceptriton: the output could not be written: No space left on device\n"
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no SIGPIPE on this system")

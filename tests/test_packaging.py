@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "mlp")
@@ -160,6 +161,69 @@ def test_command_line_of_the_installed_package(installed):
     assert "torch" in python("-m", "perceptriton.mlp", "doctor", path=installed)
     script = installed / "bin" / "perceptriton"
     assert python(str(script), "--help", path=installed).startswith("usage: perceptriton")
+
+
+# The copy comes first, where the package that it was copied from cannot be imported, and then both.
+HUB = """
+import os, pathlib, sys
+os.environ["TRITON_INTERPRET"] = "1"
+sys.modules["perceptriton"] = None
+import torch
+import kernels
+from torch._dynamo.backends.common import aot_autograd
+copy = kernels.get_local_kernel(pathlib.Path({folder!r}))
+tensors = [torch.randn(6, 5), torch.randn(3, 5), torch.randn(3)]
+dy = torch.randn(6, 3)
+
+def run(linear_act):
+    inputs = [t.clone().requires_grad_() for t in tensors]
+    y = linear_act(*inputs, "tanh", impl="triton")
+    return [t.tolist() for t in (y, *torch.autograd.grad(y, inputs, dy))]
+
+def traced(linear_act):
+    "The names of our ops in the graphs of both directions, and what they compute."
+    names = set()
+    def note(graph, _):
+        calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        names.update(name for name in calls if "linear_act" in name)
+        return graph
+    torch._dynamo.reset()
+    results = run(torch.compile(linear_act, fullgraph=True, backend=aot_autograd(fw_compiler=note)))
+    return sorted(names), results
+
+alone = run(copy.linear_act)
+del sys.modules["perceptriton"]
+import perceptriton.mlp
+inputs = [t.clone().requires_grad_() for t in tensors]
+y = torch.tanh(torch.nn.functional.linear(*inputs))
+result = {{
+    "id": copy.__name__,
+    "file": copy.__file__,
+    "installed": perceptriton.mlp.__file__,
+    "torch": [t.tolist() for t in (y, *torch.autograd.grad(y, inputs, dy))],
+    "alone": alone,
+    "beside": {{
+        name: [run(package.linear_act), *traced(package.linear_act)]
+        for name, package in (("perceptriton", perceptriton.mlp), (copy.__name__, copy))
+    }},
+}}
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_hub_export_of_the_installed_package_runs_beside_it(installed, tmp_path):
+    pytest.importorskip("kernels._rust", reason="the package kernels is not installed")
+    folder = tmp_path / "repository"
+    assert "_perceptriton_cpu_" in python("-m", "perceptriton.mlp", "export-hub", str(folder), path=installed)
+    result = python_json(HUB.format(folder=str(folder)), installed)
+    assert Path(result["file"]).is_relative_to(folder)
+    assert Path(result["installed"]).is_relative_to(installed)
+    assert set(result["beside"]) == {"perceptriton", result["id"]}
+    for namespace, (eager, names, compiled) in result["beside"].items():
+        assert names == [f"{namespace}.linear_act.default", f"{namespace}.linear_act_backward.default"]
+        assert eager == compiled == result["alone"]
+    for actual, expected in zip(result["alone"], result["torch"], strict=True):
+        torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected))
 
 
 # --- what importing it does --------------------------------------------------------------------------------
