@@ -55,7 +55,7 @@ def linear_act(
 
     float32, bfloat16 and float16 run fused; under autocast the result has autocast's dtype, as that of `F.linear`
     has. Everything else that torch can multiply (float64, tensor subclasses, torch.func transforms, forward-mode
-    duals, export) runs as `F.linear` and the activation.
+    duals, dispatch modes, export) runs as `F.linear` and the activation.
 
     impl: None chooses by shape (`perceptriton.kernels.explain` says what and why); "triton" and "torch" are obeyed,
     or refused with NotImplementedError and the reason. CPU tensors reach triton only under its interpreter.
@@ -223,7 +223,9 @@ def _split(parameters: Sequence[Tensor], layers: int) -> tuple[Sequence[Tensor],
 def _saved(ctx, others: int):
     """(x and the parameters, what was saved after them, which of them want gradients): `others` stand between."""
     wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[others:])
-    return ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :], wanted
+    # Read once: under activation checkpointing a second look finds nothing.
+    tensors = ctx.saved_tensors
+    return tensors[: len(wanted)], tensors[len(wanted) :], wanted
 
 
 def _flags(wanted: tuple[bool, ...], layers: int) -> ops.Wanted:
