@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -75,6 +76,8 @@ def linear_act(
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         return _planned(x, weight, bias, activation, impl)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        if isinstance(x, torch.fx.Proxy) and activation in ACTIVATIONS:
+            return _plain(x, (weight,), None if bias is None else (bias,), activation, activation)
         _check(x, weight, bias, activation, impl)
         raise
 
@@ -244,7 +247,7 @@ def _double(function, inputs: Sequence[Tensor], wanted: Sequence[bool], upstream
 
 
 def _plain(x, weights, biases, hidden, output) -> Tensor:
-    """The network in torch's own operations."""
+    """The network in torch's own operations; what torch.fx traces too, whose symbols have no sizes to plan with."""
     for l, weight in enumerate(weights):
         act = ACTIVATIONS[output if l == len(weights) - 1 else hidden]
         x = act.forward(F.linear(x, weight, None if biases is None else biases[l]))
@@ -286,6 +289,8 @@ def mlp_act(
             return ops.mlp_fwd(x, weights, biases, activation, output, plans.forward)[0]
         return MlpFunction.apply(x, activation, output, plans, len(weights), *weights, *(biases or ()))
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        if isinstance(x, torch.fx.Proxy) and {activation, output} <= ACTIVATIONS.keys():
+            return _plain(x, weights, biases, activation, output)
         _check_network(x, weights, biases, (activation, output), impl)
         raise
 
@@ -436,6 +441,8 @@ def mlp_sigmoid_bce(
         parameters = (*weights, *(biases or ()))
         return MlpBceFunction.apply(x, *head, activation, plans, len(weights), *parameters)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        if isinstance(x, torch.fx.Proxy) and activation in ACTIVATIONS:
+            return _bce(_plain(x, weights, biases, activation, "identity"), target, pos_weight, reduction)
         _check_network(x, weights, biases, (activation, "identity"), impl)
         _check_loss(x, weights, target, pos_weight, reduction)
         raise
