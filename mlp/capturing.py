@@ -13,7 +13,8 @@ def warmup(function: Callable[..., Tensor], *inputs: Tensor) -> None:
 
     A kernel is compiled and loaded on its first launch, which a capture does not bear: with a cold kernel it ends in a
     RuntimeError. function: what will be captured, a model or rather model and loss, since kernels are compiled for the
-    strides of gradients too. inputs: of the shapes, dtypes and strides to come. No `.grad` changes.
+    strides of gradients too. inputs: of the shapes, dtypes and strides to come. No `.grad` changes; what else a call
+    changes, as random numbers and running statistics, does.
 
     Raises TypeError if the function returns no tensor.
     """

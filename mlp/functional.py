@@ -76,7 +76,7 @@ def linear_act(
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         return _planned(x, weight, bias, activation, impl)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        if isinstance(x, torch.fx.Proxy) and activation in ACTIVATIONS:
+        if _symbolic(x, (activation,), impl):
             return _plain(x, (weight,), None if bias is None else (bias,), activation, activation)
         _check(x, weight, bias, activation, impl)
         raise
@@ -128,6 +128,16 @@ def _traced(x, weight, bias, activation, impl):
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         return LinearActFunction.apply(x, weight, bias, activation, impl)
     return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
+
+
+def _symbolic(x, activations, impl) -> bool:
+    """Whether x is a symbol that torch.fx traces with, which has no shape to plan with or to check."""
+    known = all(act in ACTIVATIONS for act in activations) and impl in ops.IMPLS
+    if not known or not isinstance(x, torch.fx.Proxy):
+        return False
+    if impl == "triton":
+        raise NotImplementedError('impl="triton": torch.fx is tracing') from None
+    return True
 
 
 def _check(x, weight, bias, activation, impl) -> None:
@@ -247,7 +257,7 @@ def _double(function, inputs: Sequence[Tensor], wanted: Sequence[bool], upstream
 
 
 def _plain(x, weights, biases, hidden, output) -> Tensor:
-    """The network in torch's own operations; what torch.fx traces too, whose symbols have no sizes to plan with."""
+    """The network in torch's own operations."""
     for l, weight in enumerate(weights):
         act = ACTIVATIONS[output if l == len(weights) - 1 else hidden]
         x = act.forward(F.linear(x, weight, None if biases is None else biases[l]))
@@ -289,7 +299,7 @@ def mlp_act(
             return ops.mlp_fwd(x, weights, biases, activation, output, plans.forward)[0]
         return MlpFunction.apply(x, activation, output, plans, len(weights), *weights, *(biases or ()))
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        if isinstance(x, torch.fx.Proxy) and {activation, output} <= ACTIVATIONS.keys():
+        if _symbolic(x, (activation, output), impl):
             return _plain(x, weights, biases, activation, output)
         _check_network(x, weights, biases, (activation, output), impl)
         raise
@@ -441,7 +451,7 @@ def mlp_sigmoid_bce(
         parameters = (*weights, *(biases or ()))
         return MlpBceFunction.apply(x, *head, activation, plans, len(weights), *parameters)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        if isinstance(x, torch.fx.Proxy) and activation in ACTIVATIONS:
+        if _symbolic(x, (activation,), impl):
             return _bce(_plain(x, weights, biases, activation, "identity"), target, pos_weight, reduction)
         _check_network(x, weights, biases, (activation, "identity"), impl)
         _check_loss(x, weights, target, pos_weight, reduction)

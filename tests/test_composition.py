@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceptriton.kernels import Plan, ops, reference
-from perceptriton.mlp import MLP, LinearSigmoid, LinearSigmoidBCELoss, LinearTanh, fuse_, unfuse_
+from perceptriton.mlp import MLP, LinearSigmoid, LinearSigmoidBCELoss, LinearTanh, fuse_, linear_act, mlp_act, unfuse_
 
 # torch itself uses what it deprecates when it compiles, exports and traces.
 pytestmark = [
@@ -193,6 +193,14 @@ def test_traced_by_jit(name, size):
 def test_traced_by_fx(name, size):
     model, twin, x = pair(name)
     torch.testing.assert_close(results(torch.fx.symbolic_trace(model), x), results(twin, x))
+
+
+@pytest.mark.parametrize(
+    "function", [linear_act, lambda x, w, **options: mlp_act(x, [w], **options)], ids=["layer", "mlp"]
+)
+def test_fx_never_overrides_a_choice(function):
+    with pytest.raises(NotImplementedError, match=r'^impl="triton": torch\.fx is tracing$'):
+        torch.fx.symbolic_trace(lambda x: function(x, torch.ones(2, 3), impl="triton"))
 
 
 # --- mixed precision ----------------------------------------------------------------------------------------------
