@@ -26,13 +26,18 @@ setup(
     ],
     extras_require={
         "cli": ["matplotlib", "tqdm"],
+        "sklearn": ["scikit-learn>=1.6"],
         "dev": [
             "matplotlib",
             "tqdm",
+            "scikit-learn>=1.6",
             "kernels~=0.17",
             "safetensors",
+            "onnxruntime",
+            "onnxscript",
             "pytest",
             "pytest-benchmark",
+            "hypothesis",
             "ruff",
             "basedpyright",
             "setuptools>=77",

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import JITFunction
 
 from . import device
 from .plan import Plan
@@ -281,14 +282,42 @@ def sum_slots_kernel(
         )
 
 
-INTERPRETED = not isinstance(linear_act_fwd_rows_kernel, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(linear_act_fwd_rows_kernel, JITFunction)
 
 
 def _current(tensor: Tensor):
     # Triton launches on the current device, whatever the tensors' own.
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+    if not tensor.is_cuda:
+        return contextlib.nullcontext()
+    if torch.cuda.is_current_stream_capturing():
+        return _captured(tensor.device)
+    if tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _captured(place: torch.device):
+    # A kernel that had to be compiled and loaded now would spoil the capture, with an error that does not say so.
+    with torch.cuda.device(place):
+        JITFunction._do_compile = _refuse_to_compile  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield
+        finally:
+            JITFunction._do_compile = _compile
+
+
+_compile = JITFunction._do_compile
+
+
+def _refuse_to_compile(kernel, *arguments):
+    # Threads that capture nothing go on compiling.
+    if not torch.cuda.is_current_stream_capturing():
+        return _compile(kernel, *arguments)
+    raise RuntimeError(
+        f"{kernel.__name__} is not compiled yet, and cannot be while a CUDA graph is captured: before that, take one "
+        "step with the same shapes, dtypes and strides, or give it to perceptriton.mlp.warmup"
+    )
 
 
 def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:

@@ -200,6 +200,10 @@ def _mode_refusal(device: torch.device, impl: str | None) -> str | None:
         return "forward-mode differentiation is active"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
+    if torch._C._len_torch_dispatch_stack():
+        # Who counts operations, or decides which results to keep, is to see those of the unfused pair. torch.compile
+        # steps aside for a mode too, so the registered ops need no rules of their own.
+        return "a TorchDispatchMode is active"
     return _cpu_refusal(device) if impl == "triton" else None
 
 

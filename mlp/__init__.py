@@ -1,5 +1,6 @@
 """Sigmoid MLPs in fused kernels: drop-in layers, whole networks, whole training loops, the classic lessons."""
 
+from .capturing import warmup
 from .ensemble import Ensemble
 from .functional import linear_act, linear_sigmoid, linear_sigmoid_bce, mlp_act, mlp_sigmoid_bce
 from .fusing import fuse_, unfuse_
@@ -25,4 +26,5 @@ __all__ = [
     "mlp_act",
     "mlp_sigmoid_bce",
     "unfuse_",
+    "warmup",
 ]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -55,7 +56,7 @@ def linear_act(
 
     float32, bfloat16 and float16 run fused; under autocast the result has autocast's dtype, as that of `F.linear`
     has. Everything else that torch can multiply (float64, tensor subclasses, torch.func transforms, forward-mode
-    duals, export) runs as `F.linear` and the activation.
+    duals, dispatch modes, export) runs as `F.linear` and the activation.
 
     impl: None chooses by shape (`perceptriton.kernels.explain` says what and why); "triton" and "torch" are obeyed,
     or refused with NotImplementedError and the reason. CPU tensors reach triton only under its interpreter.
@@ -75,6 +76,8 @@ def linear_act(
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         return _planned(x, weight, bias, activation, impl)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        if _symbolic(x, (activation,), impl):
+            return _plain(x, (weight,), None if bias is None else (bias,), activation, activation)
         _check(x, weight, bias, activation, impl)
         raise
 
@@ -125,6 +128,16 @@ def _traced(x, weight, bias, activation, impl):
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         return LinearActFunction.apply(x, weight, bias, activation, impl)
     return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
+
+
+def _symbolic(x, activations, impl) -> bool:
+    """Whether x is a symbol that torch.fx traces with, which has no shape to plan with or to check."""
+    known = all(act in ACTIVATIONS for act in activations) and impl in ops.IMPLS
+    if not known or not isinstance(x, torch.fx.Proxy):
+        return False
+    if impl == "triton":
+        raise NotImplementedError('impl="triton": torch.fx is tracing') from None
+    return True
 
 
 def _check(x, weight, bias, activation, impl) -> None:
@@ -223,7 +236,9 @@ def _split(parameters: Sequence[Tensor], layers: int) -> tuple[Sequence[Tensor],
 def _saved(ctx, others: int):
     """(x and the parameters, what was saved after them, which of them want gradients): `others` stand between."""
     wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[others:])
-    return ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :], wanted
+    # Read once: under activation checkpointing a second look finds nothing.
+    tensors = ctx.saved_tensors
+    return tensors[: len(wanted)], tensors[len(wanted) :], wanted
 
 
 def _flags(wanted: tuple[bool, ...], layers: int) -> ops.Wanted:
@@ -284,6 +299,8 @@ def mlp_act(
             return ops.mlp_fwd(x, weights, biases, activation, output, plans.forward)[0]
         return MlpFunction.apply(x, activation, output, plans, len(weights), *weights, *(biases or ()))
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        if _symbolic(x, (activation, output), impl):
+            return _plain(x, weights, biases, activation, output)
         _check_network(x, weights, biases, (activation, output), impl)
         raise
 
@@ -434,6 +451,8 @@ def mlp_sigmoid_bce(
         parameters = (*weights, *(biases or ()))
         return MlpBceFunction.apply(x, *head, activation, plans, len(weights), *parameters)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        if _symbolic(x, (activation,), impl):
+            return _bce(_plain(x, weights, biases, activation, "identity"), target, pos_weight, reduction)
         _check_network(x, weights, biases, (activation, "identity"), impl)
         _check_loss(x, weights, target, pos_weight, reduction)
         raise

@@ -77,10 +77,15 @@ def fuse_(model: nn.Module, refused: dict[str, str] | None = None) -> list[str]:
 def unfuse_(model: nn.Module) -> list[str]:
     """Undoes `fuse_`: every module has its old class again. Returns the qualified names of the Linears.
 
-    An `MLP` or a layer that was built fused stays as it is. Raises TypeError if the model is no nn.Module.
+    An `MLP` or a layer that was built fused stays as it is. Raises TypeError if the model is no nn.Module, and
+    ValueError if a module has got another class since, as `parametrize` and `fully_shard` give it one; the model stays
+    as it is then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        if _WAS in module.__dict__ and type(module) not in (*FUSED.values(), Applied, FusedSequential):
+            raise ValueError(f"model{name and '.' + name} has become a {type(module).__name__}: undo that first")
     restored: list[str] = []
     for name, module in model.named_modules():
         if kind := module.__dict__.pop(_WAS, None):

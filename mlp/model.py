@@ -84,8 +84,9 @@ class _Run:
                     for parameters, activation in self.layers:
                         y = activation(F.linear(y, parameters["weight"], parameters["bias"]))
                     return y
-        except (AttributeError, LookupError, RuntimeError, TypeError):
-            return self._one_by_one(input)  # a parametrized layer; or a wrong input: layers have the better message
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            # A parametrized layer; a symbol of torch.fx; or a wrong input: layers have the better message.
+            return self._one_by_one(input)
         if self.activations is None or (found := self.parameters()) is None:
             return self._one_by_one(input)
         try:

@@ -88,3 +88,12 @@ def force(monkeypatch):
 
     yield force
     ops._mlp_plans.cache_clear()
+
+
+@pytest.fixture(params=["small", "large"])
+def size(request, force):
+    """Each test with the plans for small inputs and with those for large ones, whose autograd nodes are our own."""
+    if request.param == "large":
+        explicit = plan.Plan("explicit", "the test says so")
+        force(explicit, explicit)
+    return request.param

@@ -12,23 +12,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from perceptriton.kernels import Plan
 from perceptriton.mlp import MLP, LinearReLU, LinearSigmoid, LinearTanh
 
 LAYERS = {LinearSigmoid: nn.Sigmoid, LinearTanh: nn.Tanh, LinearReLU: nn.ReLU}
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}
-
-# Networks have a way of their own for small inputs on a CPU, and call their layers for large ones.
-SIZES = ["small", "large"]
-
-
-@pytest.fixture(params=SIZES)
-def size(request, force):
-    """Each test with the plans for small inputs and with those for large ones."""
-    if request.param == "large":
-        explicit = Plan("explicit", "the test says so")
-        force(explicit, explicit)
-    return request.param
 
 
 def sequential(sizes, activation="sigmoid", output_activation=None, **options):

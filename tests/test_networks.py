@@ -20,6 +20,7 @@ from cases import (
 )
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from perceptriton.kernels import Device, MlpExplanation, explain, ops, reference
 from perceptriton.kernels import plan as planning
@@ -374,6 +375,22 @@ def test_fp64_is_exact_to_second_order(path, take):
     if impl == "triton":
         with pytest.raises(NotImplementedError, match=r"x is torch\.float64"):
             mlp_act(*net.split(inputs), impl=impl)
+
+
+@pytest.mark.parametrize("path", OWN)
+def test_checkpoint(path, take):
+    # It unpacks what was saved once only.
+    impl = take(path)
+    net = Net((5, 8, 3), m=6)
+    target = torch.rand(6, 3, device=DEVICE)
+    for network, dy in (
+        (lambda *net: mlp_act(*net, impl=impl), net.dy),
+        (lambda *net: mlp_sigmoid_bce(*net, target, impl=impl), torch.tensor(0.7, device=DEVICE)),
+    ):
+        net.dy = dy
+        expected = differentiate(net, network)
+        actual = differentiate(net, lambda *net, network=network: checkpoint(network, *net, use_reentrant=False))
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("path", OWN)

@@ -1,0 +1,65 @@
+"""Models of ours under DDP, FSDP2 and tensor parallelism: two processes train as one process trains the nn model."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import relative_error
+
+if not torch.distributed.is_available():
+    pytest.skip("torch is built without distributed", allow_module_level=True)
+
+import gloo_composition
+from gloo_composition import DATA_PARALLEL, MODELS, SIZES, TENSOR_PARALLEL
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes has found, by case, model and size."""
+    folder = tmp_path_factory.mktemp("gloo")
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(Path(gloo_composition.__file__)), str(rank), "2", str(folder / "store"), str(out)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, out in enumerate((folder / "0.pt", folder / "1.pt"))
+    ]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=100)
+            assert process.returncode == 0, output
+    finally:
+        # One that fails leaves the other waiting.
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@functools.cache
+def alone(size):
+    """One process, the whole batch, nn.Linear and nn.Sigmoid."""
+    return gloo_composition.train(gloo_composition.sequential(size), size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("case", [*DATA_PARALLEL, *TENSOR_PARALLEL])
+def test_two_processes_train_as_one(case, name, size, ranks):
+    y, *parameters = alone(size)
+    start = list(gloo_composition.sequential(size).parameters())
+    bound = 2e-2 if case == "fsdp-bf16" else 1e-5
+    for found in ranks:
+        y_found, *parameters_found = found[case, name, size]
+        assert relative_error(y_found, y) < bound
+        # What three steps have changed, so that parameters that never moved do not pass.
+        for p_found, p, p_start in zip(parameters_found, parameters, start, strict=True):
+            assert relative_error(p_found - p_start, p - p_start) < 5 * bound
