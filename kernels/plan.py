@@ -183,10 +183,10 @@ WIDE_REACH = 2.0
 WIDE_WASTE = 1.15
 
 
-def _waste(m: int, n: int, tile: Tile, units: int) -> float:
+def _waste(m: int, n: int, tile: Tile, units: int, splits: int = 1) -> float:
     """Outputs that whole waves of whole tiles compute, for each output that is wanted."""
-    waves = _cdiv(_cdiv(m, tile.block_m) * _cdiv(n, tile.block_n), units)
-    return waves * units * tile.block_m * tile.block_n / (m * n)
+    waves = _cdiv(_cdiv(m, tile.block_m) * _cdiv(n, tile.block_n) * splits, units)
+    return waves * units * tile.block_m * tile.block_n / (splits * m * n)
 
 
 # Parts into which a sum is cut must be this long, or writing and reading them costs more than what idle
@@ -240,9 +240,10 @@ def _wide_tile(
             return tile, splits, reason
     if not asked:
         return None
-    waste = [_waste(m, n, tile, device.units) for tile in tiles]
-    tile = next(tile for tile, own in zip(tiles, waste, strict=True) if own <= WIDE_WASTE * min(waste))
-    splits = 1 if kind == "dgrad" else wide_splits(m, k, n, tile, device.units)
+    cuts = [1 if kind == "dgrad" else wide_splits(m, k, n, tile, device.units) for tile in tiles]
+    waste = [_waste(m, n, tile, device.units, splits) for tile, splits in zip(tiles, cuts, strict=True)]
+    pick = next(i for i, own in enumerate(waste) if own <= WIDE_WASTE * min(waste))
+    tile, splits = tiles[pick], cuts[pick]
     cut = f", {splits} programs to a tile" if splits > 1 else ""
     return tile, splits, f"tiles travel by TMA{cut}, {epilogue} in the epilogue; not measured on this device"
 
@@ -431,7 +432,10 @@ def predict(m: int, k: int, n: int, dtype: str, plan: Plan, chip: Chip = H200) -
     flops, moved, special = 2 * m * k * n * count, size * (m * k + n * k + n + m * n), 2 * m * n
     products, memory, functions = flops / chip.flops[unit], moved / chip.bandwidth, special / chip.special
     if plan.impl in ("tiled", "tma"):
-        took = max(memory, _waste(m, n, plan.tile, chip.units) * (products + functions))
+        waste = _waste(m, n, plan.tile, chip.units, plan.splits)
+        took = max(memory, waste * (products + functions))
+        if plan.splits > 1:  # parts are written and read once, in fp32
+            took += 8 * plan.splits * m * n / chip.bandwidth
     elif plan.impl == "library":
         took = max(memory, products) + max(2 * size * m * n / chip.bandwidth, functions)
     else:

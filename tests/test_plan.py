@@ -31,7 +31,9 @@ def test_tiles_cover_their_shapes(device, dtype, precision):
         if forward.impl != "rows":
             tile = forward.tile
             tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
-            assert forward.programs == (tiles if forward.impl == "tiled" else min(tiles, device.units))
+            kind = {"bfloat16": "half"}.get(dtype, precision)
+            most = tiles if forward.impl == "tiled" else device.units * planning.wide_candidates(kind, 90)[tile]
+            assert forward.programs == min(tiles, most)
 
 
 @pytest.mark.parametrize(
@@ -130,10 +132,14 @@ def measured(monkeypatch):
     def measured(*arguments):
         table = planning.read_wide(wide_document(*arguments))
         monkeypatch.setattr(planning, "_wide_table", lambda: table)
-        planning.linear_act_fwd.cache_clear()
+        forget()
+
+    def forget():
+        for plan in (planning.linear_act_fwd, planning.linear_act_dgrad, planning.mlp_fwd, planning.mlp_bwd):
+            plan.cache_clear()
 
     yield measured
-    planning.linear_act_fwd.cache_clear()
+    forget()
 
 
 NAMED = Device("cuda", 90, 132, triton=True, name="NVIDIA H100 80GB HBM3")
@@ -183,6 +189,47 @@ def test_splits_are_taken_by_permission_alone():
     # Where the kernel does not apply, fp32 stays fp32.
     for shape, device in (((65536, 64, 64), H100), ((4096, 1024, 1023), H100), (WIDE, A100)):
         assert planning.linear_act_fwd(*shape, "float32", "ieee", device, "triton", "bf16x6").precision == "ieee"
+
+
+def test_few_tiles_are_cut_along_the_sum(measured):
+    def plan(m, k, n, dtype="bfloat16", device=H100, impl="triton"):
+        return planning.linear_act_fwd(m, k, n, dtype, "ieee", device, impl)
+
+    few = plan(128, 8192, 4096)
+    tiles = -(-128 // few.tile.block_m) * -(-4096 // few.tile.block_n)
+    assert few.splits > 1
+    assert few.programs == tiles * few.splits <= H100.units * 2
+    assert f"{few.splits} programs to a tile" in few.reason
+    assert plan(128, 1024, 4096).splits == 1  # parts would be too short
+    assert plan(8192, 8192, 8192).splits == 1
+    measured([wide_row((128, 8192, 4096), TILE) | {"splits": 4}])
+    few = plan(128, 8192, 4096, device=NAMED, impl=None)
+    assert (few.splits, few.programs) == (4, 128)
+
+
+def test_wide_networks_are_nodes_where_that_was_measured(measured):
+    widths = (1024, 1024, 1024, 10)
+
+    def plans(device=NAMED, dtype="bfloat16", impl=None, loss=False):
+        arguments = (4096, widths, dtype, "ieee", device)
+        return planning.mlp_fwd(*arguments, True, loss, impl), planning.mlp_bwd(*arguments, loss, impl)
+
+    assert [plan.impl for plan in plans()] == ["layers", "layers"]
+    assert plans()[1].reason == "a width of 1024: networks stay on chip up to 128"
+    assert [plan.impl for plan in plans(dtype="float32", impl="triton")] == ["layers", "layers"]
+    assert [plan.impl for plan in plans(A100, impl="triton")] == ["layers", "layers"]
+    forward, backward = plans(impl="triton")
+    assert [own.impl for own in forward.layers] == ["tma", "tma", "tiled"]
+    assert [own.impl for own in backward.layers] == ["passes"] * 3
+    # Nothing ends in x, and TMA does not read the 20 bytes of a row of ten.
+    assert [own and own.impl for own in backward.dgrads] == [None, "tma", None]
+    assert backward.boundaries == (1, 2, 3)
+    measured([wide_row(WIDE, TILE)], "NVIDIA H100*", "dgrad")
+    forward, backward = plans()
+    assert (forward.impl, backward.impl) == ("stack", "stack")
+    assert [own.impl for own in forward.layers] == ["library", "library", "library"]
+    assert [own and own.tile for own in backward.dgrads] == [None, planning.WideTile(*TILE[:7]), None]
+    assert [plan.impl for plan in plans(loss=True)] == ["layers", "layers"]
 
 
 def test_unmeasured_tiles_waste_little():
