@@ -78,6 +78,7 @@ VARIANTS = {
     "both": ((True, True, True, False), (True, True, True, True), (False, False, False, False)),
 }
 ACTIVATIONS = ("tanh", "sigmoid")
+UNBOUNDED = "relu"  # short, but the forward kernel clears what padded neurons put out
 
 # (block_m, num_warps) in order of preference, by estimated cycles per row: the stalls that the machine code of a trip
 # around the loop declares, divided by the programs that fit, against issue slots and special function units. Narrow
@@ -164,7 +165,9 @@ def pick(task) -> list[int] | None:
         tiles = tiles[[[t.block_m, t.num_warps, t.num_stages, int(t.resident)] for t in tiles].index(start[:4]) :]
     for tile in tiles:
         fits = []
-        for variant, act in itertools.product(VARIANTS[layout], ACTIVATIONS):
+        for variant, act in itertools.product(VARIANTS[layout], (*ACTIVATIONS, UNBOUNDED)):
+            if act == UNBOUNDED and op == "mlp_bwd":
+                continue
             if (variant[-1] and act != "sigmoid") or (variant[1] and len(chain) == 2 and not any(variant[::2])):
                 continue  # the loss belongs to the sigmoid; a single layer has no widths in between
             try:

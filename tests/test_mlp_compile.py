@@ -86,6 +86,11 @@ def _cases():
                 plan = MlpPlan("fused", "", (MlpSegment(0, len(chain) - 1, tile, 2),), KINDS[kind][1])
                 case = (arch, op, kind, widths, 65536 if layout == "exact" else 65531, plan, "sigmoid", loss)
                 yield f"sm_{arch}-{op}-{kind}-{layout}-{name}", case
+                if ragged_out and op != "mlp_bwd":
+                    # An unbounded activation has its padding cleared.
+                    inner = (chain[0] - 3 * ragged_in, *(width - 3 for width in chain[1:]))
+                    case = (arch, op, kind, inner, 65531, plan, "relu", False)
+                    yield f"sm_{arch}-{op}-{kind}-relu-{layout}-{name}", case
         if kind != "tf32":
             for name, widths in EXAMPLES.items():
                 plan = _plan(arch, op, kind, widths, 65531)
