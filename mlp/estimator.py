@@ -97,7 +97,7 @@ class _FusedMLP(BaseEstimator):
     @torch.no_grad()
     def _outputs(self, X) -> np.ndarray:
         """(samples, outputs), float32"""
-        check_is_fitted(self)
+        check_is_fitted(self, "model_")
         X = validate_data(self, X, dtype="float32", reset=False)
         return self.model_(self._tensor(X)).cpu().numpy()
 

@@ -32,6 +32,7 @@ LESSONS = {
     "xor": (["--steps", "301"], r"300 0\.69315171(?: 0\.6931517\d){3}"),
     "xor-deep": (["--steps", "301", "--draws", "2"], r"300 0\.69315147(?: 0\.693151\d\d){3}"),
     "blobs": (["--steps", "11"], r"9 0\.60920805(?: 0\.60920[78]\d\d){3}"),
+    "digits": (["--steps", "301"], r"300 0\.03536\d{3}(?: 0\.03536\d{3}){2}"),
     "sweep": (["--steps", "201", "--seeds", "5"], r"200 0\.69315779(?: 0\.693157\d\d){3}"),
 }
 
@@ -45,7 +46,7 @@ def test_lesson_prints_its_page(name, capsys):
     assert max(map(len, out.splitlines())) <= 100
     pattern = " *" + line.replace(" ", " +")
     assert re.search(f"^{pattern}$", out, re.MULTILINE), out
-    assert re.search("All (match|equal) the (reference|loop by hand)", " ".join(out.split()))
+    assert re.search("All (match|equal) the (reference|loop by hand|loop over nn)", " ".join(out.split()))
     assert " us" in out  # times
     assert " = " in out  # a formula
 
@@ -126,6 +127,21 @@ def test_gradients_that_miss_the_table_are_a_failure(name, change, monkeypatch, 
     out, err = capsys.readouterr()
     assert "the reference." not in " ".join(out.split())
     assert re.match(r"perceptriton: the reference is missed: by hand in float\d\d: \S+ = \S+ and not \S+;", err)
+
+
+def test_digits_after_too_few_steps_are_a_failure(capsys):
+    assert main(["lesson", "digits", "--steps", "31"]) == 1
+    out, err = capsys.readouterr()
+    assert "All match the loop over nn." in " ".join(out.split())
+    miss = r"[^;]*: \d\d\.\d% of the test images read right, not more than 95%"
+    assert re.fullmatch(rf"perceptriton: the reference is missed: {miss}; {miss}; {miss}\n", err)
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["lesson", "digits"]) == 1
+    message = "perceptriton: the digits come with scikit-learn: install perceptriton[sklearn]\n"
+    assert capsys.readouterr().err == message
 
 
 @needs_matplotlib
