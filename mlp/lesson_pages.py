@@ -145,7 +145,7 @@ def digits_intro(steps: int) -> str:
         "answer is the digit whose output is the largest.",
         """
         h = sigmoid(W1 x + b1)      p = sigmoid(W2 h + b2)
-        loss = mean over images and digits of -t ln p - (1 - t) ln(1 - p)      t = 1 for the digit, else 0
+        loss = mean over images and digits of -t ln p - (1 - t) ln(1 - p)      t = 1 for its digit
         """,
         "A step looks at 64 images, a minibatch. 22 steps, an epoch, see each of 1,347 images once; then they are "
         f"shuffled anew. {steps:,} steps of Adam with a learning rate of 0.01. The other 450 images are kept for the "

@@ -187,7 +187,7 @@ def plot_digits(result: Digits) -> "tuple[Figure, DigitsPicture]":
         result.misread(last)[:6],
         result.read(last)[result.misread(last)[:6]].tolist(),
     )
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(1.4, 1)))
+    left, right = figure.subfigures(1, 2, width_ratios=(1.4, 1))  # pyright: ignore[reportGeneralTypeIssues]
     axes = left.subplots()
     # From the widest to the narrowest, so that each shows on the one below.
     looks = {
