@@ -26,7 +26,18 @@ setup(
     ],
     extras_require={
         "cli": ["matplotlib", "tqdm"],
-        "dev": ["matplotlib", "tqdm", "pytest", "pytest-benchmark", "ruff", "basedpyright", "setuptools>=77", "wheel"],
+        "sklearn": ["scikit-learn>=1.6"],
+        "dev": [
+            "matplotlib",
+            "tqdm",
+            "scikit-learn>=1.6",
+            "pytest",
+            "pytest-benchmark",
+            "ruff",
+            "basedpyright",
+            "setuptools>=77",
+            "wheel",
+        ],
     },
     entry_points={"console_scripts": ["perceptriton = perceptriton.mlp.__main__:main"]},
     classifiers=[
