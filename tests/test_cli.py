@@ -37,8 +37,14 @@ LESSONS = {
 }
 
 
+def needs_images(name):
+    if name == "digits":
+        pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
+
+
 @pytest.mark.parametrize("name", LESSONS)
 def test_lesson_prints_its_page(name, capsys):
+    needs_images(name)
     options, line = LESSONS[name]
     assert main(["lesson", name, *options]) == 0
     out, err = capsys.readouterr()
@@ -81,6 +87,7 @@ def test_lesson_xor_prints_the_table(capsys):
 @needs_matplotlib
 @pytest.mark.parametrize("name", [name for name, lesson in command_line.LESSONS.items() if lesson.plot])
 def test_lesson_writes_its_picture_and_nothing_else(name, tmp_path, capsys):
+    needs_images(name)
     target = tmp_path / "picture.png"
     assert main(["lesson", name, *LESSONS[name][0], "--plot", str(target)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
@@ -130,6 +137,7 @@ def test_gradients_that_miss_the_table_are_a_failure(name, change, monkeypatch, 
 
 
 def test_digits_after_too_few_steps_are_a_failure(capsys):
+    needs_images("digits")
     assert main(["lesson", "digits", "--steps", "31"]) == 1
     out, err = capsys.readouterr()
     assert "All match the loop over nn." in " ".join(out.split())
