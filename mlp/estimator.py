@@ -87,11 +87,11 @@ class _FusedMLP(BaseEstimator):
             log_every=1,
             generator=generator,
         )
-        last = samples - (per_epoch - 1) * batch
-        weights = torch.tensor([batch] * (per_epoch - 1) + [last], dtype=torch.float64) / samples
+        losses = history.loss.double().numpy().reshape(epochs, per_epoch)
+        batches = [batch] * (per_epoch - 1) + [samples - (per_epoch - 1) * batch]
         self.model_ = model
         self.n_iter_ = epochs
-        self.loss_curve_ = (history.loss.double().view(epochs, per_epoch) @ weights).tolist()
+        self.loss_curve_ = np.average(losses, axis=1, weights=batches).tolist()
         self.loss_ = self.loss_curve_[-1]
 
     @torch.no_grad()

@@ -102,7 +102,7 @@ class Task:
         """The samples of each step, drawn as `fit` draws them: one permutation per epoch."""
         order = self.order()
         while self.batch_size is not None:
-            for batch in torch.randperm(len(self.x), generator=order).split(self.batch_size):
+            for batch in torch.randperm(len(self.x), generator=order, device="cpu").split(self.batch_size):
                 yield self.x[batch], self.y[batch]
         while True:
             yield self.x, self.y

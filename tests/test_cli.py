@@ -18,6 +18,7 @@ from perceptriton.mlp import __main__ as command_line
 from perceptriton.mlp import lesson_race, lessons, plotting
 from perceptriton.mlp.__main__ import SHAPES, main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
 
 

@@ -67,13 +67,9 @@ def sweep():
 
 
 @pytest.fixture(scope="module")
-def digits():
+def digits(one_thread):
     needs_images("digits")
-    threads = torch.get_num_threads()
-    # Where other processes take the cores, threads that wait for each other make a step take fifty times as long.
-    torch.set_num_threads(1)
-    yield lessons.digits()
-    torch.set_num_threads(threads)
+    return lessons.digits()
 
 
 def needs_images(name):

@@ -10,6 +10,8 @@ from torch import nn
 
 from perceptriton.mlp import LinearReLU, LinearSigmoid, LinearTanh, fuse_, unfuse_
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class VggHead(nn.Module):
     """The classifier of torchvision's VGG, which drops half of the units while it trains."""
