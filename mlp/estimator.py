@@ -128,8 +128,8 @@ PARAMETERS = """
 
     Everything is computed in float32, so that inputs should be of order 1: `StandardScaler` in a pipeline.
 
-    Fitted: `model_`, the trained `MLP`; `n_iter_`, epochs; `loss_curve_`, the mean loss of each epoch before its
-    updates; `loss_`, the last of these; `n_features_in_`, and `feature_names_in_` where X has names."""
+    Fitted: `model_`, the trained `MLP`; `n_iter_`, epochs; `loss_curve_`, the mean loss of each epoch's batches, each
+    before its update; `loss_`, the last of these; `n_features_in_`, and `feature_names_in_` where X has names."""
 
 
 class FusedMLPClassifier(ClassifierMixin, _FusedMLP):
