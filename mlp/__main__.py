@@ -1,7 +1,7 @@
 """The command line: `perceptriton lesson NAME`, `doctor` and `export-hub DIR`, also as `python -m perceptriton.mlp`.
 
-Exit codes: 0; 1 where a lesson does not reproduce its table or a file cannot be written; 2 for bad arguments; 130 after
-an interrupt; 141 when the reader of the output has gone.
+Exit codes: 0; 1 where a lesson does not reproduce its table or lacks its data, or a file cannot be written; 2 for bad
+arguments; 130 after an interrupt; 141 when the reader of the output has gone.
 """
 
 import argparse
@@ -206,6 +206,15 @@ LESSONS = {
         "the decision line before and after training, and the loss",
         {"steps": lessons.BLOBS_STEPS},
     ),
+    "digits": Lesson(
+        "a 64-128-10 network reads handwritten digits",
+        "digits",
+        lesson_pages.digits_intro,
+        lesson_pages.digits_report,
+        "plot_digits",
+        "the losses and the surest mistakes",
+        {"steps": lessons.DIGITS_STEPS},
+    ),
     "sweep": Lesson(
         "how often 2-2-1 networks learn exclusive or, over seeds and learning rates",
         "sweep",
@@ -246,7 +255,10 @@ def _lesson(lesson: Lesson, args: argparse.Namespace) -> int:
     counts = {name: getattr(args, name) for name in lesson.counts}
     print(lesson.intro(**counts), end="\n\n", flush=True)
     options = {"progress": True} if counts else {}
-    result = getattr(lessons, lesson.function)(device=args.device, **counts, **options)
+    try:
+        result = getattr(lessons, lesson.function)(device=args.device, **counts, **options)
+    except ImportError as error:
+        return _failed(str(error), 1)
     print(lesson.report(result))
     if lesson.plot and args.plot:
         figure, _ = getattr(plotting, lesson.plot)(result)

@@ -149,8 +149,8 @@ def _traced(module: nn.Module) -> Iterator[tuple[str, str]]:
 def _below(modules: list[nn.Module]) -> Iterator[nn.Module]:
     for module in modules:
         yield module
-        # A forward may call the entries of its containers.
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        # A forward may call the entries of its containers; those of a GraphModule are bare Modules.
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or type(module) is nn.Module:
             yield from _below([child for child in module._modules.values() if child is not None])
 
 

@@ -1,12 +1,13 @@
 """The lessons in words: what each teaches, and its result as a page of text. Nothing here prints or computes."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from . import lessons
-from .lessons import ByHand, ChainRule, Run, Sweep, Trajectory, WorkedStep
+from .lessons import ByHand, ChainRule, Digits, Run, Sweep, Trajectory, WorkedStep
 
 __all__ = [
     "WIDTH",
@@ -15,6 +16,8 @@ __all__ = [
     "by_hand_report",
     "chain_rule_intro",
     "chain_rule_report",
+    "digits_intro",
+    "digits_report",
     "sweep_intro",
     "sweep_report",
     "training_report",
@@ -135,6 +138,22 @@ def sweep_intro(steps: int, seeds: int) -> str:
     )
 
 
+def digits_intro(steps: int) -> str:
+    return _page(
+        "Reading: 1,797 handwritten digits, images of 8 by 8 pixels that come with scikit-learn. A network of 64 "
+        "inputs, 128 hidden units and 10 outputs asks of each image ten questions: is it a 0, is it a 1, ...? The "
+        "answer is the digit whose output is the largest.",
+        """
+        h = sigmoid(W1 x + b1)      p = sigmoid(W2 h + b2)
+        loss = mean over images and digits of -t ln p - (1 - t) ln(1 - p)      t = 1 for its digit
+        """,
+        "A step looks at 64 images, a minibatch. 22 steps, an epoch, see each of 1,347 images once; then they are "
+        f"shuffled anew. {steps:,} steps of Adam with a learning rate of 0.01. The other 450 images are kept for the "
+        "test, since a network may know by heart what it was trained on. It must read more than "
+        f"{lessons.DIGITS_SHARE:.0%} of those. {TURNS} All three see the same minibatches, so the losses must agree.",
+    )
+
+
 # --- what came out -------------------------------------------------------------------------------------------
 
 
@@ -184,8 +203,7 @@ def worked_step_report(result: WorkedStep) -> str:
 def training_report(result: Trajectory) -> str:
     columns = {"reference": result.reference} | {_short(run): run.losses for run in result.runs}
     lines = [_losses(result.steps, columns, result.reference), "", *_contenders(result), "", *_predictions(result)]
-    lines += ["", f"How the fused layers ran, on {result.device}:", textwrap.indent(str(result.explanation), "  ")]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_ran(result)])
 
 
 def by_hand_report(result: ByHand) -> str:
@@ -235,6 +253,29 @@ def sweep_report(result: Sweep) -> str:
     trajectory = result.trajectory
     columns = {"reference": trajectory.reference} | {_short(run): run.losses for run in trajectory.runs}
     return "\n".join([*lines, _losses(trajectory.steps, columns, trajectory.reference), "", *_contenders(trajectory)])
+
+
+def digits_report(result: Digits) -> str:
+    trajectory = result.trajectory
+    columns = {_short(run): run.losses for run in trajectory.runs}
+    learned, new = f"of {len(trajectory.samples):,} it learned", f"of {len(result.images)} new"
+    lines = [
+        "The loss of the minibatch, before its step:",
+        "",
+        _losses(trajectory.steps, columns, trajectory.reference),
+        "",
+        *_contenders(trajectory, "the loop over nn"),
+        "",
+        f"  {'read right':24}  {learned:>20}  {new:>12}",
+    ]
+    for run in trajectory.runs:
+        lines.append(f"  {run.name:24}  {result.training_accuracy(run):20.2%}  {result.accuracy(run):12.2%}")
+    last = trajectory.runs[-1]
+    read = result.read(last)
+    mistakes = Counter((int(result.labels[i]), int(read[i])) for i in result.misread(last))
+    told = ", ".join(f"{true} as {wrong}" + f" ({n} times)" * (n > 1) for (true, wrong), n in mistakes.most_common())
+    lines += ["", _fill(f"Misread by {last.name}: {told or 'none'}."), "", *_ran(trajectory)]
+    return "\n".join(lines)
 
 
 # --- parts ---------------------------------------------------------------------------------------------------
@@ -288,6 +329,10 @@ def _contenders(result: Trajectory, against: str = "the reference", why: str = "
         )
     )
     return lines
+
+
+def _ran(result: Trajectory) -> list[str]:
+    return [f"How the fused layers ran, on {result.device}:", textwrap.indent(str(result.explanation), "  ")]
 
 
 def _times_head() -> str:

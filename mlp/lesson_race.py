@@ -86,11 +86,26 @@ class Task:
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     steps: int
     log_every: int
+    batch_size: int | None = None  # samples per step; None: all of them
+    order_seed: int = 0  # of the order of the samples
 
     @property
     def logged(self) -> range:
         """The steps at which the loss is logged, before their update."""
         return range(0, self.steps, self.log_every)
+
+    def order(self) -> torch.Generator:
+        """What the order of the samples is drawn from, at its beginning."""
+        return torch.Generator().manual_seed(self.order_seed)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The samples of each step, drawn as `fit` draws them: one permutation per epoch."""
+        order = self.order()
+        while self.batch_size is not None:
+            for batch in torch.randperm(len(self.x), generator=order, device="cpu").split(self.batch_size):
+                yield self.x[batch], self.y[batch]
+        while True:
+            yield self.x, self.y
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,7 @@ class Trajectory:
     initial: nn.Module  # the network before its first step
     runs: tuple[Run, ...]  # the first is what the others are timed against
     samples: Tensor  # (samples, inputs), on the CPU
-    targets: Tensor  # (samples,), 0 or 1
+    targets: Tensor  # (samples,), 0 or 1; of digits 0 to 9
     points: Tensor  # (P, inputs), where `predictions` looks
     expected: list[float] | None  # the table's p at the points; None if the table is of another number of steps
     prediction_band: float  # relative
@@ -185,6 +200,7 @@ class Loop:
         self.name, self.model, self.task = name, model, task
         self.optimizer = task.optimizer(model.parameters())
         self.losses: list[float] = []
+        self.batches = task.batches()
         self.clock = _Clock(task.x.device)
 
     def take(self, turn: int, turns: int, steps: range) -> None:
@@ -197,8 +213,9 @@ class Loop:
 
     def step(self) -> Tensor:
         """One step; the loss before it, ()."""
+        x, y = next(self.batches)
         self.optimizer.zero_grad()
-        loss = self.task.criterion(self.model(self.task.x), self.task.y)
+        loss = self.task.criterion(self.model(x), y)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
@@ -239,6 +256,7 @@ class FitCalls:
     def _fit(self, steps: int) -> tuple[nn.Module, History]:
         model, task = copy.deepcopy(self.initial), self.task
         options = {"steps": steps, "log_every": task.log_every, "lr": self.lr, "impl": self.impl}
+        options |= {"batch_size": task.batch_size, "generator": task.order()}
         optimizer = task.optimizer(model.parameters())
         return model, fit(model, task.x, task.y, criterion=task.criterion, optimizer=optimizer, **options)
 

@@ -5,6 +5,7 @@ A lesson is one function that computes or trains, and returns all there is to sh
 """
 
 from .lesson_by_hand import HAND_BAND, HAND_SEED, HAND_STEPS, SOLVED, ByHand, by_hand, hand_gradients
+from .lesson_digits import DIGITS_BAND, DIGITS_SEED, DIGITS_SHARE, DIGITS_STEPS, Digits, digits, digits_data
 from .lesson_gradients import WORKED_BANDS, WORKED_STEPS, ChainRule, Values, WorkedStep, chain_rule, worked_step
 from .lesson_race import FUSED, NN, REFERENCE, Run, Trajectory
 from .lesson_sweep import SWEEP_RATES, SWEEP_SEEDS, SWEEP_STEPS, Sweep, sweep
@@ -27,6 +28,10 @@ __all__ = [
     "BLOBS_SEED",
     "BLOBS_STEPS",
     "DEEP_BANDS",
+    "DIGITS_BAND",
+    "DIGITS_SEED",
+    "DIGITS_SHARE",
+    "DIGITS_STEPS",
     "FUSED",
     "HAND_BAND",
     "HAND_SEED",
@@ -44,6 +49,7 @@ __all__ = [
     "XOR_STEPS",
     "ByHand",
     "ChainRule",
+    "Digits",
     "Run",
     "Sweep",
     "Trajectory",
@@ -53,6 +59,8 @@ __all__ = [
     "blobs_data",
     "by_hand",
     "chain_rule",
+    "digits",
+    "digits_data",
     "hand_gradients",
     "sweep",
     "worked_step",

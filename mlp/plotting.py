@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .lessons import ByHand, Run, Sweep, Trajectory
+from .lessons import FUSED, NN, ByHand, Digits, Run, Sweep, Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
     "BlobsPicture",
+    "DigitsPicture",
     "SweepPicture",
     "TrainingPicture",
     "check_target",
     "plot_blobs",
     "plot_by_hand",
+    "plot_digits",
     "plot_sweep",
     "plot_training",
     "save",
@@ -66,6 +68,17 @@ class SweepPicture:
     rates: np.ndarray  # (R,)
     steps: np.ndarray  # (L,)
     success: np.ndarray  # (L, R), shares of the seeds
+
+
+@dataclass(frozen=True)
+class DigitsPicture:
+    """What `plot_digits` draws."""
+
+    steps: np.ndarray  # (L,)
+    losses: dict[str, np.ndarray]  # (L,) of each contender, nats
+    accuracies: dict[str, float]  # of each contender, on the test images
+    misread: list[int]  # indices of the test images shown
+    read: list[int]  # what each of these was taken for
 
 
 def plot_training(result: Trajectory) -> "tuple[Figure, TrainingPicture]":
@@ -156,6 +169,49 @@ def plot_sweep(result: Sweep) -> "tuple[Figure, SweepPicture]":
     last.set_xlabel(f"at step {data.steps[-1]:,}")
     axes.set(xlabel="learning rate", ylabel="step of gradient descent")
     axes.set_title(f"XOR: success of {len(result.seeds):,} 2-2-1 networks at each learning rate", pad=12)
+    return figure, data
+
+
+def plot_digits(result: Digits) -> "tuple[Figure, DigitsPicture]":
+    """The losses of all contenders, which lie on each other, and the test images that `fit` misreads most surely.
+
+    Raises ImportError if matplotlib is missing.
+    """
+    figure = _figure(12, 4.8)
+    trajectory = result.trajectory
+    last = trajectory.runs[-1]
+    data = DigitsPicture(
+        np.array(trajectory.steps),
+        {run.name: np.array(run.losses) for run in trajectory.runs},
+        {run.name: result.accuracy(run) for run in trajectory.runs},
+        result.misread(last)[:6],
+        result.read(last)[result.misread(last)[:6]].tolist(),
+    )
+    left, right = figure.subfigures(1, 2, width_ratios=(1.4, 1))  # pyright: ignore[reportGeneralTypeIssues]
+    axes = left.subplots()
+    # From the widest to the narrowest, so that each shows on the one below.
+    looks = {
+        NN: {"color": PALE_BLUE, "linewidth": 7},
+        FUSED: {"color": VERMILION, "linewidth": 2.6},
+    }
+    for name, losses in data.losses.items():
+        label = f"{name}: {data.accuracies[name]:.1%} of the test images"
+        look = looks.get(name, {"color": INK, "linewidth": 1.2, "linestyle": (0, (4, 3))})
+        axes.plot(data.steps, losses, label=label, solid_capstyle="round", **look)
+    axes.set(xlabel="step of Adam", ylabel="mean binary cross-entropy of the minibatch (nats)", yscale="log")
+    axes.set_title("Three ways to train a 64-128-10 network: one curve on the other")
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    count = f"{len(result.misread(last))} of {len(result.images)} test images"
+    right.suptitle(f"{last.name} misreads {count}" + ("; the surest:" if data.misread else ""))
+    p = result.probabilities(last)
+    for cell, index, read in zip(right.subplots(2, 3).flat, data.misread, data.read, strict=False):
+        cell.imshow(result.images[index].view(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
+        cell.set_title(f"a {result.labels[index]}, read as {read}\n(p = {p[index, read]:.2f})", fontsize=10)
+    for cell in right.axes:
+        cell.set(xticks=[], yticks=[], frame_on=bool(cell.images))
     return figure, data
 
 

@@ -49,6 +49,18 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread for the tests of a module that train networks of middle size.
+
+    Where other processes take the cores, two threads that wait for each other make a step take forty times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def device():
     """Where kernels run: "cuda", or "cpu" in triton's interpreter, which then rounds as the hardware does."""

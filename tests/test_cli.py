@@ -18,6 +18,7 @@ from perceptriton.mlp import __main__ as command_line
 from perceptriton.mlp import lesson_race, lessons, plotting
 from perceptriton.mlp.__main__ import SHAPES, main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
 
 
@@ -32,12 +33,19 @@ LESSONS = {
     "xor": (["--steps", "301"], r"300 0\.69315171(?: 0\.6931517\d){3}"),
     "xor-deep": (["--steps", "301", "--draws", "2"], r"300 0\.69315147(?: 0\.693151\d\d){3}"),
     "blobs": (["--steps", "11"], r"9 0\.60920805(?: 0\.60920[78]\d\d){3}"),
+    "digits": (["--steps", "301"], r"300 0\.03536\d{3}(?: 0\.03536\d{3}){2}"),
     "sweep": (["--steps", "201", "--seeds", "5"], r"200 0\.69315779(?: 0\.693157\d\d){3}"),
 }
 
 
+def needs_images(name):
+    if name == "digits":
+        pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
+
+
 @pytest.mark.parametrize("name", LESSONS)
 def test_lesson_prints_its_page(name, capsys):
+    needs_images(name)
     options, line = LESSONS[name]
     assert main(["lesson", name, *options]) == 0
     out, err = capsys.readouterr()
@@ -45,7 +53,7 @@ def test_lesson_prints_its_page(name, capsys):
     assert max(map(len, out.splitlines())) <= 100
     pattern = " *" + line.replace(" ", " +")
     assert re.search(f"^{pattern}$", out, re.MULTILINE), out
-    assert re.search("All (match|equal) the (reference|loop by hand)", " ".join(out.split()))
+    assert re.search("All (match|equal) the (reference|loop by hand|loop over nn)", " ".join(out.split()))
     assert " us" in out  # times
     assert " = " in out  # a formula
 
@@ -80,6 +88,7 @@ def test_lesson_xor_prints_the_table(capsys):
 @needs_matplotlib
 @pytest.mark.parametrize("name", [name for name, lesson in command_line.LESSONS.items() if lesson.plot])
 def test_lesson_writes_its_picture_and_nothing_else(name, tmp_path, capsys):
+    needs_images(name)
     target = tmp_path / "picture.png"
     assert main(["lesson", name, *LESSONS[name][0], "--plot", str(target)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
@@ -126,6 +135,22 @@ def test_gradients_that_miss_the_table_are_a_failure(name, change, monkeypatch, 
     out, err = capsys.readouterr()
     assert "the reference." not in " ".join(out.split())
     assert re.match(r"perceptriton: the reference is missed: by hand in float\d\d: \S+ = \S+ and not \S+;", err)
+
+
+def test_digits_after_too_few_steps_are_a_failure(capsys):
+    needs_images("digits")
+    assert main(["lesson", "digits", "--steps", "31"]) == 1
+    out, err = capsys.readouterr()
+    assert "All match the loop over nn." in " ".join(out.split())
+    miss = r"[^;]*: \d\d\.\d% of the test images read right, not more than 95%"
+    assert re.fullmatch(rf"perceptriton: the reference is missed: {miss}; {miss}; {miss}\n", err)
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["lesson", "digits"]) == 1
+    message = "perceptriton: the digits come with scikit-learn: install perceptriton[sklearn]\n"
+    assert capsys.readouterr().err == message
 
 
 @needs_matplotlib

@@ -22,6 +22,7 @@ BAND = 6e-5
 PLATEAU_BAND, DROPPED_BAND = 3e-7, 1.6e-2
 BLOBS_BAND = 1e-6  # some units in the last place of fp32, which a mean of 100 losses can be off by
 HAND_BAND = 2e-4
+DIGITS_BAND = 1e-5  # four times what seven ways of rounding came to
 FIT = "fit"
 WAYS = (lessons.NN, lessons.FUSED, FIT)
 
@@ -63,6 +64,17 @@ def worked():
 @pytest.fixture(scope="module")
 def sweep():
     return lessons.sweep(2501, seeds=30, rates=(0.1, 1.0, 5.6))
+
+
+@pytest.fixture(scope="module")
+def digits(one_thread):
+    needs_images("digits")
+    return lessons.digits()
+
+
+def needs_images(name):
+    if name == "digits":
+        pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
 
 
 @pytest.fixture
@@ -344,6 +356,73 @@ def test_by_hand_from_a_seed_that_stays_in_a_local_minimum_is_a_miss():
     assert result.trajectory.matches  # it is stuck all four ways
 
 
+# --- digits ------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_read_alike_all_three_ways(digits):
+    trajectory = digits.trajectory
+    assert trajectory.steps == list(range(0, 661, 10))
+    assert [run.name for run in trajectory.runs] == list(WAYS)
+    assert [run.path for run in trajectory.runs] == ["loop", "loop", "torch"]
+    nn = trajectory.runs[0]
+    assert nn.losses[0] > 0.7
+    assert nn.losses[-1] < 0.03
+    for run in trajectory.runs:
+        assert_follows(trajectory, run, list(zip(trajectory.steps, nn.losses, strict=True)), DIGITS_BAND)
+        right = (run.model(digits.images).argmax(1) == digits.labels).sum().item()
+        assert right > 0.95 * 450
+        assert digits.accuracy(run) == right / 450
+        assert digits.training_accuracy(run) > digits.accuracy(run)
+        assert len(digits.misread(run)) == 450 - right
+    assert digits.matches
+    wrong = dataclasses.replace(digits, trajectory=spoilt(trajectory, FIT, 20, 1 + 2 * DIGITS_BAND))
+    assert wrong.misses == [f"fit: {2 * DIGITS_BAND:.1e} relative at step 200, outside the band of 1e-05"]
+
+
+def test_digits_that_are_read_no_better_than_by_a_guess_are_a_miss(digits):
+    run = dataclasses.replace(digits.trajectory.runs[1], model=digits.trajectory.initial)
+    runs = (digits.trajectory.runs[0], run, digits.trajectory.runs[2])
+    (miss,) = dataclasses.replace(digits, trajectory=dataclasses.replace(digits.trajectory, runs=runs)).misses
+    assert miss.startswith("fused layers: ")
+    assert miss.endswith("% of the test images read right, not more than 95%")
+
+
+def test_digits_are_those_of_scikit_learn():
+    bundled = pytest.importorskip("sklearn.datasets").load_digits()
+    x, y, x_test, y_test = lessons.digits_data()
+    assert (len(x), len(x_test)) == (1347, 450)
+    assert (x.min(), x.max()) == (0, 1)
+
+    def counted(images, labels):
+        return sorted([*image, label] for image, label in zip(images.tolist(), labels.tolist(), strict=True))
+
+    # No image is in both parts, none is lost, and each has its own label.
+    together = counted(torch.cat([x, x_test]), torch.cat([y, y_test]))
+    assert together == counted(bundled.data / 16, bundled.target)
+    shares = [torch.bincount(labels) / len(labels) for labels in (y, y_test)]
+    torch.testing.assert_close(*shares, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_loops_see_the_batches_of_fit(batch_size):
+    x = torch.arange(8.0)[:, None]
+    task = Task(x, 2 * x, torch.nn.MSELoss(), lambda p: torch.optim.SGD(p, lr=1e-3), 7, 1, batch_size, order_seed=5)
+    model = MLP([1, 1])
+    loop, calls = (kind(*args) for kind, args in ((Loop, ("loop", MLP([1, 1]), task)), (FitCalls, (model, task))))
+    loop.model.load_state_dict(model.state_dict())
+    loop, fit = race(task, [loop, calls], False)
+    assert fit.losses == pytest.approx(loop.losses, rel=1e-5)
+    assert len(set(loop.losses)) == 7
+    seen = list(itertools.islice(task.batches(), 6))
+    assert all(torch.equal(y, 2 * x) for x, y in seen)
+    sizes = [8] * 6 if batch_size is None else [3, 3, 2, 3, 3, 2]
+    assert [len(x) for x, _ in seen] == sizes
+    if batch_size:
+        epochs = [torch.cat([x for x, _ in seen[i : i + 3]]).flatten().tolist() for i in (0, 3)]
+        assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(8))
+        assert epochs[0] != epochs[1] != sorted(epochs[0])
+
+
 # --- sweep -------------------------------------------------------------------------------------------------
 
 
@@ -422,11 +501,14 @@ def test_another_seed_does_not_match(run):
         assert difference > 100 * band
 
 
-TRAINING = {name: getattr(lessons, name) for name in ("xor", "xor_deep", "blobs", "by_hand", "worked_step", "sweep")}
+TRAINING = {
+    name: getattr(lessons, name) for name in ("xor", "xor_deep", "blobs", "by_hand", "worked_step", "sweep", "digits")
+}
 
 
 @pytest.mark.parametrize("name", [*TRAINING, "chain_rule"])
 def test_lessons_leave_random_numbers_alone(name):
+    needs_images(name)
     before = torch.get_rng_state()
     TRAINING[name](1) if name in TRAINING else lessons.chain_rule()
     assert torch.equal(torch.get_rng_state(), before)
@@ -474,6 +556,15 @@ def test_lessons_on_cuda(run):
     assert result.matches, result.misses
     for one in getattr(getattr(result, "trajectory", result), "runs", ()):
         assert next(one.model.parameters()).is_cuda
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_digits_on_cuda():
+    needs_images("digits")
+    result = lessons.digits(device="cuda")
+    assert result.matches, result.misses
+    for run in result.trajectory.runs:
+        assert next(run.model.parameters()).is_cuda
 
 
 class Recording(Loop):
@@ -589,6 +680,31 @@ def test_sweep_picture_is_the_map_of_success(sweep):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "1", "5.6"]
     shares = [label.get_text() for label in axes.child_axes[0].get_xticklabels()]
     assert shares == [f"{100 * share:.0f}%" for share in data.success[-1]]
+
+
+def test_digits_picture_shows_three_curves_and_the_surest_mistakes(digits):
+    pytest.importorskip("matplotlib")
+    figure, data = plotting.plot_digits(digits)
+    curves, *cells = (axes for part in figure.subfigs for axes in part.axes)
+    lines = dict(zip(WAYS, curves.lines, strict=True))
+    for run in digits.trajectory.runs:
+        line = lines[run.name]
+        assert data.losses[run.name].tolist() == line.get_ydata().tolist() == run.losses
+        assert line.get_label() == f"{run.name}: {digits.accuracy(run):.1%} of the test images"
+    # Each leaves the one below it to be seen.
+    assert sorted((line.get_linewidth() for line in curves.lines), reverse=True) == [
+        line.get_linewidth() for line in curves.lines
+    ]
+    assert curves.lines[-1].is_dashed()
+    run = digits.trajectory.runs[-1]
+    p = digits.probabilities(run)
+    assert len(cells) == len(data.misread) == 6
+    for cell, index, read in zip(cells, data.misread, data.read, strict=True):
+        assert p[index].argmax() == read != digits.labels[index]
+        assert cell.get_title() == f"a {digits.labels[index]}, read as {read}\n(p = {p[index].max():.2f})"
+        assert cell.images[0].get_array().ravel().tolist() == digits.images[index].tolist()
+    surest = [p[index].max().item() for index in data.misread]
+    assert surest == sorted(surest, reverse=True)
 
 
 def test_a_surface_on_one_side_of_one_half_has_no_contour(short, tmp_path):

@@ -250,7 +250,7 @@ def test_import_is_light(installed):
     for _ in range(3):  # the best of three, for machines that do other things too
         result = python_json(IMPORT, installed)
         assert "perceptriton" in result["new"]
-        assert {"triton", "matplotlib", "tqdm"} & set(result["new"]) == set()
+        assert {"triton", "matplotlib", "tqdm", "sklearn"} & set(result["new"]) == set()
         assert not result["cuda"]
         if result["seconds"] < 0.3:
             return

@@ -1,0 +1,223 @@
+"""The scikit-learn estimators: scikit-learn's own checks, and that they are `MLP` and `fit` and nothing else."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from perceptriton.mlp import Ensemble, fit
+
+pytest.importorskip("sklearn", minversion="1.6", reason="scikit-learn is not installed")
+
+from sklearn.datasets import load_digits, make_regression
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LinearRegression
+from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from perceptriton.mlp.estimator import FusedMLPClassifier, FusedMLPRegressor
+
+
+def expected_failed_checks(estimator):
+    reason = "predictions are float32, in which they are computed; the check wants float64"
+    return {"check_regressor_multioutput": reason} if isinstance(estimator, FusedMLPRegressor) else {}
+
+
+@parametrize_with_checks([FusedMLPClassifier(), FusedMLPRegressor()], expected_failed_checks=expected_failed_checks)
+def test_rules_of_scikit_learn(estimator, check):
+    check(estimator)
+
+
+# --- MLP and fit, no more ----------------------------------------------------------------------------------
+
+SOLVERS = {
+    "sgd": ({"momentum": 0.5}, lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.5, weight_decay=1e-3)),
+    "adam": ({}, lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=1e-3)),
+    "adamw": ({}, lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=1e-3)),
+}
+
+
+@pytest.mark.parametrize("batch_size", [None, 16], ids=["full-batch", "ragged-batches"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_is_fit(solver, batch_size):
+    options, optimizer = SOLVERS[solver]
+    x, y = torch.randn(40, 3), torch.randn(40, 2)
+    estimator = FusedMLPRegressor(
+        [5, 4],
+        activation="tanh",
+        solver=solver,
+        learning_rate=0.02,
+        weight_decay=1e-3,
+        batch_size=batch_size,
+        max_iter=4,
+        random_state=7,
+        **options,
+    ).fit(x.numpy(), y.numpy())
+
+    seed = np.random.RandomState(7).randint(np.iinfo(np.int32).max)
+    generator = torch.Generator().manual_seed(int(seed))
+    model = Ensemble(1, [3, 5, 4, 2], "tanh", "identity", generator=generator).member(0)
+    before = [p.clone() for p in model.parameters()]
+    history = fit(
+        model,
+        x,
+        y,
+        criterion=nn.MSELoss(),
+        optimizer=optimizer(model.parameters()),
+        steps=4 if batch_size is None else 12,
+        batch_size=batch_size,
+        log_every=1,
+        generator=generator,
+    )
+    for own, by_hand, old in zip(estimator.model_.parameters(), model.parameters(), before, strict=True):
+        assert torch.equal(own, by_hand)
+        assert not torch.equal(own, old)
+    shares = torch.tensor([1.0] if batch_size is None else [0.4, 0.4, 0.2])
+    assert estimator.loss_curve_ == pytest.approx((history.loss.view(4, -1) @ shares).tolist(), rel=1e-6)
+    assert (estimator.n_iter_, estimator.loss_) == (4, estimator.loss_curve_[-1])
+    assert np.array_equal(estimator.predict(x.numpy()), model(x).detach().numpy())
+
+
+def test_random_numbers_of_others_are_left_alone():
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    FusedMLPClassifier(max_iter=1, random_state=0).fit([[0.0], [1.0]], [0, 1])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+
+
+# --- classes -----------------------------------------------------------------------------------------------
+
+
+def blobs(classes):
+    """(60, 2) points around as many corners of a square, and their classes."""
+    y = np.arange(60) % classes
+    corners = np.array([[-2, -2], [2, 2], [-2, 2]])
+    return corners[y] + 0.3 * np.random.RandomState(0).randn(60, 2), y
+
+
+def test_two_classes_have_one_output():
+    x, y = blobs(2)
+    names = np.array(["no", "yes"])
+    estimator = FusedMLPClassifier((4,), random_state=0).fit(x, names[y])
+    assert estimator.classes_.tolist() == ["no", "yes"]
+    (p,) = estimator.model_(torch.tensor(x, dtype=torch.float32)).detach().T.numpy()
+    assert np.array_equal(estimator.predict_proba(x), np.stack([1 - p, p], 1))
+    assert estimator.predict(x).tolist() == names[y].tolist()
+    assert estimator.score(x, names[y]) == 1
+
+
+def test_more_classes_are_one_against_the_rest():
+    x, y = blobs(3)
+    estimator = FusedMLPClassifier((), random_state=0).fit(x, 10 * y)
+    outputs = estimator.model_(torch.tensor(x, dtype=torch.float32)).detach().numpy()
+    assert outputs.shape == (60, 3)
+    assert abs(outputs.sum(1) - 1).max() > 0.01, "divided by one, nothing would be seen"
+    np.testing.assert_allclose(estimator.predict_proba(x), outputs / outputs.sum(1, keepdims=True), rtol=1e-6)
+    assert estimator.predict(x).tolist() == (10 * y).tolist()
+
+
+def test_outputs_that_all_underflow_leave_all_classes_alike():
+    x, y = blobs(3)
+    estimator = FusedMLPClassifier((), random_state=0).fit(x, y)
+    with torch.no_grad():
+        estimator.model_[0].bias.fill_(-1e4)
+    assert estimator.predict_proba(x[:2]) == pytest.approx(np.full((2, 3), 1 / 3))
+
+
+def test_several_labels_are_not_divided():
+    x = np.random.RandomState(0).randn(200, 3).astype("float32")
+    y = (x > [-1, 0, 0.5]).astype(int)
+    estimator = FusedMLPClassifier((), random_state=0).fit(x, y)
+    p = estimator.predict_proba(x)
+    assert np.array_equal(p, estimator.model_(torch.tensor(x)).detach().numpy())
+    assert np.array_equal(estimator.predict(x), p > 0.5)
+    assert (estimator.predict(x) == y).mean() > 0.95
+
+
+# --- numbers -----------------------------------------------------------------------------------------------
+
+
+def test_no_hidden_layer_is_linear_regression():
+    x, y = make_regression(n_samples=100, n_features=3, n_targets=2, noise=5, random_state=0)
+    y /= y.std(0)
+    options = {"solver": "sgd", "learning_rate": 0.2, "batch_size": None, "max_iter": 300, "random_state": 0}
+    estimator, truth = FusedMLPRegressor((), **options).fit(x, y), LinearRegression().fit(x, y)
+    np.testing.assert_allclose(estimator.predict(x), truth.predict(x), atol=1e-5)
+    assert estimator.score(x, y) == pytest.approx(truth.score(x, y), abs=1e-6)
+    assert FusedMLPRegressor((), **options).fit(x, y[:, 0]).predict(x).shape == (100,)
+
+
+# --- among scikit-learn's own ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    x, y = load_digits(return_X_y=True)
+    return train_test_split(x, y, test_size=450, stratify=y, random_state=0)
+
+
+def test_learns_digits_in_a_pipeline(digits):
+    x, x_test, y, y_test = digits
+    model = make_pipeline(MinMaxScaler(), FusedMLPClassifier(128, max_iter=40, random_state=0)).fit(x, y)
+    # scikit-learn's own MLPClassifier comes to 0.978 with the same settings.
+    assert model.score(x_test, y_test) > 0.95
+    curve = model[-1].loss_curve_
+    assert len(curve) == model[-1].n_iter_ == 40
+    assert curve[-1] < 0.05 * curve[0]
+
+
+def test_grid_search_in_two_processes(digits):
+    x, _, y, _ = digits
+    # numpy's numbers are what searches over distributions draw.
+    grid = {"hidden_layer_sizes": [np.int64(64)], "learning_rate": [1e-6, 0.03]}
+    estimator = FusedMLPClassifier(batch_size=np.int64(32), max_iter=20, random_state=0)
+    search = GridSearchCV(estimator, grid, cv=2, n_jobs=2, error_score="raise").fit(x[:400] / 16, y[:400])
+    assert search.best_params_ == {"hidden_layer_sizes": 64, "learning_rate": 0.03}
+    worst, best = search.cv_results_["mean_test_score"]
+    assert worst < 0.3
+    assert best > 0.85
+    alone = GridSearchCV(estimator, grid, cv=2).fit(x[:400] / 16, y[:400])
+    # Other threads round in another order.
+    assert alone.cv_results_["mean_test_score"] == pytest.approx([worst, best], abs=0.01)
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+X, Y = [[0.0, 1.0], [1.0, 0.0]], [0, 1]
+ERRORS = {
+    "width-zero": ({"hidden_layer_sizes": (4, 0)}, Y, ValueError, "hidden_layer_sizes must be at least 1, not 0"),
+    "width-float": ({"hidden_layer_sizes": 4.0}, Y, TypeError, "hidden_layer_sizes must be an int, not 4.0"),
+    "activation": ({"activation": "gelu"}, Y, ValueError, "activation must be one of sigmoid, .*, not 'gelu'"),
+    "solver": ({"solver": "lbfgs"}, Y, ValueError, "solver must be one of sgd, adam, adamw, not 'lbfgs'"),
+    "no-epochs": ({"max_iter": 0}, Y, ValueError, "max_iter must be at least 1, not 0"),
+    "batch-float": ({"batch_size": 2.5}, Y, TypeError, "batch_size must be an int, not 2.5"),
+    "rate": ({"learning_rate": -1.0}, Y, ValueError, "[Ii]nvalid learning rate: -1.0"),
+    "one-class": ({}, [3, 3], ValueError, "y must hold at least two classes, not one class only: .*3"),
+    "nan": ({}, [0.0, np.nan], ValueError, "Input y contains NaN"),
+}
+
+
+@pytest.mark.parametrize(("options", "y", "error", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors(options, y, error, message):
+    estimator = FusedMLPClassifier(**options)
+    with pytest.raises(error, match=message):
+        estimator.fit(X, y)
+    with pytest.raises(NotFittedError):
+        estimator.predict(X)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_targets_beyond_fp32_are_refused():
+    with pytest.raises(ValueError, match="Input y contains infinity or a value too large"):
+        FusedMLPRegressor().fit(X, [1.0, 1e39])
+
+
+def test_without_scikit_learn_the_error_says_what_to_install():
+    code = "import sys; sys.modules['sklearn'] = None\nimport perceptriton.mlp\nimport perceptriton.mlp.estimator"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.stderr.endswith("scikit-learn 1.6 or newer: install perceptriton[sklearn]\n"), run.stderr
