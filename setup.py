@@ -26,7 +26,17 @@ setup(
     ],
     extras_require={
         "cli": ["matplotlib", "tqdm"],
-        "dev": ["matplotlib", "tqdm", "pytest", "pytest-benchmark", "ruff", "basedpyright", "setuptools>=77", "wheel"],
+        "dev": [
+            "matplotlib",
+            "tqdm",
+            "pytest",
+            "pytest-benchmark",
+            "hypothesis",
+            "ruff",
+            "basedpyright",
+            "setuptools>=77",
+            "wheel",
+        ],
     },
     entry_points={"console_scripts": ["perceptriton = perceptriton.mlp.__main__:main"]},
     classifiers=[
