@@ -80,7 +80,8 @@ clean: ## remove everything that make made
 
 # On a GPU `make cuda` runs them.
 KERNEL_TESTS := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_networks.py test_training_kernels.py \
-	test_wide.py test_fit.py::test_kernels_train_alike test_fuzz.py::test_kernels)
+	test_wide.py test_fit.py::test_kernels_train_alike test_fuzz.py::test_kernels \
+	test_memory.py)
 COMPILE_TESTS := $(addprefix tests/,test_compile.py test_wide_compile.py test_mlp_compile.py test_training_compile.py)
 
 .PHONY: test test-start test-beside test-all test-compile test-kernels test-old-triton test-deterministic test-benches

@@ -27,15 +27,8 @@ setup(
     extras_require={
         "cli": ["matplotlib", "tqdm"],
         "dev": [
-            "matplotlib",
-            "tqdm",
-            "pytest",
-            "pytest-benchmark",
-            "hypothesis",
-            "ruff",
-            "basedpyright",
-            "setuptools>=77",
-            "wheel",
+            *("matplotlib", "tqdm", "pytest", "pytest-benchmark", "hypothesis", "ruff", "basedpyright"),
+            *("setuptools>=77", "wheel"),
         ],
     },
     entry_points={"console_scripts": ["perceptriton = perceptriton.mlp.__main__:main"]},

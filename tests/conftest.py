@@ -10,6 +10,7 @@ from perceptriton.kernels import ops, plan
 def pytest_addoption(parser):
     parser.addoption("--deterministic", action="store_true", help="torch's deterministic mode: NaN in fresh tensors")
     parser.addoption("--deadline", type=float, metavar="SECONDS", help="start no test after this many: skip it")
+    parser.addoption("--watch-memory", action="store_true", help="kernels under the interpreter: see tests/watching.py")
     parser.addoption("--cubins", metavar="DIR", help="keep what tests/test_compile.py compiles there")
 
 
@@ -47,6 +48,17 @@ def _round_bfloat16(monkeypatch):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def watched_memory(request):
+    if not request.config.getoption("--watch-memory"):
+        yield
+        return
+    import watching
+
+    with watching.kernels():
+        yield
 
 
 @pytest.fixture(scope="session")
