@@ -139,6 +139,12 @@ test-tiles: $(OVERLAY)/.ready ## compile every tile on both tritons (minutes)
 	$(PYTEST) -q $(COMPILE_TESTS)
 	PYTHONPATH=$(OVERLAY) $(PYTEST) -q $(COMPILE_TESTS)
 
+.PHONY: sanitize
+sanitize: $(READY) ## every kernel under the interpreter, watched for stray addresses and races (minutes)
+	TRITON_INTERPRET=1 $(PYTEST) -q --watch-memory $(SANITIZED)
+
+SANITIZED := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_training_kernels.py test_wide.py test_memory.py)
+
 test-deterministic: $(READY)
 	$(call step,deterministic: layers and networks,$(PYTEST) --deterministic tests/test_functional.py tests/test_networks.py)
 

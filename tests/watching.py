@@ -26,7 +26,8 @@ class Launch:
         self.fresh = {}  # stored by the program since its last barrier
 
     def touch(self, verb, program, pointers, mask, itemsize):
-        at = np.unique(pointers[np.broadcast_to(mask, pointers.shape)])
+        # A mask may be of whole numbers.
+        at = np.unique(pointers[np.broadcast_to(mask != 0, pointers.shape)])
         if not at.size:
             return
         nearest = np.searchsorted(self.starts, at, side="right") - 1
