@@ -730,6 +730,7 @@ def train(
             **tile,
             num_warps=plan.num_warps,
             num_stages=1,
+            enable_fp_fusion=True,
             # Said, or the assembler spills a few values in order to stay at 64, 96 or 128.
             maxnreg=255,
         )
