@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLD_TRITON := 3.6.0
+NEW_TRITON := 3.9.0
 OVERLAY := .build/triton-$(OLD_TRITON)
 SUMMARY := .build/summary.txt
 
@@ -39,10 +40,11 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-# The compiler that torch 2.11 ships on CUDA, laid over the one in the environment.
-$(OVERLAY)/.ready: $(READY)
-	@rm -rf $(OVERLAY)
-	@$(BIN)/python -m pip install -qq --no-deps --target $(OVERLAY) triton==$(OLD_TRITON)
+# Another triton, laid over the one in the environment: 3.6.0 is what torch 2.11 ships on CUDA. Its interpreter needs the
+# numpy of its time.
+.build/triton-%/.ready: $(READY)
+	@rm -rf $(@D)
+	@$(BIN)/python -m pip install -qq --no-deps --target $(@D) triton==$* 'numpy<2.4'
 	@touch $@
 
 .PHONY: test-setup
@@ -133,6 +135,21 @@ test-old-triton-compile:
 	$(call step,compile-only on triton $(OLD_TRITON): a part,PYTHONPATH=$(OVERLAY) $(PYTEST) $(COMPILE_TESTS) -k '$(PART)')
 
 PART := sm_90 and half and (64x64 or digits)
+
+# The interpreter on the oldest and the newest triton, the newest compiler on a part of the tiles. Layouts and deep
+# networks are left to the version that is installed.
+.PHONY: test-matrix
+test-matrix: $(READY) ## the kernels under the interpreter of the oldest and the newest triton (minutes)
+	@for version in $(OLD_TRITON) $(NEW_TRITON); do \
+		$(MAKE) --no-print-directory .build/triton-$$version/.ready; \
+		echo "== triton $$version"; \
+		TRITON_INTERPRET=1 PYTHONPATH=.build/triton-$$version $(PYTEST) -q $(MATRIX_TESTS) \
+			-W 'ignore:Conversion of an array with ndim:DeprecationWarning' \
+			-k 'not deep and not every_candidate and not layouts'; \
+	done
+	PYTHONPATH=.build/triton-$(NEW_TRITON) $(PYTEST) -q $(COMPILE_TESTS) -k '$(PART)'
+
+MATRIX_TESTS := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_training_kernels.py test_wide.py test_memory.py)
 
 .PHONY: test-tiles
 test-tiles: $(OVERLAY)/.ready ## compile every tile on both tritons (minutes)
