@@ -14,6 +14,10 @@ def pytest_addoption(parser):
     parser.addoption("--cubins", metavar="DIR", help="keep what tests/test_compile.py compiles there")
 
 
+def pytest_report_header():
+    return f"FUZZ_SEED={cases.FUZZ_SEED}"
+
+
 BEGAN = time.monotonic()
 
 
