@@ -732,5 +732,6 @@ class Loop:
                 RESIDENT=resident,
                 **rows,
                 **self.arguments,
+                enable_fp_fusion=True,
             )
         self.taken += steps
