@@ -137,14 +137,12 @@ test-old-triton-compile:
 PART := sm_90 and half and (64x64 or digits)
 
 # The interpreter on the oldest and the newest triton, the newest compiler on a part of the tiles. Layouts and deep
-# networks are left to the version that is installed; so are, on 3.9, the training loops: there the interpreter makes
-# whole numbers of a mask in which a scalar meets a block, and then refuses it.
+# networks are left to the version that is installed.
 .PHONY: test-matrix
 test-matrix: $(READY) .build/triton-$(OLD_TRITON)/.ready .build/triton-$(NEW_TRITON)/.ready ## the kernels under the interpreter of the oldest and the newest triton (minutes)
 	TRITON_INTERPRET=1 PYTHONPATH=.build/triton-$(OLD_TRITON) $(PYTEST) -q $(SANITIZED) -k $(MATRIX) \
 		-W 'ignore:Conversion of an array with ndim:DeprecationWarning'
-	TRITON_INTERPRET=1 PYTHONPATH=.build/triton-$(NEW_TRITON) $(PYTEST) -q \
-		$(filter-out %/test_training_kernels.py,$(SANITIZED)) -k $(MATRIX)
+	TRITON_INTERPRET=1 PYTHONPATH=.build/triton-$(NEW_TRITON) $(PYTEST) -q $(SANITIZED) -k $(MATRIX)
 	PYTHONPATH=.build/triton-$(NEW_TRITON) $(PYTEST) -q $(COMPILE_TESTS) -k '$(PART)'
 
 MATRIX := 'not deep and not every_candidate and not layouts'
