@@ -12,6 +12,7 @@ The contraction over the batch is written `dot(trans(x), dz)` with x straight fr
 """
 
 import contextlib
+import threading
 
 import torch
 import triton
@@ -296,22 +297,30 @@ def _current(tensor: Tensor):
     return contextlib.nullcontext()
 
 
+# Private: without it, a cold capture ends in triton's own error.
+_compile = getattr(JITFunction, "_do_compile", None)
+_lock = threading.Lock()
+_captures = 0  # launches into captures that are going on, of all threads
+
+
 @contextlib.contextmanager
 def _captured(place: torch.device):
     # A kernel that had to be compiled and loaded now would spoil the capture, with an error that does not say so.
+    global _captures
     with torch.cuda.device(place):
         if _compile is None:
             yield
             return
-        JITFunction._do_compile = _refuse_to_compile  # pyright: ignore[reportAttributeAccessIssue]
+        with _lock:
+            _captures += 1
+            JITFunction._do_compile = _refuse_to_compile  # pyright: ignore[reportAttributeAccessIssue]
         try:
             yield
         finally:
-            JITFunction._do_compile = _compile
-
-
-# Private: without it, a cold capture ends in triton's own error.
-_compile = getattr(JITFunction, "_do_compile", None)
+            with _lock:
+                _captures -= 1
+                if not _captures:
+                    JITFunction._do_compile = _compile
 
 
 def _refuse_to_compile(kernel, *arguments):

@@ -60,8 +60,8 @@ def _neurons(N: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _clear_padding(h, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    # 0 does not take out an infinite output, of which unbounded activations are capable. Forward only: gradients of a
-    # network that overflows hold NaN in any case, and the backward kernel has no register to spare.
+    # 0 does not take out an infinite output, of which unbounded activations are capable. Forward only: the backward
+    # kernel has no register to spare, and may leave more NaN in the gradients of a network that overflows than torch.
     if N < BLOCK_N:
         h = tl.where((tl.arange(0, BLOCK_N) < N)[None, :], h, 0.0)
     return h

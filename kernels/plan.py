@@ -345,7 +345,7 @@ def read_wide(document: dict) -> dict:
                 found = None if row["tile"] is None else tile(where, row["tile"])
                 if found is not None and found not in known[kind]:
                     raise ValueError(f"wide.json, {where}: {row['tile']} is none of the candidates")
-                if row.get("splits", 1) not in (1, 2, 4, 8, 16):
+                if row.get("splits", 1) not in ((1,) if kind == "dgrad" else (1, 2, 4, 8, 16)):
                     raise ValueError(f"wide.json, {where}: {row['splits']} splits")
                 if not (row["us"] > 0 and row["library_us"] > 0):
                     raise ValueError(f"wide.json, {where}: times {row['us']} and {row['library_us']}")

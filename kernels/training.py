@@ -62,11 +62,12 @@ UNALIGNED = ("order_ptr", "losses_ptr")  # may be rows of longer tensors
 
 @triton.jit
 def bce(z, y, t):
-    # From z, where p has lost digits, but cut off where torch's BCELoss is: log 0, and all below -100, counts -100.
+    # From z, where p has lost digits, but cut off where torch's BCELoss is: log 0 counts -100. In torch p is 0 where
+    # e^-z overflows, and 1 where 1 + e^-z rounds to 1, from z = 24 ln 2 on.
     log1p = _log1p_exp(z)
-    minus_log_p = tl.maximum(-z, 0.0) + log1p
-    minus_log_q = tl.maximum(z, 0.0) + log1p
-    return t * tl.where(minus_log_p > 100.0, 100.0, minus_log_p) + (1.0 - t) * tl.where(y == 1.0, 100.0, minus_log_q)
+    minus_log_p = tl.where(z < -88.72284, 100.0, tl.maximum(-z, 0.0) + log1p)
+    minus_log_q = tl.where(z > 16.635532, 100.0, tl.maximum(z, 0.0) + log1p)
+    return t * minus_log_p + (1.0 - t) * minus_log_q
 
 
 @triton.jit
@@ -434,7 +435,8 @@ def _block_load(ptrs, member, known, SIZES: tl.constexpr, WIDTHS: tl.constexpr, 
     for i in tl.static_range(len(SIZES)):
         if ptrs is not None:
             offs, inside = _block_offsets(i, WIDTHS, PADDED, BIAS)
-            tensors = tensors + (tl.load(ptrs[i] + member * SIZES[i] + offs, mask=tl.where(known, inside, False), other=0.0),)
+            inside = tl.where(known, inside, False)
+            tensors = tensors + (tl.load(ptrs[i] + member * SIZES[i] + offs, mask=inside, other=0.0),)
         else:
             tensors = tensors + (tl.full((), 0.0, tl.float32),)
     return tensors

@@ -99,7 +99,7 @@ class _FusedMLP(BaseEstimator):
         """(samples, outputs), float32"""
         check_is_fitted(self, "model_")
         X = validate_data(self, X, dtype="float32", reset=False)
-        return self.model_(self._tensor(X)).cpu().numpy()
+        return self.model_(self._tensor(X)).cpu().float().numpy()  # autocast may be on
 
     def _tensor(self, values) -> Tensor:
         # A copy: numpy's arrays may be read-only, which torch's tensors cannot be.
@@ -145,12 +145,14 @@ class FusedMLPClassifier(ClassifierMixin, _FusedMLP):
         """X (samples, features), y (samples,) of labels or (samples, labels) of 0 and 1."""
         X, y = validate_data(self, X, y, dtype="float32", multi_output=True)
         check_classification_targets(y)
-        self._multilabel = type_of_target(y) == "multilabel-indicator"
-        binarizer = LabelBinarizer().fit(y if self._multilabel else column_or_1d(y, warn=True))
-        self.classes_ = binarizer.classes_
-        if len(self.classes_) < 2 and not self._multilabel:
-            raise ValueError(f"y must hold at least two classes, not one class only: {self.classes_[0]!r}")
+        multilabel = type_of_target(y) == "multilabel-indicator"
+        binarizer = LabelBinarizer().fit(y if multilabel else column_or_1d(y, warn=True))
+        classes = binarizer.classes_
+        if len(classes) < 2 and not multilabel:
+            raise ValueError(f"y must hold at least two classes, not one class only: {classes[0]!r}")
         self._train(X, binarizer.transform(y), "sigmoid", nn.BCELoss())
+        # Not before: a refused fit must leave the last one as it was.
+        self._multilabel, self.classes_ = multilabel, classes
         return self
 
     def predict_proba(self, X):
@@ -184,8 +186,8 @@ class FusedMLPRegressor(MultiOutputMixin, RegressorMixin, _FusedMLP):
         """X (samples, features), y (samples,) or (samples, outputs), of order 1 as X should be."""
         X, y = validate_data(self, X, y, dtype="float32", multi_output=True, y_numeric=True)
         y = check_array(y, dtype="float32", ensure_2d=False, input_name="y")
-        self._flat = y.ndim == 1
         self._train(X, y.reshape(len(y), -1), "identity", nn.MSELoss())
+        self._flat = y.ndim == 1
         return self
 
     def predict(self, X):

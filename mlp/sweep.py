@@ -14,6 +14,9 @@ from .training import History, _prepare, fit
 
 __all__ = ["fit_sharded"]
 
+FAILED = -1
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # that losses may have
+
 
 def fit_sharded(
     ensemble: Ensemble,
@@ -42,7 +45,7 @@ def fit_sharded(
     ensemble. `History.seconds` is the time that this process took, waiting for the others included; `History.path`
     says what ran in it.
 
-    Raises TypeError for a model that is no Ensemble, and what `fit` raises.
+    Raises TypeError for a model that is no Ensemble, and what `fit` raises; RuntimeError where another process failed.
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be an Ensemble, not {type(ensemble).__name__}")
@@ -75,22 +78,36 @@ def fit_sharded(
     idle = shares[rank].start == shares[rank].stop
     mine = slice(0, 1) if idle else shares[rank]
     share = ensemble.subset(mine)
-    history = fit(
-        share,
-        x[mine] if x.dim() == 3 else x,
-        y[mine] if y.dim() == 3 else y,
-        criterion=criterion,
-        optimizer=optimizer(share.parameters()),
-        steps=0 if idle else steps,
-        batch_size=batch_size,
-        log_every=log_every,
-        lr=None if lr is None else lr[mine],
-        generator=generator,
-        progress=progress and rank == 0,
-        impl=impl,
-    )
+    history, failure = None, None
+    try:
+        history = fit(
+            share,
+            x[mine] if x.dim() == 3 else x,
+            y[mine] if y.dim() == 3 else y,
+            criterion=criterion,
+            optimizer=optimizer(share.parameters()),
+            steps=0 if idle else steps,
+            batch_size=batch_size,
+            log_every=log_every,
+            lr=None if lr is None else lr[mine],
+            generator=generator,
+            progress=progress and rank == 0,
+            impl=impl,
+        )
+    except BaseException as error:  # what it is, this rank raises once the others know
+        failure = error
+    # What each rank has: losses of a dtype, which an idle one cannot know, or a failure.
+    outcomes = torch.full((ranks,), FAILED)
+    if history is not None:
+        outcomes[rank] = DTYPES.index(history.loss.dtype)
+    for source in range(ranks):
+        send(outcomes[source : source + 1], source)
+    if failure is not None:
+        raise failure
+    if FAILED in outcomes.tolist() or history is None:
+        raise RuntimeError(f"rank {outcomes.tolist().index(FAILED)} of {ranks} could not train its share")
     logged = list(range(0, steps, log_every)) if log_every else []
-    losses = history.loss.new_empty(len(ensemble), len(logged))
+    losses = torch.empty(len(ensemble), len(logged), dtype=DTYPES[outcomes[0]], device="cpu")
     if not idle:
         losses[mine] = history.loss.t()
         for own, part in zip(parameters, share.parameters(), strict=True):

@@ -84,7 +84,8 @@ def fit(
     bar = _Bar(steps, progress, began)
     rows: list[Tensor] = []
     try:
-        with _Interrupts() as interrupts:
+        # Of a state made in inference mode, no ordinary step could go on.
+        with _Interrupts() as interrupts, torch.inference_mode(False):
             for start, count in _chunks(steps):
                 rows.append(job.run(start, count, order, log_every).cpu())
                 bar.show(start + count)
@@ -190,8 +191,9 @@ def _check_data(network: Network, recipe: Recipe, x: Tensor, y: Tensor) -> None:
     for name, tensor, width in (("x", x, network.widths[0]), ("y", y, network.widths[-1])):
         if tensor.shape[-1] != width or (network.members is None and tensor.dim() != 2):
             raise ValueError(f"{name} {tuple(tensor.shape)} is not ({x.shape[0]}, {width})")
-        # Of the criteria, BCELoss alone does not promote its target.
-        if tensor.dtype != p.dtype and (tensor is x or recipe.loss == "bce"):
+        # Of the criteria, BCELoss does not promote its target, and only MSELoss takes whole numbers.
+        promoted = tensor is y and (recipe.loss == "mse" or (recipe.loss == "bce_logits" and y.is_floating_point()))
+        if tensor.dtype != p.dtype and not promoted:
             raise ValueError(f"{name} is {tensor.dtype}, but the model's parameters {p.dtype}")
         if tensor.device != p.device:
             raise ValueError(f"{name} is on {tensor.device}, but the model on {p.device}")

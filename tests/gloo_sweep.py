@@ -9,24 +9,30 @@ from torch import nn
 from perceptriton.mlp import Ensemble, fit_sharded
 
 
-def sweep(members=5, seed=3, dtype=torch.float32, spoil=False):
+def fails(output, target):
+    raise ArithmeticError("not on this rank")
+
+
+def sweep(members=5, seed=3, dtype=torch.float32, spoil=False, mixed=False, broken=False):
     """A minibatch sweep over learning rates. The seed stands for what each process has drawn on its own."""
     data = torch.Generator().manual_seed(7)
     x = torch.randn(10, 3, generator=data, dtype=dtype)
     y = torch.rand(members, 10, 2, generator=data, dtype=dtype)
     if spoil:
         y[-1] = 2  # the last member's alone
+    criterion = nn.MSELoss() if mixed else fails if broken else nn.BCELoss()
+    y = y.double() if mixed else y
     ensemble = Ensemble(members, [3, 4, 2], generator=torch.Generator().manual_seed(seed), dtype=dtype)
     history = fit_sharded(
         ensemble,
         x,
         y,
-        criterion=nn.BCELoss(),
+        criterion=criterion,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0, momentum=0.5),
         steps=25,
         batch_size=4,
         log_every=6,
-        lr=torch.linspace(0.1, 1.0, members),
+        lr=None if mixed or broken else torch.linspace(0.1, 1.0, members),
         generator=(generator := torch.Generator().manual_seed(seed)),
     )
     return {
@@ -44,9 +50,12 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     # Only rank 0 has the parameters and the order that count.
     results: list = [sweep(seed=3 + rank), sweep(members=1, seed=3 + rank, dtype=torch.float64)]
-    try:
-        sweep(spoil=True)
-    except ValueError as error:
-        results.append(str(error))
+    # Losses of another dtype than the parameters, which an idle rank does not see; and errors of one rank alone.
+    results.append(sweep(members=1, seed=3 + rank, mixed=True))
+    for trouble in ({"spoil": True}, {"broken": rank == 1}):
+        try:
+            sweep(**trouble)
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            results.append(f"{type(error).__name__}: {error}")
     dist.destroy_process_group()
     torch.save(results, out)

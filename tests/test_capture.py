@@ -98,6 +98,12 @@ def test_a_cold_kernel_is_not_compiled_while_a_graph_is_captured(linear, h200, m
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     # Another thread, which captures nothing, may come by while the first one does.
     linear._refuse_to_compile(linear.linear_act_fwd_rows_kernel)
+    # Of two captures the first to end leaves the other one its guard.
+    with linear._captured(torch.device("cuda", 0)):
+        with linear._captured(torch.device("cuda", 0)):
+            pass
+        assert JITFunction._do_compile is linear._refuse_to_compile
+    assert JITFunction._do_compile is linear._compile
     # The capture is over.
     monkeypatch.setattr(linear, "_current", lambda _: contextlib.nullcontext())
     linear.linear_act_fwd(x, weight, bias, "sigmoid", plan)

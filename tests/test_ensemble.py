@@ -464,7 +464,11 @@ def test_errors_leave_the_ensemble(case):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    alone = [gloo_sweep.sweep(), gloo_sweep.sweep(members=1, dtype=torch.float64)]
+    alone = [
+        gloo_sweep.sweep(),
+        gloo_sweep.sweep(members=1, dtype=torch.float64),
+        gloo_sweep.sweep(members=1, mixed=True),
+    ]
     command = [sys.executable, str(Path(gloo_sweep.__file__))]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     processes = [
@@ -481,9 +485,11 @@ def test_two_processes_train_as_one(tmp_path):
         output, _ = process.communicate(timeout=100)
         assert process.returncode == 0, output
     for rank in range(2):
-        *results, error = torch.load(tmp_path / f"{rank}.pt")
+        *results, spoiled, broken = torch.load(tmp_path / f"{rank}.pt")
         # Of what only the second rank would train: the first must not wait for it.
-        assert error.startswith("y must lie in [0, 1] for BCELoss, not in [0.01251")
+        assert spoiled.startswith("ValueError: y must lie in [0, 1] for BCELoss, not in [0.01251")
+        other = "RuntimeError: rank 1 of 2 could not train its share"
+        assert broken == ("ArithmeticError: not on this rank" if rank else other)
         # One member is less than two processes: the second one is idle then.
         for found, expected in zip(results, alone, strict=True):
             assert found["steps"] == expected["steps"] == [0, 6, 12, 18, 24]
@@ -491,6 +497,7 @@ def test_two_processes_train_as_one(tmp_path):
             assert torch.equal(found["random"], expected["random"])
             assert relative(found["parameters"], expected["parameters"]) < 1e-5
             assert relative([found["loss"]], [expected["loss"]]) < 1e-5
+            assert found["loss"].dtype is expected["loss"].dtype
     # Each process drew its own; without rank 0's, the second would have ended elsewhere.
     other = gloo_sweep.sweep(seed=4)
     assert relative(other["parameters"], alone[0]["parameters"]) > 1e-2
