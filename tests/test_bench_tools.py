@@ -347,6 +347,21 @@ def test_kernelbench_answers_must_depend_on_the_input(bench, name, wrong):
                 check(contender, bound=math.inf)
 
 
+def test_a_constant_near_every_answer_is_far_from_the_truth(bench):
+    # The sum of 4,096 sigmoids, as it is timed on a CPU: within one percent of a constant, as a norm.
+    contenders = bench("contenders")
+    (case,) = [case for case, _ in bench("stack_cases").cases("kernelbench", "cpu") if case.tail == "sum"]
+    problem = contenders.Problem.make(dataclasses.replace(case, rows=48), "float32", "forward", "cpu")
+    with torch.no_grad():
+        check = contenders.Check(problem)
+        y = check.truth["y"].mean().expand(48, 1).float()
+        assert (y - check.truth["y"]).norm() < 1e-2 * y.norm()
+        with pytest.raises(ArithmeticError, match=r"y is off by 1\.00e\+00, more than 1\.00e-02"):
+            check(
+                contenders.Contender(lambda: y, lambda: {"y": y}), contenders.IMPLS["eager_tf32"].bound, reference=True
+            )
+
+
 def test_products_are_held_to_what_they_claim(bench):
     contenders, problem = bench("contenders"), kernelbench_problem(bench, "L3-1-mlp")
     with torch.no_grad():
