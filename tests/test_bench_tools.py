@@ -356,7 +356,7 @@ def test_a_constant_near_every_answer_is_far_from_the_truth(bench):
         check = contenders.Check(problem)
         y = check.truth["y"].mean().expand(48, 1).float()
         assert (y - check.truth["y"]).norm() < 1e-2 * y.norm()
-        with pytest.raises(ArithmeticError, match=r"y is off by 1\.00e\+00, more than 1\.00e-02"):
+        with pytest.raises(ArithmeticError, match=r"y is off by 1\.00e\+00, more than 2\.00e-01"):
             check(
                 contenders.Contender(lambda: y, lambda: {"y": y}), contenders.IMPLS["eager_tf32"].bound, reference=True
             )
@@ -383,7 +383,7 @@ def test_products_are_held_to_what_they_claim(bench):
                 check(off_by(3e-3), record.bound, record.reference)
         assert check(off_by(3e-3), tf32.bound, tf32.reference)["worst"] > 1
         with pytest.raises(ArithmeticError, match="y is off by"):
-            check(off_by(3e-2), tf32.bound, tf32.reference)
+            check(off_by(0.5), tf32.bound, tf32.reference)
 
 
 def test_settings_are_in_force_during_calls_only(bench):
