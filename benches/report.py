@@ -301,7 +301,7 @@ def _bars(document: dict, title: str, axis: str, value, text, marks: dict, unit:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title(title, loc="left", fontsize=13, color=INK, pad=22)
     axes.text(0, 1.012, machine(document), transform=axes.transAxes, fontsize=7.5, color=INK)
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=8)
     return png(figure)
 
 
