@@ -163,7 +163,7 @@ def test_stack(benchmark, suite, missed, impl, case, dtype, mode):
             if impl.startswith(JUDGED) or impl == BASELINE:
                 raise
             missed.append(f"{case.name} {dtype} {mode}, {IMPLS[impl].label}: {error}")
-            pytest.skip(f"not timed, since it misses the truth: {error}")  # not what it is to be compared with
+            pytest.skip(f"not timed, since it misses the truth: {error}")  # neither judged nor the baseline
         except NotImplementedError as error:
             if not IMPLS[impl].split:
                 raise
