@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLD_TRITON := 3.6.0
+NEW_TRITON := 3.9.0
 OVERLAY := .build/triton-$(OLD_TRITON)
 SUMMARY := .build/summary.txt
 
@@ -39,10 +40,11 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-# The compiler that torch 2.11 ships on CUDA, laid over the one in the environment.
-$(OVERLAY)/.ready: $(READY)
-	@rm -rf $(OVERLAY)
-	@$(BIN)/python -m pip install -qq --no-deps --target $(OVERLAY) triton==$(OLD_TRITON)
+# Another triton, laid over the one in the environment: 3.6.0 is what torch 2.11 ships on CUDA. Its interpreter needs the
+# numpy of its time.
+.build/triton-%/.ready: $(READY)
+	@rm -rf $(@D)
+	@$(BIN)/python -m pip install -qq --no-deps --target $(@D) triton==$* 'numpy<2.4'
 	@touch $@
 
 .PHONY: test-setup
@@ -81,7 +83,8 @@ clean: ## remove everything that make made
 
 # On a GPU `make cuda` runs them.
 KERNEL_TESTS := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_networks.py test_training_kernels.py \
-	test_wide.py test_fit.py::test_kernels_train_alike)
+	test_wide.py test_fit.py::test_kernels_train_alike test_fuzz.py::test_kernels \
+	test_memory.py)
 COMPILE_TESTS := $(addprefix tests/,test_compile.py test_wide_compile.py test_mlp_compile.py test_training_compile.py)
 
 .PHONY: test test-start test-beside test-all test-compile test-kernels test-old-triton test-deterministic test-benches
@@ -134,10 +137,27 @@ test-old-triton-compile:
 
 PART := sm_90 and half and (64x64 or digits)
 
+# The interpreter on the oldest and the newest triton, the newest compiler on a part of the tiles. Layouts and deep
+# networks are left to the version that is installed.
+.PHONY: test-matrix
+test-matrix: $(READY) .build/triton-$(OLD_TRITON)/.ready .build/triton-$(NEW_TRITON)/.ready ## the kernels under the interpreter of the oldest and the newest triton (minutes)
+	TRITON_INTERPRET=1 PYTHONPATH=.build/triton-$(OLD_TRITON) $(PYTEST) -q $(SANITIZED) -k $(MATRIX) \
+		-W 'ignore:Conversion of an array with ndim:DeprecationWarning'
+	TRITON_INTERPRET=1 PYTHONPATH=.build/triton-$(NEW_TRITON) $(PYTEST) -q $(SANITIZED) -k $(MATRIX)
+	PYTHONPATH=.build/triton-$(NEW_TRITON) $(PYTEST) -q $(COMPILE_TESTS) -k '$(PART)'
+
+MATRIX := 'not deep and not every_candidate and not layouts'
+
 .PHONY: test-tiles
 test-tiles: $(OVERLAY)/.ready ## compile every tile on both tritons (minutes)
 	$(PYTEST) -q $(COMPILE_TESTS)
 	PYTHONPATH=$(OVERLAY) $(PYTEST) -q $(COMPILE_TESTS)
+
+.PHONY: sanitize
+sanitize: $(READY) ## every kernel under the interpreter, watched for stray addresses and races (minutes)
+	TRITON_INTERPRET=1 $(PYTEST) -q --watch-memory $(SANITIZED)
+
+SANITIZED := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_training_kernels.py test_wide.py test_memory.py)
 
 test-deterministic: $(READY)
 	$(call step,deterministic: layers and networks,$(PYTEST) --deterministic tests/test_functional.py tests/test_networks.py)

@@ -300,6 +300,9 @@ def _current(tensor: Tensor):
 def _captured(place: torch.device):
     # A kernel that had to be compiled and loaded now would spoil the capture, with an error that does not say so.
     with torch.cuda.device(place):
+        if _compile is None:
+            yield
+            return
         JITFunction._do_compile = _refuse_to_compile  # pyright: ignore[reportAttributeAccessIssue]
         try:
             yield
@@ -307,12 +310,13 @@ def _captured(place: torch.device):
             JITFunction._do_compile = _compile
 
 
-_compile = JITFunction._do_compile
+# Private: without it, a cold capture ends in triton's own error.
+_compile = getattr(JITFunction, "_do_compile", None)
 
 
 def _refuse_to_compile(kernel, *arguments):
     # Threads that capture nothing go on compiling.
-    if not torch.cuda.is_current_stream_capturing():
+    if _compile is not None and not torch.cuda.is_current_stream_capturing():
         return _compile(kernel, *arguments)
     raise RuntimeError(
         f"{kernel.__name__} is not compiled yet, and cannot be while a CUDA graph is captured: before that, take one "

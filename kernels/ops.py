@@ -471,6 +471,13 @@ class MlpExplanation(NamedTuple):
         return _listed(self._asdict())
 
 
+def _check_shape(name: str, shape: object) -> None:
+    if not isinstance(shape, Sequence) or not all(isinstance(size, int) for size in shape):
+        raise TypeError(f"{name} must be a sequence of ints, not {shape!r}")
+    if any(size < 0 for size in shape):
+        raise ValueError(f"{name} must not be negative: {tuple(shape)}")
+
+
 def _listed(plans: dict[str, Plan] | dict[str, MlpPlan]) -> str:
     return "\n".join(
         f"{name:9} {plan.impl:8}  {plan.reason}" + (f"\n{'':20}{plan.prediction}" if plan.prediction else "")
@@ -513,11 +520,16 @@ def explain(
     x_shape: (..., in_features). weight_shape: (out_features, in_features) of a layer, or a sequence of such pairs, one
     per layer of a network. device: where the tensors would be, or a `Device` that describes a chip which is not at
     hand, as in `Device("cuda", arch=90, units=132, triton=True)`. Raises ValueError for shapes that do not fit and an
-    unknown impl, NotImplementedError where a call would.
+    unknown impl or device, TypeError for what is no shape or no dtype, NotImplementedError where a call would.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
-    network = len(weight_shape) > 0 and not isinstance(weight_shape[0], int)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, not {dtype!r}")
+    network = isinstance(weight_shape, Sequence) and len(weight_shape) > 0 and not isinstance(weight_shape[0], int)
+    _check_shape("x_shape", x_shape)
+    for shape in cast(Sequence[Sequence[int]], weight_shape if network else [weight_shape]):
+        _check_shape("weight_shape", shape)
     shapes = [tuple(cast(Sequence[int], shape)) for shape in (weight_shape if network else [weight_shape])]
     features = x_shape[-1] if x_shape else None
     for shape in shapes:
@@ -525,7 +537,10 @@ def explain(
             raise ValueError(f"weight_shape {tuple(weight_shape)} does not fit x_shape {tuple(x_shape)}")
         features = shape[0]
     if not isinstance(device, Device):
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device {device!r}: {error}") from None
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {str(device)!r} is not at hand; describe it with perceptriton.kernels.Device")
         if impl == "triton" and (reason := _cpu_refusal(device)):

@@ -4,7 +4,8 @@ Pure functions of numbers and names: no torch, no triton, no device is touched. 
 data: `gpu_tiles.json` lists the tiles that compile without register spills for each chip generation
 (`benches/tune_tiles.py` writes it), `wide.json` the same for the product that travels by TMA, and which of them beat
 the library on devices that were measured (`benches/tune.py` writes that part), `cpu.json` the measured crossovers
-between torch's two CPU matrix libraries (`benches/tune_cpu.py` writes it).
+between torch's two CPU matrix libraries (`benches/tune_cpu.py` writes it). A table that no plan could use is ignored
+with a warning: `read_...` says what it has to hold.
 """
 
 import fnmatch
@@ -12,6 +13,9 @@ import functools
 import itertools
 import json
 import math
+import re
+import warnings
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
@@ -77,11 +81,6 @@ class Plan:
     @property
     def triton(self) -> bool:
         return self.impl in ("rows", "tiled", "tma", "passes")
-
-
-@functools.cache
-def _table(name: str) -> dict:
-    return json.loads((TABLES / name).read_text())
 
 
 def _next_power_of_2(n: int) -> int:
@@ -295,9 +294,8 @@ def _measured_tile(m: int, k: int, n: int, kind: str, device: Device) -> tuple[W
     return None
 
 
-@functools.cache
 def _wide_table() -> dict:
-    return read_wide(json.loads((TABLES / "wide.json").read_text()))
+    return _table("wide.json")
 
 
 def read_wide(document: dict) -> dict:
@@ -312,13 +310,16 @@ def read_wide(document: dict) -> dict:
     def tile(where: str, row: object, more: int = 0) -> WideTile:
         if not isinstance(row, list) or len(row) != 9 + more or not all(type(v) is int for v in row):
             raise ValueError(f"wide.json, {where}: {row} is not a list of {9 + more} integers")
-        row = row[:9]
+        row, rest = row[:9], row[9:]
+        if rest and not 1 <= rest[0] <= 32:
+            raise ValueError(f"wide.json, {where}: {rest[0]} programs per SM")
         *sizes, flatten, specialize = row
         found = WideTile(*sizes, flatten=bool(flatten), specialize=bool(specialize))
         blocks = (found.block_m, found.block_n, found.block_k)
         if any(b < 16 or b & (b - 1) for b in blocks) or max(blocks) > 256:
             raise ValueError(f"wide.json, {where}: blocks {blocks} are not powers of 2 from 16 to 256")
-        if found.num_warps not in (4, 8) or found.subtiles not in (1, 2) or min(found.num_stages, found.group_m) < 1:
+        counts = (found.num_stages, found.group_m)
+        if found.num_warps not in (4, 8) or found.subtiles not in (1, 2) or min(counts) < 1 or max(counts) > 64:
             raise ValueError(f"wide.json, {where}: {row} is no tile")
         return found
 
@@ -1060,3 +1061,109 @@ def train_loop(members: int, batch: int, recipe: Recipe, shared: bool) -> LoopPl
 
 def _stacked_product_us(macs: int) -> float:
     return SMALL_PRODUCT_MAC_US * macs if macs < SMALL_PRODUCT_MACS else PRODUCT_US + PRODUCT_MAC_US * macs
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+KINDS = ("half", "tf32", "ieee")
+GENERATIONS = ("sm_80", "sm_90")
+LAYER_TILES = {op: ("aligned", "ragged") for op in ("linear_act_fwd", "linear_act_bwd")}
+MLP_TILES = {
+    "mlp_infer": ("exact",),
+    "mlp_fwd": ("exact", "in", "out", "both"),
+    "mlp_bwd": ("exact", "in", "out", "both"),
+}
+CPU_RULES = ("forward", "dx", "dweight")
+CPU_SIZES = ("small", "chunk_above_bytes", "chunk_bytes")
+
+
+def _expect(holds: bool, where: str, found: object) -> None:
+    if not holds:
+        raise ValueError(f"{where}: {found!r:.80}")
+
+
+def _count(value: object, least: int = 0, most: int = 1 << 62) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _block_size(value: object) -> bool:
+    return isinstance(value, int) and _count(value, 16, 256) and value & (value - 1) == 0
+
+
+def _read_tiles(document: dict, ops: dict[str, tuple[str, ...]], chain: str, numbers: tuple[int, ...]) -> dict:
+    """The content of a table of tiles: generation, op, kind of product, layout, widths, tile.
+
+    chain: how widths are written. numbers: of what follows block_m and num_warps in a tile, the most that each may be.
+    """
+    tiles = document["tiles"]
+    _expect(set(tiles) == set(GENERATIONS), "generations", list(tiles))
+    for generation, own in tiles.items():
+        _expect(set(own) == set(ops), f"{generation}, ops", list(own))
+        for op, kind in itertools.product(ops, KINDS):
+            where = f"{generation}, {op}, {kind}"
+            _expect(set(own[op]) == set(KINDS), f"{generation}, {op}, kinds", list(own[op]))
+            _expect(set(own[op][kind]) == set(ops[op]), f"{where}, layouts", list(own[op][kind]))
+            for layout, rows in own[op][kind].items():
+                for widths, row in rows.items():
+                    matched = re.fullmatch(chain, widths) is not None
+                    matched = matched and all(_block_size(int(width)) for width in re.split("[x-]", widths))
+                    _expect(matched, f"{where}, {layout}, widths", widths)
+                    fits = isinstance(row, list) and len(row) == 2 + len(numbers) and _block_size(row[0])
+                    fits = fits and type(row[1]) is int and row[1] in (1, 2, 4, 8, 16)
+                    fits = fits and all(map(_count, row[2:], itertools.repeat(0), numbers)) and min(row[2], row[-1]) > 0
+                    _expect(fits, f"{where}, {layout}, {widths}", row)
+    return document
+
+
+def read_layer_tiles(document: dict) -> dict:
+    """The content of `gpu_tiles.json`. Raises ValueError at what a plan could not use."""
+    return _read_tiles(document, LAYER_TILES, r"\d{2,3}x\d{2,3}", (8, 32))
+
+
+def read_mlp_tiles(document: dict) -> dict:
+    """The content of `mlp_tiles.json`. Raises ValueError at what a plan could not use."""
+    return _read_tiles(document, MLP_TILES, r"\d{2,3}(-\d{2,3})+", (8, 1, 32))
+
+
+def read_cpu(document: dict) -> dict:
+    """The content of `cpu.json`: vendor, dtype, thresholds. Raises ValueError at what a plan could not use."""
+    thresholds = document["thresholds"]
+    _expect(set(thresholds["any"]) == set(DTYPES), "any, dtypes", list(thresholds["any"]))
+    for vendor, (dtype, own) in ((vendor, pair) for vendor, dtypes in thresholds.items() for pair in dtypes.items()):
+        where = f"{vendor}, {dtype}"
+        _expect(dtype in DTYPES, where, own)
+        sizes = [own[size] for size in CPU_SIZES] + [own.get("thin", 0)]
+        _expect(all(map(_count, sizes)), where, sizes)
+        for rule in (own[name] for name in CPU_RULES):
+            known = rule is None or set(rule) == {"min_macs", "min_width", "min_in"}
+            _expect(known and all(map(_count, (rule or {}).values())), where, rule)
+    return document
+
+
+_PLAIN = dict.fromkeys(CPU_SIZES, 1 << 62) | dict.fromkeys(CPU_RULES)
+
+
+def _no_tiles(ops: dict[str, tuple[str, ...]]) -> dict:
+    layouts = {op: {kind: {name: {} for name in names} for kind in KINDS} for op, names in ops.items()}
+    return {"tiles": dict.fromkeys(GENERATIONS, layouts)}
+
+
+# How each table is read, and what stands for one that cannot be: no tiles, no measurements, plain torch on a CPU.
+READERS: dict[str, tuple[Callable[[dict], dict], dict]] = {
+    "cpu.json": (read_cpu, {"thresholds": {"any": dict.fromkeys(DTYPES, _PLAIN)}}),
+    "gpu_tiles.json": (read_layer_tiles, _no_tiles(LAYER_TILES)),
+    "mlp_tiles.json": (read_mlp_tiles, _no_tiles(MLP_TILES)),
+    "wide.json": (read_wide, {"candidates": {}, "devices": {}}),
+}
+
+
+@functools.cache
+def _table(name: str) -> dict:
+    """What the table of that name under `tuned/` holds. Says so, once, where that cannot be used, and does without."""
+    read, without = READERS[name]
+    try:
+        return read(json.loads((TABLES / name).read_text(encoding="utf-8")))
+    # Of a damaged file anything may be missing, or be of another type.
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        warnings.warn(f"perceptriton ignores {TABLES / name}: {type(error).__name__}: {error}", stacklevel=2)
+        return without

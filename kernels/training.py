@@ -332,7 +332,7 @@ def train_lane_kernel(
     member = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = member < members
     # Before the first step ever, state is what the optimizer starts from, whatever the buffers hold.
-    known = mask & (taken > 0)
+    known = tl.where(taken > 0, mask, False)
     lr = tl.load(lr_ptr + member, mask=mask, other=0.0)
     params = _lane_load(parameter_ptrs, member, mask, SIZES, BLOCK)
     firsts = _lane_load(first_ptrs, member, known, SIZES, BLOCK)
@@ -434,7 +434,7 @@ def _block_load(ptrs, member, known, SIZES: tl.constexpr, WIDTHS: tl.constexpr, 
     for i in tl.static_range(len(SIZES)):
         if ptrs is not None:
             offs, inside = _block_offsets(i, WIDTHS, PADDED, BIAS)
-            tensors = tensors + (tl.load(ptrs[i] + member * SIZES[i] + offs, mask=inside & known, other=0.0),)
+            tensors = tensors + (tl.load(ptrs[i] + member * SIZES[i] + offs, mask=tl.where(known, inside, False), other=0.0),)
         else:
             tensors = tensors + (tl.full((), 0.0, tl.float32),)
     return tensors
@@ -732,5 +732,6 @@ class Loop:
                 RESIDENT=resident,
                 **rows,
                 **self.arguments,
+                enable_fp_fusion=True,
             )
         self.taken += steps

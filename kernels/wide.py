@@ -157,7 +157,8 @@ def sum_splits_kernel(
     mask = offs_n < N
     z = tl.zeros((BLOCK,), dtype=tl.float32)
     for part in tl.static_range(SPLITS):
-        z += tl.load(parts_ptr + (part * tl.cast(rows, tl.int64) + row) * N + offs_n, mask=mask, other=0.0)
+        offset = (part * tl.cast(rows, tl.int64) + row) * N
+        z += tl.load(parts_ptr + offset + offs_n, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + offs_n.to(tl.int64) * stride_b, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * N + offs_n, ACT(z).to(y_ptr.dtype.element_ty), mask=mask)

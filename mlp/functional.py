@@ -70,7 +70,8 @@ def linear_act(
     if torch.compiler.is_compiling():
         return _traced(x, weight, bias, activation, impl)
     try:
-        if impl is None and x.is_cpu:
+        # torch's product does not notice a weight on the meta device, and reads memory that is not the weight's.
+        if impl is None and x.is_cpu and weight.is_cpu:
             small = ops.small_cpu_products.get(x.dtype) or ops.small_cpu_product(x.dtype)
             if x.numel() * weight.shape[0] < small:
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
@@ -103,6 +104,8 @@ def _planned(x, weight, bias, activation, impl):
         if impl == "triton":
             _check(x, weight, bias, activation, impl)
             raise NotImplementedError(f'impl="triton": {refused}')
+        if weight.device != x.device:
+            raise ValueError
         return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
     if autocast:
         # Cast here, not inside the Function, so that the casts are differentiated and gradients keep their dtypes.
@@ -163,6 +166,8 @@ def _check(x, weight, bias, activation, impl) -> None:
             raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}") from None
         if tensor.dtype != x.dtype and not _product_dtype(x)[1]:
             raise ValueError(f"{name} is {tensor.dtype}, but x {x.dtype}") from None
+    if impl != "triton" and not (x.is_floating_point() and x.dtype.itemsize > 1):
+        raise ValueError(f"x is {x.dtype}, for which torch has no product or no {activation}") from None
 
 
 # --- whole networks ----------------------------------------------------------------------------------------
@@ -355,6 +360,8 @@ def _check_network(x, weights, biases, activations, impl) -> None:
     if biases is not None and len(biases) != len(weights):
         raise ValueError(f"biases holds {len(biases)} Tensors, but weights {len(weights)}") from None
     for l, weight in enumerate(weights):
+        if biases is not None and biases[l] is None:
+            raise TypeError(f"biases[{l}] must be a Tensor, not NoneType: all layers have a bias or none has") from None
         inputs = x
         if l > 0 and isinstance(weight, Tensor) and weight.dim() == 2:
             if weight.shape[1] != weights[l - 1].shape[0]:
@@ -424,8 +431,8 @@ def mlp_sigmoid_bce(
     from z = 17 on vanishes, and it cuts log p off at -100. Here the gradient is p - t everywhere.
 
     On a GPU a network of one segment takes two launches for loss and gradients when one program covers the batch;
-    predictions are never written to memory. Gradients reach x and the parameters; where target or pos_weight want
-    some too, the network runs as `mlp_act` and torch's loss, as it does on a CPU.
+    predictions are never written to memory. Gradients reach x and the parameters; where target wants one too, the
+    network runs as `mlp_act` and torch's loss, as it does on a CPU. pos_weight may want none: torch has none for it.
     """
     try:
         n = weights[-1].shape[0]
@@ -481,8 +488,12 @@ def _check_loss(x, weights, target, pos_weight, reduction) -> None:
             raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}") from None
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating, not {tensor.dtype}") from None
+        if tensor.dtype.itemsize == 1:
+            raise ValueError(f"{name} is {tensor.dtype}, for which torch has no loss") from None
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}") from None
+    if pos_weight is not None and pos_weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("pos_weight wants a gradient, but the loss has none for it") from None
     shape = (*x.shape[:-1], weights[-1].shape[0])
     if target.shape != shape:
         raise ValueError(f"target {tuple(target.shape)} has not the shape of the output {shape}") from None

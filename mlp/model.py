@@ -82,7 +82,10 @@ class _Run:
                     y = input
                     # Plain torch operations, as the layers themselves would choose here.
                     for parameters, activation in self.layers:
-                        y = activation(F.linear(y, parameters["weight"], parameters["bias"]))
+                        weight = parameters["weight"]
+                        if not weight.is_cpu:
+                            return self._one_by_one(input)  # which says so; torch may not
+                        y = activation(F.linear(y, weight, parameters["bias"]))
                     return y
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             # A parametrized layer; a symbol of torch.fx; or a wrong input: layers have the better message.

@@ -5,6 +5,8 @@ import os
 
 import torch
 
+from perceptriton.kernels import ops, plan
+
 # (rows, in_features, out_features): why
 SHAPES = {
     "xor-hidden": (4, 2, 2),
@@ -25,6 +27,9 @@ EMPTY_SHAPES = {
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# What tests/test_fuzz.py draws its cases from.
+FUZZ_SEED = int(os.environ.get("FUZZ_SEED", "0"))
+
 # What a dtype's own rounding may add to twice torch's error, as a relative norm.
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 4e-4}
 
@@ -40,6 +45,14 @@ def kernel_device():
 
 
 NO_KERNELS = "needs a GPU or TRITON_INTERPRET=1; make test runs it under the interpreter"
+
+
+def forget_plans():
+    """Empties what plans, and the door above them, remember of shapes and tables."""
+    for remembering in (*vars(plan).values(), ops._mlp_plans):
+        if hasattr(remembering, "cache_clear"):
+            remembering.cache_clear()
+    ops.small_cpu_products.clear()
 
 
 # How the same operand may lie in memory. What lies between and around the values is NaN, so that whoever reads

@@ -10,7 +10,12 @@ from perceptriton.kernels import ops, plan
 def pytest_addoption(parser):
     parser.addoption("--deterministic", action="store_true", help="torch's deterministic mode: NaN in fresh tensors")
     parser.addoption("--deadline", type=float, metavar="SECONDS", help="start no test after this many: skip it")
+    parser.addoption("--watch-memory", action="store_true", help="kernels under the interpreter: see tests/watching.py")
     parser.addoption("--cubins", metavar="DIR", help="keep what tests/test_compile.py compiles there")
+
+
+def pytest_report_header():
+    return f"FUZZ_SEED={cases.FUZZ_SEED}"
 
 
 BEGAN = time.monotonic()
@@ -59,6 +64,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def watched_memory(request):
+    if not request.config.getoption("--watch-memory"):
+        yield
+        return
+    import watching
+
+    with watching.kernels():
+        yield
 
 
 @pytest.fixture(scope="session")

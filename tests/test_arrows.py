@@ -309,3 +309,147 @@ def test_the_check_of_offsets_finds(body):
 @pytest.mark.parametrize("body", CLEAN.values(), ids=CLEAN)
 def test_the_check_of_offsets_lets_pass(body):
     assert narrow_offsets(kernel_source(body)) == []
+
+
+# --- what a kernel may do ----------------------------------------------------------------------------------
+
+KERNEL_FILES = [p for p in PACKAGE if jitted(ast.parse(p.read_text()))]
+
+
+def attributes(tree):
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def kernel_launches(source):
+    """name[grid](...) for every name that ends in kernel: (line, name, keywords)."""
+    return [
+        (node.lineno, ast.unparse(node.func.value), {keyword.arg for keyword in node.keywords})
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Subscript)
+        and ast.unparse(node.func.value).endswith("kernel")
+    ]
+
+
+# What is fp32 whatever the dtype of the tensors is.
+FP32 = {"slots_ptr", "sums_ptr"}
+LOADS = {"tl.load", "_load_block", "_load_weight", "_load_weight_t"}
+
+
+def narrow_arithmetic(source):
+    """Lines of kernels that compute with what was loaded, in whatever type it was stored.
+
+    In 16 bits the interpreter's arithmetic is silently wrong, and the hardware's rounds at every step. Between a load
+    and arithmetic stands `.to(...)` or `_operand(...)`, which widens where the interpreter asks for it.
+    """
+
+    def loads(node):
+        if not isinstance(node, ast.Call):
+            return False
+        called = ast.unparse(node.func)
+        known = {n.id for argument in node.args for n in ast.walk(argument) if isinstance(n, ast.Name)} & FP32
+        return (called in LOADS or called.endswith("_desc.load")) and not known
+
+    found = []
+    for kernel in jitted(ast.parse(source)):
+        assigned = [(ast.unparse(n.targets[0]), n.value) for n in ast.walk(kernel) if isinstance(n, ast.Assign)]
+        raw = {target for target, value in assigned if loads(value)}
+        # Widened under its own name.
+        raw -= {t for t, value in assigned if ast.unparse(value).startswith((f"_operand({t}, ", f"{t}.to("))}
+        for node in ast.walk(kernel):
+            computes = isinstance(node, ast.BinOp | ast.UnaryOp | ast.AugAssign)
+            if isinstance(node, ast.Call):
+                computes = ast.unparse(node.func) in ("tl.dot", "tl.sum", "tl.exp", "tl.exp2", "tl.maximum", "tl.where")
+            if computes:
+                parts = [part for part in ast.iter_child_nodes(node) if loads(part) or ast.unparse(part) in raw]
+                found += [part.lineno for part in parts]
+    return found
+
+
+# The loops train fp32 alone.
+@pytest.mark.parametrize("path", [p for p in KERNEL_FILES if p.name != "training.py"], ids=name)
+def test_nothing_is_computed_in_sixteen_bits(path):
+    assert narrow_arithmetic(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "x = tl.load(x_ptr)\n    y = x * 2",
+        "y = -tl.load(x_ptr)",
+        "acc = 0.0\n    acc += tl.load(x_ptr)",
+        "x = x_desc.load([0, 0])\n    y = tl.dot(x, x)",
+        "x = _load_block(x_ptr, 0)\n    y = tl.sum(x)",
+    ],
+)
+def test_the_check_of_sixteen_bits_finds(body):
+    assert narrow_arithmetic(kernel_source(body)) != []
+    assert narrow_arithmetic(kernel_source("x = tl.load(x_ptr).to(tl.float32)\n    y = x * 2")) == []
+    assert narrow_arithmetic(kernel_source("x = tl.load(x_ptr)\n    y = tl.dot(_operand(x, 1), _operand(x, 1))")) == []
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=name)
+def test_results_are_written_without_atomics(path):
+    # Sums in an order that changes from run to run have other bits each time.
+    found = {a for a in attributes(ast.parse(path.read_text())) if a.startswith("atomic")}
+    assert "atomic_add" in attributes(ast.parse("tl.atomic_add(y_ptr, 1.0)"))
+    assert found == set()
+
+
+# These add, and multiply nothing: there is nothing to fuse.
+SUMS = {"sum_slots_kernel", "sum_losses_kernel"}
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=name)
+def test_launches_say_whether_products_are_fused_with_sums(path):
+    # The compiler's own choice changes between versions, and with it the last bits of results.
+    assert kernel_launches("f_kernel[(1,)](x, enable_fp_fusion=True)") == [(1, "f_kernel", {"enable_fp_fusion"})]
+    found = [launch for launch in kernel_launches(path.read_text()) if launch[1] not in SUMS]
+    assert [launch for launch in found if "enable_fp_fusion" not in launch[2]] == []
+
+
+def test_every_launch_is_looked_at():
+    launched = {launch[1] for path in KERNEL_FILES for launch in kernel_launches(path.read_text())}
+    kernels = {
+        f.name for path in KERNEL_FILES for f in jitted(ast.parse(path.read_text())) if f.name.endswith("_kernel")
+    }
+    # Of two that take the same arguments the launcher picks one, under the name `kernel`.
+    assert "kernel" in launched
+    assert kernels - launched == {
+        *("train_lane_kernel", "train_block_kernel"),
+        *("linear_act_fwd_rows_kernel", "linear_act_fwd_tiled_kernel"),
+    }
+    assert launched >= SUMS
+
+
+# --- nothing is read or run that nobody asked for --------------------------------------------------------------
+
+
+def runs_data(source):
+    """What of a source text could turn data into code."""
+    tree = ast.parse(source)
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    return sorted(called & {"eval", "exec", "compile", "__import__"}) + under(
+        imported(source, "some.package"), "pickle", "marshal", "shelve", "dill", "joblib", "yaml"
+    )
+
+
+def reads_environment(source):
+    return sorted({ast.unparse(n) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)} & ENVIRONMENT)
+
+
+ENVIRONMENT = {"os.environ", "os.getenv", "os.environb", "os.putenv"}
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_nothing_runs_data(path):
+    assert runs_data("import pickle\neval('1')") == ["eval", "pickle"]
+    assert runs_data(path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_the_environment_is_not_read(path):
+    # An import must not depend on where it happens. The command line says what this machine is set to.
+    assert reads_environment("import os\nx = os.environ['A']") == ["os.environ"]
+    if path.name != "__main__.py":
+        assert reads_environment(path.read_text()) == []

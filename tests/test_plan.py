@@ -251,6 +251,7 @@ def test_unmeasured_tiles_waste_little():
         ),
         (lambda d: d["candidates"]["sm_90"]["half"].append([96, *TILE[1:], 1]), r"blocks \(96, 128, 64\)"),
         (lambda d: d["candidates"]["sm_90"]["half"].append([*TILE[:3], 3, *TILE[4:], 1]), "is no tile"),
+        (lambda d: d["candidates"]["sm_90"]["half"].append([*TILE, 0]), "0 programs per SM"),
         (lambda d: d["devices"]["NVIDIA H100*"].pop("date"), r"NVIDIA H100\*: without date"),
         (
             lambda d: d["devices"]["NVIDIA H100*"]["rows"].update(fp8=[wide_row(WIDE, None)]),

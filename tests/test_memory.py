@@ -1,0 +1,108 @@
+"""What watches the kernels' memory finds what it is there for; `make sanitize` runs every kernel under it.
+
+triton-viz 3.0 would be the tool, but it has no race detector, its sanitizer takes contiguous tensors only, and it
+cannot follow the `tl.dot` of these kernels.
+"""
+
+import contextlib
+
+import cases
+import pytest
+import torch
+import watching
+
+if cases.kernel_device() != "cpu":
+    pytest.skip("needs TRITON_INTERPRET=1; on a GPU compute-sanitizer does this", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, size, stride_x, BLOCK: tl.constexpr, LIMIT: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.load(x_ptr + at * stride_x, mask=at < LIMIT), mask=at < size)
+
+
+@triton.jit
+def same_place_kernel(x_ptr, y_ptr):
+    tl.store(y_ptr, tl.load(x_ptr + tl.program_id(0)))
+
+
+@triton.jit
+def neighbour_kernel(y_ptr):
+    pid = tl.program_id(0)
+    tl.store(y_ptr + pid, tl.load(y_ptr + (pid + 1) % 2))
+
+
+@triton.jit
+def round_trip_kernel(x_ptr, y_ptr, BARRIER: tl.constexpr):
+    at = tl.arange(0, 16)
+    tl.store(y_ptr + at, tl.load(x_ptr + at))
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(x_ptr + at, tl.load(y_ptr + 15 - at))
+
+
+def copies(x, size, limit, y_size=None):
+    y = torch.empty(y_size or size)
+    copy_kernel[(2,)](x, y, size, x.stride(0), BLOCK=16, LIMIT=limit)
+    return y
+
+
+RIGHT = {
+    "masked": lambda: copies(torch.randn(20), 20, 20),
+    "strided": lambda: copies(cases.every_other(torch.randn(20)), 20, 20),
+    "expanded": lambda: copies(torch.randn(1).expand(20), 20, 20),
+    "barrier": lambda: round_trip_kernel[(1,)](torch.randn(16), torch.empty(16), BARRIER=True),
+    "own-places": lambda: neighbour_kernel[(1,)](torch.randn(2)),
+}
+WRONG = {
+    # The interpreter itself lets all of these pass.
+    "reads-past-the-end": (lambda: copies(torch.randn(20), 20, 21), "copy_kernel: .* loads outside of its tensors"),
+    "reads-past-a-view": (lambda: copies(torch.randn(40)[:20], 20, 21), "loads outside of its tensors"),
+    "reads-beside-a-stride": (
+        lambda: copy_kernel[(1,)](torch.randn(40)[::2], torch.empty(20), 20, 1, BLOCK=16, LIMIT=16),
+        "loads outside of its tensors",
+    ),
+    "writes-past-the-end": (lambda: copies(torch.randn(24), 24, 24, y_size=20), "stores outside of its tensors"),
+    "two-programs-store": (
+        lambda: same_place_kernel[(2,)](torch.randn(2), torch.empty(1)),
+        r"same_place_kernel: program \(0, 0, 0\) stores what program \(1, 0, 0\) stores",
+    ),
+    "one-stores-one-loads": (
+        lambda: neighbour_kernel[(2,)](torch.randn(2)),
+        r"neighbour_kernel: program \(0, 0, 0\) stores what program \(1, 0, 0\) loads",
+    ),
+    "no-barrier": (
+        lambda: round_trip_kernel[(1,)](torch.randn(16), torch.empty(16), BARRIER=False),
+        "loads what it stored, with no barrier between",
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RIGHT.values(), ids=RIGHT)
+def test_what_is_right_passes(run):
+    with watching.kernels():
+        run()
+
+
+def test_results_are_the_same():
+    x = torch.randn(20)
+    with watching.kernels():
+        assert torch.equal(copies(x, 20, 20), x)
+
+
+@pytest.mark.parametrize(("run", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_found(run, message):
+    with watching.kernels(), pytest.raises(Exception, match=message) as found:
+        run()
+    assert "AssertionError" in repr(found.value) or type(found.value) is AssertionError
+
+
+def test_nothing_is_watched_afterwards():
+    before = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder.create_masked_load
+    with contextlib.suppress(AssertionError), watching.kernels():
+        neighbour_kernel[(2,)](torch.randn(2))
+    assert (interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder.create_masked_load) == before
