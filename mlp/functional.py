@@ -135,7 +135,7 @@ def _traced(x, weight, bias, activation, impl):
 
 def _symbolic(x, activations, impl) -> bool:
     """Whether x is a symbol that torch.fx traces with, which has no shape to plan with or to check."""
-    known = all(act in ACTIVATIONS for act in activations) and impl in ops.IMPLS
+    known = all(isinstance(act, str) and act in ACTIVATIONS for act in activations) and impl in ops.IMPLS
     if not known or not isinstance(x, torch.fx.Proxy):
         return False
     if impl == "triton":
