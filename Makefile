@@ -58,9 +58,10 @@ run: $(READY) ## train the XOR lesson, draw xor.png, say what this machine can d
 	$(BIN)/perceptriton doctor
 
 .PHONY: bench
-bench: $(READY) ## time layers, networks and training loops against torch; JSON and tables into benches/results
+bench: $(READY) ## time layers, networks, KernelBench and training loops against torch; JSON and tables into benches/results
 	OMP_PROC_BIND=true $(BIN)/python benches/run.py
 	OMP_PROC_BIND=true $(BIN)/python benches/run.py --suite mlp
+	OMP_PROC_BIND=true $(BIN)/python benches/run.py --suite kernelbench
 	OMP_PROC_BIND=true $(BIN)/python benches/run.py --suite training
 
 .PHONY: cuda
@@ -164,4 +165,5 @@ test-deterministic: $(READY)
 test-benches: $(READY)
 	$(call step,benchmarks run once: layers,$(PYTEST) benches/bench_stacks.py --benchmark-disable)
 	$(call step,benchmarks run once: networks,$(PYTEST) --suite mlp benches/bench_stacks.py --benchmark-disable -k 'xor or digits or 1024')
+	$(call step,benchmarks run once: KernelBench,$(PYTEST) --suite kernelbench benches/bench_stacks.py --benchmark-disable)
 	$(call step,benchmarks run once: training,$(PYTEST) --suite training benches/bench_training.py --benchmark-disable)

@@ -1,6 +1,6 @@
-"""The suites "layers" and "mlp": every contender on every case, checked against fp64 before it is timed.
+"""The suites "layers", "mlp", "kernelbench": every contender on every case, checked against fp64 before it is timed.
 
-usage: pytest benches/bench_stacks.py [--suite mlp] [--benchmark-json=FILE] [-k EXPRESSION] [--suite-quick] ...
+usage: pytest benches/bench_stacks.py [--suite NAME] [--benchmark-json=FILE] [-k EXPRESSION] [--suite-quick] ...
        pytest benches/bench_stacks.py --benchmark-disable       checks everything, times nothing
 
 pytest-benchmark times each contender by itself. The figures to compare are in `extra_info`: those of one interleaved
@@ -20,8 +20,8 @@ from itertools import pairwise
 import pytest
 import timing
 import torch
-from contenders import BASELINE, IMPLS, JUDGED, Check, Contender, Problem
-from stack_cases import MODES, Case, cases
+from contenders import BASELINE, IMPLS, JUDGED, Check, Contender, Problem, splitting
+from stack_cases import Case, cases
 
 from perceptriton.kernels import explain
 from perceptriton.kernels.plan import mlp_bytes
@@ -39,13 +39,15 @@ CUDA_SECONDS = 180.0
 def pytest_generate_tests(metafunc):
     config = metafunc.config
     device = config.getoption("--suite-device")
-    dtypes = config.getoption("--suite-dtypes")
+    suite, dtypes = config.getoption("--suite"), config.getoption("--suite-dtypes")
     parameters = [
         pytest.param(impl, case, dtype, mode, id=f"{case.name}-{dtype}-{mode}-{impl}")
-        for case, dtype in cases(config.getoption("--suite"), device, tuple(dtypes.split(",")) if dtypes else None)
-        for mode in MODES
+        for case, dtype in cases(suite, device, tuple(dtypes.split(",")) if dtypes else None)
+        for mode in case.modes
         for impl, record in IMPLS.items()
-        if device in record.devices and (impl != "autotuned" or config.getoption("--suite-autotune"))
+        if device in record.devices
+        and suite in record.suites
+        and (impl != "autotuned" or config.getoption("--suite-autotune"))
     ]
     metafunc.parametrize(("impl", "case", "dtype", "mode"), parameters)
 
@@ -67,8 +69,9 @@ class Group:
         """The contender and its errors. Raises what building or checking it raised, each time it is asked for."""
         if impl not in self.built:
             try:
-                contender = IMPLS[impl].build(self.problem)
-                self.built[impl] = contender, self.check(contender)
+                record = IMPLS[impl]
+                contender = record.build(self.problem)
+                self.built[impl] = contender, self.check(contender, record.bound, record.reference)
             except Exception as error:  # it fails its own test, and must not stop the others from being compared
                 self.built[impl] = error
         found = self.built[impl]
@@ -128,21 +131,28 @@ def suite(request, limits, not_reached):
     return Suite(request.session, not_reached)
 
 
-def planned(case: Case, mode: str, x: torch.Tensor) -> dict:
-    """What runs and why; for networks of kernels, also the bytes that it moves by `plan.mlp_bytes`."""
+def planned(case: Case, mode: str, x: torch.Tensor, split: str | None = None) -> dict:
+    """What runs and why; for networks of kernels, also the bytes that it moves by `plan.mlp_bytes`; on a GPU, what a
+    model of an H200 predicts."""
     shapes = [(n, k) for k, n in pairwise(case.sizes)]
-    if len(shapes) == 1:
-        plans = explain(x.shape, shapes[0], x.dtype, x.device)
-        return {"plan": f"{plans.forward.reason}; {plans.backward.reason}"}
-    plans = explain(x.shape, shapes, x.dtype, x.device)
-    found = [plans.inference] if mode == "forward" else [plans.forward, plans.backward]
-    info: dict = {"plan": "; ".join(plan.reason for plan in found)}
+    with splitting(split):
+        plans = explain(x.shape, shapes if len(shapes) > 1 else shapes[0], x.dtype, x.device)
+        layers = [explain((case.rows, k), (n, k), x.dtype, x.device) for n, k in shapes]
+    found = plans[:1] if mode == "forward" else plans[-2:]
+    reasons = [plan.reason for plan in found]
+    if found[0].impl == "layers":
+        reasons += [plan.reason for layer in layers for plan in layer[: len(found)]]
+    info: dict = {"plan": "; ".join(dict.fromkeys(reasons))}
     if found[0].impl == "fused":
         info["plan_bytes"] = mlp_bytes(case.rows, case.sizes, x.element_size(), *found)
+    predictions = [plan.prediction for plan in found if plan.prediction]
+    if predictions:
+        info["predicted_us"] = sum(prediction.plan_us for prediction in predictions)
+        info["predicted_limit_us"] = sum(prediction.limit_us for prediction in predictions)
     return info
 
 
-def test_stack(benchmark, suite, impl, case, dtype, mode):
+def test_stack(benchmark, suite, missed, impl, case, dtype, mode):
     if suite.smoke and impl in ("compiled", "autotuned") and case.name not in COMPILED_IN_SMOKE_RUN:
         pytest.skip("not compiled in a run without timings")
     with torch.set_grad_enabled(mode != "forward"):
@@ -152,7 +162,12 @@ def test_stack(benchmark, suite, impl, case, dtype, mode):
         except ArithmeticError as error:
             if impl.startswith(JUDGED) or impl == BASELINE:
                 raise
-            pytest.skip(f"not timed, since it misses the truth: {error}")  # a compiler's choice, not ours
+            missed.append(f"{case.name} {dtype} {mode}, {IMPLS[impl].label}: {error}")
+            pytest.skip(f"not timed, since it misses the truth: {error}")  # neither judged nor the baseline
+        except NotImplementedError as error:
+            if not IMPLS[impl].split:
+                raise
+            pytest.skip(str(error))
         cuda = suite.device == "cuda"
         benchmark.group = f"{case.name} {dtype} {mode}"
         benchmark.extra_info |= {
@@ -167,8 +182,8 @@ def test_stack(benchmark, suite, impl, case, dtype, mode):
             "bytes": case.bytes(mode, dtype),
             "errors": errors,
         }
-        if impl.startswith(JUDGED):
-            benchmark.extra_info |= planned(case, mode, group.problem.x)
+        if impl.startswith(JUDGED) or IMPLS[impl].split:
+            benchmark.extra_info |= planned(case, mode, group.problem.x, IMPLS[impl].split)
 
         def target():
             contender.step()

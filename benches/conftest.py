@@ -16,6 +16,7 @@ from perceptriton.kernels import ops
 
 LIMITS = pytest.StashKey[dict]()
 NOT_REACHED = pytest.StashKey[list[str]]()
+MISSED = pytest.StashKey[list[str]]()
 
 if binding.LATE:
     raise pytest.UsageError(binding.LATE)
@@ -77,6 +78,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["load_average"] = list(os.getloadavg())
     machine_info["limits"] = config.stash.get(LIMITS, None)
     machine_info["not_reached"] = config.stash.get(NOT_REACHED, [])
+    machine_info["missed"] = config.stash.get(MISSED, [])
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         driver = _nvidia_smi("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit") or [None] * 4
@@ -112,3 +114,9 @@ def limits(pytestconfig):
 def not_reached(pytestconfig):
     """Names of the groups that the time did not suffice for, into the JSON."""
     return pytestconfig.stash.setdefault(NOT_REACHED, [])
+
+
+@pytest.fixture(scope="session")
+def missed(pytestconfig):
+    """Which contenders were not timed since they missed the truth, and by how much, into the JSON."""
+    return pytestconfig.stash.setdefault(MISSED, [])

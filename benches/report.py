@@ -5,6 +5,7 @@ usage: python benches/report.py FILE.json [--out DIR]
 
 import argparse
 import io
+import itertools
 import json
 import math
 import sys
@@ -15,7 +16,13 @@ import atomic
 from stack_cases import MODES
 
 BASELINE, JUDGED = "eager", "fused"
-TITLES = {"layers": "Layers", "mlp": "Networks"}
+TITLES = {"layers": "Layers", "mlp": "Networks", "kernelbench": "KernelBench"}
+NOTES = {
+    "kernelbench": "Inference in fp32. Log-sum-exp, row sum, scaling and residual are torch operations behind the "
+    "layers, the same ones for every contender. A tensor-core split computes an fp32 product as several products of "
+    "16-bit numbers, and TF32 rounds operands to 11 bits: neither is an fp32 product. `-eighth`: rows as published, "
+    "every width an eighth of that, to suit a CPU."
+}
 
 # Okabe and Ito's palette, told apart by every kind of colour vision.
 COLOURS = {"forward": "#0072B2", "forward+backward": "#E69F00"}
@@ -27,6 +34,15 @@ IMPL_STYLES = {
     "autotuned": ("#56B4E9", "s--"),
     "eager_graph": ("#666666", "o:"),
     "fused_graph": ("#E69F00", "^:"),
+}
+MARKS = {
+    "compiled": "D",
+    "autotuned": "s",
+    "eager_graph": "o",
+    "fused_graph": "^",
+    "eager_tf32": "v",
+    "split_bf16x6": "P",
+    "split_bf16x3": "X",
 }
 
 # A row whose timings scattered more than this (interquartile range over median) is marked.
@@ -47,6 +63,16 @@ class Row:
     spread: float = 0.0
     limit_us: float | None = None
     limit: str = ""  # what sets it: "arithmetic" or "memory"
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    predicted: dict[str, tuple[float, float]] = field(default_factory=dict)  # by a model of an H200: limit, own plan
+
+    @property
+    def sizes(self) -> str:
+        """Rows and widths, long runs of equal ones counted."""
+        runs = [(size, len(list(run))) for size, run in itertools.groupby(self.shape)]
+        return " x ".join(
+            " x ".join([f"{size:,}"] * count) if count < 10 else f"{size:,} ({count} times)" for size, count in runs
+        )
 
     def reached(self, impl: str) -> float | None:
         """The share of the limit, from 0 to 1."""
@@ -88,6 +114,9 @@ def read(document: dict) -> tuple[list[Row], dict[str, str]]:
         impl = info["impl"]
         labels[impl] = info["label"]
         row.us[impl] = info["interleaved_us"]
+        row.errors[impl] = info.get("errors", {})
+        if "predicted_us" in info:
+            row.predicted[impl] = info["predicted_limit_us"], info["predicted_us"]
         if "speedup_over_eager" in info:
             row.speedup[impl] = info["speedup_over_eager"]
             row.attempts = len(info["speedups_over_eager"])
@@ -141,11 +170,11 @@ def markdown(document: dict) -> str:
     impls = [impl for impl in (BASELINE, JUDGED) if impl in labels]
     header = ["case", "rows x widths", "dtype", "mode", *(f"{labels[impl]}, us" for impl in impls), "speed-up"]
     header += ["share of the limit", *(f"{labels[impl]}, us" for impl in others)]
-    right = {4 + i for i in range(len(impls) + 2 + len(others))}
-    lines = ["| " + " | ".join(header) + " |"]
-    lines.append("|" + "|".join("---:" if i in right else "---" for i in range(len(header))) + "|")
+    predicted = any(JUDGED in row.predicted for row in rows)
+    header += ["H200 model: limit, us", f"{labels[JUDGED]}, us"] if predicted else []
+    lines = _head(header, 4)
     for row in rows:
-        cells = [row.case, " x ".join(f"{size:,}" for size in row.shape), row.dtype, row.mode]
+        cells = [row.case, row.sizes, row.dtype, row.mode]
         cells += [_microseconds(row.us[impl]) if impl in row.us else "" for impl in impls]
         ratio = f"**{row.speedup[JUDGED]:.2f}x**" if JUDGED in row.speedup else ""
         cells.append(ratio + (" ~" if ratio and row.spread > NOISY else ""))
@@ -154,6 +183,8 @@ def markdown(document: dict) -> str:
         for impl in others:
             ratio = f" ({row.speedup[impl]:.2f}x)" if impl in row.speedup else ""
             cells.append(_microseconds(row.us[impl]) + ratio if impl in row.us else "")
+        if predicted:
+            cells += map(_microseconds, row.predicted[JUDGED]) if JUDGED in row.predicted else ["", ""]
         lines.append("| " + " | ".join(cells) + " |")
 
     text = [f"# {TITLES[suite(document)]}: {machine(document)}", ""]
@@ -161,6 +192,10 @@ def markdown(document: dict) -> str:
         listed = ", ".join(f"{name} {value:.2f}x" for name, value in mean.items())
         text += [f"Geometric mean of the speed-ups over eager torch: {listed}.", ""]
     text += [*lines, ""]
+    if any("worst" in errors for row in rows for errors in row.errors.values()):
+        text += [*_accuracy(rows, labels), ""]
+    if note := NOTES.get(suite(document)):
+        text.append(note)
     text.append(
         "Median times per call, all contenders of a row timed in turn; a speed-up is the median over the rounds of the "
         "ratio within a round. Rows not clearly above 1x were timed three times, and the median run is shown."
@@ -173,9 +208,42 @@ def markdown(document: dict) -> str:
             f"Limits, measured in the same run: {rates}; a copy {limits['copy_bytes_per_s'] / 1e9:,.0f} GB/s. Memory "
             "counts only where the traffic is at least twice the last-level cache, and no limit under 1 us is shown."
         )
+    if predicted:
+        text.append(
+            "H200 model: the time that flops, bytes and special functions take at peak rates, for the slowest of them "
+            "alone and for the plan that was taken (`perceptriton.kernels.explain`). It is not a measurement."
+        )
+    if missed := document["machine_info"].get("missed"):
+        text.append(f"Not timed, since they miss the truth: {'; '.join(missed)}.")
     if left_out := document["machine_info"].get("not_reached"):
         text.append(f"Not reached in the time set for the run: {', '.join(left_out)}.")
     return "\n".join(text) + "\n"
+
+
+def _head(header: list[str], left: int) -> list[str]:
+    """The first lines of a table whose columns after the first few hold numbers."""
+    rule = "|".join("---" if i < left else "---:" for i in range(len(header)))
+    return ["| " + " | ".join(header) + " |", f"|{rule}|"]
+
+
+def _accuracy(rows: list[Row], labels: dict[str, str]) -> list[str]:
+    """A table of every contender's errors where cases have a tolerance, and of what a model predicts for it."""
+    predicted = any(row.predicted for row in rows)
+    header = ["case", "contender", "error", "worst element, tolerances"]
+    lines = _head(header + (["H200 model: limit, us", "own plan, us"] if predicted else []), 2)
+    for row in rows:
+        for impl in row.us:
+            errors = row.errors[impl]
+            worst = f"{errors['worst']:.2g}" + (", beyond it" if errors["worst"] > 1 else "")
+            cells = [row.case, labels[impl], f"{errors['y']:.1e}", worst]
+            if predicted:
+                cells += map(_microseconds, row.predicted[impl]) if impl in row.predicted else ["", ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    text = (
+        "Errors against fp64: as a relative norm, of what varies from row to row; and of the worst element, in units "
+        "of what KernelBench lets pass, 1e-4 absolute and as much relative."
+    )
+    return [*lines, "", text]
 
 
 def png(figure) -> bytes:
@@ -196,6 +264,7 @@ def _bars(document: dict, title: str, axis: str, value, text, marks: dict, unit:
 
     rows = [row for row in read(document)[0] if value(row) is not None]
     groups = list(dict.fromkeys((row.case, row.dtype) for row in rows))
+    modes = [mode for mode in MODES if any(row.mode == mode for row in rows)]
     several_dtypes = len({dtype for _, dtype in groups}) > 1
     height = 0.36
     figure = Figure(figsize=(9, 1.9 + 0.62 * len(groups)), dpi=150, layout="constrained")
@@ -205,10 +274,9 @@ def _bars(document: dict, title: str, axis: str, value, text, marks: dict, unit:
     ticks = []
     for place, group in enumerate(groups):
         own = [row for row in rows if (row.case, row.dtype) == group]
-        shape = " x ".join(f"{size:,}" for size in own[0].shape)
-        ticks.append(f"{group[0]}\n{shape}" + (f", {group[1]}" if several_dtypes else ""))
+        ticks.append(f"{group[0]}\n{own[0].sizes}" + (f", {group[1]}" if several_dtypes else ""))
         for row in own:
-            y = place + (MODES.index(row.mode) - 0.5) * height * 1.08
+            y = place + (modes.index(row.mode) - (len(modes) - 1) / 2) * height * 1.08
             axes.barh(y, value(row), height, color=COLOURS[row.mode], zorder=2)
             # In a column of their own, clear of the marks.
             axes.text(1.01, y, text(row), transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=INK)
@@ -217,7 +285,7 @@ def _bars(document: dict, title: str, axis: str, value, text, marks: dict, unit:
                     axes.plot(
                         where, y, marker, color="white", markeredgecolor=INK, markeredgewidth=1, markersize=5, zorder=4
                     )
-    handles: list = [Patch(color=COLOURS[mode], label=mode) for mode in MODES]
+    handles: list = [Patch(color=COLOURS[mode], label=mode) for mode in modes]
     for label, (_, marker) in marks.items():
         handles.append(
             Line2D([], [], linestyle="", marker=marker, color="white", markeredgecolor=INK, markersize=5, label=label)
@@ -233,7 +301,7 @@ def _bars(document: dict, title: str, axis: str, value, text, marks: dict, unit:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title(title, loc="left", fontsize=13, color=INK, pad=22)
     axes.text(0, 1.012, machine(document), transform=axes.transAxes, fontsize=7.5, color=INK)
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=8)
     return png(figure)
 
 
@@ -281,13 +349,13 @@ def pictures(document: dict) -> dict[str, bytes]:
     if any(JUDGED in row.speedup for row in rows):
         marks = {
             labels[impl]: (lambda row, impl=impl: row.speedup.get(impl), marker)
-            for impl, marker in (("compiled", "D"), ("autotuned", "s"), ("eager_graph", "o"), ("fused_graph", "^"))
+            for impl, marker in MARKS.items()
             if impl in labels
         }
         found["speedup"] = _bars(
             document,
             "perceptriton against eager torch",
-            "speed-up over nn.Linear + nn.Sigmoid (more is better)",
+            "speed-up over the same modules of torch.nn (more is better)",
             lambda row: row.speedup.get(JUDGED),
             lambda row: f"{row.speedup[JUDGED]:.2f}x",
             marks,

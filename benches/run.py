@@ -1,6 +1,6 @@
 """Runs the benchmark suite in a process of its own and writes JSON, table and pictures when it has ended.
 
-usage: python benches/run.py [--suite layers|mlp|training] [--out DIR] [--cases SUBSTRING] [--quick] ...
+usage: python benches/run.py [--suite layers|mlp|kernelbench|training] [--out DIR] [--cases SUBSTRING] [--quick] ...
 
 Exit status: 0 if every contender passed its check and was timed; 1 if some did not (what was timed is written, under
 a name that ends in "-incomplete"); otherwise that of pytest, and nothing is written. Interrupted, it leaves nothing.
@@ -40,7 +40,7 @@ def command(options: argparse.Namespace, output: Path) -> list[str]:
     found += ["--benchmark-quiet", "--benchmark-disable-gc", f"--benchmark-json={output}"]
     if options.toy:
         # No compiler, and only what takes a moment.
-        selected += ["(launch or classifier or xor or digits)", "not compiled"]
+        selected += ["(launch or classifier or xor or digits or residual)", "not compiled"]
         found += ["--suite-device=cpu", "--suite-quick"]
     elif options.device:
         found.append(f"--suite-device={options.device}")

@@ -1,4 +1,4 @@
-"""What the suites "layers" and "mlp" time: shapes with their reasons, and the arithmetic and traffic that each needs.
+"""What the suites of bench_stacks.py time: shapes with their reasons, and the arithmetic and traffic that each needs.
 
 A case is a stack of linear + sigmoid layers over `rows` rows; most are one layer. With M rows and a layer from K
 inputs to N outputs, counting the products only (2 operations per multiply-add; the bias, the sigmoid and its
@@ -15,14 +15,19 @@ and the backward pass:
     stack, forward       reads x and all parameters; writes the last y: activations in between never leave the chip
     stack, backward      reads x, all parameters and dy, recomputing the activations; writes the parameters' gradients
                          (x is data there and gets none)
+
+What stands behind the last layer (`tail`) adds no products, and y is what comes out of it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 MODES = ("forward", "forward+backward")
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
+
+# Tails that make one number of a row.
+REDUCING = ("logsumexp", "sum")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,12 @@ class Case:
     rows: int
     sizes: tuple[int, ...]  # the widths of the input and of every layer's output
     devices: tuple[str, ...] = ("cpu", "cuda")
+    activation: str = "sigmoid"  # of the hidden layers
+    output_activation: str = "sigmoid"
+    tail: str = ""  # what torch makes of the last layer's output: one of contenders.TAILS
+    modes: tuple[str, ...] = MODES
+    dtypes: tuple[str, ...] = tuple(ITEMSIZE)
+    tolerance: float | None = None  # how far each element may be off, absolutely and relative to its own size
 
     @property
     def x_requires_grad(self) -> bool:
@@ -54,7 +65,7 @@ class Case:
         return 2 * forward + dx
 
     def bytes(self, mode: str, dtype: str) -> int:
-        x, y = self.rows * self.sizes[0], self.rows * self.sizes[-1]
+        x, y = self.rows * self.sizes[0], self.rows * (1 if self.tail in REDUCING else self.sizes[-1])
         forward = x + self.parameters + y
         if mode == "forward":
             return forward * ITEMSIZE[dtype]
@@ -108,10 +119,43 @@ NETWORKS = (
         for power in sorted({power for powers in ROWS.values() for power in powers})
     ),
 )
-SUITES = {"layers": LAYERS, "mlp": NETWORKS}
+
+
+def kernelbench(
+    problem: str, rows: int, sizes: tuple[int, ...], *activations: str, tail: str = ""
+) -> tuple[Case, Case]:
+    """A problem as published, for GPUs; and for CPUs with an eighth of every width."""
+    published = Case(
+        problem,
+        rows,
+        sizes,
+        ("cuda",),
+        *activations,
+        tail=tail,
+        modes=("forward",),
+        dtypes=("float32",),
+        tolerance=1e-4,
+    )
+    eighth = tuple(size // 8 for size in sizes)
+    return published, replace(published, name=f"{problem}-eighth", sizes=eighth, devices=("cpu",))
+
+
+# The problems of KernelBench (github.com/ScalingIntelligence/KernelBench, its sizes since July 2025) that consist of
+# such layers. It times inference in fp32 with TF32 off, and lets pass what is within 1e-4 of torch, element by element.
+# The largest come last: a run may end before their turn.
+KERNELBENCH = (
+    *kernelbench("L2-45-gemm-sigmoid-logsumexp", 16_384, (2048, 4096, 1024), "sigmoid", "identity", tail="logsumexp"),
+    *kernelbench("L2-56-matmul-sigmoid-sum", 128, (32_768, 32_768), tail="sum"),
+    # The residual is the product itself, so no sigmoid can be fused with it.
+    *kernelbench("L2-70-gemm-sigmoid-residual", 1024, (8192, 8192), "sigmoid", "identity", tail="residual"),
+    *kernelbench("L3-3-deep-narrow-mlp", 1024, (8192, *(1024,) * 16, 8192), "relu", "identity"),
+    *kernelbench("L3-1-mlp", 128, (16_384, 16_384, 16_384, 8192), "relu", "identity"),
+    *kernelbench("L3-2-shallow-wide-mlp", 128, (16_384, 32_768, 32_768, 16_384), "relu", "identity"),
+)
+SUITES = {"layers": LAYERS, "mlp": NETWORKS, "kernelbench": KERNELBENCH}
 
 
 def cases(suite: str, device: str, dtypes: tuple[str, ...] | None = None) -> list[tuple[Case, str]]:
     """(case, dtype) of a suite in the order in which they run on a device of this type."""
     found = [case for case in SUITES[suite] if device in case.devices]
-    return [(case, dtype) for case in found for dtype in dtypes or DTYPES[device]]
+    return [(case, dtype) for case in found for dtype in dtypes or DTYPES[device] if dtype in case.dtypes]

@@ -479,7 +479,10 @@ def _check_shape(name: str, shape: object) -> None:
 
 
 def _listed(plans: dict[str, Plan] | dict[str, MlpPlan]) -> str:
-    return "\n".join(f"{name:9} {plan.impl:8}  {plan.reason}" for name, plan in plans.items())
+    return "\n".join(
+        f"{name:9} {plan.impl:8}  {plan.reason}" + (f"\n{'':20}{plan.prediction}" if plan.prediction else "")
+        for name, plan in plans.items()
+    )
 
 
 @overload
@@ -509,6 +512,10 @@ def explain(
     impl: str | None = None,
 ) -> Explanation | MlpExplanation:
     """Which implementation a layer or a network takes, with its tiles and the reason. Launches nothing.
+
+    Plans for GPUs carry a `prediction`, which `print` shows too: the time that the plan's flops and bytes take at an
+    H200's peak rates with sigmoids, and the least that any plan could take (the model: `predict`, `predict_bwd` and
+    `predict_mlp` in plan.py).
 
     x_shape: (..., in_features). weight_shape: (out_features, in_features) of a layer, or a sequence of such pairs, one
     per layer of a network. device: where the tensors would be, or a `Device` that describes a chip which is not at
@@ -540,19 +547,37 @@ def explain(
             raise NotImplementedError(f'impl="triton": {reason}')
         device = _device_for(device, impl)
     rows, name, precision = math.prod(x_shape[:-1]), _NAMES.get(dtype, str(dtype)), _precision(device)
+    # Of operands that lie dense.
+    layers = [
+        (rows, k, n, name, precision, device, impl, _split(dtype), k * dtype.itemsize % 16 == 0) for n, k in shapes
+    ]
+    forwards = tuple(planning.linear_act_fwd(*arguments) for arguments in layers)
+    backwards = tuple(planning.linear_act_bwd(*arguments[:7]) for arguments in layers)
+    widths = (shapes[0][1], *(n for n, _ in shapes))
     if network:
-        arguments = (rows, (shapes[0][1], *(n for n, _ in shapes)), name, precision, device)
+        arguments = (rows, widths, name, precision, device)
         inference, (forward, backward) = (_mlp_plans(*arguments, training, False, impl) for training in (False, True))
         explanation = MlpExplanation(inference.forward, forward, cast(MlpPlan, backward))
     else:
-        (n, k) = shapes[0]
-        arguments = (rows, k, n, name, precision, device, impl)
-        # Of operands that lie dense.
-        readable = k * dtype.itemsize % 16 == 0
-        forward = planning.linear_act_fwd(*arguments, _split(dtype), readable)
-        explanation = Explanation(forward, planning.linear_act_bwd(*arguments))
+        explanation = Explanation(forwards[0], backwards[0])
     _obey(impl, explanation.forward)
-    return explanation
+    if device.kind != "cuda" or planning.refusal(rows, min(widths), 1, name, device):
+        return explanation
+    replace = dataclasses.replace
+    if isinstance(explanation, Explanation):
+        (k, n), (forward, backward) = widths, explanation
+        return Explanation(
+            replace(forward, prediction=planning.predict(rows, k, n, name, forward)),
+            replace(backward, prediction=planning.predict_bwd(rows, k, n, name, backward)),
+        )
+    inference, forward, backward = explanation
+    shape = (rows, widths, name)
+    stored = backward.boundaries
+    return MlpExplanation(
+        replace(inference, prediction=planning.predict_mlp(*shape, inference, forwards)),
+        replace(forward, prediction=planning.predict_mlp(*shape, forward, forwards, boundaries=stored)),
+        replace(backward, prediction=planning.predict_mlp(*shape, backward, backwards, backward=True)),
+    )
 
 
 # --- whole training loops ------------------------------------------------------------------------------------

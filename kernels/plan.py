@@ -16,7 +16,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 TABLES = Path(__file__).parent / "tuned"
@@ -76,6 +76,7 @@ class Plan:
     dweight_gemm: str = "mm"
     chunk: int = 0  # rows of dz that exist at a time; 0: all of them
     splits: int = 1  # "tma": parts of the sum over in_features that different programs take
+    prediction: "Prediction | None" = field(default=None, compare=False)  # `explain` adds it for GPUs
 
     @property
     def triton(self) -> bool:
@@ -406,7 +407,7 @@ PRODUCTS = {"tf32x3": (3, "tf32"), "bf16x6": (6, "half"), "bf16x3": (3, "half")}
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one forward pass: what it takes, the limit that peak rates set, and what a plan's own way adds to that."""
+    """What one call takes, the limit that peak rates set, and what a plan's own way adds to that."""
 
     flops: int  # on the units that do them, every product of a split counted
     bytes: int  # between chip and memory, each operand once
@@ -415,10 +416,23 @@ class Prediction:
     plan_us: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.flops:.3g} flop, {self.bytes:.3g} bytes, {self.special:.3g} special functions: "
-            f"at least {self.limit_us:.3g} us, by this plan {self.plan_us:.3g} us at peak rates (a model)"
-        )
+        functions = f", {_digits(self.special / 1e6)} M exp2 and rsqrt" if self.special else ""
+        if self.plan_us < 1:
+            times = "under 1 us, where launches decide"
+        else:
+            times = f"{_digits(self.plan_us)} us, limit {_digits(self.limit_us)} us"
+        work = f"{_digits(self.flops / 1e9)} Gflop, {_digits(self.bytes / 1e6)} MB{functions}"
+        return f"H200 at peak rates (a model): {times}; {work}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _product(macs: int, dtype: str, precision: str, chip: Chip) -> tuple[int, float]:
+    """Operations and seconds of a product."""
+    count, unit = PRODUCTS.get(precision, (1, _kind(dtype, precision)))
+    return 2 * macs * count, 2 * macs * count / chip.flops[unit]
 
 
 def predict(m: int, k: int, n: int, dtype: str, plan: Plan, chip: Chip = H200) -> Prediction:
@@ -428,10 +442,10 @@ def predict(m: int, k: int, n: int, dtype: str, plan: Plan, chip: Chip = H200) -
     tiles in whole waves, and its multiprocessors do special functions after the products, not beside them. What an
     implementation loses against peak rates is not in it.
     """
-    size, precision = _itemsize(dtype), plan.precision
-    count, unit = PRODUCTS.get(precision, (1, _kind(dtype, precision)))
-    flops, moved, special = 2 * m * k * n * count, size * (m * k + n * k + n + m * n), 2 * m * n
-    products, memory, functions = flops / chip.flops[unit], moved / chip.bandwidth, special / chip.special
+    size = _itemsize(dtype)
+    flops, products = _product(m * k * n, dtype, plan.precision, chip)
+    moved, special = size * (m * k + n * k + n + m * n), 2 * m * n
+    memory, functions = moved / chip.bandwidth, special / chip.special
     if plan.impl in ("tiled", "tma"):
         waste = _waste(m, n, plan.tile, chip.units, plan.splits)
         took = max(memory, waste * (products + functions))
@@ -442,6 +456,73 @@ def predict(m: int, k: int, n: int, dtype: str, plan: Plan, chip: Chip = H200) -
     else:
         took = max(memory, products, functions)
     return Prediction(flops, moved, special, 1e6 * max(memory, products, functions), 1e6 * took)
+
+
+def predict_bwd(
+    m: int, k: int, n: int, dtype: str, plan: Plan, chip: Chip = H200, dz_at_hand: bool = False
+) -> Prediction:
+    """The same of (dx, dweight, dbias) from dy, y, x and weight: two products, each as large as the forward one.
+
+    "rows" reads each operand once; if there are several programs, each writes a slot of fp32 sums, which is read once.
+    Otherwise a pass over dy and y writes dz ("library": a second one reads it for dbias), and both products read that.
+    dz_at_hand: it came out of the product of the layer above, which read y for that.
+    """
+    size = _itemsize(dtype)
+    flops, products = _product(2 * m * k * n, dtype, plan.precision, chip)
+    moved = size * (2 * (m * n + m * k + n * k) + n)
+    memory = moved / chip.bandwidth
+    if plan.impl == "rows":
+        slots = 8 * plan.programs * n * (k + 1) if plan.programs > 1 else 0
+        took = max(products, memory + slots / chip.bandwidth)
+    else:
+        passes = 1 if dz_at_hand else 3 + (plan.impl == "library")
+        product = max(products / 2, size * (m * n + n * k + m * k) / chip.bandwidth)
+        took = passes * size * m * n / chip.bandwidth + 2 * product
+    return Prediction(flops, moved, 0, 1e6 * max(memory, products), 1e6 * took)
+
+
+def predict_mlp(
+    m: int,
+    widths: tuple[int, ...],
+    dtype: str,
+    plan: "MlpPlan",
+    layers: tuple[Plan, ...] = (),
+    backward: bool = False,
+    boundaries: tuple[int, ...] = (),
+    chip: Chip = H200,
+) -> Prediction:
+    """The same of a whole network in one direction.
+
+    "fused" moves what `mlp_bytes` counts, and back it computes the forward pass once more. Any other plan is the sum of
+    its `layers`, and back reads the activations that the forward pass has kept. boundaries: of the backward plan, for
+    a forward pass that stores the activations there.
+    """
+    pairs, size, fused = list(itertools.pairwise(widths)), _itemsize(dtype), plan.impl == "fused"
+    macs, outputs = [m * k * n for k, n in pairs], sum(m * n for _, n in pairs)
+    if backward:
+        flops, products = _product((3 if fused else 2) * sum(macs), dtype, plan.precision, chip)
+        special = 2 * outputs if fused else 0
+        ends = 2 * widths[0] + widths[-1] + (0 if fused else sum(widths[1:]))
+        moved = size * (m * ends + 2 * _parameters(widths))
+    else:
+        precisions = [layer.precision for layer in layers] or [plan.precision] * len(pairs)
+        each = [_product(own, dtype, precision, chip) for own, precision in zip(macs, precisions, strict=True)]
+        flops, products = sum(count for count, _ in each), sum(seconds for _, seconds in each)
+        special = 2 * outputs
+        moved = size * (m * (widths[0] + widths[-1]) + _parameters(widths))
+    memory, functions = moved / chip.bandwidth, special / chip.special
+    if fused:
+        own = _bwd_bytes(m, widths, size, plan) if backward else _fwd_bytes(m, widths, size, plan, boundaries)
+        took = 1e6 * max(own / chip.bandwidth, products, functions)
+    elif backward:
+        above = [*(plan.dgrads or [None] * len(pairs))[1:], None]
+        took = sum(
+            predict_bwd(m, k, n, dtype, layer, chip, dgrad is not None).plan_us
+            for (k, n), layer, dgrad in zip(pairs, layers, above, strict=True)
+        )
+    else:
+        took = sum(predict(m, k, n, dtype, layer, chip).plan_us for (k, n), layer in zip(pairs, layers, strict=True))
+    return Prediction(flops, moved, special, 1e6 * max(memory, products, functions), took)
 
 
 # Chips on which one program may use 99 KB of shared memory, as it may from 12.0 on; tiles were picked for 163 and 227.
@@ -553,6 +634,7 @@ class MlpPlan:
     layers: tuple[Plan, ...] = ()  # "explicit" and "stack": each layer's own plan
     dgrads: tuple[Plan | None, ...] = ()  # "stack", backward: of each layer's product that ends in dz of the one below
     chunk: int = 0  # "explicit", backward: rows that go through all layers at a time; 0: all of them
+    prediction: "Prediction | None" = field(default=None, compare=False)  # `explain` adds it for GPUs
 
     @property
     def triton(self) -> bool:
@@ -627,16 +709,25 @@ def mlp_bytes(m: int, widths: tuple[int, ...], itemsize: int, forward: MlpPlan, 
     once. With one forward segment and all widths equal that is 2 activations for inference, and 1 + 4 S for a training
     step, plus parameters and slots.
     """
-    parameters = sum(n * (k + 1) for k, n in itertools.pairwise(widths))
-    ends = {segment.last for segment in forward.segments}
-    stored = ends | set(backward.boundaries if backward else ())
-    activations = sum(widths[segment.first] for segment in forward.segments) + sum(widths[l] for l in stored)
-    total = itemsize * (m * activations + parameters)
-    if backward:
-        activations = sum(2 * widths[segment.first] + widths[segment.last] for segment in backward.segments)
-        programs = backward.segments[0].programs
-        total += itemsize * (m * activations + 2 * parameters) + (8 * programs * parameters if programs > 1 else 0)
-    return total
+    if backward is None:
+        return _fwd_bytes(m, widths, itemsize, forward)
+    return _fwd_bytes(m, widths, itemsize, forward, backward.boundaries) + _bwd_bytes(m, widths, itemsize, backward)
+
+
+def _fwd_bytes(m: int, widths: tuple[int, ...], itemsize: int, plan: MlpPlan, boundaries: tuple[int, ...] = ()) -> int:
+    stored = {segment.last for segment in plan.segments} | set(boundaries)
+    activations = sum(widths[segment.first] for segment in plan.segments) + sum(widths[l] for l in stored)
+    return itemsize * (m * activations + _parameters(widths))
+
+
+def _bwd_bytes(m: int, widths: tuple[int, ...], itemsize: int, plan: MlpPlan) -> int:
+    parameters, programs = _parameters(widths), plan.segments[0].programs
+    activations = sum(2 * widths[segment.first] + widths[segment.last] for segment in plan.segments)
+    return itemsize * (m * activations + 2 * parameters) + (8 * programs * parameters if programs > 1 else 0)
+
+
+def _parameters(widths: tuple[int, ...]) -> int:
+    return sum(n * (k + 1) for k, n in itertools.pairwise(widths))
 
 
 def mlp_columns(widths: tuple[int, ...]) -> tuple[int, ...]:

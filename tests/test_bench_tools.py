@@ -3,6 +3,8 @@
 Modules of benches/ are imported by name at run time only: the two folders know nothing of each other.
 """
 
+import argparse
+import dataclasses
 import functools
 import importlib
 import json
@@ -77,6 +79,51 @@ def test_networks_climb_a_ladder_of_rows(bench):
         assert ladders[sizes] == powers
     # on a CPU nothing that takes minutes
     assert max(case.rows for case, _ in cases("mlp", "cpu")) == 1 << 16
+
+
+# Operations, and elements moved: x, weights, biases, y. A row that ends in a sum or in its log-sum-exp is one element.
+KERNELBENCH = {
+    "L2-45-gemm-sigmoid-logsumexp": (412_316_860_416, 33_554_432 + 12_582_912 + 5_120 + 16_384),
+    "L2-56-matmul-sigmoid-sum": (274_877_906_944, 4_194_304 + 1_073_741_824 + 32_768 + 128),
+    "L2-70-gemm-sigmoid-residual": (137_438_953_472, 8_388_608 + 67_108_864 + 8_192 + 8_388_608),
+    "L3-3-deep-narrow-mlp": (66_571_993_088, 8_388_608 + 32_505_856 + 24_576 + 8_388_608),
+    "L3-1-mlp": (171_798_691_840, 2_097_152 + 671_088_640 + 40_960 + 1_048_576),
+    "L3-2-shallow-wide-mlp": (549_755_813_888, 2_097_152 + 2_147_483_648 + 81_920 + 2_097_152),
+}
+
+
+def test_kernelbench_problems(bench):
+    cases = bench("stack_cases").cases
+    published = {case.name: case for case, _ in cases("kernelbench", "cuda")}
+    found = {name: (case.flops("forward"), case.bytes("forward", "float32") // 4) for name, case in published.items()}
+    assert found == KERNELBENCH
+    assert cases("kernelbench", "cuda", ("bfloat16",)) == [], "its tolerance is that of fp32"
+    for case, dtype in cases("kernelbench", "cpu"):
+        whole = published[case.name.removesuffix("-eighth")]
+        assert (case.rows, [8 * size for size in case.sizes]) == (whole.rows, [*whole.sizes])
+        assert (dtype, case.tail, case.modes) == ("float32", whole.tail, ("forward",))
+
+
+# On an H200, in milliseconds: on the FMA units, and as six products of bf16, by hand from its peak rates.
+LIMITS = dict(
+    zip(KERNELBENCH, [(6.16, 2.50), (4.11, 1.67), (2.05, 0.83), (1.00, 0.40), (2.57, 1.04), (8.22, 3.33)], strict=True)
+)
+
+
+def test_predictions_of_kernelbench_problems(bench, monkeypatch):
+    stacks = bench("bench_stacks")
+    h200 = kernels.Device("cuda", 90, 132, triton=True)
+    monkeypatch.setattr(stacks, "explain", lambda x, weights, dtype, _: kernels.explain(x, weights, dtype, h200))
+    for case, _ in bench("stack_cases").cases("kernelbench", "cuda"):
+        x = torch.empty(case.rows, case.sizes[0], device="meta")
+        fp32, split = (stacks.planned(case, "forward", x, kind) for kind in (None, "bf16x6"))
+        for info, limit in zip((fp32, split), LIMITS[case.name], strict=True):
+            assert info["predicted_limit_us"] == pytest.approx(1e3 * limit, rel=0.01)
+            assert info["predicted_limit_us"] < info["predicted_us"] < 1.15 * info["predicted_limit_us"]
+        # Every layer takes the split: else `contenders.split` would refuse, and nothing would be timed under its name.
+        assert "bound by arithmetic" in fp32["plan"]
+        assert "bound by arithmetic" not in split["plan"]
+        assert "TMA" in split["plan"]
 
 
 # --- the timer ---------------------------------------------------------------------------------------------
@@ -225,6 +272,145 @@ def test_the_check_rejects_another_shape(bench):
     model = contenders.eager_model(problem)
     with torch.no_grad(), pytest.raises(ArithmeticError, match=r"y is \(32, 20\), not \(33, 20\)"):
         contenders.Check(problem)(contenders.contend(problem, model, lambda x: model(x)[:-1]))
+
+
+def kernelbench_problem(bench, name):
+    """A problem of KernelBench, thin enough to be computed at once: 48 rows, widths of 16 to 64."""
+    case = next(case for case, _ in bench("stack_cases").cases("kernelbench", "cuda") if case.name == name)
+    sizes = tuple(max(size // 512, 16) for size in case.sizes)
+    return bench("contenders").Problem.make(
+        dataclasses.replace(case, rows=48, sizes=sizes), "float32", "forward", "cpu"
+    )
+
+
+def perceptron(x, *parameters):
+    for weight, bias in zip(parameters[:-2:2], parameters[1:-2:2], strict=True):
+        x = (x @ weight.t() + bias).clamp(min=0)
+    return x @ parameters[-2].t() + parameters[-1]
+
+
+DEFINITIONS = {
+    "L2-45-gemm-sigmoid-logsumexp": lambda x, v, a, w, b: (
+        (1 / (1 + (-(x @ v.t() + a)).exp()) @ w.t() + b).exp().sum(1).log()
+    ),
+    "L2-56-matmul-sigmoid-sum": lambda x, w, b: (1 / (1 + (-(x @ w.t() + b)).exp())).sum(1)[:, None],
+    "L2-70-gemm-sigmoid-residual": lambda x, w, b: x @ w.t() + b + 2 / (1 + (-(x @ w.t() + b)).exp()),
+    "L3-3-deep-narrow-mlp": perceptron,
+    "L3-1-mlp": perceptron,
+    "L3-2-shallow-wide-mlp": perceptron,
+}
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_kernelbench_modules_are_what_they_are_called(bench, name):
+    contenders, problem = bench("contenders"), kernelbench_problem(bench, name)
+    double = problem.double()
+    truth = DEFINITIONS[name](double.x, *double.parameters)
+    with torch.no_grad():
+        torch.testing.assert_close(contenders.Check(problem).truth["y"], truth, rtol=1e-12, atol=1e-12)
+        for impl in ("eager", "fused"):
+            contender = contenders.IMPLS[impl].build(problem)
+            torch.testing.assert_close(contender.results()["y"].double(), truth, rtol=1e-5, atol=1e-5)
+        # Neither lost in saturation nor too small to be seen.
+        spread = []
+        model = contenders.eager_model(problem)
+        for layer in model:
+            if isinstance(layer, torch.nn.Linear):
+                layer.register_forward_hook(lambda layer, x, z: spread.append(z.std().item()))
+        model(problem.x)
+        assert len(spread) == len(problem.case.sizes) - 1
+        assert all(0.6 < std < 2.5 for std in spread)
+
+
+UNTRUE = {
+    "zeros": torch.zeros_like,
+    # of all that does not look at x, what comes closest
+    "constant": lambda y: y.mean(0, keepdim=True).expand_as(y),
+    "nan": lambda y: torch.nan * y,
+}
+
+
+@pytest.mark.parametrize("wrong", UNTRUE)
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_kernelbench_answers_must_depend_on_the_input(bench, name, wrong):
+    contenders, problem = bench("contenders"), kernelbench_problem(bench, name)
+    with torch.no_grad():
+        check = contenders.Check(problem)
+        y = UNTRUE[wrong](contenders.eager(problem).results()["y"])
+        contender = contenders.Contender(lambda: y, lambda: {"y": y})
+        # Even of products that are not held to fp32's errors.
+        for record in (contenders.IMPLS[impl] for impl in ("fused", "split_bf16x3", "eager_tf32")):
+            with pytest.raises(ArithmeticError, match="y is off by"):
+                check(contender, record.bound, record.reference)
+        if wrong != "nan":
+            with pytest.raises(ArithmeticError, match="an element of y is off by"):
+                check(contender, bound=math.inf)
+
+
+def test_a_constant_near_every_answer_is_far_from_the_truth(bench):
+    # The sum of 4,096 sigmoids, as it is timed on a CPU: within one percent of a constant, as a norm.
+    contenders = bench("contenders")
+    (case,) = [case for case, _ in bench("stack_cases").cases("kernelbench", "cpu") if case.tail == "sum"]
+    problem = contenders.Problem.make(dataclasses.replace(case, rows=48), "float32", "forward", "cpu")
+    with torch.no_grad():
+        check = contenders.Check(problem)
+        y = check.truth["y"].mean().expand(48, 1).float()
+        assert (y - check.truth["y"]).norm() < 1e-2 * y.norm()
+        with pytest.raises(ArithmeticError, match=r"y is off by 1\.00e\+00, more than 2\.00e-01"):
+            check(
+                contenders.Contender(lambda: y, lambda: {"y": y}), contenders.IMPLS["eager_tf32"].bound, reference=True
+            )
+
+
+def test_products_are_held_to_what_they_claim(bench):
+    contenders, problem = bench("contenders"), kernelbench_problem(bench, "L3-1-mlp")
+    with torch.no_grad():
+        check = contenders.Check(problem)
+        y = contenders.eager(problem).results()["y"]
+
+        def off_by(error):
+            wrong = y * (1 + error)
+            return contenders.Contender(lambda: wrong, lambda: {"y": wrong})
+
+        fp32, x6, x3, tf32 = (contenders.IMPLS[i] for i in ("fused", "split_bf16x6", "split_bf16x3", "eager_tf32"))
+        for record in (fp32, x6):
+            with pytest.raises(ArithmeticError, match="y is off by"):
+                check(off_by(2e-5), record.bound, record.reference)
+        assert check(off_by(2e-5), x3.bound, x3.reference)["worst"] < 1
+        # TF32 is there to be compared with: its elements are beyond 1e-4, and the report says so.
+        for record in (fp32, x6, x3):
+            with pytest.raises(ArithmeticError, match="off by"):
+                check(off_by(3e-3), record.bound, record.reference)
+        assert check(off_by(3e-3), tf32.bound, tf32.reference)["worst"] > 1
+        with pytest.raises(ArithmeticError, match="y is off by"):
+            check(off_by(0.5), tf32.bound, tf32.reference)
+
+
+def test_settings_are_in_force_during_calls_only(bench):
+    contenders, problem = bench("contenders"), kernelbench_problem(bench, "L2-70-gemm-sigmoid-residual")
+    matmul = torch.backends.cuda.matmul
+    outside, seen = matmul.fp32_precision, []
+    plain = contenders.Contender(lambda: seen.append(matmul.fp32_precision), lambda: seen.append(matmul.fp32_precision))
+    wrapped = contenders.under(contenders.tf32, plain)
+    wrapped.step()
+    wrapped.results()
+    assert seen == ["tf32", "tf32"]
+    assert matmul.fp32_precision == outside != "tf32"
+    # No split where a layer's plan would not take it: a CPU has none.
+    with pytest.raises(NotImplementedError, match="no bf16x6 here"):
+        contenders.IMPLS["split_bf16x6"].build(problem)
+    assert kernels.allow_fp32_split(None) is None
+
+
+def test_contenders_share_memory_but_no_gradients(bench):
+    contenders, problem = bench("contenders"), make_problem(bench, "forward+backward")
+    models = [contenders.eager_model(problem), contenders.fused_model(problem)]
+    models[0](problem.x).sum().backward()
+    for given, *own in zip(problem.parameters, *(model.parameters() for model in models), strict=True):
+        assert {p.data_ptr() for p in own} == {given.data_ptr()}
+        assert own[0].grad is not None
+        assert own[1].grad is None
+        assert given.grad is None
 
 
 # --- thresholds for the CPU --------------------------------------------------------------------------------
@@ -453,6 +639,37 @@ def test_report_of_training_loops(bench, tmp_path):
     assert "**4,096x**" in text
 
 
+def kernelbench_document():
+    shape = [8, *[64] * 12]
+    found = document(
+        result("eager", 200.0, 1.0, shape=shape, errors={"y": 3e-7, "worst": 0.02}),
+        result("fused", 100.0, 2.0, shape=shape, errors={"y": 4e-7, "worst": 0.03}),
+        result("eager_tf32", 20.0, 10.0, shape=shape, errors={"y": 8e-4, "worst": 7.25}),
+        result("split_bf16x3", 25.0, 8.0, shape=shape, errors={"y": 4e-6, "worst": 0.4}),
+    )
+    for benchmark, us in zip(found["benchmarks"][1::2], (80.25, 12.5), strict=True):
+        benchmark["extra_info"] |= {"predicted_limit_us": us, "predicted_us": 2 * us}
+    found["machine_info"] |= {"suite": "kernelbench", "missed": ["one float32 forward, SPLIT: y is off by 1.00e-03"]}
+    return found
+
+
+def test_report_of_kernelbench(bench, tmp_path):
+    text = bench("report").markdown(kernelbench_document())
+    assert text.startswith("# KernelBench: ")
+    cells = ["one", "8 x 64 (12 times)", "float32", "forward", "200", "100", "**2.00x**", ""]
+    cells += ["20.0 (10.00x)", "25.0 (8.00x)", "80.2", "160"]
+    assert f"| {' | '.join(cells)} |" in text
+    # Who misses KernelBench's tolerance is shown as such, and who is not even shown is named.
+    assert "| one | EAGER_TF32 | 8.0e-04 | 7.2, beyond it |  |  |" in text
+    assert "| one | SPLIT_BF16X3 | 4.0e-06 | 0.4 | 12.5 | 25.0 |" in text
+    assert "Not timed, since they miss the truth: one float32 forward, SPLIT: y is off by 1.00e-03." in text
+    assert "torch operations behind the layers" in text
+    assert "neither is an fp32 product" in text
+    # Without a model's word, and without a tolerance, there are no columns for them.
+    assert "H200" not in bench("report").markdown(TINY)
+    assert "worst element" not in bench("report").markdown(TINY)
+
+
 def test_pictures_of_networks_and_of_training_loops(bench, tmp_path):
     pytest.importorskip("matplotlib")
     report = bench("report")
@@ -465,7 +682,8 @@ def test_pictures_of_networks_and_of_training_loops(bench, tmp_path):
         )
     )
     networks["machine_info"]["suite"] = "mlp"
-    wanted = {"mlp": (networks, ["speedup", "throughput"]), "training": (training_document(), ["step", "ensembles"])}
+    wanted = {"kernelbench": (kernelbench_document(), ["speedup"]), "mlp": (networks, ["speedup", "throughput"])}
+    wanted |= {"training": (training_document(), ["step", "ensembles"])}
     for name, (content, pictures) in wanted.items():
         source = tmp_path / f"{name}.json"
         source.write_text(json.dumps(content))
@@ -559,6 +777,19 @@ def test_driver_asks_for_what_it_was_told(bench, tmp_path):
         seen["arguments"]
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suite", ["layers", "mlp", "kernelbench"])
+def test_a_rehearsal_has_something_to_run(bench, tmp_path, suite):
+    options = argparse.Namespace(
+        suite=suite, toy=True, cases=None, dtypes=None, quick=False, seconds=None, autotune=False
+    )
+    arguments = bench("run").command(options, tmp_path)
+    assert f"--suite={suite}" in arguments
+    words, _, rest = arguments[arguments.index("-k") + 1].strip("(").partition(")")
+    names = [case.name for case, _ in bench("stack_cases").cases(suite, "cpu")]
+    assert rest == " and not compiled"
+    assert 0 < sum(any(word in name for word in words.split(" or ")) for name in names) < len(names)
 
 
 # --- the table of the TMA product ---------------------------------------------------------------------------------

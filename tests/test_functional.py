@@ -816,10 +816,14 @@ def test_explain(x_shape, weight_shape, dtype, device, forward, backward, reason
     assert (explanation.forward.impl, explanation.backward.impl) == (forward, backward)
     text = str(explanation)
     assert re.search(reason, text)
-    for plan, line in zip(explanation, text.splitlines(), strict=True):
+    said = [line for line in text.splitlines() if not line.startswith(" ")]
+    for plan, line in zip(explanation, said, strict=True):
         assert plan.reason
         assert line.split()[1] == plan.impl
         assert line.endswith(plan.reason)
+    # Below each plan that runs on a GPU, what a model of one says of it.
+    modelled = [line.strip() for line in text.splitlines() if line.startswith(" ")]
+    assert modelled == ([str(plan.prediction) for plan in explanation] if forward in ("rows", "library") else [])
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])

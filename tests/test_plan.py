@@ -4,8 +4,9 @@ import itertools
 import json
 
 import pytest
+import torch
 
-from perceptriton.kernels import Device
+from perceptriton.kernels import Device, explain
 from perceptriton.kernels import plan as planning
 
 H100 = Device("cuda", 90, 132, triton=True)
@@ -304,3 +305,61 @@ def test_predictions_count_idle_multiprocessors():
     )
     assert two == pytest.approx(2 * one, rel=0.01)
     assert two == pytest.approx(full, rel=0.01)
+
+
+# in_features 1024, out_features 1024, 4,096 rows, fp32: two products of 8.59 Gflop each at 66.9 Tflop/s take 256.8 us.
+# A pass over dy and y that writes dz moves 50.3 MB, 10.5 us; to read dz once more for dbias takes 3.5 us.
+@pytest.mark.parametrize(
+    ("impl", "dz_at_hand", "us"), [("passes", False, 267.3), ("library", False, 270.8), ("passes", True, 260.3)]
+)
+def test_predictions_of_a_wide_backward_pass(impl, dz_at_hand, us):
+    plan = planning.Plan(impl, "")
+    found = planning.predict_bwd(4096, 1024, 1024, "float32", plan, dz_at_hand=dz_at_hand)
+    assert found.plan_us == pytest.approx(us, rel=1e-3)
+    assert found.limit_us == pytest.approx(256.8, rel=1e-3)
+    assert found.flops == 4 * 4096 * 1024 * 1024
+
+
+def test_predictions_of_a_narrow_backward_pass():
+    # dy, y, x and dx of 134 MB each, 111.9 us; 132 slots of 64 x 65 sums in fp32, written and read, 0.9 us.
+    one, many = (
+        planning.predict_bwd(1 << 20, 64, 64, "bfloat16", planning.Plan("rows", "", programs=programs))
+        for programs in (1, 132)
+    )
+    assert one.plan_us == one.limit_us == pytest.approx(111.9, rel=1e-3)
+    assert many.plan_us == pytest.approx(112.8, rel=1e-3)
+
+
+def test_predictions_of_a_network_on_chip():
+    plans = explain((1 << 20, 64), [(64, 64)] * 4, torch.bfloat16, H100)
+    # 2 x 4 x 64 special functions per row, back as forward: the bytes of x and y are less than half of that time.
+    for plan in plans:
+        assert plan.impl == "fused"
+        assert plan.prediction.limit_us == pytest.approx(1e6 * 2 * 4 * 64 * (1 << 20) / (132 * 16 * 1.83e9))
+    assert plans.inference.prediction.plan_us == plans.inference.prediction.limit_us
+    # Back in two segments, each of which reads dy and x and writes dx, bytes decide.
+    widths = (64,) * 5
+    forward, training = (
+        planning.mlp_bytes(1 << 20, widths, 2, plans.forward, *backward) for backward in ((), (plans.backward,))
+    )
+    stored = 2 * 64 * (1 << 20)  # by the forward pass, between the segments of the backward pass
+    assert len(plans.backward.segments) == 2
+    ends = {segment.last for segment in plans.forward.segments}
+    moved = training - forward - (0 if set(plans.backward.boundaries) <= ends else stored)
+    assert plans.backward.prediction.plan_us == pytest.approx(1e6 * moved / 4.8e12)
+    # Recomputing the forward pass makes three products of a layer's two.
+    assert plans.backward.prediction.flops == 3 * plans.forward.prediction.flops
+
+
+@pytest.mark.parametrize("impl", [None, "triton"], ids=["layers", "stack"])
+def test_predictions_of_a_wide_network_are_the_sum_of_its_layers(impl):
+    shapes = [(4096, 2048), (4096, 4096)]
+    plans = explain((8192, 2048), shapes, torch.bfloat16, H100, impl=impl)
+    layers = [explain((8192, k), (n, k), torch.bfloat16, H100, impl=impl) for n, k in shapes]
+    assert plans.inference.impl == ("layers" if impl is None else "stack")
+    forward, backward = (sum(getattr(layer, name).prediction.plan_us for layer in layers) for name in layers[0]._fields)
+    assert plans.inference.prediction.plan_us == pytest.approx(forward)
+    # In a stack the first layer's dz comes out of the second one's product: of three passes over it one is left.
+    saved = 0 if impl is None else 1e6 * 2 * 2 * 8192 * 4096 / 4.8e12
+    assert plans.backward.prediction.plan_us == pytest.approx(backward - saved)
+    assert plans.inference.prediction.flops == 2 * 8192 * (2048 * 4096 + 4096 * 4096)
