@@ -299,6 +299,10 @@ TABLES = {
 }
 
 
+# Tensors of a few numbers: threads would only wait for each other.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @contextlib.contextmanager
 def cpu_table(name):
     """The door's choices on the CPU by another table: plain torch only where nothing else can."""
@@ -313,15 +317,6 @@ def cpu_table(name):
         cases.forget_plans()
         yield
     cases.forget_plans()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors of a few numbers: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=TABLES)
