@@ -10,7 +10,9 @@ devices is touched. `kernels/plan.py` picks by these rows from the next process 
 --dry-run proves the harness on a CPU: triton's interpreter, toy shapes, two tiles of each kind, a table of its own.
 Its times mean nothing.
 
-usage: python benches/tune.py [--kinds half,tf32x3] [--seconds S] [--out FILE] [--dry-run]
+--resume leaves out what the table has measured on this device already, as after a run that was cut off.
+
+usage: python benches/tune.py [--kinds half,tf32x3] [--seconds S] [--out FILE] [--resume] [--dry-run]
 """
 
 import argparse
@@ -160,6 +162,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="the table (kernels/tuned/wide.json; dry run: .build/dry-run/wide.json)"
     )
+    parser.add_argument("--resume", action="store_true", help="keep the rows of this device that are there")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     kinds = options.kinds.split(",")
@@ -181,7 +184,10 @@ def main() -> None:
         if options.dry_run:
             smallest = sorted(tiles, key=lambda tile: tile.block_m * tile.block_n * tile.block_k)[:2]
             tiles = {tile: tiles[tile] for tile in smallest}
+        there = document["devices"].get(name, {"rows": {}})["rows"].get(kind, []) if options.resume else []
         for shape in shapes if tiles else ():
+            if list(shape) in [row["shape"] for row in there]:
+                continue
             row = measure(kind, shape, tiles, device, units, options.seconds)
             document = updated(document, name, kind, row)
             atomic.write(out, text(document))
