@@ -101,7 +101,9 @@ def kernels():
         def access(self, pointers, *rest):
             mask = rest[0] if verb == "loads" else rest[1]
             itemsize = pointers.get_element_ty().primitive_bitwidth // 8
-            running[-1].touch(verb, self.grid_idx, pointers.data, mask.data, itemsize)
+            # That of a descriptor is an array already.
+            mask = mask if isinstance(mask, np.ndarray) else mask.data
+            running[-1].touch(verb, self.grid_idx, pointers.data, mask, itemsize)
             return original(self, pointers, *rest)
 
         return access
