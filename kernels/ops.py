@@ -246,10 +246,8 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
 
 
 def _layer_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
-    if plan.impl == "tma":
-        wide = _wide_launchers()
-        return wide.linear_act_fwd(wide.as_readable(x), wide.as_readable(weight), bias, activation, plan)
-    return (_launchers() if plan.triton else reference).linear_act_fwd(x, weight, bias, activation, plan)
+    implementation = _wide_launchers() if plan.impl == "tma" else _launchers() if plan.triton else reference
+    return implementation.linear_act_fwd(x, weight, bias, activation, plan)
 
 
 def linear_act_bwd(
@@ -353,6 +351,13 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def _stacked_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
+    """A layer of a stack, planned by shapes alone: operands that TMA cannot read as they lie are copied."""
+    if plan.impl == "tma":
+        x, weight = map(_wide_launchers().as_readable, (x, weight))
+    return _layer_fwd(x, weight, bias, activation, plan)
+
+
 def _dense(
     weights: Sequence[Tensor], biases: Sequence[Tensor] | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
@@ -377,7 +382,7 @@ def mlp_fwd(
     if plan.impl == "fused":
         y, saved = _mlp_launchers().mlp_fwd(_flat(x), *_dense(weights, biases), hidden, output, plan, save)
     elif plan.impl == "stack":
-        y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save, _layer_fwd)
+        y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save, _stacked_fwd)
     else:
         y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]), saved

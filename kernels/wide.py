@@ -226,6 +226,24 @@ def readable(matrix: Tensor) -> bool:
     return step == 1 and pitch * size % 16 == 0 and pitch >= matrix.shape[1] and matrix.data_ptr() % 16 == 0
 
 
+def _tile_arguments(plan: Plan) -> dict:
+    """What both products are told of their tile."""
+    tile = cast(WideTile, plan.tile)
+    return {
+        "PRECISION": plan.precision,
+        "WIDEN": INTERPRETED,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+        "SUBTILES": tile.subtiles,
+        "FLATTEN": tile.flatten,
+        "SPECIALIZE": tile.specialize,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
 def as_readable(matrix: Tensor) -> Tensor:
     """The matrix, or a copy of it. The plan has seen to it that rows of a copy start at multiples of 16 bytes."""
     return matrix if readable(matrix) else matrix.clone(memory_format=torch.contiguous_format)
@@ -252,18 +270,8 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
             K=K,
             stride_b=stride_b,
             ACT=device.ACTIVATIONS["identity" if split else activation][0],
-            PRECISION=plan.precision,
-            WIDEN=INTERPRETED,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            GROUP_M=tile.group_m,
             SPLITS=plan.splits,
-            SUBTILES=tile.subtiles,
-            FLATTEN=tile.flatten,
-            SPECIALIZE=tile.specialize,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **_tile_arguments(plan),
             enable_fp_fusion=True,
         )
         if split:
@@ -310,17 +318,7 @@ def linear_act_dgrad(
             N=N,
             K=K,
             ACT_PRIME=device.ACTIVATIONS[activation][1],
-            PRECISION=plan.precision,
-            WIDEN=INTERPRETED,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            GROUP_M=tile.group_m,
-            SUBTILES=tile.subtiles,
-            FLATTEN=tile.flatten,
-            SPECIALIZE=tile.specialize,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **_tile_arguments(plan),
             enable_fp_fusion=True,
         )
         if slots is not None and dbias is not None:

@@ -125,3 +125,21 @@ def size(request, force):
         explicit = plan.Plan("explicit", "the test says so")
         force(explicit, explicit)
     return request.param
+
+
+@pytest.fixture(scope="module")
+def wide_memory(device):
+    """9 GB of addresses, of which only the pages that a test touches take memory on a CPU.
+
+    Views start in the middle, so that an offset that wraps around meets other memory instead of ending the process.
+    """
+    size = 2**32 + 2**28
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 2 * size + 2**30:
+        pytest.skip("needs 10 GB of free GPU memory")
+    # The deterministic mode would write to all of it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        try:
+            return torch.empty(size, dtype=torch.float16, device=device)
+        except RuntimeError as error:
+            pytest.skip(f"9 GB of addresses are not to be had: {error}")

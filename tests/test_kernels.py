@@ -420,24 +420,6 @@ def test_writes_everything_and_nothing_else(path, dtype, force, guarded):
     check(*tensors, actual=(y, *gradients))
 
 
-@pytest.fixture(scope="module")
-def wide_memory():
-    """9 GB of addresses, of which only the pages that a test touches take memory on a CPU.
-
-    Views start in the middle, so that an offset that wraps around meets other memory instead of ending the process.
-    """
-    size = 2**32 + 2**28
-    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 2 * size + 2**30:
-        pytest.skip("needs 10 GB of free GPU memory")
-    # The deterministic mode would write to all of it.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-        try:
-            return torch.empty(size, dtype=torch.float16, device=DEVICE)
-        except RuntimeError as error:
-            pytest.skip(f"9 GB of addresses are not to be had: {error}")
-
-
 # Strides that need 64 bits, and strides that do not but make offsets that do: of the last row, and of the last step
 # along K.
 FAR = {

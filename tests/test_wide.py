@@ -274,21 +274,6 @@ def test_writes_everything_and_nothing_else(tile, dtype, monkeypatch):
     assert (buffer[-128:] == -77).all()
 
 
-@pytest.fixture(scope="module")
-def wide_memory():
-    """9 GB of addresses, of which only the pages that a test touches take memory on a CPU."""
-    size = 2**32 + 2**28
-    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 2 * size + 2**30:
-        pytest.skip("needs 10 GB of free GPU memory")
-    # The deterministic mode would write to all of it.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-        try:
-            return torch.empty(size, dtype=torch.float16, device=DEVICE)
-        except RuntimeError as error:
-            pytest.skip(f"9 GB of addresses are not to be had: {error}")
-
-
 # A stride that needs 64 bits, and strides of which only the offset of the last row or element does.
 FAR = {
     "x-row": ("x", (2, 40, 8), (2**31 + 64, 1)),
