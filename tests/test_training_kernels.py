@@ -243,6 +243,19 @@ def test_trajectories(plan, recipe, data):
     check(run, run.kernel(plan, steps, log_every=4), steps, log_every=4)
 
 
+# What rounding in another order may do to 10,001 steps of XOR, as measured over nine ways of rounding.
+BAND = 6e-5
+
+
+@pytest.mark.parametrize("plan", [RUNS["lane-xor"][0], BLOCK], ids=["lane", "block"])
+def test_long_trajectories(plan):
+    # The interpreter would take minutes for the longer one.
+    run, steps = Run(XOR, members=1), (100, 10_001) if DEVICE == "cuda" else (100,)
+    for actual, exact in zip(run.kernel(plan, steps, 100), run.torch(steps, torch.float64, 100), strict=True):
+        for ours, truth in zip((*actual[0], actual[2]), (*exact[0], exact[2]), strict=True):
+            assert relative_error(ours, truth) <= BAND
+
+
 @pytest.mark.parametrize("variant", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_optimizers(plan, variant):
