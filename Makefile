@@ -116,7 +116,7 @@ test-all: $(READY)
 test-compile: $(READY)
 	$(call step,compile-only: layers,$(PYTEST) tests/test_compile.py -k 'half and not ragged')
 	$(call step,compile-only: networks,$(PYTEST) tests/test_mlp_compile.py -k '(half and (xor or digits)) or sm_100 or not sm_')
-	$(call step,compile-only: wide layers,$(PYTEST) tests/test_wide_compile.py -k 'half or sm_90-dgrad or not sm_')
+	$(call step,compile-only: wide layers,$(PYTEST) tests/test_wide_compile.py -k 'half or sm_90-dgrad-tf32x3 or not sm_')
 	$(call step,compile-only: training loops,$(PYTEST) tests/test_training_compile.py -k 'not states')
 
 test-kernels: $(READY)
@@ -137,16 +137,19 @@ test-old-triton-compile:
 
 PART := sm_90 and half and (64x64 or digits)
 
-# The interpreter on the oldest and the newest triton, the newest compiler on a part of the tiles. Layouts and deep
-# networks are left to the version that is installed.
-.PHONY: test-matrix
-test-matrix: $(READY) .build/triton-$(OLD_TRITON)/.ready .build/triton-$(NEW_TRITON)/.ready ## the kernels under the interpreter of the oldest and the newest triton (minutes)
-	TRITON_INTERPRET=1 PYTHONPATH=.build/triton-$(OLD_TRITON) $(PYTEST) -q $(SANITIZED) -k $(MATRIX) \
-		-W 'ignore:Conversion of an array with ndim:DeprecationWarning'
-	TRITON_INTERPRET=1 PYTHONPATH=.build/triton-$(NEW_TRITON) $(PYTEST) -q $(SANITIZED) -k $(MATRIX)
-	PYTHONPATH=.build/triton-$(NEW_TRITON) $(PYTEST) -q $(COMPILE_TESTS) -k '$(PART)'
+# The interpreter of the oldest and of the newest triton, and the newest compiler. No table of tiles was made with that: a
+# tile that spills there is an expected failure, and any other failure is one.
+.PHONY: test-matrix test-matrix-old test-matrix-new test-matrix-compile
+test-matrix: test-matrix-old test-matrix-new test-matrix-compile ## all kernels under the interpreter of the oldest and the newest triton, all tiles by the newest compiler (minutes; -j 2 helps)
 
-MATRIX := 'not deep and not every_candidate and not layouts'
+test-matrix-old: .build/triton-$(OLD_TRITON)/.ready
+	TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) -q $(SANITIZED) -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
+
+test-matrix-new: .build/triton-$(NEW_TRITON)/.ready
+	TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) -q $(SANITIZED)
+
+test-matrix-compile: .build/triton-$(NEW_TRITON)/.ready
+	PYTHONPATH=$(<D) $(PYTEST) -q $(COMPILE_TESTS)
 
 .PHONY: test-tiles
 test-tiles: $(OVERLAY)/.ready ## compile every tile on both tritons (minutes)
@@ -158,6 +161,10 @@ sanitize: $(READY) ## every kernel under the interpreter, watched for stray addr
 	TRITON_INTERPRET=1 $(PYTEST) -q --watch-memory $(SANITIZED)
 
 SANITIZED := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_training_kernels.py test_wide.py test_memory.py)
+
+.PHONY: test-long
+test-long: $(READY) ## 10,001 steps of the training kernels under the interpreter, against torch (minutes)
+	TRITON_INTERPRET=1 $(PYTEST) -q --long tests/test_training_kernels.py -k long
 
 test-deterministic: $(READY)
 	$(call step,deterministic: layers and networks,$(PYTEST) --deterministic tests/test_functional.py tests/test_networks.py)

@@ -1,11 +1,11 @@
 """Measures on a GPU which wide layers the TMA kernel computes faster than the library, for kernels/tuned/wide.json.
 
 For each kind of product and shape, every candidate tile of the chip is first checked against fp64, by the yardstick of
-the tests, then timed in turn with torch's product and in-place activation; the kind "dgrad", which leads from dz of a
-layer to dz and dbias of the layer below, with torch's product and this package's pass. Where tiles are few, each is
-tried with its sum cut into parts too. The row of a shape names the fastest tile,
-or null where none beats the library by the margin. A row is written as soon as it is measured, and nothing of other
-devices is touched. `kernels/plan.py` picks by these rows from the next process on.
+the tests, then timed in turn with torch's product and in-place activation; the kinds "dgrad-...", which lead from dz of
+a layer to dz and dbias of the layer below, with torch's product and this package's pass; the kinds "wgrad-...", the
+gradients of weights, with torch's product. Where tiles are few, each is tried with its sum cut into parts too. The row
+of a shape names the fastest tile, or null where none beats the library by the margin. A row is written as soon as it is
+measured, and nothing of other devices is touched. `kernels/plan.py` picks by these rows from the next process on.
 
 --dry-run proves the harness on a CPU: triton's interpreter, toy shapes, two tiles of each kind, a table of its own.
 Its times mean nothing.
@@ -35,7 +35,9 @@ from perceptriton.kernels import reference
 from perceptriton.kernels.plan import TABLES, Plan, WideTile
 
 ROOT = Path(__file__).parent.parent
-KINDS = ("half", "dgrad", "tf32", *planning.SPLITS)
+PRODUCTS = ("half", "tf32", *planning.SPLITS)
+# Products forward, for dz of the layer below, and for dweight, where the library has none in fp32 on tensor cores.
+KINDS = (*PRODUCTS, *(f"dgrad-{product}" for product in PRODUCTS), *(f"wgrad-{split}" for split in planning.SPLITS))
 # rows, in_features, out_features: squares, the layers of the benchmark suite, batches of inference, heads.
 SHAPES = [(s, s, s) for s in (1024, 2048, 4096, 8192)] + [
     (16384, 4096, 4096),
@@ -53,7 +55,7 @@ PASSES = planning.Device("cuda", 90, 132, triton=True)
 # A tile has to win by more than what repeated measurements differ by.
 MARGIN = 1.02
 # What a result may add to twice the library's error: the floors of the tests, and what a short product costs.
-FLOOR = {"half": 2e-3, "dgrad": 2e-3, "tf32": 2e-6, "tf32x3": 2e-6, "bf16x6": 2e-6, "bf16x3": 2e-5}
+FLOOR = {"half": 2e-3, "tf32": 2e-6, "tf32x3": 2e-6, "bf16x6": 2e-6, "bf16x3": 2e-5}
 
 
 def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
@@ -61,11 +63,11 @@ def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def library_precision(kind: str):
+def library_precision(product: str):
     """What the library's fp32 products are compared as: tf32 with tf32, the splits with fp32."""
     setting = torch.backends.cuda.matmul
     before = setting.fp32_precision
-    setting.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+    setting.fp32_precision = "tf32" if product == "tf32" else "ieee"
     try:
         yield
     finally:
@@ -77,14 +79,18 @@ def measure(kind: str, shape: tuple[int, int, int], tiles, device: torch.device,
     linear, wide = (importlib.import_module(f"perceptriton.kernels.{name}") for name in ("linear", "wide"))
     m, k, n = shape
     cuda = device.type == "cuda"
-    sixteen = kind in ("half", "dgrad")
+    of, product = kind.rpartition("-")[::2]
+    sixteen = product == "half"
     # The interpreter has no bf16 products.
     dtype = torch.float32 if not sixteen else torch.bfloat16 if cuda else torch.float16
-    precision = "ieee" if sixteen else kind
+    precision = "ieee" if sixteen else product
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(m, k, generator=generator, device=device).to(dtype)
     weight = (1.4 / math.sqrt(k) * torch.randn(n, k, generator=generator, device=device)).to(dtype)
-    if kind == "dgrad":
+    if of == "wgrad":
+        x, weight = x.t().contiguous(), weight.t().contiguous()
+        exact = x.double().t() @ weight.double()
+    elif of == "dgrad":
         weight = weight.t().contiguous()
         h = torch.rand(m, n, generator=generator, device=device).to(dtype)
         exact = (x.double() @ weight.double()) * (h.double() * (1 - h.double()))
@@ -94,22 +100,26 @@ def measure(kind: str, shape: tuple[int, int, int], tiles, device: torch.device,
         exact = torch.sigmoid(torch.addmm(bias.double(), x.double(), weight.double().t()))
 
     def library():
-        if kind == "dgrad":
+        if of == "wgrad":
+            return torch.mm(x.t(), weight)
+        if of == "dgrad":
             return linear.act_bwd(torch.mm(x, weight), h, "sigmoid", True, passes)[0]
         return reference.linear_act_fwd(x, weight, bias, "sigmoid", Plan("library", ""))
 
     def step(tile: WideTile, splits: int):
         programs = min(-(-m // tile.block_m) * -(-n // tile.block_n) * splits, units * tiles[tile])
         plan = Plan("tma", "", tile, programs, precision, splits=splits)
-        if kind == "dgrad":
+        if of == "wgrad":
+            return lambda: wide.linear_act_wgrad(x, weight, plan)
+        if of == "dgrad":
             return lambda: wide.linear_act_dgrad(x, weight, h, "sigmoid", True, plan)[0]
         return lambda: wide.linear_act_fwd(x, weight, bias, "sigmoid", plan)
 
-    with library_precision(kind):
-        bound = 2 * relative_error(library(), exact) + FLOOR[kind]
+    with library_precision(product):
+        bound = 2 * relative_error(library(), exact) + FLOOR[product]
         steps = {"library": library}
         for tile in tiles:
-            cuts = {1} if kind == "dgrad" else {1, planning.wide_splits(*shape, tile, units)}
+            cuts = {1} if of == "dgrad" else {1, planning.wide_splits(*shape, tile, units)}
             for splits in sorted(cuts):
                 error = relative_error(step(tile, splits)(), exact)
                 if not error <= bound:  # a NaN must fail
@@ -134,7 +144,7 @@ def measure(kind: str, shape: tuple[int, int, int], tiles, device: torch.device,
 
 
 def updated(document: dict, name: str, kind: str, row: dict) -> dict:
-    """The table with one row more, or in place of the old one of that shape. Checked as a plan will read it."""
+    """The table with one row more, or in place of the old one of that shape."""
     old = document["devices"].get(name, {"rows": {}})
     rows = [other for other in old["rows"].get(kind, []) if other["shape"] != row["shape"]] + [row]
     measured = {
@@ -143,16 +153,16 @@ def updated(document: dict, name: str, kind: str, row: dict) -> dict:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "rows": old["rows"] | {kind: rows},
     }
-    document = document | {"devices": document["devices"] | {name: measured}}
+    return document | {"devices": document["devices"] | {name: measured}}
+
+
+def write(path: Path, document: dict) -> None:
+    """As JSON with a row per line: a table to read and to diff. Checked as a plan will read it."""
     planning.read_wide(document)
-    return document
-
-
-def text(document: dict) -> str:
-    """JSON with a row per line: a table to read and to diff."""
     indented = json.dumps(document, indent=1)
     flat = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", indented)
-    return re.sub(r"\{\s+(\"shape\"[^{}]*?)\s+\}", lambda row: "{" + " ".join(row[1].split()) + "}", flat) + "\n"
+    flat = re.sub(r"\{\s+(\"shape\"[^{}]*?)\s+\}", lambda row: "{" + " ".join(row[1].split()) + "}", flat)
+    atomic.write(path, flat + "\n")
 
 
 def main() -> None:
@@ -185,13 +195,15 @@ def main() -> None:
             smallest = sorted(tiles, key=lambda tile: tile.block_m * tile.block_n * tile.block_k)[:2]
             tiles = {tile: tiles[tile] for tile in smallest}
         there = document["devices"].get(name, {"rows": {}})["rows"].get(kind, []) if options.resume else []
-        for shape in shapes if tiles else ():
+        # The sum of a weight's gradient runs over the rows.
+        own = [(n, m, k) for m, k, n in shapes] if kind.startswith("wgrad") else shapes
+        for shape in own if tiles else ():
             if list(shape) in [row["shape"] for row in there]:
                 continue
             row = measure(kind, shape, tiles, device, units, options.seconds)
             document = updated(document, name, kind, row)
-            atomic.write(out, text(document))
-            print(f"{kind:7} {'x'.join(map(str, shape)):18} {row['library_us'] / row['us']:6.2f}x  {row['tile']}")
+            write(out, document)
+            print(f"{kind:12} {'x'.join(map(str, shape)):18} {row['library_us'] / row['us']:6.2f}x  {row['tile']}")
     print(f"{out}: {name}")
 
 

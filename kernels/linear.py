@@ -486,6 +486,7 @@ def _sum_slots(slots: Tensor, first: Tensor, second: Tensor | None = None) -> No
         size=size,
         BLOCK=SUM_BLOCK,
         num_warps=SUM_WARPS,
+        enable_fp_fusion=True,
     )
 
 

@@ -483,6 +483,7 @@ def _mlp_fwd(x, weights, biases, hidden, output, plan, save, head=None):
                 num_sums=sums.shape[0],
                 BLOCK=triton.next_power_of_2(sums.shape[0]),
                 num_warps=4,
+                enable_fp_fusion=True,
             )
     return out, loss
 

@@ -107,13 +107,13 @@ _fp32_split: str | None = None
 
 
 def allow_fp32_split(mode: str | None) -> str | None:
-    """Lets wide layers compute fp32 products forward as several products of tensor cores; returns what was allowed.
+    """Lets wide layers compute fp32 products as several products of tensor cores; returns what was allowed.
 
     mode: "tf32x3" or "bf16x6" (errors like fp32's, three and six products), "bf16x3" (three products, some 16 bits) or
     None, the default: nothing but what torch's own setting says. A permission for this process, like torch's: taken
-    where the kernel for wide layers applies (compute capability 9.0, rows that start at multiples of 16 bytes), and
-    nowhere else. Backward products stay as they are. The README's section on precision lists errors and what happens at
-    the ends of fp32's range.
+    where the kernels for wide layers apply (compute capability 9.0, rows that start at multiples of 16 bytes), forward
+    and, inside a network, backward in all but dx of its input; nowhere else. The README's section on precision lists
+    errors and what happens at the ends of fp32's range.
     Raises ValueError for any other mode.
     """
     global _fp32_split
@@ -318,12 +318,13 @@ def _mlp_plans(
     training: bool,
     loss: bool,
     impl: str | None,
+    split: str | None,
 ) -> MlpPlans:
     arguments = (rows, widths, dtype, precision, device)
     if not training:
-        return MlpPlans(planning.mlp_fwd(*arguments, False, loss, impl), None)
-    backward = planning.mlp_bwd(*arguments, loss, impl)
-    forward = planning.mlp_fwd(*arguments, bool(backward.boundaries), loss, impl)
+        return MlpPlans(planning.mlp_fwd(*arguments, False, loss, impl, split), None)
+    backward = planning.mlp_bwd(*arguments, loss, impl, split)
+    forward = planning.mlp_fwd(*arguments, bool(backward.boundaries), loss, impl, split)
     refused = next((plan for plan in (forward, backward) if plan.impl == "layers"), None)
     return MlpPlans(refused, refused) if refused else MlpPlans(forward, backward)
 
@@ -338,7 +339,8 @@ def mlp_plans(
     rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
     device = _device_for(x.device, impl)
     name = _NAMES.get(x.dtype, str(x.dtype))
-    plans = _mlp_plans(rows, _widths(weights), name, _precision(device), device, training, loss, impl)
+    arguments = (rows, _widths(weights), name, _precision(device), device)
+    plans = _mlp_plans(*arguments, training, loss, impl, _split(x.dtype))
     _obey(impl, plans.forward)
     return plans
 
@@ -561,7 +563,9 @@ def explain(
     widths = (shapes[0][1], *(n for n, _ in shapes))
     if network:
         arguments = (rows, widths, name, precision, device)
-        inference, (forward, backward) = (_mlp_plans(*arguments, training, False, impl) for training in (False, True))
+        inference, (forward, backward) = (
+            _mlp_plans(*arguments, training, False, impl, _split(dtype)) for training in (False, True)
+        )
         explanation = MlpExplanation(inference.forward, forward, cast(MlpPlan, backward))
     else:
         explanation = Explanation(forwards[0], backwards[0])

@@ -201,7 +201,9 @@ def _wide(m: int, k: int, n: int, dtype: str, precision: str, device: Device, im
     if k <= TILED_MAX_K["ieee" if kind in SPLITS else kind]:
         asked = False
     # Rows of y start at multiples of 16 bytes, or TMA cannot write them.
-    if n * _itemsize(dtype) % 16 or not (found := _wide_tile(m, k, n, kind, device, asked, "bias and activation")):
+    if n * _itemsize(dtype) % 16:
+        return None
+    if not (found := _wide_tile(m, k, n, kind, device, impl, asked, ", bias and activation in the epilogue")):
         return None
     tile, splits, reason = found
     tiles = _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n)
@@ -210,26 +212,53 @@ def _wide(m: int, k: int, n: int, dtype: str, precision: str, device: Device, im
 
 
 @functools.lru_cache(maxsize=4096)
-def linear_act_dgrad(m: int, k: int, n: int, dtype: str, device: Device, impl: str | None = None) -> Plan | None:
+def linear_act_dgrad(
+    m: int,
+    k: int,
+    n: int,
+    dtype: str,
+    precision: str,
+    device: Device,
+    impl: str | None = None,
+    split: str | None = None,
+) -> Plan | None:
     """The plan for (dz @ weight) * act'(h) with dz (m, k), weight (k, n) and h (m, n); None: no such kernel here.
 
-    For 16-bit dtypes: on sm_90 tensor cores read fp32 operands along the size that is summed over only.
+    split: as for `linear_act_fwd`.
     """
-    if refusal(m, k, n, dtype, device) or dtype == "float32" or k % 8 or n % 8:
+    if refusal(m, k, n, dtype, device) or any(size * _itemsize(dtype) % 16 for size in (k, n)):
         return None
-    if not (found := _wide_tile(m, k, n, "dgrad", device, impl == "triton", "the derivative of the layer below")):
+    precision = split or precision
+    kind = _kind(dtype, precision)
+    # For fp32 the weight is copied, transposed. Unmeasured, that must cost less than the pass over dz that it saves.
+    asked = impl == "triton" or (kind in SPLITS and m >= k)
+    kind = f"dgrad-{kind}"
+    epilogue = ", the derivative of the layer below in the epilogue"
+    if not (found := _wide_tile(m, k, n, kind, device, impl, asked, epilogue)):
         return None
     tile, _, reason = found
-    programs = min(
-        _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n), device.units * wide_candidates("dgrad", device.arch)[tile]
-    )
-    return Plan("tma", reason, tile, programs)
+    tiles = _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n)
+    programs = min(tiles, device.units * wide_candidates(kind, device.arch)[tile])
+    return Plan("tma", reason, tile, programs, precision)
+
+
+def linear_act_wgrad(m: int, k: int, n: int, precision: str, device: Device, impl: str | None = None) -> Plan | None:
+    """The plan for dz.T @ h in fp32, with dz (k, m) and h (k, n), as a split product; None: torch's own is as good."""
+    kind = _kind("float32", precision)
+    if kind not in SPLITS or m % 4 or n % 4:
+        return None
+    if not (found := _wide_tile(m, k, n, f"wgrad-{kind}", device, impl, True)):
+        return None
+    tile, splits, reason = found
+    tiles = _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n)
+    programs = min(tiles * splits, device.units * wide_candidates(f"wgrad-{kind}", device.arch)[tile])
+    return Plan("tma", reason, tile, programs, precision, splits=splits)
 
 
 def _wide_tile(
-    m: int, k: int, n: int, kind: str, device: Device, asked: bool, epilogue: str
+    m: int, k: int, n: int, kind: str, device: Device, impl: str | None, unmeasured: bool, epilogue: str = ""
 ) -> tuple[WideTile, int, str] | None:
-    """(tile, splits, reason) of a product that travels by TMA, or None."""
+    """(tile, splits, reason) of a product that travels by TMA, or None. unmeasured: even where nobody has timed it."""
     # No tile: products on the FMA units, which spill here, and chips that nothing was compiled for.
     tiles = tuple(wide_candidates(kind, device.arch))
     if not tiles:
@@ -238,14 +267,15 @@ def _wide_tile(
         tile, splits, reason = measured
         if tile is not None:
             return tile, splits, reason
-    if not asked:
+        unmeasured = unmeasured and impl == "triton"
+    if not unmeasured:
         return None
-    cuts = [1 if kind == "dgrad" else wide_splits(m, k, n, tile, device.units) for tile in tiles]
+    cuts = [1 if kind.startswith("dgrad") else wide_splits(m, k, n, tile, device.units) for tile in tiles]
     waste = [_waste(m, n, tile, device.units, splits) for tile, splits in zip(tiles, cuts, strict=True)]
     pick = next(i for i, own in enumerate(waste) if own <= WIDE_WASTE * min(waste))
     tile, splits = tiles[pick], cuts[pick]
     cut = f", {splits} programs to a tile" if splits > 1 else ""
-    return tile, splits, f"tiles travel by TMA{cut}, {epilogue} in the epilogue; not measured on this device"
+    return tile, splits, f"tiles travel by TMA{cut}{epilogue}; not measured on this device"
 
 
 def wide_splits(m: int, k: int, n: int, tile: Tile, units: int) -> int:
@@ -262,7 +292,8 @@ def wide_splits(m: int, k: int, n: int, tile: Tile, units: int) -> int:
 def wide_candidates(kind: str, arch: int) -> dict[WideTile, int]:
     """Tiles of the TMA kernels that compile clean for this chip, and how many programs of each fit on an SM.
 
-    Largest first; of one size, the preferred one first. kind: of product, or "dgrad".
+    Largest first; of one size, the preferred one first. kind: of product, after
+    "dgrad-" or "wgrad-" for the gradients of a layer's input and weight.
     """
     return _wide_table()["candidates"].get(_wide_generation(arch), {}).get(kind, {})
 
@@ -346,7 +377,7 @@ def read_wide(document: dict) -> dict:
                 found = None if row["tile"] is None else tile(where, row["tile"])
                 if found is not None and found not in known[kind]:
                     raise ValueError(f"wide.json, {where}: {row['tile']} is none of the candidates")
-                if row.get("splits", 1) not in ((1,) if kind == "dgrad" else (1, 2, 4, 8, 16)):
+                if row.get("splits", 1) not in ((1,) if kind.startswith("dgrad") else (1, 2, 4, 8, 16)):
                     raise ValueError(f"wide.json, {where}: {row['splits']} splits")
                 if not (row["us"] > 0 and row["library_us"] > 0):
                     raise ValueError(f"wide.json, {where}: times {row['us']} and {row['library_us']}")
@@ -459,16 +490,26 @@ def predict(m: int, k: int, n: int, dtype: str, plan: Plan, chip: Chip = H200) -
 
 
 def predict_bwd(
-    m: int, k: int, n: int, dtype: str, plan: Plan, chip: Chip = H200, dz_at_hand: bool = False
+    m: int,
+    k: int,
+    n: int,
+    dtype: str,
+    plan: Plan,
+    chip: Chip = H200,
+    dz_at_hand: bool = False,
+    dgrad: Plan | None = None,
+    wgrad: Plan | None = None,
 ) -> Prediction:
     """The same of (dx, dweight, dbias) from dy, y, x and weight: two products, each as large as the forward one.
 
     "rows" reads each operand once; if there are several programs, each writes a slot of fp32 sums, which is read once.
     Otherwise a pass over dy and y writes dz ("library": a second one reads it for dbias), and both products read that.
-    dz_at_hand: it came out of the product of the layer above, which read y for that.
+    dz_at_hand: it came out of the product of the layer above, which read y for that. dgrad, wgrad: how dx and dweight
+    are computed, if not as `plan` has it; for fp32 dgrad reads the weight and writes its transpose first.
     """
     size = _itemsize(dtype)
-    flops, products = _product(2 * m * k * n, dtype, plan.precision, chip)
+    each = [_product(m * k * n, dtype, own.precision, chip) for own in (dgrad or plan, wgrad or plan)]
+    flops, products = sum(count for count, _ in each), sum(seconds for _, seconds in each)
     moved = size * (2 * (m * n + m * k + n * k) + n)
     memory = moved / chip.bandwidth
     if plan.impl == "rows":
@@ -476,8 +517,10 @@ def predict_bwd(
         took = max(products, memory + slots / chip.bandwidth)
     else:
         passes = 1 if dz_at_hand else 3 + (plan.impl == "library")
-        product = max(products / 2, size * (m * n + n * k + m * k) / chip.bandwidth)
-        took = passes * size * m * n / chip.bandwidth + 2 * product
+        took = passes * size * m * n / chip.bandwidth
+        took += sum(max(seconds, size * (m * n + n * k + m * k) / chip.bandwidth) for _, seconds in each)
+        if dgrad and dtype == "float32":
+            took += 2 * size * n * k / chip.bandwidth
     return Prediction(flops, moved, 0, 1e6 * max(memory, products), 1e6 * took)
 
 
@@ -499,26 +542,30 @@ def predict_mlp(
     """
     pairs, size, fused = list(itertools.pairwise(widths)), _itemsize(dtype), plan.impl == "fused"
     macs, outputs = [m * k * n for k, n in pairs], sum(m * n for _, n in pairs)
+    dgrads, wgrads = (found or (None,) * len(pairs) for found in (plan.dgrads, plan.wgrads))
     if backward:
-        flops, products = _product((3 if fused else 2) * sum(macs), dtype, plan.precision, chip)
+        gradients = zip(layers, dgrads, wgrads, strict=True)
+        computed = [own for layer, dgrad, wgrad in gradients for own in (dgrad or layer, wgrad or layer)]
+        computed = [plan] * 3 * len(pairs) if fused else computed
         special = 2 * outputs if fused else 0
         ends = 2 * widths[0] + widths[-1] + (0 if fused else sum(widths[1:]))
         moved = size * (m * ends + 2 * _parameters(widths))
     else:
-        precisions = [layer.precision for layer in layers] or [plan.precision] * len(pairs)
-        each = [_product(own, dtype, precision, chip) for own, precision in zip(macs, precisions, strict=True)]
-        flops, products = sum(count for count, _ in each), sum(seconds for _, seconds in each)
+        computed = layers or [plan] * len(pairs)
         special = 2 * outputs
         moved = size * (m * (widths[0] + widths[-1]) + _parameters(widths))
+    repeated = [own for own in macs for _ in range(len(computed) // len(macs))]
+    each = [_product(own, dtype, by.precision, chip) for own, by in zip(repeated, computed, strict=True)]
+    flops, products = sum(count for count, _ in each), sum(seconds for _, seconds in each)
     memory, functions = moved / chip.bandwidth, special / chip.special
     if fused:
         own = _bwd_bytes(m, widths, size, plan) if backward else _fwd_bytes(m, widths, size, plan, boundaries)
         took = 1e6 * max(own / chip.bandwidth, products, functions)
     elif backward:
-        above = [*(plan.dgrads or [None] * len(pairs))[1:], None]
+        above = (*(dgrad is not None for dgrad in dgrads[1:]), False)
         took = sum(
-            predict_bwd(m, k, n, dtype, layer, chip, dgrad is not None).plan_us
-            for (k, n), layer, dgrad in zip(pairs, layers, above, strict=True)
+            predict_bwd(m, k, n, dtype, layer, chip, dz_at_hand, dgrad, wgrad).plan_us
+            for (k, n), layer, dz_at_hand, dgrad, wgrad in zip(pairs, layers, above, dgrads, wgrads, strict=True)
         )
     else:
         took = sum(predict(m, k, n, dtype, layer, chip).plan_us for (k, n), layer in zip(pairs, layers, strict=True))
@@ -633,6 +680,7 @@ class MlpPlan:
     precision: str = "ieee"
     layers: tuple[Plan, ...] = ()  # "explicit" and "stack": each layer's own plan
     dgrads: tuple[Plan | None, ...] = ()  # "stack", backward: of each layer's product that ends in dz of the one below
+    wgrads: tuple[Plan | None, ...] = ()  # likewise: of the product that is dweight, where it is not torch's
     chunk: int = 0  # "explicit", backward: rows that go through all layers at a time; 0: all of them
     prediction: "Prediction | None" = field(default=None, compare=False)  # `explain` adds it for GPUs
 
@@ -677,13 +725,14 @@ def mlp_fwd(
     save: bool = False,
     loss: bool = False,
     impl: str | None = None,
+    split: str | None = None,
 ) -> MlpPlan:
     """The plan for a network of layers widths[l] -> widths[l + 1] on m rows.
 
     save: activations between the layers are to be stored too, those at `boundaries` of the backward plan. loss: the
-    network ends in the fused cross entropy.
+    network ends in the fused cross entropy. split: what fp32 products of wide layers may use, as for `linear_act_fwd`.
     """
-    return _mlp("mlp_fwd" if save else "mlp_infer", m, widths, dtype, precision, device, loss, impl)
+    return _mlp("mlp_fwd" if save else "mlp_infer", m, widths, dtype, precision, device, loss, impl, split)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -695,9 +744,10 @@ def mlp_bwd(
     device: Device,
     loss: bool = False,
     impl: str | None = None,
+    split: str | None = None,
 ) -> MlpPlan:
     """The plan for all gradients of the same network from dy, x, the parameters and the inputs of `boundaries`."""
-    return _mlp("mlp_bwd", m, widths, dtype, precision, device, loss, impl)
+    return _mlp("mlp_bwd", m, widths, dtype, precision, device, loss, impl, split)
 
 
 def mlp_bytes(m: int, widths: tuple[int, ...], itemsize: int, forward: MlpPlan, backward: MlpPlan | None = None) -> int:
@@ -739,7 +789,7 @@ def mlp_columns(widths: tuple[int, ...]) -> tuple[int, ...]:
     return (widths[0], *(_cdiv(width, 16) * 16 for width in widths[1:-1]), widths[-1])
 
 
-def _mlp(op: str, m, widths, dtype, precision, device, loss, impl) -> MlpPlan:
+def _mlp(op: str, m, widths, dtype, precision, device, loss, impl, split) -> MlpPlan:
     if reason := refusal(m, min(widths), 1, dtype, device):
         return MlpPlan("layers", reason)
     if len(widths) == 2 and not loss and impl != "triton":
@@ -749,7 +799,7 @@ def _mlp(op: str, m, widths, dtype, precision, device, loss, impl) -> MlpPlan:
     if impl == "torch":
         return MlpPlan("layers", 'impl="torch": layer by layer')
     if max(widths) > MLP_MAX_WIDTH:
-        return _stack(op, m, widths, dtype, precision, device, loss, impl)
+        return _stack(op, m, widths, dtype, precision, device, loss, impl, split)
     kind, backward = _kind(dtype, precision), op == "mlp_bwd"
     if impl is None and kind == "ieee" and m > MLP_IEEE_ROWS and max(widths) > MLP_IEEE_MAX_WIDTH[backward]:
         return MlpPlan("layers", f"fp32 at a width of {max(widths)} is bound by arithmetic, and fusing saves none")
@@ -771,19 +821,25 @@ def _mlp(op: str, m, widths, dtype, precision, device, loss, impl) -> MlpPlan:
     return MlpPlan("fused", f"activations stay on chip{cut}; {rest}", segments, precision)
 
 
-def _stack(op: str, m, widths, dtype, precision, device, loss, impl) -> MlpPlan:
+def _stack(op: str, m, widths, dtype, precision, device, loss, impl, split) -> MlpPlan:
     too_wide = f"a width of {max(widths)}: networks stay on chip up to {MLP_MAX_WIDTH}"
     pairs = list(itertools.pairwise(widths))
-    dgrads = [None, *(linear_act_dgrad(m, n, k, dtype, device, impl) for k, n in pairs[1:])]
+    dgrads = [None, *(linear_act_dgrad(m, n, k, dtype, precision, device, impl, split) for k, n in pairs[1:])]
     if loss or not any(dgrads):
         return MlpPlan("layers", too_wide)
     reason = "wide layers as one node: the product of a layer's gradient ends in dz of the layer below"
     if op == "mlp_bwd":
         layers = tuple(linear_act_bwd(m, k, n, dtype, precision, device, impl) for k, n in pairs)
-        return MlpPlan("stack", reason, precision=precision, layers=layers, dgrads=tuple(dgrads))
+        # A layer whose dz no product gives has a kernel of its own for all its gradients.
+        apart = [own or above for own, above in zip(dgrads, [*dgrads[1:], None], strict=True)]
+        wgrads = tuple(
+            linear_act_wgrad(n, m, k, split or precision, device, impl) if dz else None
+            for (k, n), dz in zip(pairs, apart, strict=True)
+        )
+        return MlpPlan("stack", reason, precision=precision, layers=layers, dgrads=tuple(dgrads), wgrads=wgrads)
     itemsize = _itemsize(dtype)
     layers = tuple(
-        linear_act_fwd(m, k, n, dtype, precision, device, impl, None, k * itemsize % 16 == 0) for k, n in pairs
+        linear_act_fwd(m, k, n, dtype, precision, device, impl, split, k * itemsize % 16 == 0) for k, n in pairs
     )
     return MlpPlan("stack", reason, precision=precision, layers=layers)
 

@@ -4,9 +4,13 @@
 
     forward    y = act(x @ weight.T + bias)                             x (M, K), weight (N, K), bias (N,), y (M, N)
     dgrad      dz' = (dz @ weight) * act'(h), dbias' = its column sums  dz (M, K), weight (K, N), h and dz' (M, N)
+    wgrad      dweight = dz.T @ h                                       dz (K, M), h (K, N), dweight (M, N)
 
 dgrad goes from the dz of a layer to that of the layer below, whose output h is: inside a network no pass over dz is
-left but that of the last layer. For both, K is the size that is summed over.
+left but that of the last layer. wgrad is the forward kernel without bias and activation, for fp32 split into short
+numbers; the library has none. For all, K is the size that is summed over. Tensor cores of sm_90 read 4-byte operands
+along K only: for fp32 dgrad reads a transposed copy of the weight, which is small, and wgrad turns its tiles around as
+it splits them.
 
 TMA reads a matrix whose rows lie dense and start at multiples of
 16 bytes: `readable` says whether an operand is one; the pointer kernel in `linear.py` takes the others. M, N and K need
@@ -44,15 +48,16 @@ def _place(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _product(
-    a_desc,  # blocks of [BLOCK_M, BLOCK_K]
-    b_desc,  # blocks of [BLOCK_N, BLOCK_K] if TRANSPOSED, else [BLOCK_K, BLOCK_N]
+    a_desc,  # blocks of [BLOCK_M, BLOCK_K], or [BLOCK_K, BLOCK_M] if A_ACROSS
+    b_desc,  # blocks of [BLOCK_N, BLOCK_K], or [BLOCK_K, BLOCK_N] if B_ACROSS
     tile_m,
     tile_n,
     first_k,
     end_k,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    A_ACROSS: tl.constexpr,
+    B_ACROSS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -63,11 +68,14 @@ def _product(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(first_k, end_k):
         # Both come straight from shared memory, where a transpose is a stride order.
-        a = _operand(a_desc.load([tile_m * BLOCK_M, k * BLOCK_K]), WIDEN)
-        if TRANSPOSED:
-            b = _operand(b_desc.load([tile_n * BLOCK_N, k * BLOCK_K]), WIDEN).T
+        if A_ACROSS:
+            a = _operand(a_desc.load([k * BLOCK_K, tile_m * BLOCK_M]), WIDEN).T
         else:
+            a = _operand(a_desc.load([tile_m * BLOCK_M, k * BLOCK_K]), WIDEN)
+        if B_ACROSS:
             b = _operand(b_desc.load([k * BLOCK_K, tile_n * BLOCK_N]), WIDEN)
+        else:
+            b = _operand(b_desc.load([tile_n * BLOCK_N, k * BLOCK_K]), WIDEN).T
         acc = tl.dot(a, b, acc, input_precision=precision)
     return acc
 
@@ -83,8 +91,8 @@ def _finish(z, bias_ptr, stride_b, y_desc, first_m, first_n, N, ACT: tl.constexp
 
 @triton.jit
 def linear_act_fwd_tma_kernel(
-    x_desc,  # blocks of [BLOCK_M, BLOCK_K]
-    weight_desc,  # blocks of [BLOCK_N, BLOCK_K]
+    x_desc,  # blocks of [BLOCK_M, BLOCK_K], or [BLOCK_K, BLOCK_M] if ACROSS
+    weight_desc,  # blocks of [BLOCK_N, BLOCK_K], or [BLOCK_K, BLOCK_N] if ACROSS
     bias_ptr,  # None without a bias
     y_desc,  # blocks of [BLOCK_M, BLOCK_N // SUBTILES]; with SPLITS, that many matrices of whole tiles on each other
     M,
@@ -99,6 +107,7 @@ def linear_act_fwd_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,  # parts of K that are summed apart, by different programs
+    ACROSS: tl.constexpr,  # both operands lie with K outermost
     SUBTILES: tl.constexpr,  # 1 or 2: pieces in which a tile is finished; its columns in halves take less shared memory
     FLATTEN: tl.constexpr,
     SPECIALIZE: tl.constexpr,
@@ -119,9 +128,8 @@ def linear_act_fwd_tma_kernel(
             end_k = tl.minimum(first_k + steps, num_k)
             place = tile % (num_m * num_n)
         tile_m, tile_n = _place(place, num_m, num_n, GROUP_M)
-        acc = _product(
-            x_desc, weight_desc, tile_m, tile_n, first_k, end_k, PRECISION, WIDEN, True, BLOCK_M, BLOCK_N, BLOCK_K
-        )
+        operands = (x_desc, weight_desc, tile_m, tile_n, first_k, end_k)
+        acc = _product(*operands, PRECISION, WIDEN, ACROSS, ACROSS, BLOCK_M, BLOCK_N, BLOCK_K)
         finished += tl.num_programs(0)
         done = finished
         first_row = 0
@@ -177,7 +185,7 @@ def _finish_dgrad(dh, h_desc, dz_desc, dbias_ptr, tile_m, first_m, first_n, N, A
 @triton.jit
 def linear_act_dgrad_tma_kernel(
     dz_desc,  # blocks of [BLOCK_M, BLOCK_K]
-    weight_desc,  # blocks of [BLOCK_K, BLOCK_N]
+    weight_desc,  # blocks of [BLOCK_K, BLOCK_N], or [BLOCK_N, BLOCK_K] if TRANSPOSED
     h_desc,  # blocks of [BLOCK_M, BLOCK_N // SUBTILES]
     dz_below_desc,  # likewise
     dbias_ptr,  # (row tiles, N) fp32, column sums of each; None: not wanted
@@ -185,6 +193,7 @@ def linear_act_dgrad_tma_kernel(
     N,
     K,
     ACT_PRIME: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -203,9 +212,8 @@ def linear_act_dgrad_tma_kernel(
         tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE
     ):
         tile_m, tile_n = _place(tile, num_m, num_n, GROUP_M)
-        acc = _product(
-            dz_desc, weight_desc, tile_m, tile_n, 0, num_k, PRECISION, WIDEN, False, BLOCK_M, BLOCK_N, BLOCK_K
-        )
+        operands = (dz_desc, weight_desc, tile_m, tile_n, 0, num_k)
+        acc = _product(*operands, PRECISION, WIDEN, False, not TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K)
         finished += tl.num_programs(0)
         tile_m, tile_n = _place(finished, num_m, num_n, GROUP_M)
         first_m = tile_m * BLOCK_M
@@ -252,17 +260,33 @@ def as_readable(matrix: Tensor) -> Tensor:
 def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
     """act(x @ weight.T + bias), (M, N), in the dtype of x; no size is 0, and x, weight and rows of y are `readable`."""
     (M, K), N = x.shape, weight.shape[0]
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    return _launch(x, weight, bias, (M, N, K), activation, plan, across=False)
+
+
+def linear_act_wgrad(dz: Tensor, h: Tensor, plan: Plan) -> Tensor:
+    """dz.T @ h, (M, N), for fp32 dz (K, M) and h (K, N); dz, h and rows of the result are `readable`, no size is 0."""
+    (K, M), N = dz.shape, h.shape[1]
+    return _launch(dz, h, None, (M, N, K), "identity", plan, across=True)
+
+
+def _launch(
+    a: Tensor, b: Tensor, bias: Tensor | None, sizes: tuple[int, int, int], activation: str, plan: Plan, across: bool
+) -> Tensor:
+    M, N, K = sizes
+    y = torch.empty((M, N), dtype=a.dtype, device=a.device)
     tile, parts = cast(WideTile, plan.tile), y
     rows = -(-M // tile.block_m) * tile.block_m
+    blocks = [[tile.block_m, tile.block_k], [tile.block_n, tile.block_k]]
+    if across:
+        blocks = [block[::-1] for block in blocks]
     stride_b = 1 if bias is None else bias.stride(0)
     split = plan.splits > 1
     if split:
-        parts = torch.empty((plan.splits * rows, N), dtype=torch.float32, device=x.device)
-    with _current(x):
+        parts = torch.empty((plan.splits * rows, N), dtype=torch.float32, device=a.device)
+    with _current(a):
         linear_act_fwd_tma_kernel[(plan.programs,)](
-            x_desc=TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
-            weight_desc=TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
+            x_desc=TensorDescriptor.from_tensor(a, blocks[0]),
+            weight_desc=TensorDescriptor.from_tensor(b, blocks[1]),
             bias_ptr=None if split else bias,
             y_desc=TensorDescriptor.from_tensor(parts, [tile.block_m, tile.block_n // tile.subtiles]),
             M=M,
@@ -271,6 +295,7 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
             stride_b=stride_b,
             ACT=device.ACTIVATIONS["identity" if split else activation][0],
             SPLITS=plan.splits,
+            ACROSS=across,
             **_tile_arguments(plan),
             enable_fp_fusion=True,
         )
@@ -299,10 +324,15 @@ def linear_act_dgrad(
 ) -> tuple[Tensor, Tensor | None]:
     """(dz', dbias') of the layer below: (dz @ weight) * act'(h), (M, N), and its column sums, (N,), or None.
 
-    dz (M, K), weight (K, N), h (M, N), all `readable` and of one 16-bit dtype.
+    dz (M, K) and h (M, N) `readable`, weight (K, N) of any strides, all of one dtype.
     """
     (M, K), N = dz.shape, weight.shape[1]
     tile = cast(WideTile, plan.tile)
+    transposed = dz.dtype is torch.float32
+    if transposed:
+        weight, block = as_readable(weight.t()), [tile.block_n, tile.block_k]
+    else:
+        weight, block = as_readable(weight), [tile.block_k, tile.block_n]
     below = torch.empty((M, N), dtype=dz.dtype, device=dz.device)
     dbias = torch.empty((N,), dtype=dz.dtype, device=dz.device) if need_dbias else None
     slots = torch.empty((-(-M // tile.block_m), N), dtype=torch.float32, device=dz.device) if need_dbias else None
@@ -310,7 +340,7 @@ def linear_act_dgrad(
     with _current(dz):
         linear_act_dgrad_tma_kernel[(plan.programs,)](
             dz_desc=TensorDescriptor.from_tensor(dz, [tile.block_m, tile.block_k]),
-            weight_desc=TensorDescriptor.from_tensor(weight, [tile.block_k, tile.block_n]),
+            weight_desc=TensorDescriptor.from_tensor(weight, block),
             h_desc=TensorDescriptor.from_tensor(h, piece),
             dz_below_desc=TensorDescriptor.from_tensor(below, piece),
             dbias_ptr=slots,
@@ -318,6 +348,7 @@ def linear_act_dgrad(
             N=N,
             K=K,
             ACT_PRIME=device.ACTIVATIONS[activation][1],
+            TRANSPOSED=transposed,
             **_tile_arguments(plan),
             enable_fp_fusion=True,
         )
@@ -360,9 +391,10 @@ def mlp_bwd(
         if dz is None:
             dz, dbiases[l] = linear.act_bwd(cast(Tensor, dh), saved[l], act, need_dbiases[l], own)
         if need_dweights[l]:
-            dweights[l] = torch.mm(dz.t(), hs[l])
+            wgrad = plan.wgrads[l]
+            dweights[l] = linear_act_wgrad(dz, as_readable(hs[l]), wgrad) if wgrad else torch.mm(dz.t(), hs[l])
         if below and dgrad:
-            dz, dbiases[l - 1] = linear_act_dgrad(dz, as_readable(weight), hs[l], hidden, need_dbiases[l - 1], dgrad)
+            dz, dbiases[l - 1] = linear_act_dgrad(dz, weight, hs[l], hidden, need_dbiases[l - 1], dgrad)
         else:
             dh, dz = torch.mm(dz, weight) if below or need_dx else None, None
     return dh if need_dx else None, tuple(dweights), tuple(dbiases)

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 OPCODES = ("HGMMA", "HMMA", "FFMA", "MUFU")
@@ -32,6 +33,25 @@ def compile_selected(request, cases, compile):
             cells = (own.registers, own.stack, own.shared, own.num_warps, *map(own.opcodes.get, OPCODES))
             print(f"{name:64}" + "".join(f"{cell or 0:7}" for cell in cells))
     return table
+
+
+def assert_fits(resources, arch):
+    """Neither spills nor too much shared memory.
+
+    Tables of tiles name the tritons whose compilers they were made with. Another one may spill a few bytes where these
+    do not: reported, and no fault. What it compiles must fit and compute all the same.
+    """
+    import triton
+
+    from perceptriton.kernels import aot
+    from perceptriton.kernels import plan as planning
+
+    assert resources.shared <= aot.SHARED_LIMIT[arch]
+    spills = resources.opcodes.get("LDL", 0) + resources.opcodes.get("STL", 0)
+    if triton.__version__ not in planning._table("gpu_tiles.json")["triton"] and (resources.stack or spills):
+        pytest.xfail(f"triton {triton.__version__}, with which no table was made, spills {resources.stack} bytes")
+    assert resources.stack == 0, f"{resources.stack} bytes of stack per thread"
+    assert spills == 0
 
 
 # --- what was compiled -----------------------------------------------------------------------------------------------

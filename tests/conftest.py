@@ -11,6 +11,7 @@ def pytest_addoption(parser):
     parser.addoption("--deterministic", action="store_true", help="torch's deterministic mode: NaN in fresh tensors")
     parser.addoption("--deadline", type=float, metavar="SECONDS", help="start no test after this many: skip it")
     parser.addoption("--watch-memory", action="store_true", help="kernels under the interpreter: see tests/watching.py")
+    parser.addoption("--long", action="store_true", help="trajectories of 10,001 steps under the interpreter: minutes")
     parser.addoption("--cubins", metavar="DIR", help="keep what tests/test_compile.py compiles there")
 
 

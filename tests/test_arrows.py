@@ -142,6 +142,25 @@ def test_nothing_prints_but_the_command_line(path):
     assert calls(path.read_text(), *functions) == []
 
 
+def launches(source):
+    """(line, keywords) of every launch, as in `some_kernel[grid](a=1)`."""
+    return [
+        (node.lineno, {keyword.arg for keyword in node.keywords})
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Subscript)
+        and "kernel" in ast.unparse(node.func.value)
+    ]
+
+
+def test_launches_say_whether_products_and_sums_are_fused():
+    # Its default is about to change: triton 3.9 warns, at a user's first launch, of every kernel that leaves it open.
+    assert launches("x[1](2)\na_kernel[(1,)](p=q, num_warps=4)") == [(2, {"p", "num_warps"})]
+    found = {(name(path), line): options for path in PACKAGE for line, options in launches(path.read_text())}
+    assert len(found) >= 9
+    assert [place for place, options in found.items() if "enable_fp_fusion" not in options] == []
+
+
 @pytest.mark.parametrize("path", PACKAGE, ids=name)
 def test_nothing_tunes_at_run_time(path):
     # A multi-config @triton.autotune cannot even launch without a GPU, and it may run a kernel twice over its outputs.

@@ -825,15 +825,16 @@ if sys.argv.pop(1) == "wrong":
     import os
     os.environ["TRITON_INTERPRET"] = "1"
     from perceptriton.kernels import wide
-    right, dgrad = wide.linear_act_fwd, wide.linear_act_dgrad
+    right, dgrad, wgrad = wide.linear_act_fwd, wide.linear_act_dgrad, wide.linear_act_wgrad
     wide.linear_act_fwd = lambda x, weight, bias, *rest: right(x, weight, bias + 0.1, *rest)
     wide.linear_act_dgrad = lambda dz, weight, *rest: dgrad(dz, 1.1 * weight, *rest)
+    wide.linear_act_wgrad = lambda dz, h, plan: wgrad(dz, 1.1 * h, plan)
 tune.TOYS = tune.TOYS[:1]
 tune.main()
 """
 
 
-@pytest.mark.parametrize("kind", ["bf16x6", "dgrad"])
+@pytest.mark.parametrize("kind", ["bf16x6", "dgrad-half", "wgrad-tf32x3"])
 @pytest.mark.parametrize("kernel", ["right", "wrong"])
 def test_tuning_rehearsed(kernel, kind, tmp_path):
     pytest.importorskip("triton")
@@ -848,8 +849,8 @@ def test_tuning_rehearsed(kernel, kind, tmp_path):
         return
     assert process.returncode == 0, errors
     (row,) = json.loads(out.read_text())["devices"]["DRY RUN on a CPU"]["rows"][kind]
-    assert row["shape"] == [70, 264, 72]
-    assert kind == "dgrad" or row["tile"] is None  # an interpreted kernel wins nothing against torch
+    assert row["shape"] == ([72, 70, 264] if kind.startswith("wgrad") else [70, 264, 72])
+    assert "grad" in kind or row["tile"] is None  # an interpreted kernel wins nothing against torch
     assert min(row["us"], row["library_us"]) > 0
     # A second run goes on where the first one ended, which is at the end.
     before = out.read_bytes()

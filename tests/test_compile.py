@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from compiling import compile_selected
+from compiling import assert_fits, compile_selected
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -81,9 +81,7 @@ def compiled(request):
 def test_no_spills_and_fits(name, compiled):
     arch, *_ = CASES[name]
     for resources in compiled[name]:
-        assert resources.stack == 0, f"{resources.stack} bytes of stack per thread"
-        assert resources.opcodes.get("LDL", 0) + resources.opcodes.get("STL", 0) == 0
-        assert resources.shared <= aot.SHARED_LIMIT[arch]
+        assert_fits(resources, arch)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "passes" not in name])

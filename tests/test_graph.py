@@ -112,6 +112,14 @@ def test_replayed_steps_are_steps(options, members, batch_size):
     assert Graph.made == (1 if batch_size is None else 2)
 
 
+@pytest.mark.parametrize("members", [1, 3])
+def test_long_trajectories(members):
+    expected, actual = (train(impl, Recipe((3, 2, 2)), members, None, [1, 1, 98, 9901]) for impl in ("torch", "graph"))
+    assert len(expected[-1]) == 2001
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < 1e-9
+
+
 def test_captures_have_a_stream_per_device_and_thread():
     one, other = torch.device("cuda", 0), torch.device("cuda", 1)
     streams = {device: loop._capture_stream(device) for device in (one, other)}

@@ -225,12 +225,52 @@ def test_wide_networks_are_nodes_where_that_was_measured(measured):
     # Nothing ends in x, and TMA does not read the 20 bytes of a row of ten.
     assert [own and own.impl for own in backward.dgrads] == [None, "tma", None]
     assert backward.boundaries == (1, 2, 3)
-    measured([wide_row(WIDE, TILE)], "NVIDIA H100*", "dgrad")
+    measured([wide_row(WIDE, TILE)], "NVIDIA H100*", "dgrad-half")
     forward, backward = plans()
     assert (forward.impl, backward.impl) == ("stack", "stack")
     assert [own.impl for own in forward.layers] == ["library", "library", "library"]
     assert [own and own.tile for own in backward.dgrads] == [None, planning.WideTile(*TILE[:7]), None]
     assert [plan.impl for plan in plans(loss=True)] == ["layers", "layers"]
+
+
+def test_wide_fp32_networks_are_nodes_where_a_split_is_allowed():
+    def plans(rows, split, impl=None, precision="ieee"):
+        arguments = (rows, (1024, 1024, 1024, 512), "float32", precision, H100)
+        return (
+            planning.mlp_fwd(*arguments, True, False, impl, split),
+            planning.mlp_bwd(*arguments, False, impl, split),
+        )
+
+    for split in planning.SPLITS:
+        forward, backward = plans(4096, split)
+        assert (forward.impl, backward.impl) == ("stack", "stack")
+        assert [(own.impl, own.precision) for own in forward.layers] == [("tma", split)] * 3
+        assert [own and (own.impl, own.precision) for own in backward.dgrads] == [None, ("tma", split), ("tma", split)]
+        assert {own.tile in planning.wide_candidates(f"dgrad-{split}", 90) for own in backward.dgrads[1:]} == {True}
+        assert [(own.impl, own.precision) for own in backward.wgrads] == [("tma", split)] * 3
+        assert {own.tile in planning.wide_candidates(f"wgrad-{split}", 90) for own in backward.wgrads} == {True}
+        assert backward.wgrads[0].splits > 1  # 1,024 x 1,024 outputs of 4,096 rows
+        # The transposed copy of a weight would cost more than the pass over few rows.
+        forward, backward = plans(1000, split)
+        assert [own is None for own in backward.dgrads] == [True, True, False]
+        assert [own is None for own in backward.wgrads] == [True, False, False]  # dz of the first is nobody's epilogue
+        assert plans(256, split)[1].impl == "layers"
+        assert plans(256, split, impl="triton")[1].impl == "stack"
+    assert plans(4096, None)[1].impl == plans(4096, None, "triton")[1].impl == "layers"
+    assert plans(4096, None, precision="tf32")[1].impl == "layers"
+    backward = plans(4096, None, "triton", "tf32")[1]
+    assert backward.dgrads[1].precision == "tf32"
+    assert backward.wgrads == (None,) * 3  # as fast in torch
+
+
+def test_measurements_weigh_more_than_a_permission(measured):
+    def plan(impl=None):
+        return planning.linear_act_fwd(*WIDE, "float32", "ieee", NAMED, impl, "bf16x6").impl
+
+    assert plan() == "tma"
+    measured([wide_row(WIDE, None, 60.0, 50.0)], "NVIDIA H100*", "bf16x6")
+    assert plan() == "library"
+    assert plan("triton") == "tma"
 
 
 def test_unmeasured_tiles_waste_little():

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from compiling import DOTS, compile_selected, dangerous_dots, launch_signature
+from compiling import DOTS, assert_fits, compile_selected, dangerous_dots, launch_signature
 
 triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -114,10 +114,7 @@ def compiled(request):
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_spills_and_fits(name, compiled):
-    resources = compiled[name]
-    assert resources.stack == 0, f"{resources.stack} bytes of stack per thread"
-    assert resources.opcodes.get("LDL", 0) + resources.opcodes.get("STL", 0) == 0
-    assert resources.shared <= aot.SHARED_LIMIT[CASES[name][0]]
+    assert_fits(compiled[name], CASES[name][0])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -248,9 +248,10 @@ BAND = 6e-5
 
 
 @pytest.mark.parametrize("plan", [RUNS["lane-xor"][0], BLOCK], ids=["lane", "block"])
-def test_long_trajectories(plan):
-    # The interpreter would take minutes for the longer one.
-    run, steps = Run(XOR, members=1), (100, 10_001) if DEVICE == "cuda" else (100,)
+def test_long_trajectories(plan, request):
+    # The interpreter takes minutes for the longer one: `make test-long`.
+    long = DEVICE == "cuda" or request.config.getoption("--long")
+    run, steps = Run(XOR, members=1), (100, 10_001) if long else (100,)
     for actual, exact in zip(run.kernel(plan, steps, 100), run.torch(steps, torch.float64, 100), strict=True):
         for ours, truth in zip((*actual[0], actual[2]), (*exact[0], exact[2]), strict=True):
             assert relative_error(ours, truth) <= BAND

@@ -130,17 +130,21 @@ def torch_dgrad(dz, weight, h, activation):
     return below, below.sum(0)
 
 
-def check_dgrad(dz, weight, h, activation, tile=SMALL, programs=3, actual=None):
-    plan = Plan("tma", "", tile, programs)
+def check_dgrad(dz, weight, h, activation, tile=SMALL, programs=3, actual=None, precision=None, allowance=0.0):
+    plan = Plan("tma", "", tile, programs, precision or ("tf32x3" if dz.dtype is torch.float32 else "ieee"))
     actual = wide.linear_act_dgrad(dz, weight, h, activation, True, plan) if actual is None else actual
     expected = torch_dgrad(dz, weight, h, activation)
     exact = torch_dgrad(dz.double(), weight.double(), h.double(), activation)
     assert all(a.dtype is dz.dtype and a.shape == e.shape for a, e in zip(actual, exact, strict=True))
-    assert_as_good_as_torch(actual, expected, exact, dz.dtype, ["dz", "dbias"])
+    assert_as_good_as_torch(actual, expected, exact, dz.dtype, ["dz", "dbias"], allowance)
     return actual
 
 
-@pytest.mark.parametrize(("tile", "dtype"), [(SMALL, torch.bfloat16), (HALVES, torch.float16)], ids=["whole", "halves"])
+@pytest.mark.parametrize(
+    ("tile", "dtype"),
+    [(SMALL, torch.bfloat16), (HALVES, torch.float16), (HALVES, torch.float32)],
+    ids=["whole", "halves", "fp32"],
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dgrad_shapes(shape, tile, dtype):
     m, k, n = SHAPES[shape]
@@ -168,10 +172,57 @@ def test_yardstick_fails_wrong_gradients(wrong):
         check_dgrad(*tensors, "sigmoid", actual=actual)
 
 
+@pytest.mark.parametrize("layout", [transposed, off_by_one, lambda t: t], ids=["transposed", "off-by-one", "dense"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
+def test_dgrad_takes_weights_of_any_layout(dtype, layout):
+    dz, weight, h = make_dgrad(*SHAPES["ragged"], dtype)
+    check_dgrad(dz, layout(weight), h, "sigmoid")
+
+
+# --- wgrad ----------------------------------------------------------------------------------------------------
+
+
+def check_wgrad(dz, h, tile=SMALL, splits=1, precision="tf32x3", allowance=0.0, actual=None):
+    plan = Plan("tma", "", tile, 3, precision, splits=splits)
+    actual = wide.linear_act_wgrad(dz, h, plan) if actual is None else actual
+    assert_as_good_as_torch(
+        [actual], [dz.t() @ h], [dz.double().t() @ h.double()], torch.float32, ["dweight"], allowance
+    )
+    return actual
+
+
+def make_wgrad(m, k, n):
+    """dz (m, k) and h (m, n): the sum runs over the m rows."""
+    return make_layer(m, k, 4, torch.float32, DEVICE)[0], make_layer(m, n, 4, torch.float32, DEVICE, seed=7)[0]
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("tile", [SMALL, HALVES], ids=["whole", "halves"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_wgrad_shapes(shape, tile, splits):
+    check_wgrad(*make_wgrad(*SHAPES[shape]), tile, splits)
+
+
+def test_wgrad_of_rows_inside_a_larger_matrix():
+    tensors = [pitched(t) for t in make_wgrad(*SHAPES["ragged"])]
+    before = [t.clone() for t in tensors]
+    first = check_wgrad(*tensors)
+    assert same_bits(check_wgrad(*tensors), first)
+    assert all(map(same_bits, tensors, before))
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros_like, lambda y: torch.full_like(y, y.mean().item()), torch.flipud])
+def test_yardstick_fails_wrong_weight_gradients(wrong):
+    tensors = make_wgrad(*SHAPES["ragged"])
+    with pytest.raises(AssertionError, match=r"^dweight: error"):
+        check_wgrad(*tensors, actual=wrong(check_wgrad(*tensors)))
+
+
 # The kinds of product that the chip has tiles for, with every one of them.
 CANDIDATES = {
     f"{kind}-{'-'.join(map(str, planning.wide_row(tile)))}": (kind, tile)
-    for kind in ("half", "dgrad", "tf32", *planning.SPLITS)
+    for product in ("half", "tf32", *planning.SPLITS)
+    for kind in (product, f"dgrad-{product}", f"wgrad-{product}")
     for tile in planning.wide_candidates(kind, ARCH)
 }
 
@@ -180,14 +231,21 @@ CANDIDATES = {
 def test_every_candidate(kind, tile):
     # A second tile of every size, cut; two programs for four tiles.
     shape = (tile.block_m + 9, 2 * tile.block_k + 8, tile.block_n + 24)
-    if kind == "dgrad":
-        check_dgrad(*make_dgrad(*shape, torch.bfloat16), "sigmoid", tile, programs=2)
-        return
-    dtype = torch.bfloat16 if kind == "half" else torch.float32
-    x, weight, bias, _ = make_layer(*shape, dtype, DEVICE)
-    y = run(x, weight, bias, tile=tile, programs=2, precision="ieee" if kind == "half" else kind)
+    of, product = kind.rpartition("-")[::2]
+    dtype, precision = (torch.bfloat16, "ieee") if product == "half" else (torch.float32, product)
     # The interpreter multiplies in fp32 whatever the kind; tests/test_splits.py knows what each one costs.
-    allowance = {"tf32": 2e-3, "bf16x3": 2e-5}.get(kind, 0.0) if DEVICE == "cuda" else 0.0
+    allowance = {"tf32": 2e-3, "bf16x3": 2e-5}.get(product, 0.0) if DEVICE == "cuda" else 0.0
+    if of == "wgrad":
+        m, k, n = shape
+        for splits in (1, 2)[: planning.wide_splits(1, 1 << 20, 1, tile, 132)]:
+            check_wgrad(*make_wgrad(k, m - 1, n), tile, splits, precision, allowance)
+        return
+    if of == "dgrad":
+        tensors = make_dgrad(*shape, dtype)
+        check_dgrad(*tensors, "sigmoid", tile, programs=2, precision=precision, allowance=allowance)
+        return
+    x, weight, bias, _ = make_layer(*shape, dtype, DEVICE)
+    y = run(x, weight, bias, tile=tile, programs=2, precision=precision)
     check(x, weight, bias, actual=y, allowance=allowance)
 
 
@@ -307,6 +365,25 @@ def test_inputs_are_left_alone():
     assert all(map(same_bits, tensors, before))
 
 
+class Spy:
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(**arguments):
+            self.launches.append(arguments | {"grid": grid})
+            return self.kernel[grid](**arguments)
+
+        return launch
+
+
+@pytest.fixture
+def allowed():
+    """allowed(mode): `allow_fp32_split`, undone after the test."""
+    yield allow_fp32_split
+    allow_fp32_split(None)
+
+
 # --- networks of wide layers ----------------------------------------------------------------------------------
 
 NETS = {
@@ -350,6 +427,33 @@ def test_networks(net, dtype, bias, monkeypatch):
     assert_as_good_as_torch(actual, expected, exact, dtype, names, allowance=FLOOR[dtype])
 
 
+@pytest.mark.parametrize("split", [*planning.SPLITS, "torch says tf32"])
+def test_fp32_networks(split, monkeypatch, allowed):
+    """One node where a split is allowed or torch's setting lets products be TF32's, and no pass between its layers."""
+    spies = [Spy(wide.linear_act_dgrad_tma_kernel), Spy(wide.linear_act_fwd_tma_kernel)]
+    for spy in spies:
+        monkeypatch.setattr(wide, spy.kernel.__name__, spy)
+    x, weights, biases, dy = network(NETS["wide"], torch.float32)
+    with pytest.raises(NotImplementedError, match="networks stay on chip up to 128"):
+        mlp_act(x, weights, biases, "tanh", impl="triton")
+    if split in planning.SPLITS:
+        allowed(split)
+    else:
+        monkeypatch.setattr(ops, "_precision", lambda _: "tf32")
+    y = mlp_act(x, weights, biases, "tanh", impl="triton")
+    assert y.grad_fn.name() == "MlpFunctionBackward"
+    actual = (y.detach(), *torch.autograd.grad(y, (x, *weights, *biases), dy))
+    precision = split if split in planning.SPLITS else "tf32"
+    # Split, the gradients of weights are forward products too.
+    for spy, launches in zip(spies, (2, 6 if split in planning.SPLITS else 3), strict=True):
+        assert [launch["PRECISION"] for launch in spy.launches] == [precision] * launches
+    expected, exact = (torch_network(x, weights, biases, dy, "tanh", own) for own in (None, torch.float64))
+    names = ["y", "dx", *(f"dweight {l}" for l in range(3)), *(f"dbias {l}" for l in range(3))]
+    # As above: the interpreter multiplies in fp32.
+    short = {"bf16x3": 2e-5, "torch says tf32": 2e-3}.get(split, 0.0) if DEVICE == "cuda" else 0.0
+    assert_as_good_as_torch(actual, expected, exact, torch.float32, names, allowance=FLOOR[torch.float32] + short)
+
+
 WANTED = {
     "dx": lambda x, weights, biases: [x],
     "last-layer": lambda x, weights, biases: [weights[2], biases[2]],
@@ -380,18 +484,6 @@ def test_networks_without_gradients():
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------
-
-
-class Spy:
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, []
-
-    def __getitem__(self, grid):
-        def launch(**arguments):
-            self.launches.append(arguments | {"grid": grid})
-            return self.kernel[grid](**arguments)
-
-        return launch
 
 
 @pytest.fixture
@@ -439,13 +531,6 @@ def test_gradients_of_a_layer_that_took_it(fired):
     actual = (y.detach(), *torch.autograd.grad(y, inputs, dy))
     expected, exact = (torch_layer(x, weight, bias, dy, "sigmoid", d) for d in (None, torch.float64))
     assert_as_good_as_torch(actual, expected, exact, torch.bfloat16)
-
-
-@pytest.fixture
-def allowed():
-    """allowed(mode): `allow_fp32_split`, undone after the test."""
-    yield allow_fp32_split
-    allow_fp32_split(None)
 
 
 def test_fp32_keeps_to_fp32_until_a_split_is_allowed(fired, allowed):
