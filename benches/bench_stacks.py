@@ -140,7 +140,7 @@ def planned(case: Case, mode: str, x: torch.Tensor, split: str | None = None) ->
         layers = [explain((case.rows, k), (n, k), x.dtype, x.device) for n, k in shapes]
     found = plans[:1] if mode == "forward" else plans[-2:]
     reasons = [plan.reason for plan in found]
-    if found[0].impl == "layers":
+    if found[0].impl in ("layers", "stack"):
         reasons += [plan.reason for layer in layers for plan in layer[: len(found)]]
     info: dict = {"plan": "; ".join(dict.fromkeys(reasons))}
     if found[0].impl == "fused":

@@ -258,7 +258,7 @@ class Impl:
 def split_impl(kind: str, bound: float | None = None) -> Impl:
     # Never as fp32: the label says by what.
     label = f"perceptriton, tensor-core split {kind}"
-    return Impl(label, partial(split, kind=kind), ("cuda",), ("kernelbench",), bound, split=kind)
+    return Impl(label, partial(split, kind=kind), ("cuda",), ("mlp", "kernelbench"), bound, split=kind)
 
 
 BASELINE, JUDGED = "eager", "fused"

@@ -113,6 +113,8 @@ NETWORKS = (
     Case("xor-deep", 4, (2, 10, 10, 10, 1)),
     Case("digits", 256, (32, 64, 5)),
     Case("square-256", 4096, (256, 256, 256, 256)),
+    # Wide enough that layers pass their gradients on by the kernels of wide layers.
+    Case("square-2048", 8192, (2048, 2048, 2048, 2048), devices=("cuda",)),
     *(
         Case(f"{name}-{1 << power}", 1 << power, sizes, tuple(device for device in ROWS if power in ROWS[device]))
         for name, sizes in LADDER.items()

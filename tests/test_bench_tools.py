@@ -795,10 +795,11 @@ def test_a_rehearsal_has_something_to_run(bench, tmp_path, suite):
 # --- the table of the TMA product ---------------------------------------------------------------------------------
 
 
-def test_measured_rows_join_the_table(bench):
+def test_measured_rows_join_the_table(bench, tmp_path):
     tune = bench("tune")
-    shipped = json.loads((tune.TABLES / "wide.json").read_text())
-    assert tune.text(shipped) == (tune.TABLES / "wide.json").read_text()
+    shipped, copy = json.loads((tune.TABLES / "wide.json").read_text()), tmp_path / "wide.json"
+    tune.write(copy, shipped)
+    assert copy.read_text() == (tune.TABLES / "wide.json").read_text()
     tile = tune.planning.wide_row(next(iter(tune.planning.wide_candidates("half", 90))))
     document = shipped
     for shape, us in (((64, 64, 64), 3.0), ((128, 64, 64), 5.0), ((64, 64, 64), 4.0)):
@@ -812,10 +813,33 @@ def test_measured_rows_join_the_table(bench):
         ([64, 64, 64], 4.0),
     ]
     assert measured["torch"] == torch.__version__
-    assert json.loads(tune.text(document)) == document
+    tune.write(copy, document)
+    assert json.loads(copy.read_text()) == document
     # What a plan would refuse to read is not written.
     with pytest.raises(ValueError, match="none of the candidates"):
-        tune.updated(document, "some device", "half", row | {"tile": [16, *tile[1:]]})
+        tune.write(copy, tune.updated(document, "some device", "half", row | {"tile": [16, *tile[1:]]}))
+    assert json.loads(copy.read_text()) == document
+
+
+def test_tiles_of_the_tma_kernels_are_found_by_compiling(bench):
+    pytest.importorskip("triton")
+    tool = bench("tune_wide_tiles")
+    planning = tool.planning
+    for kind in ("tf32x3", "dgrad-half", "wgrad-bf16x3"):
+        tile, programs = list(planning.wide_candidates(kind, 90).items())[-1]
+        row = planning.wide_row(tile)
+        assert row in tool.TRIED[90, "half" if kind.endswith("half") else "fp32"]
+        assert tool.tile_of(row) == tile
+        assert tool.programs_per_sm((90, kind, row)) >= programs  # the table has the fewest of all tritons
+    # Shared memory, and a tile whose products are lost or whose registers spill.
+    assert tool.programs_per_sm((90, "half", [128, 256, 64, 8, 5, 8, 2, 0, 0])) is None
+    assert tool.programs_per_sm((90, "tf32x3", [128, 256, 32, 8, 3, 8, 2, 0, 0])) is None
+    # What the table holds is what was tried.
+    for (arch, size), rows in tool.TRIED.items():
+        for kind in tool.KINDS:
+            if kind.endswith("half") == (size == "half"):
+                shipped = [planning.wide_row(tile) for tile in planning.wide_candidates(kind, arch)]
+                assert shipped == [row for row in rows if row in shipped]
 
 
 TUNE = """
