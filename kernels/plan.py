@@ -203,12 +203,7 @@ def _wide(m: int, k: int, n: int, dtype: str, precision: str, device: Device, im
     # Rows of y start at multiples of 16 bytes, or TMA cannot write them.
     if n * _itemsize(dtype) % 16:
         return None
-    if not (found := _wide_tile(m, k, n, kind, device, impl, asked, ", bias and activation in the epilogue")):
-        return None
-    tile, splits, reason = found
-    tiles = _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n)
-    programs = min(tiles * splits, device.units * wide_candidates(kind, device.arch)[tile])
-    return Plan("tma", reason, tile, programs, precision, splits=splits)
+    return _wide_product(m, k, n, kind, precision, device, impl, asked, ", bias and activation in the epilogue")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -232,14 +227,8 @@ def linear_act_dgrad(
     kind = _kind(dtype, precision)
     # For fp32 the weight is copied, transposed. Unmeasured, that must cost less than the pass over dz that it saves.
     asked = impl == "triton" or (kind in SPLITS and m >= k)
-    kind = f"dgrad-{kind}"
     epilogue = ", the derivative of the layer below in the epilogue"
-    if not (found := _wide_tile(m, k, n, kind, device, impl, asked, epilogue)):
-        return None
-    tile, _, reason = found
-    tiles = _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n)
-    programs = min(tiles, device.units * wide_candidates(kind, device.arch)[tile])
-    return Plan("tma", reason, tile, programs, precision)
+    return _wide_product(m, k, n, f"dgrad-{kind}", precision, device, impl, asked, epilogue)
 
 
 def linear_act_wgrad(m: int, k: int, n: int, precision: str, device: Device, impl: str | None = None) -> Plan | None:
@@ -247,29 +236,37 @@ def linear_act_wgrad(m: int, k: int, n: int, precision: str, device: Device, imp
     kind = _kind("float32", precision)
     if kind not in SPLITS or m % 4 or n % 4:
         return None
-    if not (found := _wide_tile(m, k, n, f"wgrad-{kind}", device, impl, True)):
+    return _wide_product(m, k, n, f"wgrad-{kind}", precision, device, impl, True)
+
+
+def _wide_product(
+    m: int,
+    k: int,
+    n: int,
+    kind: str,
+    precision: str,
+    device: Device,
+    impl: str | None,
+    asked: bool,
+    epilogue: str = "",
+) -> Plan | None:
+    """The plan for a product that travels by TMA, or None. asked: it may run where nobody has timed it."""
+    tiles = wide_candidates(kind, device.arch)
+    tile, splits, reason = _measured_tile(m, k, n, kind, device) or (None, 1, "")
+    if tile is None and asked and (impl == "triton" or not reason):
+        tile, splits, reason = _likely_tile(m, k, n, kind, tuple(tiles), device, epilogue)
+    if tile is None:
         return None
-    tile, splits, reason = found
-    tiles = _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n)
-    programs = min(tiles * splits, device.units * wide_candidates(f"wgrad-{kind}", device.arch)[tile])
+    programs = min(_cdiv(m, tile.block_m) * _cdiv(n, tile.block_n) * splits, device.units * tiles[tile])
     return Plan("tma", reason, tile, programs, precision, splits=splits)
 
 
-def _wide_tile(
-    m: int, k: int, n: int, kind: str, device: Device, impl: str | None, unmeasured: bool, epilogue: str = ""
-) -> tuple[WideTile, int, str] | None:
-    """(tile, splits, reason) of a product that travels by TMA, or None. unmeasured: even where nobody has timed it."""
-    # No tile: products on the FMA units, which spill here, and chips that nothing was compiled for.
-    tiles = tuple(wide_candidates(kind, device.arch))
+def _likely_tile(
+    m: int, k: int, n: int, kind: str, tiles: tuple[WideTile, ...], device: Device, epilogue: str
+) -> tuple[WideTile | None, int, str]:
+    """(tile, splits, reason), unmeasured."""
     if not tiles:
-        return None
-    if measured := _measured_tile(m, k, n, kind, device):
-        tile, splits, reason = measured
-        if tile is not None:
-            return tile, splits, reason
-        unmeasured = unmeasured and impl == "triton"
-    if not unmeasured:
-        return None
+        return None, 1, ""  # products on the FMA units, which spill here, and chips that nothing was compiled for
     cuts = [1 if kind.startswith("dgrad") else wide_splits(m, k, n, tile, device.units) for tile in tiles]
     waste = [_waste(m, n, tile, device.units, splits) for tile, splits in zip(tiles, cuts, strict=True)]
     pick = next(i for i, own in enumerate(waste) if own <= WIDE_WASTE * min(waste))
@@ -292,8 +289,8 @@ def wide_splits(m: int, k: int, n: int, tile: Tile, units: int) -> int:
 def wide_candidates(kind: str, arch: int) -> dict[WideTile, int]:
     """Tiles of the TMA kernels that compile clean for this chip, and how many programs of each fit on an SM.
 
-    Largest first; of one size, the preferred one first. kind: of product, after
-    "dgrad-" or "wgrad-" for the gradients of a layer's input and weight.
+    Largest first; of one size, the preferred one first. kind: of product, after "dgrad-" or "wgrad-" for the gradient
+    of a layer's input or weight.
     """
     return _wide_table()["candidates"].get(_wide_generation(arch), {}).get(kind, {})
 
