@@ -10,6 +10,7 @@ READY := $(VENV)/.ready
 OLD_TRITON := 3.6.0
 NEW_TRITON := 3.9.0
 OVERLAY := .build/triton-$(OLD_TRITON)
+LENS := .build/tilelens-3.1.1
 SUMMARY := .build/summary.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -45,6 +46,12 @@ $(READY): setup.py pyproject.toml constraints.txt
 .build/triton-%/.ready: $(READY)
 	@rm -rf $(@D)
 	@$(BIN)/python -m pip install -qq --no-deps --target $(@D) triton==$* 'numpy<2.4'
+	@touch $@
+
+# Without what it draws with, and beside the environment: it wants one exact solver.
+$(LENS)/.ready: $(READY)
+	@rm -rf $(@D)
+	@$(BIN)/python -m pip install -qq --no-deps --target $(@D) tilelens==3.1.1 z3-solver==4.15.3.0 anytree ml_dtypes
 	@touch $@
 
 .PHONY: test-setup
@@ -157,8 +164,9 @@ test-tiles: $(OVERLAY)/.ready ## compile every tile on both tritons (minutes)
 	PYTHONPATH=$(OVERLAY) $(PYTEST) -q $(COMPILE_TESTS)
 
 .PHONY: sanitize
-sanitize: $(READY) ## every kernel under the interpreter, watched for stray addresses and races (minutes)
+sanitize: $(READY) $(LENS)/.ready ## every kernel under the interpreter, watched for stray addresses and races (minutes)
 	TRITON_INTERPRET=1 $(PYTEST) -q --watch-memory $(SANITIZED)
+	TRITON_INTERPRET=1 PYTHONPATH=$(LENS) $(PYTEST) -q tests/test_tilelens.py
 
 SANITIZED := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_training_kernels.py test_wide.py test_memory.py)
 

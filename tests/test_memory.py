@@ -1,7 +1,7 @@
 """What watches the kernels' memory finds what it is there for; `make sanitize` runs every kernel under it.
 
-triton-viz 3.0 would be the tool, but it has no race detector, its sanitizer takes contiguous tensors only, and it
-cannot follow the `tl.dot` of these kernels.
+What tilelens (formerly triton-viz) does by a solver, at one small launch of each kernel (tests/test_tilelens.py), this
+does by addresses, at every launch of the tests, and for what a program loads after it has stored it.
 """
 
 import contextlib
