@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from compiling import compile_selected, dangerous_dots, launch_signature
+from compiling import assert_fits, compile_selected, dangerous_dots, launch_signature
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -98,9 +98,12 @@ def functions(case):
 def test_candidates_are_clean(name, compiled):
     arch, kind, tile, *_ = CASES[name]
     (resources,) = compiled[name]
-    assert faults(arch, resources, tile, functions(CASES[name])) == []
-    assert resources.programs_per_sm(arch) >= planning.wide_candidates(kind, arch)[tile]
     assert not dangerous_dots(resources.ttgir)
+    found = faults(arch, resources, tile, functions(CASES[name]))
+    assert "outputs that are not computed" not in found
+    assert_fits(resources, arch)
+    assert found == []
+    assert resources.programs_per_sm(arch) >= planning.wide_candidates(kind, arch)[tile]
 
 
 @pytest.mark.parametrize("name", CASES)
