@@ -141,8 +141,7 @@ PART := sm_90 and half and (64x64 or digits)
 # networks are left to the version that is installed.
 .PHONY: test-matrix
 test-matrix: $(READY) .build/triton-$(OLD_TRITON)/.ready .build/triton-$(NEW_TRITON)/.ready ## the kernels under the interpreter of the oldest and the newest triton (minutes)
-	TRITON_INTERPRET=1 PYTHONPATH=.build/triton-$(OLD_TRITON) $(PYTEST) -q $(SANITIZED) -k $(MATRIX) \
-		-W 'ignore:Conversion of an array with ndim:DeprecationWarning'
+	TRITON_INTERPRET=1 PYTHONPATH=.build/triton-$(OLD_TRITON) $(PYTEST) -q $(SANITIZED) -k $(MATRIX)
 	TRITON_INTERPRET=1 PYTHONPATH=.build/triton-$(NEW_TRITON) $(PYTEST) -q $(SANITIZED) -k $(MATRIX)
 	PYTHONPATH=.build/triton-$(NEW_TRITON) $(PYTEST) -q $(COMPILE_TESTS) -k '$(PART)'
 
