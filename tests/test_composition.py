@@ -341,7 +341,9 @@ LABELS = {
 @pytest.mark.parametrize("name", ["layer", "mlp"])
 def test_profiler_labels(name, size):
     model, _, x = pair(name)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    # torch 2.11 warns where events are not kept from one cycle to the next; there is one cycle.
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         results(model, x)
     assert {event.key for event in profile.key_averages()} >= LABELS[name, size]
 
@@ -469,9 +471,16 @@ class Gradients(Dataset):
 def test_loader_workers_after_a_fork(name, size):
     model, twin, x = pair(name)
     results(model, x)  # threads and caches of the parent are there
-    loader = DataLoader(Gradients(model, x), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    load = functools.partial(DataLoader, batch_size=None, num_workers=2, multiprocessing_context="fork")
     twins = Gradients(twin, x)
-    found = list(loader)
+    try:
+        list(load(twins))
+    except RuntimeError as error:
+        if "fork-based multiprocessing" not in str(error):
+            raise
+        # In CUDA builds autograd has some as soon as there is a device, or torch.compile ran before the first gradient.
+        pytest.skip("autograd has threads for devices here: in a forked process nn has no backward pass either")
+    found = list(load(Gradients(model, x)))
     assert len(found) == ROWS
     for index, actual in enumerate(found):
         torch.testing.assert_close(tuple(actual), twins[index])

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
 from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from perceptriton.kernels import Device, explain, ops, plan
 from perceptriton.mlp import MLP, LinearSigmoid, linear_act, linear_sigmoid_bce, mlp_act

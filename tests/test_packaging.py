@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,12 +50,15 @@ def python_json(code, path=None):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """A wheel of this tree, built from a copy: building leaves folders behind, and picks up those of an older build."""
-    for tool in ("pip", "setuptools"):
+    (needed,) = re.findall(r'^requires = \["setuptools>=(\d+)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for tool, least in (("pip", 0), ("setuptools", int(needed))):
         # By its metadata: looking for its module would wake setuptools' import hook, which warns in a busy process.
         try:
-            importlib.metadata.version(tool)
+            found = importlib.metadata.version(tool)
         except importlib.metadata.PackageNotFoundError:
             pytest.skip(f"{tool} is not installed: no wheel can be built")
+        if int(found.partition(".")[0]) < least:
+            pytest.skip(f"setuptools is {found}; pyproject.toml asks for {least} or newer")
     tmp = tmp_path_factory.mktemp("wheel")
     ignore = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, tmp / "source", ignore=ignore)
