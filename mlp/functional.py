@@ -124,9 +124,7 @@ def _traced(x, weight, bias, activation, impl):
     # Nothing here looks at a size, so that a dynamic batch compiles once. On the CPU and under export plain
     # operations are traced: the compiler fuses them, and an exported graph needs no op of ours.
     dtype, autocast = _product_dtype(x)
-    if impl == "triton" or (
-        impl is None and x.is_cuda and not torch.compiler.is_exporting() and ops.launchable(x.device, dtype)
-    ):
+    if impl == "triton" or (impl is None and x.is_cuda and ops.launchable(x.device, dtype)):
         if autocast:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         return LinearActFunction.apply(x, weight, bias, activation, impl)
