@@ -45,6 +45,7 @@ def gradients(model, x):
 
 
 def forget_kernels():
+    linear._runners.clear()
     for kernel in (*vars(linear).values(), *vars(mlp).values()):
         if isinstance(kernel, JITFunction):
             kernel.device_caches.clear()
