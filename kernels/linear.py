@@ -13,11 +13,13 @@ The contraction over the batch is written `dot(trans(x), dz)` with x straight fr
 
 import contextlib
 import threading
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
 from . import device
@@ -333,14 +335,60 @@ def _refuse_to_compile(kernel, *arguments):
     )
 
 
+_runners: dict[tuple, tuple[object, int, Callable[..., object]]] = {}
+MAX_RUNNERS = 4096
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether all begin at multiples of 16 bytes, as those that torch allocates do."""
+    addresses = 0
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    return not addresses % 16
+
+
+def launch(kernel, grid: tuple[int, ...], owner: object, known: tuple | None, /, **arguments: object) -> None:
+    """kernel[grid](**arguments), the arguments in the order of the signature and launch options after them.
+
+    At every launch triton looks at each argument in order to find the compiled version for it, which on the host takes
+    longer than everything else that a small layer does. What it found is kept here and called from then on.
+
+    known: all that it depends on (device, dtypes, None or not, every integer, every constant), and the grid does, given
+    that all tensors are `aligned`; None where they are not. owner: kept as long as `known` is, which holds its id.
+    """
+    if known is None:
+        kernel[grid](**arguments)
+        return
+    key = (id(kernel), id(owner), known)
+    if found := _runners.get(key):
+        _, count, run = found
+        run(*list(arguments.values())[:count])
+        return
+    compiled = kernel[grid](**arguments)
+    # The interpreter returns nothing, and what only stands for a kernel, as in tests, wants to see every launch.
+    if isinstance(compiled, CompiledKernel) and isinstance(kernel, JITFunction):
+        if len(_runners) >= MAX_RUNNERS:
+            _runners.clear()
+        _runners[key] = owner, len(kernel.arg_names), compiled[(*grid, 1, 1)[:3]]
+
+
 def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
     """act(x @ weight.T + bias), (M, N), in the dtype of x; M and N are not 0."""
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     tile = plan.tile
     kernel = linear_act_fwd_rows_kernel if plan.impl == "rows" else linear_act_fwd_tiled_kernel
+    known = None
+    if aligned(x, weight, bias):
+        stride_b = None if bias is None else bias.stride()
+        known = (x.device, x.dtype, activation, M, N, K, x.stride(), weight.stride(), stride_b)
     with _current(x):
-        kernel[(plan.programs,)](
+        launch(
+            kernel,
+            (plan.programs,),
+            plan,
+            known,
             x_ptr=x,
             weight_ptr=weight,
             bias_ptr=bias,
@@ -411,8 +459,16 @@ def _linear_act_bwd_rows(
         slots = torch.empty((plan.programs, size), dtype=torch.float32, device=y.device)
         dweight_slots = slots if need_dweight else None
         dbias_slots = slots[:, size - N :] if need_dbias else None
+    known = None
+    if aligned(dy, y, x, weight):
+        strides = (dy.stride(), None if x is None else x.stride(), None if weight is None else weight.stride())
+        known = (y.device, y.dtype, activation, M, N, K, *strides, wanted)
     with _current(y):
-        linear_act_bwd_rows_kernel[(plan.programs,)](
+        launch(
+            linear_act_bwd_rows_kernel,
+            (plan.programs,),
+            plan,
+            known,
             dy_ptr=dy,
             y_ptr=y,
             x_ptr=x if need_dweight else None,
@@ -454,8 +510,13 @@ def act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Plan
     grid = (-(-M // tile.block_m), -(-N // tile.block_n))  # triton.cdiv is typed as device code
     slots = torch.empty((grid[0], N), dtype=torch.float32, device=y.device) if need_dbias else None
     dbias = torch.empty((N,), dtype=y.dtype, device=y.device) if need_dbias else None
+    known = (y.device, y.dtype, activation, M, N, dy.stride(), need_dbias) if aligned(dy, y) else None
     with _current(y):
-        act_bwd_kernel[grid](
+        launch(
+            act_bwd_kernel,
+            grid,
+            plan,
+            known,
             dy_ptr=dy,
             y_ptr=y,
             dz_ptr=dz,
@@ -477,7 +538,14 @@ def act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Plan
 
 def _sum_slots(slots: Tensor, first: Tensor, second: Tensor | None = None) -> None:
     num_slots, size = slots.shape
-    sum_slots_kernel[(triton.cdiv(size, SUM_BLOCK),)](
+    known = None
+    if aligned(slots, first, second):
+        known = (slots.device, first.dtype, num_slots, size, first.numel(), second is None)
+    launch(
+        sum_slots_kernel,
+        (-(-size // SUM_BLOCK),),
+        None,
+        known,
         slots_ptr=slots,
         first_ptr=first,
         second_ptr=second,

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .linear import INTERPRETED, _current, _sum_slots
+from .linear import INTERPRETED, _current, _sum_slots, aligned, launch
 from .plan import MlpPlan, mlp_columns
 
 Tensors = tuple[Tensor, ...]
@@ -422,6 +422,15 @@ def mlp_bce_fwd(
     return loss, tuple(out[l - 1] for l in save)
 
 
+def _head_known(head) -> tuple:
+    """What the choice of a compiled kernel depends on in (target, pos_weight, reduction, ..)."""
+    if head is None:
+        return ()
+    target, pos_weight, *others = head
+    weighted = pos_weight is not None and (pos_weight.dtype, pos_weight.stride())
+    return target.dtype, target.stride(), weighted, *others
+
+
 def _mlp_fwd(x, weights, biases, hidden, output, plan, save, head=None):
     """The outputs of all layers, None where not stored, and the loss, None without a head."""
     M, widths = x.shape[0], _widths(weights)
@@ -440,12 +449,20 @@ def _mlp_fwd(x, weights, biases, hidden, output, plan, save, head=None):
         sums = loss
         if summed and programs > 1:
             sums = torch.empty((programs,), dtype=torch.float32, device=x.device)
+    common = None
+    if aligned(x, *weights, *(biases or ()), target, pos_weight):
+        common = (x.device, x.dtype, hidden, output, widths, M, x.stride(), biases is None, save, *_head_known(head))
     with _current(x):
         for segment in plan.segments:
+            known = common and (segment.first, *common)
             layers, tile = slice(segment.first, segment.last), segment.tile
             last = segment.last == len(weights)
             h = x if segment.first == 0 else out[segment.first - 1]
-            mlp_fwd_kernel[(segment.programs,)](
+            launch(
+                mlp_fwd_kernel,
+                (segment.programs,),
+                plan,
+                known,
                 x_ptr=h,
                 weight_ptrs=tuple(weights[layers]),
                 bias_ptrs=None if biases is None else tuple(biases[layers]),
@@ -477,7 +494,12 @@ def _mlp_fwd(x, weights, biases, hidden, output, plan, save, head=None):
                 enable_fp_fusion=True,
             )
         if sums is not loss:
-            sum_losses_kernel[(1,)](
+            known = (x.device, dtype, sums.shape[0])
+            launch(
+                sum_losses_kernel,
+                (1,),
+                None,
+                known,
                 sums_ptr=sums,
                 loss_ptr=loss,
                 num_sums=sums.shape[0],
@@ -562,10 +584,17 @@ def _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head=N
     if size and programs > 1:
         slots = torch.empty((programs, size), dtype=torch.float32, device=x.device)
     dx = None
+    common = None
+    if aligned(dy, factor, x, *saved, *weights, *(biases or ()), target, pos_weight):
+        upstream = [None if g is None else (g.dtype, g.stride()) for g in (dy, factor)]
+        strides = (x.stride(), *(h.stride() for h in saved))
+        common = (x.device, x.dtype, hidden, output, widths, M, strides, *upstream, biases is None, wanted)
+        common += _head_known(head)
     with _current(x):
         for segment in reversed(plan.segments):
             if segment.last <= first:
                 break
+            known = common and (segment.first, *common)
             layers, tile = slice(segment.first, segment.last), segment.tile
             h = inputs[segment.first]
             dx = x.new_empty(h.shape) if need_dx or first < segment.first else None
@@ -573,13 +602,17 @@ def _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head=N
             at = at_weights[layers] + at_biases[layers]
             base = min((a for a in at if a >= 0), default=-1)
             last = segment.last == len(weights)
-            mlp_bwd_kernel[(programs,)](
+            launch(
+                mlp_bwd_kernel,
+                (programs,),
+                plan,
+                known,
                 dy_ptr=dy,
                 x_ptr=h,
                 weight_ptrs=tuple(weights[layers]),
                 bias_ptrs=None if biases is None else tuple(biases[layers]),
                 dx_ptr=dx,
-                slots_ptr=slots[..., base:] if base >= 0 else None,
+                slots_ptr=None if base < 0 else slots[..., base:] if base else slots,
                 target_ptr=target if last else None,
                 pos_weight_ptr=pos_weight if last else None,
                 factor_ptr=factor,

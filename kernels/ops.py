@@ -214,9 +214,14 @@ def _cpu_refusal(device: torch.device) -> str | None:
 
 
 def launchable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a traced program may call the kernels for this dtype on this device. Looks at no shape."""
+    """Whether a traced program may call the kernels for this dtype on this device. Looks at no shape.
+
+    An exported one may not. That is asked here, outside of the trace: in torch 2.11 the compiler takes
+    `torch.compiler.is_exporting()` to be true whenever it traces.
+    """
     described = _look_at(device)  # in a traced program a warning would be an error
-    return described.triton and described.arch >= 80 and dtype in _NAMES
+    usable = described.triton and described.arch >= 80 and dtype in _NAMES
+    return usable and not torch.compiler.is_exporting()
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and with it triton.

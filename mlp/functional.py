@@ -1,5 +1,6 @@
 """Differentiable functions over the kernels."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -124,9 +125,7 @@ def _traced(x, weight, bias, activation, impl):
     # Nothing here looks at a size, so that a dynamic batch compiles once. On the CPU and under export plain
     # operations are traced: the compiler fuses them, and an exported graph needs no op of ours.
     dtype, autocast = _product_dtype(x)
-    if impl == "triton" or (
-        impl is None and x.is_cuda and not torch.compiler.is_exporting() and ops.launchable(x.device, dtype)
-    ):
+    if impl == "triton" or (impl is None and x.is_cuda and ops.launchable(x.device, dtype)):
         if autocast:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         return LinearActFunction.apply(x, weight, bias, activation, impl)
@@ -188,8 +187,7 @@ class MlpFunction(torch.autograd.Function):
         inputs, saved, wanted = _saved(ctx, 5)
         x, *parameters = inputs
         weights, biases = _split(parameters, ctx.layers)
-        # The products keep the dtype of the forward pass even if backward() runs under autocast.
-        with torch.autocast(dy.device.type, enabled=False):
+        with _without_autocast(dy.device.type):
             if torch.is_grad_enabled() or ops.batched(dy):
 
                 def network(x, *parameters):
@@ -220,7 +218,7 @@ class MlpBceFunction(torch.autograd.Function):
         x, *parameters = inputs
         weights, biases = _split(parameters, ctx.layers)
         head = (target, pos_weight, ctx.reduction)
-        with torch.autocast(dloss.device.type, enabled=False):
+        with _without_autocast(dloss.device.type):
             if torch.is_grad_enabled() or ops.batched(dloss):
 
                 def loss(x, *parameters):
@@ -232,6 +230,12 @@ class MlpBceFunction(torch.autograd.Function):
                 of = ops.mlp_bce_bwd(dloss, x, saved, weights, biases, ctx.hidden, *head, flags, ctx.plan)
                 gradients = (of[0], *of[1], *of[2])[: len(inputs)]
         return gradients[0], *(None,) * 7, *gradients[1:]
+
+
+def _without_autocast(kind: str) -> contextlib.AbstractContextManager:
+    """The products keep the dtype of the forward pass even if backward() runs under autocast."""
+    # To turn off what is off would cost as much as a launch.
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _split(parameters: Sequence[Tensor], layers: int) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:

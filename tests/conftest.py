@@ -10,6 +10,7 @@ from perceptriton.kernels import ops, plan
 def pytest_addoption(parser):
     parser.addoption("--deterministic", action="store_true", help="torch's deterministic mode: NaN in fresh tensors")
     parser.addoption("--deadline", type=float, metavar="SECONDS", help="start no test after this many: skip it")
+    parser.addoption("--shard", metavar="I/N", help="of N processes that deal the tests out, this is number I from 0")
     parser.addoption("--watch-memory", action="store_true", help="kernels under the interpreter: see tests/watching.py")
     parser.addoption("--long", action="store_true", help="trajectories of 10,001 steps under the interpreter: minutes")
     parser.addoption("--cubins", metavar="DIR", help="keep what tests/test_compile.py compiles there")
@@ -27,6 +28,16 @@ def pytest_runtest_setup(item):
     if deadline is not None and time.monotonic() - BEGAN > deadline:
         # A run that is cut off leaves no report at all.
         pytest.skip(f"not run: {deadline:g} s were over before its turn came")
+
+
+def pytest_collection_modifyitems(config, items):
+    if (shard := config.getoption("--shard")) is None:
+        return
+    mine, count = map(int, shard.split("/"))
+    # One process can have 9 GB to itself, not each of them.
+    owners = [0 if "wide_memory" in item.fixturenames else index % count for index, item in enumerate(items)]
+    config.hook.pytest_deselected(items=[item for item, owner in zip(items, owners, strict=True) if owner != mine])
+    items[:] = [item for item, owner in zip(items, owners, strict=True) if owner == mine]
 
 
 def pytest_configure(config):

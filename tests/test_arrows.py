@@ -340,13 +340,20 @@ def attributes(tree):
 
 
 def kernel_launches(source):
-    """name[grid](...) for every name that ends in kernel: (line, name, keywords)."""
+    """name[grid](...) and launch(name, grid, ...) for every name that ends in kernel: (line, name, keywords)."""
+
+    def launched(call):
+        if isinstance(call.func, ast.Subscript):
+            return ast.unparse(call.func.value)
+        return ast.unparse(call.args[0]) if ast.unparse(call.func) == "launch" else ""
+
     return [
-        (node.lineno, ast.unparse(node.func.value), {keyword.arg for keyword in node.keywords})
+        (node.lineno, launched(node), {keyword.arg for keyword in node.keywords})
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Subscript)
-        and ast.unparse(node.func.value).endswith("kernel")
+        and launched(node).endswith("kernel")
+        # Of `launch` itself, which passes on what it was given.
+        and {keyword.arg for keyword in node.keywords} != {None}
     ]
 
 
@@ -422,7 +429,8 @@ SUMS = {"sum_slots_kernel", "sum_losses_kernel"}
 @pytest.mark.parametrize("path", KERNEL_FILES, ids=name)
 def test_launches_say_whether_products_are_fused_with_sums(path):
     # The compiler's own choice changes between versions, and with it the last bits of results.
-    assert kernel_launches("f_kernel[(1,)](x, enable_fp_fusion=True)") == [(1, "f_kernel", {"enable_fp_fusion"})]
+    for call in ("f_kernel[(1,)](x, enable_fp_fusion=True)", "launch(f_kernel, (1,), x, enable_fp_fusion=True)"):
+        assert kernel_launches(call) == [(1, "f_kernel", {"enable_fp_fusion"})]
     found = [launch for launch in kernel_launches(path.read_text()) if launch[1] not in SUMS]
     assert [launch for launch in found if "enable_fp_fusion" not in launch[2]] == []
 

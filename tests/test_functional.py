@@ -26,6 +26,7 @@ from cases import (
     torch_layer,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -910,6 +911,29 @@ def test_usable_gpus_need_no_warning(pretend):
     assert ops._describe(device) == Device("cuda", 90, 40, triton=True, name="a GPU")
     assert ops.launchable(device, torch.bfloat16)
     assert not ops.launchable(device, torch.float64)
+
+
+# The compiler itself uses what torch deprecates.
+@pytest.mark.filterwarnings("default")
+def test_compiled_programs_hold_the_kernels(pretend):
+    pretend(9, 0, True)
+    held = []
+
+    def look(module, inputs):
+        held.extend(str(node.target) for part in module.modules() for node in part.graph.nodes)
+        return module
+
+    # Tensors of a GPU that is not there: shapes and dtypes are all that tracing asks for.
+    with FakeTensorMode(), torch.no_grad():
+        x, weight, bias = (torch.empty(shape, device="cuda") for shape in ((64, 16), (8, 16), (8,)))
+        torch.compile(linear_act, fullgraph=True, backend=look)(x, weight, bias)
+    assert any("linear_act" in name for name in held)
+
+
+def test_exported_programs_hold_no_kernels(pretend, monkeypatch):
+    device = pretend(9, 0, True)
+    monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
+    assert not ops.launchable(device, torch.float32)
 
 
 def test_the_warning_waits_for_eager_code(pretend):

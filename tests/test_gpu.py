@@ -40,10 +40,12 @@ def make(name, rows=64):
 def gradients(model, x):
     """y and every gradient of the parameters."""
     y = model(x)
-    return [y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
+    # Of y the values only: its graph would keep the nodes of the parameters, which remember the stream they began on.
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
 
 
 def forget_kernels():
+    linear._runners.clear()
     for kernel in (*vars(linear).values(), *vars(mlp).values()):
         if isinstance(kernel, JITFunction):
             kernel.device_caches.clear()
@@ -93,6 +95,8 @@ def test_a_captured_training_step(name):
     torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
 
 
+# So for any module: what was captured keeps the nodes of the parameters, on the stream of the capture.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 @every_model
 def test_graphed_callables(name):
     model, x = make(name)
@@ -132,6 +136,19 @@ def test_compiled_with_graphs():
         torch.compiler.cudagraph_mark_step_begin()
         found = [t.clone() for t in gradients(compiled, x)]
         torch.testing.assert_close(found, expected)
+
+
+# The same for what torch uses and for what it prefers.
+@pytest.mark.filterwarnings("default")
+def test_compiled_programs_call_the_kernels():
+    model, x = make("layer")
+    compiled = torch.compile(model, fullgraph=True)
+    gradients(compiled, x)
+    with torch.profiler.profile(acc_events=True) as profile:
+        gradients(compiled, x)
+        torch.cuda.synchronize()
+    names = {event.key for event in profile.key_averages()}
+    assert names >= {"linear_act_fwd_rows_kernel", "linear_act_bwd_rows_kernel"}
 
 
 @every_model
@@ -183,7 +200,8 @@ def test_second_device(name):
 def test_profiler_names_the_kernels():
     x, weight, bias, _ = make_layer(64, 32, 16, torch.float32, "cuda")
     weight.requires_grad_()
-    with torch.profiler.profile() as profile:
+    # Without that, torch 2.11 warns that only the events of the last cycle are kept.
+    with torch.profiler.profile(acc_events=True) as profile:
         linear_sigmoid(x, weight, bias, impl="triton").sum().backward()
         torch.cuda.synchronize()
     names = {event.key for event in profile.key_averages()}

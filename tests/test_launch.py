@@ -1,0 +1,171 @@
+"""The short way to a kernel that has been launched before: what goes over it, and that it leads to the right version.
+
+Nothing runs here. Triton binds the arguments of each launch as it would for a GPU and says which version it would take.
+"""
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+from cases import kernel_device
+
+from perceptriton.kernels import Device
+from perceptriton.kernels import plan as planning
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if kernel_device() == "cpu":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
+
+from perceptriton.kernels import linear, mlp
+
+H200 = Device("cuda", 90, 132, triton=True)
+
+
+class Version(CompiledKernel):
+    """A compiled kernel that takes note of its launches."""
+
+    function = packed_metadata = None
+
+    def __init__(self, key, launches):
+        self.key, self.launches = key, launches
+
+    def launch_metadata(self, *_):
+        return None
+
+    def run(self, *arguments):  # triton's own way: grid, stream and metadata come first
+        self.launches.append(("long", self.key, arguments[:3], arguments[9:]))
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.launches.append(("short", self.key, grid, arguments))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(way, version, grid, arguments) of every launch."""
+
+    class Driver:
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    def forget():
+        for kernel in (*vars(linear).values(), *vars(mlp).values()):
+            if isinstance(kernel, JITFunction):
+                kernel.device_caches.clear()
+
+    found = []
+    forget()
+    driver.set_active(Driver())
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda kernel, key, *_: Version((kernel.__name__, key), found))
+    monkeypatch.setattr(linear, "_runners", {})
+    yield found
+    forget()
+    driver.set_active(None)  # whatever this machine has, once it is asked for
+
+
+def lay(rows, columns, layout, dtype):
+    """A matrix that lies as `layout` says."""
+    if layout == "transposed":
+        return torch.empty(columns, rows, dtype=dtype).t()
+    if layout == "pitch":
+        return torch.empty(rows, columns + 16, dtype=dtype)[:, :columns]
+    if layout == "shifted":
+        return torch.empty(rows * columns + 1, dtype=dtype)[1:].view(rows, columns)
+    return torch.empty(rows, columns, dtype=dtype)
+
+
+LAYOUTS = ("dense", "transposed", "pitch", "shifted")
+ROWS, DTYPES = (1, 15, 16, 33), (torch.float32, torch.bfloat16)
+
+
+def layers():
+    """Launches of all kernels of a layer, each with one plan for all shapes."""
+    forwards = [
+        planning.linear_act_fwd(64, 32, 16, "float32", "ieee", H200),
+        planning.Plan("tiled", "", planning.Tile(32, 32, 16, 4, 2), 3),
+    ]
+    # One program writes the gradients, several write sums that another kernel adds up.
+    backwards = [planning.linear_act_bwd(rows, 32, 16, "float32", "ieee", H200) for rows in (16, 1 << 16)]
+    passes = planning.Plan("passes", "", planning.Tile(32, 32, 16, 4, 1))
+    for m, k, n, layout, dtype in itertools.product(ROWS, (1, 32), (1, 16), LAYOUTS, DTYPES):
+        x, weight, dy, y = (lay(*shape, layout, dtype) for shape in ((m, k), (n, k), (m, n), (m, n)))
+        for activation, bias in itertools.product(("sigmoid", "tanh"), (None, torch.empty(n, dtype=dtype))):
+            for plan in forwards:
+                linear.linear_act_fwd(x, weight, bias, activation, plan)
+        for wanted in itertools.product((False, True), repeat=3):
+            for plan in backwards:
+                linear.linear_act_bwd(dy, y.contiguous(), x, weight, "sigmoid", wanted, plan)
+            linear.act_bwd(dy, y.contiguous(), "sigmoid", wanted[2], passes)
+
+
+def networks():
+    """Launches of all kernels of a network, likewise."""
+    for widths in ((16, 32, 8), (3, 5, 2), (64,) * 6):
+        both = [planning.mlp_bwd(m, widths, "float32", "ieee", H200) for m in (16, 1 << 14)]
+        forward = planning.mlp_fwd(16, widths, "float32", "ieee", H200, True)
+        every, layers = (True,) * (len(widths) - 1), list(itertools.pairwise(widths))
+        for m, layout, dtype, bias in itertools.product(ROWS, LAYOUTS, DTYPES, (False, True)):
+            x, target = lay(m, widths[0], layout, dtype), lay(m, widths[-1], layout, dtype)
+            weights = tuple(torch.empty(n, k, dtype=dtype) for k, n in layers)
+            biases = tuple(torch.empty(n, dtype=dtype) for _, n in layers) if bias else None
+            common, pos_weight = (weights, biases, "sigmoid"), torch.empty(widths[-1])
+            for backward in both:
+                mlp.mlp_fwd(x, *common, "sigmoid", forward)
+                _, saved = mlp.mlp_fwd(x, *common, "sigmoid", forward, backward.boundaries)
+                for wanted in ((False, every, every), (True, (*every[:-1], False), (False,) * len(every))):
+                    mlp.mlp_bwd(target, x, saved, *common, "sigmoid", wanted, backward)
+                    for weight, reduction in itertools.product((None, pos_weight), ("none", "mean")):
+                        for t in (target, target.float()):
+                            mlp.mlp_bce_fwd(x, *common, t, weight, reduction, torch.float32, forward)
+                        dloss = target.float() if reduction == "none" else torch.empty(())
+                        mlp.mlp_bce_bwd(dloss, x, saved, *common, target, weight, reduction, wanted, backward)
+
+
+@pytest.mark.parametrize("run", [layers, networks])
+def test_what_is_known_of_a_launch_decides_its_version(run, launches, monkeypatch):
+    versions, repeated = {}, 0
+
+    def launch(kernel, grid, owner, known, /, **arguments):
+        nonlocal repeated
+        kernel[grid](**arguments)
+        if known is None:
+            return
+        way = (kernel.__name__, id(owner), known)
+        # In this order the arguments go over the short way.
+        assert list(arguments)[: len(kernel.arg_names)] == kernel.arg_names
+        repeated += way in versions
+        assert versions.setdefault(way, (launches[-1][1], grid)) == (launches[-1][1], grid)
+
+    for module in (linear, mlp):
+        monkeypatch.setattr(module, "launch", launch)
+    run()
+    run()
+    assert repeated >= len(versions) > 100
+    assert len({version for version, _ in versions.values()}) > 50
+
+
+def test_the_second_launch_is_short(launches):
+    plan = planning.linear_act_fwd(64, 32, 16, "float32", "ieee", H200)
+    x, weight, bias = torch.empty(64, 32), torch.empty(16, 32), torch.empty(16)
+    for _ in range(2):
+        linear.linear_act_fwd(x, weight, bias, "sigmoid", plan)
+    (first, version, grid, arguments), (second, *others) = launches
+    assert (first, second) == ("long", "short")
+    assert others[:2] == [version, grid]
+    # All but y, which is fresh.
+    assert [a is b for a, b in zip(arguments, others[2], strict=True)].count(False) == 1
+    # What does not begin at a multiple of 16 bytes has another version.
+    linear.linear_act_fwd(lay(64, 32, "shifted", torch.float32), weight, bias, "sigmoid", plan)
+    assert launches[-1][0] == "long"
+    assert launches[-1][1] != version
