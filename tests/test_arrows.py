@@ -143,19 +143,23 @@ def test_nothing_prints_but_the_command_line(path):
 
 
 def launches(source):
-    """(line, keywords) of every launch, as in `some_kernel[grid](a=1)`."""
-    return [
-        (node.lineno, {keyword.arg for keyword in node.keywords})
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Subscript)
-        and "kernel" in ast.unparse(node.func.value)
-    ]
+    """(line, keywords) of every launch, as in `some_kernel[grid](a=1)` and `launch(some_kernel, .., a=1)`."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            indexed = isinstance(node.func, ast.Subscript) and "kernel" in ast.unparse(node.func.value)
+            handed = isinstance(node.func, ast.Name) and node.func.id == "launch"
+            keywords = {keyword.arg for keyword in node.keywords}
+            # What hands on the keywords of its own call is no launch of a kernel in particular.
+            if (indexed or handed) and keywords != {None}:
+                found.append((node.lineno, keywords))
+    return found
 
 
 def test_launches_say_whether_products_and_sums_are_fused():
     # Its default is about to change: triton 3.9 warns, at a user's first launch, of every kernel that leaves it open.
-    assert launches("x[1](2)\na_kernel[(1,)](p=q, num_warps=4)") == [(2, {"p", "num_warps"})]
+    source = "x[1](2)\na_kernel[(1,)](p=q, num_warps=4)\nlaunch(a_kernel, (1,), p=q)\nkernel[(1,)](**options)"
+    assert launches(source) == [(2, {"p", "num_warps"}), (3, {"p"})]
     found = {(name(path), line): options for path in PACKAGE for line, options in launches(path.read_text())}
     assert len(found) >= 9
     assert [place for place, options in found.items() if "enable_fp_fusion" not in options] == []
