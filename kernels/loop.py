@@ -84,18 +84,14 @@ class Loop:
                     batch = self._batch(len(indices))
                     batch.load(indices)
                 self.optimizer.advance()
-                if log_every and step % log_every == 0:
-                    for call in batch.forward:
-                        call()
-                    next(rows).copy_(batch.loss())
-                    for call in batch.backward:
-                        call()
-                else:
-                    if self.graph and batch.ran and not batch.captured:
-                        batch.capture()
-                    for call in batch.both:
-                        call()
+                if self.graph and batch.ran and not batch.captured:
+                    batch.capture()
+                for call in batch.calls:
+                    call()
                 batch.ran = True
+                if log_every and step % log_every == 0:
+                    # The outputs are still those from before the update.
+                    next(rows).copy_(batch.loss())
             parameters, first, second = self.given
             self.layout.read(self.layout.parameters, parameters)
             self.optimizer.read(first, second)
@@ -251,7 +247,7 @@ class _Batch:
         self.backward: list[Call] = []
         layout.build(self)
         self.backward += optimizer.calls(self)
-        self.both = self.forward + self.backward
+        self.calls = self.forward + self.backward
         self.ran = self.captured = False
 
     def capture(self) -> None:
@@ -262,9 +258,9 @@ class _Batch:
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=_capture_stream(self.output.device), capture_error_mode="thread_local"):
-            for call in self.both:
+            for call in self.calls:
                 call()
-        self.both = [graph.replay]
+        self.calls = [graph.replay]
         self.captured = True
 
     def activate(self, activation: Activation, z: Tensor, out: Tensor) -> None:
