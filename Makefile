@@ -150,10 +150,10 @@ PART := sm_90 and half and (64x64 or digits)
 test-matrix: test-matrix-old test-matrix-new test-matrix-compile ## all kernels under the interpreter of the oldest and the newest triton, all tiles by the newest compiler (minutes; -j 2 helps)
 
 test-matrix-old: .build/triton-$(OLD_TRITON)/.ready
-	TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) -q $(SANITIZED)
+	TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) -q $(KERNEL_TESTS)
 
 test-matrix-new: .build/triton-$(NEW_TRITON)/.ready
-	TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) -q $(SANITIZED)
+	TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) -q $(KERNEL_TESTS)
 
 test-matrix-compile: .build/triton-$(NEW_TRITON)/.ready
 	PYTHONPATH=$(<D) $(PYTEST) -q $(COMPILE_TESTS)
