@@ -68,10 +68,6 @@ TRIED = {
 }
 
 
-def tile_of(row: list[int]) -> WideTile:
-    return WideTile(*row[:7], flatten=bool(row[7]), specialize=bool(row[8]))
-
-
 def launch(kind: str, tile: WideTile, activation: str, splits: int = 1) -> aot.Launch:
     of, product = kind.rpartition("-")[::2]
     dtype, precision = (torch.bfloat16, "ieee") if product == "half" else (torch.float32, product)
@@ -91,7 +87,7 @@ def launch(kind: str, tile: WideTile, activation: str, splits: int = 1) -> aot.L
 def programs_per_sm(task: tuple[int, str, list[int]]) -> int | None:
     """How many programs of a clean tile fit on an SM, or None."""
     arch, kind, row = task
-    tile = tile_of(row)
+    tile = planning.wide_tile(row)
     dgrad = kind.startswith("dgrad")
     launches = [(kind, tile, activation) for activation in (("sigmoid", "tanh") if dgrad else ("tanh",))]
     if not dgrad and planning.wide_splits(1, 1 << 20, 1, tile, 132) > 1:
@@ -103,10 +99,9 @@ def programs_per_sm(task: tuple[int, str, list[int]]) -> int | None:
         except Exception as error:  # a tile that the compiler refuses is not a candidate
             print(f"{task}: {type(error).__name__}", file=sys.stderr)
             return None
-        spills = resources.stack or resources.opcodes.get("LDL", 0) or resources.opcodes.get("STL", 0)
         # Some that the compiler cannot place come out as kernels which compute nothing, without a word.
         products = any("MMA" in opcode for opcode in resources.opcodes) and not resources.opcodes.get("HMMA", 0)
-        if spills or not products or resources.shared > aot.SHARED_LIMIT[arch]:
+        if resources.spills or not products or resources.shared > aot.SHARED_LIMIT[arch]:
             return None
         found.append(resources.programs_per_sm(arch))
     return min(found)

@@ -43,6 +43,11 @@ class Resources:
     cubin: bytes
     ttgir: str  # the compiler's last representation in which dots and transposes are still operations
 
+    @property
+    def spills(self) -> bool:
+        """Whether registers did not suffice, and the stack took what was left."""
+        return bool(self.stack or self.opcodes.get("LDL", 0) or self.opcodes.get("STL", 0))
+
     def programs_per_sm(self, arch: int) -> int:
         """How many programs fit on a streaming multiprocessor at once (65,536 registers, 64 warps, 32 programs)."""
         by_registers = 65536 // (-(-self.registers // 8) * 8 * 32 * self.num_warps)

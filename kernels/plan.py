@@ -341,8 +341,7 @@ def read_wide(document: dict) -> dict:
         row, rest = row[:9], row[9:]
         if rest and not 1 <= rest[0] <= 32:
             raise ValueError(f"wide.json, {where}: {rest[0]} programs per SM")
-        *sizes, flatten, specialize = row
-        found = WideTile(*sizes, flatten=bool(flatten), specialize=bool(specialize))
+        found = wide_tile(row)
         blocks = (found.block_m, found.block_n, found.block_k)
         if any(b < 16 or b & (b - 1) for b in blocks) or max(blocks) > 256:
             raise ValueError(f"wide.json, {where}: blocks {blocks} are not powers of 2 from 16 to 256")
@@ -381,6 +380,12 @@ def read_wide(document: dict) -> dict:
                 read.setdefault(kind, []).append({"splits": 1} | row | {"tile": found})
         devices[name] = measured | {"rows": read}
     return {"candidates": candidates, "devices": devices}
+
+
+def wide_tile(row: list[int]) -> WideTile:
+    """The tile that `wide_row` wrote."""
+    *sizes, flatten, specialize = row
+    return WideTile(*sizes, flatten=bool(flatten), specialize=bool(specialize))
 
 
 def wide_row(tile: WideTile) -> list[int]:

@@ -838,7 +838,7 @@ def test_tiles_of_the_tma_kernels_are_found_by_compiling(bench):
         tile, programs = list(planning.wide_candidates(kind, 90).items())[-1]
         row = planning.wide_row(tile)
         assert row in tool.TRIED[90, "half" if kind.endswith("half") else "fp32"]
-        assert tool.tile_of(row) == tile
+        assert planning.wide_tile(row) == tile
         assert tool.programs_per_sm((90, kind, row)) >= programs  # the table has the fewest of all tritons
     # Shared memory, and a tile whose products are lost or whose registers spill.
     assert tool.programs_per_sm((90, "half", [128, 256, 64, 8, 5, 8, 2, 0, 0])) is None

@@ -75,7 +75,7 @@ def compiled(request):
 def faults(arch, resources, tile, functions=2):
     """What keeps a compiled tile from being a candidate. functions: special ones for each output."""
     found = []
-    if resources.stack or resources.opcodes.get("LDL", 0) + resources.opcodes.get("STL", 0):
+    if resources.spills:
         found.append(f"{resources.stack} bytes of stack per thread")
     if resources.shared > aot.SHARED_LIMIT[arch]:
         found.append(f"{resources.shared} bytes of shared memory")
