@@ -5,6 +5,7 @@ usage: python benches/tune_cpu.py [--quick] [--dtypes float32,bfloat16] [--out k
 For this CPU's vendor and each dtype, over a grid of shapes and with both sides of every comparison timed in turn:
 
     forward, dx, dweight         the product by torch.mm against oneDNN: rules for each role
+    split                        dweight by the faster of both against a part of the rows per thread: `split`
     small_forward, small_both    plain torch operations against the explicit forward, and forward + backward: `small`
     chunk_<bytes>                dz whole against dz in pieces of that size: `chunk_above_bytes`, `chunk_bytes`
 
@@ -79,6 +80,11 @@ def of_products(shapes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]
     return [shape for shape in shapes if math.prod(shape) >= 1 << 17]
 
 
+def of_splits(shapes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    threads = torch.get_num_threads()
+    return [shape for shape in of_products(shapes) if threads > 1 and shape[0] >= 128 * threads]
+
+
 def of_small(shapes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     # Closely where an explicit backward costs as much as it saves, and now and then beyond.
     close = [shape for shape in shapes if 1 << 15 <= math.prod(shape) <= 1 << 25]
@@ -122,6 +128,17 @@ def product_steps(role: str, tensors: Tensors) -> dict[str, timing.Step]:
                 t.dy, t.y, t.x, t.weight, "identity", wanted, own
             )
     return steps
+
+
+def split_steps(gemm: str, tensors: Tensors) -> dict[str, timing.Step]:
+    t = tensors
+    plans = {"product": 0, "split": 1}
+    plans = {name: Plan("explicit", "", dweight_gemm=gemm, split_rows=rows) for name, rows in plans.items()}
+    wanted = (False, True, False)
+    return {
+        name: lambda own=own: reference.linear_act_bwd(t.dy, t.y, t.x, t.weight, "identity", wanted, own)
+        for name, own in plans.items()
+    }
 
 
 @contextlib.contextmanager
@@ -228,6 +245,17 @@ def fit_small(rows: list[Row]) -> int:
     return min(candidates, key=lambda limit: round(cost[macs >= limit].sum(), 9))
 
 
+def fit_split(rows: list[Row], threads: int) -> dict | None:
+    """The rule {rows, min_in} for giving each thread rows of its own (second): rows per thread; None: never."""
+    cost, m, inputs = preference(rows), np.array([row.m for row in rows]), np.array([row.k for row in rows])
+    best, rule = -1e-9, None
+    for least, min_in in itertools.product((1 << i for i in range(20, 5, -1)), (256, 128, 64, 32, 16, 8, 4, 2, 1)):
+        total = cost[(m >= least * threads) & (inputs >= min_in)].sum()
+        if total < best - 1e-9:
+            best, rule = total, {"rows": least, "min_in": min_in}
+    return rule
+
+
 def fit_chunks(rows: list[Row], itemsize: int) -> tuple[int, int]:
     """(chunk_above_bytes, chunk_bytes) from rows whose role is chunk_<bytes> (second) against dz whole (first)."""
     found = []
@@ -302,6 +330,13 @@ def measure(dtype: str, shapes: list[tuple[int, int, int]], progress: Progress) 
         return {role: fit_rule([row for row in rows if row.role == role and row.macs >= small]) for role in ROLES}
 
     thresholds = {"small": 0, **fit_products(0), "chunk_above_bytes": NEVER, "chunk_bytes": MEGABYTE}
+    for m, k, n in of_splits(shapes):
+        gemm = "onednn" if plan._onednn(thresholds["dweight"], m, k, n) else "mm"
+        us = timed(split_steps(gemm, Tensors(m, k, n, torch_dtype)), progress.share())
+        rows.append(Row("split", m, k, n, us["product"], us["split"]))
+        progress.step(f"{dtype} split {m}x{k}x{n}")
+    threads = torch.get_num_threads()
+    thresholds["split"] = fit_split([row for row in rows if row.role == "split"], threads)
     with in_force(thresholds):
         for m, k, n in of_small(shapes):
             tensors = Tensors(m, k, n, torch_dtype)
@@ -312,6 +347,8 @@ def measure(dtype: str, shapes: list[tuple[int, int, int]], progress: Progress) 
     thresholds["small"] = fit_small([row for row in rows if row.role.startswith("small_")])
     # Products that never take the explicit path have no say in its rules.
     thresholds |= fit_products(thresholds["small"])
+    splits = [row for row in rows if row.role == "split" and row.macs >= thresholds["small"]]
+    thresholds["split"] = fit_split(splits, threads)
 
     itemsize = torch_dtype.itemsize
     chunked = []
@@ -331,6 +368,11 @@ def summary(thresholds: dict, rows: list[Row], itemsize: int) -> list[str]:
     for role in ROLES:
         own = [row for row in rows if row.role == role and row.macs >= small]
         lines.append(f"{role:9} {thresholds[role]}: {quality(own, takes_onednn(thresholds[role]))}")
+    own = [row for row in rows if row.role == "split" and row.macs >= small]
+    split = thresholds["split"] or {"rows": NEVER, "min_in": NEVER}
+    threads = torch.get_num_threads()
+    shared = quality(own, lambda row: row.m >= split["rows"] * threads and row.k >= split["min_in"])
+    lines.append(f"split     {thresholds['split']}: {shared}")
     own = [row for row in rows if row.role.startswith("small_")]
     lines.append(f"small     {small}: {quality(own, lambda row: row.macs >= small)}")
     above, size = thresholds["chunk_above_bytes"], thresholds["chunk_bytes"]
@@ -341,7 +383,8 @@ def summary(thresholds: dict, rows: list[Row], itemsize: int) -> list[str]:
 
 def count(shapes: list[tuple[int, int, int]], dtypes: list[str]) -> int:
     chunks = sum(len(of_chunks(shapes, getattr(torch, dtype).itemsize)) for dtype in dtypes)
-    return len(dtypes) * (3 * len(of_products(shapes)) + 2 * len(of_small(shapes))) + chunks
+    whole = 3 * len(of_products(shapes)) + len(of_splits(shapes)) + 2 * len(of_small(shapes))
+    return len(dtypes) * whole + chunks
 
 
 def text(document: dict) -> str:

@@ -74,6 +74,7 @@ class Plan:
     forward_gemm: str = "mm"  # "mm" (the BLAS behind torch.mm) or "onednn"
     dx_gemm: str = "mm"
     dweight_gemm: str = "mm"
+    split_rows: int = 0  # dweight: each thread takes its own rows where that many come to each; 0: never
     chunk: int = 0  # rows of dz that exist at a time; 0: all of them
     splits: int = 1  # "tma": parts of the sum over in_features that different programs take
     prediction: "Prediction | None" = field(default=None, compare=False)  # `explain` adds it for GPUs
@@ -640,8 +641,11 @@ def _cpu_explicit_bwd(m: int, k: int, n: int, dtype: str, device: Device) -> Pla
     rows = min(m, chunk or m)
     dx = "onednn" if _onednn(table["dx"], rows, k, n) else "mm"
     dweight = "onednn" if _onednn(table["dweight"], rows, k, n) else "mm"
-    reason = f"dx by {dx}, dweight by {dweight}" + (f", dz in pieces of {chunk} rows" if chunk else "")
-    return Plan("explicit", reason, dx_gemm=dx, dweight_gemm=dweight, chunk=chunk)
+    rule = table.get("split")
+    split = rule["rows"] if rule is not None and k >= rule["min_in"] else 0
+    shared = f" or, from {split} rows per thread on, a part of the rows on each" if 0 < split <= rows else ""
+    reason = f"dx by {dx}, dweight by {dweight}{shared}" + (f", dz in pieces of {chunk} rows" if chunk else "")
+    return Plan("explicit", reason, dx_gemm=dx, dweight_gemm=dweight, split_rows=split, chunk=chunk)
 
 
 # --- whole networks ----------------------------------------------------------------------------------------
@@ -1192,8 +1196,9 @@ def read_cpu(document: dict) -> dict:
         _expect(dtype in DTYPES, where, own)
         sizes = [own[size] for size in CPU_SIZES] + [own.get("thin", 0)]
         _expect(all(map(_count, sizes)), where, sizes)
-        for rule in (own[name] for name in CPU_RULES):
-            known = rule is None or set(rule) == {"min_macs", "min_width", "min_in"}
+        rules = [(own[name], {"min_macs", "min_width", "min_in"}) for name in CPU_RULES]
+        for rule, names in [*rules, (own.get("split"), {"rows", "min_in"})]:
+            known = rule is None or set(rule) == names
             _expect(known and all(map(_count, (rule or {}).values())), where, rule)
     return document
 

@@ -151,7 +151,7 @@ def mlp_bwd(
             # dy is the caller's; what comes after it is ours to write over.
             dz = act.backward(dh, y) if l == layers[-1] else act.backward_into(dh, y, dh)
             if need_dweights[l] and h is not None:
-                dweights[l] = _add_product(dweights[l], dz.t(), h[rows], own.dweight_gemm, sums)
+                dweights[l] = _add_dweight(dweights[l], dz, h[rows], own, sums)
             if need_dbiases[l]:
                 total = dbiases[l]
                 dbias = dz.sum(0, dtype=sums)
@@ -160,6 +160,7 @@ def mlp_bwd(
                 dh = _product(dz, weight, own.dx_gemm, dx[rows] if dx is not None and l == 0 else None)
         if need_dx and dx is None:
             dx = dh
+    dweights = [total.sum(0) if total is not None and total.ndim == 3 else total for total in dweights]
     return dx, _cast(dweights, dy.dtype), _cast(dbiases, dy.dtype)
 
 
@@ -174,6 +175,33 @@ def _product(a: Tensor, b: Tensor, gemm: str, out: Tensor | None = None) -> Tens
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     product = onednn(a, b.t(), None, "none", [], "")
     return product if out is None else out.copy_(product)
+
+
+def _add_dweight(total: Tensor | None, dz: Tensor, h: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """total + dz.T @ h in `dtype`, written over total if there is one.
+
+    Where the rows are shared out among threads, total is (pieces, N, K), to be summed in the end: cut along N or K, as
+    a library cuts one product, every thread would read all the rows of one operand.
+    """
+    rows = dz.shape[0]
+    if total is None:
+        threads = torch.get_num_threads() if plan.split_rows else 1
+        pieces = threads if threads * plan.split_rows <= rows else 1
+    else:
+        pieces = total.shape[0] if total.ndim == 3 else 1
+    if pieces == 1:
+        return _add_product(total, dz.t(), h, plan.dweight_gemm, dtype)
+    whole = rows - rows % pieces
+    a, b = (t[:whole].unflatten(0, (pieces, whole // pieces)) for t in (dz, h))
+    if total is None:
+        total = torch.bmm(a.mT, b).to(dtype)
+    elif dz.dtype == dtype:
+        total.baddbmm_(a.mT, b)
+    else:
+        total.add_(torch.bmm(a.mT, b))
+    if whole < rows:
+        _add_product(total[0], dz[whole:].t(), h[whole:], "mm", dtype)
+    return total
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, gemm: str, dtype: torch.dtype) -> Tensor:

@@ -480,6 +480,11 @@ def test_fit_of_small_and_chunks(bench):
     small = tune.fit_small(rows_of(tune, lambda m, k, n: m * k * n >= limit, role="small_both"))
     assert all((math.prod(shape) >= small) == (math.prod(shape) >= limit) for shape in SHAPES)
 
+    # Each of 4 threads has to get 256 rows, and a single input always loses.
+    split = tune.fit_split(rows_of(tune, lambda m, k, n: m >= 1024 and k >= 8, role="split"), 4)
+    assert split == {"rows": 256, "min_in": 8}
+    assert tune.fit_split(rows_of(tune, lambda *_: False, role="split"), 4) is None
+
     # Pieces of 1 MB gain 1.5 above 8 MB and lose below; pieces of 256 KB gain less.
     def large(m, k, n):
         return 4 * m * n > 8 << 20
@@ -502,7 +507,7 @@ def test_thresholds_are_in_force_only_inside(bench):
     assert kernels.explain((4096, 8), (8, 8)) == before
 
 
-def test_both_sides_of_each_comparison_agree(bench):
+def test_both_sides_of_each_comparison_agree(bench, monkeypatch):
     tune = bench("tune_cpu")
     shape = (40, 24, 16)
     tensors = tune.Tensors(*shape, torch.float32)
@@ -510,6 +515,10 @@ def test_both_sides_of_each_comparison_agree(bench):
     for role, index in gradients.items():
         mm, onednn = (step() for step in tune.product_steps(role, tensors).values())
         torch.testing.assert_close(*(side if index is None else side[index] for side in (mm, onednn)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    product, split = (step()[1] for step in tune.split_steps("mm", tensors).values())
+    torch.testing.assert_close(product, split)
+    assert not torch.equal(product, split), "the same sums were taken twice"
     thresholds = {"small": 0, **dict.fromkeys(tune.ROLES), "chunk_above_bytes": tune.NEVER, "chunk_bytes": 1 << 20}
     tall = (5000, 8, 8)
     sides = tune.chunk_steps(*tall, "float32", thresholds, tune.Tensors(*tall, torch.float32))

@@ -53,6 +53,8 @@ PATHS = {
     "mm": (explicit(), explicit()),
     "onednn": (explicit(forward_gemm="onednn"), explicit(dx_gemm="onednn", dweight_gemm="onednn")),
     "chunked": (explicit(), explicit(chunk=7)),
+    "shared": (explicit(), explicit(split_rows=1)),
+    "shared-chunks": (explicit(), explicit(split_rows=2, chunk=7)),
     "chunked-onednn": (explicit(forward_gemm="onednn"), explicit(dx_gemm="onednn", dweight_gemm="onednn", chunk=7)),
     "no-onednn": (explicit(forward_gemm="onednn"), explicit(dx_gemm="onednn", dweight_gemm="onednn", chunk=7)),
 }
@@ -63,6 +65,8 @@ def take(force, monkeypatch):
     def take(path):
         if PATHS[path] is not None:
             force(*PATHS[path])
+        if path.startswith("shared"):
+            monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # whatever this machine has
         if path == "no-onednn":
             monkeypatch.setattr(reference, "onednn_linear", lambda: None)
 

@@ -290,12 +290,18 @@ def test_wrong_results_are_refused():
 # --- a chain of pieces -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gemm", ["mm", "onednn"] if DEVICE == "cpu" else ["mm"])
+@pytest.mark.parametrize("gemm", ["mm", "onednn", "shared"] if DEVICE == "cpu" else ["mm"])
 @pytest.mark.parametrize("need_dx", [True, False], ids=["dx", "no-dx"])
 @pytest.mark.parametrize("chunk", [1, 7, 39, 40, 1000])
-def test_pieces_change_nothing(chunk, need_dx, gemm):
+def test_pieces_change_nothing(chunk, need_dx, gemm, monkeypatch):
     net = Net()
-    own = (Plan("explicit", "", dx_gemm=gemm, dweight_gemm=gemm),) * 4
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # whatever this machine has
+    own = {
+        "mm": Plan("explicit", ""),
+        "onednn": Plan("explicit", "", dx_gemm="onednn", dweight_gemm="onednn"),
+        "shared": Plan("explicit", "", split_rows=2),
+    }
+    own = (own[gemm],) * 4
     plan = MlpPlan("explicit", "", layers=own, chunk=chunk)
     y, saved = reference.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "tanh", plan, plan.boundaries)
     wanted = (need_dx, (True,) * 4, (True,) * 4)

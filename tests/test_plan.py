@@ -81,6 +81,12 @@ def test_cpu_regimes():
     wide = planning.linear_act_fwd(1024, 1024, 1024, "float32", "ieee", CPU)
     assert small < 1024**3
     assert (wide.impl, wide.forward_gemm) == ("explicit", "onednn")
+    tall, short = (planning.linear_act_bwd(m, 1024, 1024, "float32", "ieee", CPU) for m in (1 << 14, 512))
+    assert tall.split_rows > 0
+    assert "rows on each" in tall.reason
+    assert "rows on each" not in short.reason, "not even one thread would get enough"
+    # torch.bmm takes a path of its own, 17 times slower, where there is one input.
+    assert planning.linear_act_bwd(1 << 17, 1, 1024, "float32", "ieee", CPU).split_rows == 0
     # A CPU that nobody measured keeps torch's own products.
     unknown = planning.linear_act_bwd(1024, 1024, 1024, "float32", "ieee", Device("cpu", vendor="Unheard-of"))
     assert (unknown.forward_gemm, unknown.dx_gemm, unknown.dweight_gemm) == ("mm", "mm", "mm")
