@@ -63,8 +63,16 @@ def linear_act_bwd(
     plan: Plan,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias), None where not wanted. x may be None without dweight, weight without dx."""
-    network = MlpPlan("explicit", plan.reason, layers=(plan,), chunk=plan.chunk)
     need_dx, need_dweight, need_dbias = wanted
+    if not 0 < plan.chunk < dy.shape[0]:
+        # Without what pieces and further layers need: for a small layer that costs as much as the arithmetic.
+        dz = ACTIVATIONS[activation].backward(dy, y)
+        return (
+            _product(dz, weight, plan.dx_gemm) if need_dx and weight is not None else None,
+            _add_dweight(None, dz, x, plan, dz.dtype) if need_dweight and x is not None else None,
+            dz.sum(0) if need_dbias else None,
+        )
+    network = MlpPlan("explicit", plan.reason, layers=(plan,), chunk=plan.chunk)
     flags = (need_dx, (need_dweight,), (need_dbias,))
     dx, (dweight,), (dbias,) = mlp_bwd(dy, x, (y,), (weight,), None, activation, activation, flags, network)
     return dx, dweight, dbias
@@ -207,7 +215,8 @@ def _add_dweight(total: Tensor | None, dz: Tensor, h: Tensor, plan: Plan, dtype:
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, gemm: str, dtype: torch.dtype) -> Tensor:
     """total + a @ b in `dtype`, written over total if there is one."""
     if total is None:
-        return _product(a, b, gemm).to(dtype)
+        product = _product(a, b, gemm)
+        return product if product.dtype == dtype else product.to(dtype)
     if gemm == "onednn" or a.dtype != dtype:
         return total.add_(_product(a, b, gemm))
     return total.addmm_(a, b)
