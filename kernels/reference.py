@@ -69,7 +69,7 @@ def linear_act_bwd(
         dz = ACTIVATIONS[activation].backward(dy, y)
         return (
             _product(dz, weight, plan.dx_gemm) if need_dx and weight is not None else None,
-            _add_dweight(None, dz, x, plan, dz.dtype) if need_dweight and x is not None else None,
+            _summed(_add_dweight(None, dz, x, plan, dz.dtype)) if need_dweight and x is not None else None,
             dz.sum(0) if need_dbias else None,
         )
     network = MlpPlan("explicit", plan.reason, layers=(plan,), chunk=plan.chunk)
@@ -162,13 +162,13 @@ def mlp_bwd(
                 dweights[l] = _add_dweight(dweights[l], dz, h[rows], own, sums)
             if need_dbiases[l]:
                 total = dbiases[l]
-                dbias = dz.sum(0, dtype=sums)
+                dbias = dz.sum(0).to(sums)  # to sum in another dtype, torch would first copy all of dz
                 dbiases[l] = dbias if total is None else total.add_(dbias)
             if weight is not None and (l > first or need_dx):
                 dh = _product(dz, weight, own.dx_gemm, dx[rows] if dx is not None and l == 0 else None)
         if need_dx and dx is None:
             dx = dh
-    dweights = [total.sum(0) if total is not None and total.ndim == 3 else total for total in dweights]
+    dweights = [None if total is None else _summed(total) for total in dweights]
     return dx, _cast(dweights, dy.dtype), _cast(dbiases, dy.dtype)
 
 
@@ -188,8 +188,8 @@ def _product(a: Tensor, b: Tensor, gemm: str, out: Tensor | None = None) -> Tens
 def _add_dweight(total: Tensor | None, dz: Tensor, h: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     """total + dz.T @ h in `dtype`, written over total if there is one.
 
-    Where the rows are shared out among threads, total is (pieces, N, K), to be summed in the end: cut along N or K, as
-    a library cuts one product, every thread would read all the rows of one operand.
+    Where the rows are shared out among threads, total is (pieces, N, K), and in the end `_summed`: cut along N or K,
+    as a library cuts one product, every thread would read all the rows of one operand.
     """
     rows = dz.shape[0]
     if total is None:
@@ -210,6 +210,10 @@ def _add_dweight(total: Tensor | None, dz: Tensor, h: Tensor, plan: Plan, dtype:
     if whole < rows:
         _add_product(total[0], dz[whole:].t(), h[whole:], "mm", dtype)
     return total
+
+
+def _summed(total: Tensor) -> Tensor:
+    return total.sum(0) if total.ndim == 3 else total
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, gemm: str, dtype: torch.dtype) -> Tensor:

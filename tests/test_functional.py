@@ -87,6 +87,17 @@ def plain(x, weight, bias=None, activation="sigmoid"):
     return z if activation == "identity" else getattr(torch, activation)(z)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients_have_the_shapes_of_their_inputs(path, take):
+    """Autograd would sum a gradient that has a dimension too many."""
+    take(path)
+    forward, backward = PATHS[path] or PATHS["mm"]
+    x, weight, dy = torch.randn(20, 3), torch.randn(5, 3), torch.randn(20, 5)
+    y = reference.linear_act_fwd(x, weight, None, "sigmoid", forward)
+    gradients = reference.linear_act_bwd(dy, y, x, weight, "sigmoid", ALL, backward)
+    assert [gradient.shape for gradient in gradients] == [(20, 3), (5, 3), (5,)]
+
+
 def run(x, weight, bias, dy, activation="sigmoid", layer=linear_act):
     inputs = [t if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
     y = layer(*inputs, activation)
