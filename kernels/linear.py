@@ -23,7 +23,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
 from . import device
-from .plan import Plan
+from .plan import NotCompiledError, Plan
 
 
 @triton.jit
@@ -329,7 +329,7 @@ def _refuse_to_compile(kernel, *arguments):
     # Threads that capture nothing go on compiling.
     if _compile is not None and not torch.cuda.is_current_stream_capturing():
         return _compile(kernel, *arguments)
-    raise RuntimeError(
+    raise NotCompiledError(
         f"{kernel.__name__} is not compiled yet, and cannot be while a CUDA graph is captured: before that, take one "
         "step with the same shapes, dtypes and strides, or give it to perceptriton.mlp.warmup"
     )

@@ -135,6 +135,28 @@ def small_cpu_product(dtype: torch.dtype) -> int:
     return limit
 
 
+def few_bytes(x: Tensor, growth: float) -> bool:
+    """Whether a GPU is done with a call before the host has prepared the next one.
+
+    growth: in_features + out_features, the average over the layers, for each of the features of x.
+    """
+    return x.nbytes * growth < planning.LAUNCH_BOUND_BYTES[torch.is_grad_enabled()]
+
+
+def launch_bound(x: Tensor, growth: float) -> bool:
+    """Whether plain torch operations on a GPU cost least, since the host decides how long a call takes.
+
+    Not on a stream other than the default one: there, CUDA graphs are captured and warmed up, and a graph that is
+    replayed asks nothing of the host.
+    """
+    return x.is_cuda and few_bytes(x, growth) and torch._C._cuda_getCurrentRawStream(x.get_device()) == 0
+
+
+def growth(widths: Sequence[int]) -> float:
+    """As `few_bytes` wants it, of a network's widths."""
+    return (2 * sum(widths) - widths[0] - widths[-1]) / (max(widths[0], 1) * (len(widths) - 1))
+
+
 # --- what the kernels take ---------------------------------------------------------------------------------
 
 
@@ -313,6 +335,9 @@ class MlpPlans(NamedTuple):
     backward: MlpPlan | None  # None: nobody wants gradients
 
 
+_LAUNCH_BOUND = MlpPlan("aten", planning.LAUNCH_BOUND)
+
+
 @functools.lru_cache(maxsize=4096)
 def _mlp_plans(
     rows: int,
@@ -343,8 +368,10 @@ def mlp_plans(
     """
     rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
     device = _device_for(x.device, impl)
-    name = _NAMES.get(x.dtype, str(x.dtype))
-    arguments = (rows, _widths(weights), name, _precision(device), device)
+    name, widths = _NAMES.get(x.dtype, str(x.dtype)), _widths(weights)
+    if impl is None and launch_bound(x, growth(widths)):
+        return MlpPlans(_LAUNCH_BOUND, _LAUNCH_BOUND)
+    arguments = (rows, widths, name, _precision(device), device)
     plans = _mlp_plans(*arguments, training, loss, impl, _split(x.dtype))
     _obey(impl, plans.forward)
     return plans
@@ -525,6 +552,9 @@ def explain(
 ) -> Explanation | MlpExplanation:
     """Which implementation a layer or a network takes, with its tiles and the reason. Launches nothing.
 
+    Where eager calls on the default stream of a GPU take plain torch, because the host would be what they wait for, the
+    reason says so; what is named is what CUDA graphs, torch.compile and impl="triton" run.
+
     Plans for GPUs carry a `prediction`, which `print` shows too: the time that the plan's flops and bytes take at an
     H200's peak rates with sigmoids, and the least that any plan could take (the model: `predict`, `predict_bwd` and
     `predict_mlp` in plan.py).
@@ -577,7 +607,12 @@ def explain(
     _obey(impl, explanation.forward)
     if device.kind != "cuda" or planning.refusal(rows, min(widths), 1, name, device):
         return explanation
-    replace = dataclasses.replace
+    nbytes = rows * widths[0] * dtype.itemsize * growth(widths)
+
+    def replace(plan, prediction):
+        note = planning.launch_note(nbytes, plan is explanation[-1]) if impl is None else ""
+        return dataclasses.replace(plan, reason=plan.reason + note, prediction=prediction)
+
     if isinstance(explanation, Explanation):
         (k, n), (forward, backward) = widths, explanation
         return Explanation(

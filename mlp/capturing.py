@@ -1,6 +1,7 @@
 """What a CUDA graph needs of the calls that it is going to capture."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,12 +19,25 @@ def warmup(function: Callable[..., Tensor], *inputs: Tensor) -> None:
 
     Raises TypeError if the function returns no tensor.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), _side_stream():
         y = function(*inputs)
         if not isinstance(y, Tensor):
             raise TypeError(f"function must return a Tensor, not {type(y).__name__}")
         if leaves := _leaves(y):
             torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+
+@contextlib.contextmanager
+def _side_stream() -> Iterator[None]:
+    """A stream as captures use them: on the default one, calls that are small take plain torch instead of kernels."""
+    if not torch.cuda.is_available() or torch.cuda.current_stream() != torch.cuda.default_stream():
+        yield
+        return
+    stream, default = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(default)
+    with torch.cuda.stream(stream):
+        yield
+    default.wait_stream(stream)
 
 
 def _leaves(y: Tensor) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import ops, reference
 from ..kernels.activations import ACTIVATIONS
+from ..kernels.plan import NotCompiledError
 
 __all__ = ["linear_act", "linear_sigmoid", "linear_sigmoid_bce", "mlp_act", "mlp_sigmoid_bce"]
 
@@ -76,9 +77,15 @@ def linear_act(
             small = ops.small_cpu_products.get(x.dtype) or ops.small_cpu_product(x.dtype)
             if x.numel() * weight.shape[0] < small:
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
+        elif (
+            impl is None
+            and weight.device == x.device
+            and ops.launch_bound(x, ops.growth((x.shape[-1], weight.shape[0])))
+        ):
+            return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         return _planned(x, weight, bias, activation, impl)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        if _symbolic(x, (activation,), impl):
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        if _captured_cold(error, x, (weight,), impl) or _symbolic(x, (activation,), impl):
             return _plain(x, (weight,), None if bias is None else (bias,), activation, activation)
         _check(x, weight, bias, activation, impl)
         raise
@@ -130,6 +137,15 @@ def _traced(x, weight, bias, activation, impl):
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         return LinearActFunction.apply(x, weight, bias, activation, impl)
     return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
+
+
+def _captured_cold(error: Exception, x, weights, impl) -> bool:
+    """Whether the kernels of a CUDA graph being captured are missing because eager calls of this size need none.
+
+    A caller who has warmed up on the default stream has done all that `torch.nn` asks for.
+    """
+    cold = isinstance(error, NotCompiledError) and impl is None
+    return cold and ops.few_bytes(x, ops.growth((x.shape[-1], *(weight.shape[0] for weight in weights))))
 
 
 def _symbolic(x, activations, impl) -> bool:
@@ -308,8 +324,8 @@ def mlp_act(
         if plans.backward is None:
             return ops.mlp_fwd(x, weights, biases, activation, output, plans.forward)[0]
         return MlpFunction.apply(x, activation, output, plans, len(weights), *weights, *(biases or ()))
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        if _symbolic(x, (activation, output), impl):
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        if _captured_cold(error, x, weights, impl) or _symbolic(x, (activation, output), impl):
             return _plain(x, weights, biases, activation, output)
         _check_network(x, weights, biases, (activation, output), impl)
         raise
@@ -462,8 +478,8 @@ def mlp_sigmoid_bce(
             return ops.mlp_bce_fwd(x, weights, biases, activation, *head, plans.forward)[0]
         parameters = (*weights, *(biases or ()))
         return MlpBceFunction.apply(x, *head, activation, plans, len(weights), *parameters)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        if _symbolic(x, (activation,), impl):
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        if _captured_cold(error, x, weights, impl) or _symbolic(x, (activation,), impl):
             return _bce(_plain(x, weights, biases, activation, "identity"), target, pos_weight, reduction)
         _check_network(x, weights, biases, (activation, "identity"), impl)
         _check_loss(x, weights, target, pos_weight, reduction)

@@ -38,6 +38,7 @@ class _Run:
     attributes: tuple[dict, ...]  # those of every module: an instance may get a forward of its own
     hooks: tuple[dict, ...]  # those of every module and torch's global ones: alive, so seen once one is registered
     growth: float  # multiply-adds of the largest layer per element of the input
+    widening: float  # `ops.growth`
     activations: tuple[str, str] | None  # hidden, output; None where hidden layers differ
 
     @classmethod
@@ -55,6 +56,7 @@ class _Run:
                 for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
             ),
             max(layer.in_features * layer.out_features for layer in layers) / max(layers[0].in_features, 1),
+            ops.growth([layers[0].in_features, *(layer.out_features for layer in layers)]),
             (names[0], names[-1]) if len(set(names[:-1])) <= 1 else None,
         )
 
@@ -79,17 +81,20 @@ class _Run:
             if "forward" in own:
                 return self._one_by_one(input)
         try:
-            if input.is_cpu:
+            if on_cpu := input.is_cpu:
                 small = ops.small_cpu_products.get(input.dtype) or ops.small_cpu_product(input.dtype)
-                if input.numel() * self.growth < small:
-                    y = input
-                    # Plain torch operations, as the layers themselves would choose here.
-                    for parameters, activation in self.layers:
-                        weight = parameters["weight"]
-                        if not weight.is_cpu:
-                            return self._one_by_one(input)  # which says so; torch may not
-                        y = activation(linear(y, weight, parameters["bias"]))
-                    return y
+                plainly = input.numel() * self.growth < small
+            else:
+                plainly = ops.launch_bound(input, self.widening)
+            if plainly:
+                y = input
+                # Plain torch operations, as the layers themselves would choose here.
+                for parameters, activation in self.layers:
+                    weight = parameters["weight"]
+                    if not (weight.is_cpu if on_cpu else weight.device == input.device):
+                        return self._one_by_one(input)  # which says so; torch may not
+                    y = activation(linear(y, weight, parameters["bias"]))
+                return y
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             # A parametrized layer; a symbol of torch.fx; or a wrong input: layers have the better message.
             return self._one_by_one(input)

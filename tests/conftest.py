@@ -66,6 +66,13 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def kernels_whatever_the_size(monkeypatch):
+    """On a GPU, small eager calls would take plain torch; tests are small, and mean the kernels."""
+    if torch.cuda.is_available():
+        monkeypatch.setattr(plan, "LAUNCH_BOUND_BYTES", (0, 0))
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """One thread for the tests of a module that train networks of middle size.

@@ -6,9 +6,12 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import kernel_device, make_layer
 
-from perceptriton.mlp import MLP, warmup
+from perceptriton.kernels import Device, explain, ops
+from perceptriton.kernels import plan as planning
+from perceptriton.mlp import MLP, functional, linear_act, mlp_act, mlp_sigmoid_bce, warmup
 
 DEVICE = kernel_device()
 
@@ -42,6 +45,105 @@ def test_warmup_without_gradients():
 def test_warmup_error():
     with pytest.raises(TypeError, match=r"^function must return a Tensor, not tuple$"):
         warmup(lambda x: (x, x), torch.ones(2))
+
+
+# --- calls that are too small to wait for ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_small_eager_calls_are_launch_bound(monkeypatch, training):
+    streams = {0: 0, 1: 0x7F}
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.get, raising=False)
+    monkeypatch.setattr(planning, "LAUNCH_BOUND_BYTES", (1000, 3000))
+    limit = 500 * (1 + 2 * training)
+
+    def x(nbytes, device=0, is_cuda=True):
+        return types.SimpleNamespace(nbytes=nbytes, is_cuda=is_cuda, get_device=lambda: device)
+
+    with torch.set_grad_enabled(training):
+        assert ops.launch_bound(x(limit - 1), 2.0)
+        assert not ops.launch_bound(x(limit), 2.0)
+        assert not ops.launch_bound(x(limit - 1, device=1), 2.0), "where graphs are captured"
+        assert not ops.launch_bound(x(limit - 1, is_cuda=False), 2.0)
+
+
+def test_growth_is_of_the_average_layer():
+    assert ops.growth((64, 64)) == 2
+    assert ops.growth((8, 24)) == 4
+    assert ops.growth((8, 24, 8)) == 4
+    assert ops.growth((10, 20, 30)) == 4
+    assert ops.growth((0, 3)) == 3
+
+
+def test_launch_bound_calls_take_plain_torch(monkeypatch):
+    monkeypatch.setattr(ops, "launch_bound", lambda x, growth: True)
+
+    def planned(*_, **__):
+        raise AssertionError("went on to the kernels")
+
+    monkeypatch.setattr(functional, "_planned", planned)
+    monkeypatch.setattr("perceptriton.mlp.model.mlp_act", planned)
+    # Tensors that are neither on a CPU nor here at all.
+    x, weight = torch.empty(3, 8, device="meta"), torch.empty(4, 8, device="meta")
+    assert linear_act(x, weight).shape == (3, 4)
+    model = MLP([8, 5, 4], device="meta")
+    assert model(x).shape == (3, 4)
+    with pytest.raises(AssertionError, match="kernels"):
+        linear_act(x, weight, impl="triton")
+
+
+def test_launch_bound_networks_take_plain_torch(monkeypatch, size):
+    model, x = MLP([8, 5, 4]), torch.randn(3, 8)
+    weights, biases = [layer.weight for layer in model[::2]], [layer.bias for layer in model[::2]]
+    expected = torch.sigmoid(F.linear(torch.sigmoid(F.linear(x, weights[0], biases[0])), weights[1], biases[1]))
+    monkeypatch.setattr(ops, "launch_bound", lambda x, growth: True)
+    plans = ops.mlp_plans(x, weights, True)
+    assert plans.forward.impl == plans.backward.impl == "aten"
+    assert "launch-bound" in plans.forward.reason
+    assert torch.equal(mlp_act(x, weights, biases), expected)
+    target = torch.rand(3, 4)
+    loss = F.binary_cross_entropy(expected, target)
+    torch.testing.assert_close(mlp_sigmoid_bce(x, weights, biases, target), loss)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_cold_capture_of_a_small_call_takes_plain_torch(monkeypatch, force, small):
+    """Warmed up on the default stream, it has met no kernel; torch.nn would be captured."""
+    explicit = planning.Plan("explicit", "the test says so")
+    force(explicit, explicit)
+
+    def cold(*_):
+        raise planning.NotCompiledError("not compiled yet")
+
+    monkeypatch.setattr(ops, "linear_act_fwd", cold)
+    monkeypatch.setattr(ops, "mlp_fwd", cold)
+    limit = 12 * 4 * 64 if small else 1
+    monkeypatch.setattr(planning, "LAUNCH_BOUND_BYTES", (limit, limit))
+    x, weight, bias, _ = make_layer(12, 8, 8, torch.float32)
+    y = torch.sigmoid(F.linear(x, weight, bias))
+    calls = (lambda: linear_act(x, weight, bias), lambda: mlp_act(x, [weight, weight], [bias, bias]))
+    for call, expected in zip(calls, (y, torch.sigmoid(F.linear(y, weight, bias))), strict=True):
+        if small:
+            torch.testing.assert_close(call(), expected)
+        else:
+            with pytest.raises(planning.NotCompiledError):
+                call()
+    with pytest.raises((planning.NotCompiledError, NotImplementedError)):
+        linear_act(x, weight, bias, impl="torch")
+
+
+def test_explanations_say_what_eager_calls_take():
+    chip = Device("cuda", 90, 132, triton=True)
+    tiny, middle, large = (explain((rows, 64), (64, 64), device=chip) for rows in (64, 100_000, 1 << 21))
+    assert tiny.forward.reason.endswith("eager calls on the default stream take plain torch: launch-bound")
+    assert "eager calls with gradients on the default stream" in middle.forward.reason
+    assert "eager calls on the default stream" in middle.backward.reason
+    assert "eager" not in large.forward.reason + large.backward.reason
+    asked = explain((64, 64), [(64, 64)] * 2, device=chip, impl="triton")
+    assert not any("eager" in own.reason for own in asked)
+
+
+# --- captures -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

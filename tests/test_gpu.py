@@ -6,10 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import kernel_device, make_layer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from perceptriton.kernels import plan as planning
 from perceptriton.mlp import MLP, LinearSigmoid, linear_sigmoid, warmup
 
 if kernel_device() != "cuda":
@@ -103,6 +105,45 @@ def test_graphed_callables(name):
     expected = gradients(model, x)
     graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), (x.clone(),))
     torch.testing.assert_close(gradients(graphed, x), expected)
+
+
+@every_model
+@pytest.mark.parametrize("training", [False, True])
+def test_small_eager_calls_are_those_of_torch(name, training, monkeypatch):
+    model, x = make(name)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+
+    class Plain(nn.Module):
+        def forward(self, x):
+            for layer in layers:
+                x = getattr(torch, layer.activation)(F.linear(x, layer.weight, layer.bias))
+            return x
+
+        parameters = model.parameters
+
+    plain = Plain()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.set_grad_enabled(training), torch.cuda.stream(side):
+        fused = gradients(model, x) if training else [model(x)]
+    torch.cuda.current_stream().wait_stream(side)
+    monkeypatch.setattr(planning, "LAUNCH_BOUND_BYTES", (1 << 25, 1 << 27))
+    with torch.set_grad_enabled(training):
+        eager, expected = (gradients(net, x) if training else [net(x)] for net in (model, plain))
+    assert all(map(torch.equal, eager, expected))
+    torch.testing.assert_close(fused, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_capture_after_a_warm_up_on_the_default_stream(monkeypatch):
+    monkeypatch.setattr(planning, "LAUNCH_BOUND_BYTES", (1 << 25, 1 << 27))
+    model, x = make("network")
+    forget_kernels()
+    expected = gradients(model, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(model, x)
+    graph.replay()
+    torch.testing.assert_close(found, expected)
 
 
 # What a capture that was refused leaves behind.
