@@ -217,24 +217,32 @@ def preference(rows: list[Row]) -> np.ndarray:
     return np.where(np.abs(ratio) > math.log(LOSS), 2 * ratio, ratio)
 
 
+# A bound from above has to gain this much over all rows: shapes beyond the grid, of which no row tells, fall outside.
+WORTH = 0.01
+
+
 def fit_rule(rows: list[Row]) -> dict | None:
-    """The rule {min_macs, min_width, min_in} for taking oneDNN (second) over mm (first); None: never.
+    """The rule for taking oneDNN (second) over mm (first): bounds that `plan._within` reads; None: never.
 
     Rules that choose alike in all rows tie, and the most reluctant of them wins.
     """
     cost = preference(rows)
-    macs = np.array([row.macs for row in rows])
     width, inputs = np.array([min(row.k, row.n) for row in rows]), np.array([row.k for row in rows])
+    counts = [1 << i for i in range(32, 9, -1)]
+    costs = cost * (np.array([row.macs for row in rows]) >= np.array(counts)[:, None])
     best, rule = -1e-9, None
     widths = [512, 256, 128, 96, 64, 32, 16, 8, 4, 2, 1]
-    for min_width, min_in in itertools.product(widths, widths):
+    upper = [NEVER, *widths[:7]]
+    for max_width, max_in, min_width, min_in in itertools.product(upper, upper, widths, widths):
         if min_in < min_width:
             continue
-        inside = (width >= min_width) & (inputs >= min_in)
-        for min_macs in (1 << i for i in range(32, 9, -1)):
-            total = cost[inside & (macs >= min_macs)].sum()
-            if total < best - 1e-9:
-                best, rule = total, {"min_macs": min_macs, "min_width": min_width, "min_in": min_in}
+        bounds = {"max_width": max_width, "max_in": max_in}
+        bounds = {name: bound for name, bound in bounds.items() if bound != NEVER}
+        inside = (width >= min_width) & (inputs >= min_in) & (width <= max_width) & (inputs <= max_in)
+        totals = costs @ inside + WORTH * len(rows) * len(bounds)
+        if totals.min() < best - 1e-9:
+            least = int((totals < totals.min() + 1e-9).argmax())
+            best, rule = totals[least], {"min_macs": counts[least], "min_width": min_width, "min_in": min_in} | bounds
     return rule
 
 
@@ -246,13 +254,19 @@ def fit_small(rows: list[Row]) -> int:
 
 
 def fit_split(rows: list[Row], threads: int) -> dict | None:
-    """The rule {rows, min_in} for giving each thread rows of its own (second): rows per thread; None: never."""
-    cost, m, inputs = preference(rows), np.array([row.m for row in rows]), np.array([row.k for row in rows])
+    """The rule for giving each thread rows of its own (second): how many, and bounds for `_within`; None: never."""
+    cost, m = preference(rows), np.array([row.m for row in rows])
+    inputs, outputs = np.array([row.k for row in rows]), np.array([row.k * row.n for row in rows])
     best, rule = -1e-9, None
-    for least, min_in in itertools.product((1 << i for i in range(20, 5, -1)), (256, 128, 64, 32, 16, 8, 4, 2, 1)):
-        total = cost[(m >= least * threads) & (inputs >= min_in)].sum()
-        if total < best - 1e-9:
-            best, rule = total, {"rows": least, "min_in": min_in}
+    for max_outputs in (NEVER, *(1 << i for i in range(20, 5, -1))):
+        above = 0.0 if max_outputs == NEVER else WORTH * len(rows)
+        for least, min_in in itertools.product((1 << i for i in range(20, 5, -1)), (256, 128, 64, 32, 16, 8, 4, 2, 1)):
+            inside = (m >= least * threads) & (inputs >= min_in) & (outputs <= max_outputs)
+            total = cost[inside].sum() + above
+            if total < best - 1e-9:
+                best, rule = total, {"rows": least, "min_in": min_in}
+                if max_outputs != NEVER:
+                    rule["max_outputs"] = max_outputs
     return rule
 
 
@@ -282,8 +296,8 @@ def quality(rows: list[Row], takes_second: Callable[[Row], bool]) -> str:
     return text
 
 
-def takes_onednn(rule: dict | None) -> Callable[[Row], bool]:
-    return lambda row: plan._onednn(rule, row.m, row.k, row.n)
+def takes(rule: dict | None) -> Callable[[Row], bool]:
+    return lambda row: plan._within(rule, row.m, row.k, row.n)
 
 
 # --- the measurement ---------------------------------------------------------------------------------------
@@ -331,7 +345,7 @@ def measure(dtype: str, shapes: list[tuple[int, int, int]], progress: Progress) 
 
     thresholds = {"small": 0, **fit_products(0), "chunk_above_bytes": NEVER, "chunk_bytes": MEGABYTE}
     for m, k, n in of_splits(shapes):
-        gemm = "onednn" if plan._onednn(thresholds["dweight"], m, k, n) else "mm"
+        gemm = "onednn" if plan._within(thresholds["dweight"], m, k, n) else "mm"
         us = timed(split_steps(gemm, Tensors(m, k, n, torch_dtype)), progress.share())
         rows.append(Row("split", m, k, n, us["product"], us["split"]))
         progress.step(f"{dtype} split {m}x{k}x{n}")
@@ -367,12 +381,11 @@ def summary(thresholds: dict, rows: list[Row], itemsize: int) -> list[str]:
     lines = []
     for role in ROLES:
         own = [row for row in rows if row.role == role and row.macs >= small]
-        lines.append(f"{role:9} {thresholds[role]}: {quality(own, takes_onednn(thresholds[role]))}")
+        lines.append(f"{role:9} {thresholds[role]}: {quality(own, takes(thresholds[role]))}")
     own = [row for row in rows if row.role == "split" and row.macs >= small]
-    split = thresholds["split"] or {"rows": NEVER, "min_in": NEVER}
-    threads = torch.get_num_threads()
-    shared = quality(own, lambda row: row.m >= split["rows"] * threads and row.k >= split["min_in"])
-    lines.append(f"split     {thresholds['split']}: {shared}")
+    split, threads = thresholds["split"], torch.get_num_threads()
+    shared = quality(own, lambda row: takes(split)(row) and row.m >= split["rows"] * threads)
+    lines.append(f"split     {split}: {shared}")
     own = [row for row in rows if row.role.startswith("small_")]
     lines.append(f"small     {small}: {quality(own, lambda row: row.macs >= small)}")
     above, size = thresholds["chunk_above_bytes"], thresholds["chunk_bytes"]

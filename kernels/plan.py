@@ -629,15 +629,21 @@ def _cpu_table(dtype: str, vendor: str) -> dict:
     return table.get(vendor, table["any"]).get(dtype, table["any"]["float16"])
 
 
-def _onednn(rule: dict | None, m: int, k: int, n: int) -> bool:
-    return rule is not None and m * k * n >= rule["min_macs"] and min(k, n) >= rule["min_width"] and k >= rule["min_in"]
+def _within(rule: dict | None, m: int, k: int, n: int) -> bool:
+    """Whether a rule's bounds, min_ and max_ of macs, width, in and outputs, hold for a product; None: never."""
+    sizes = {"macs": m * k * n, "width": min(k, n), "in": k, "outputs": k * n}
+    return rule is not None and all(
+        sizes[name[4:]] >= bound if name.startswith("min_") else sizes[name[4:]] <= bound
+        for name, bound in rule.items()
+        if name != "rows"
+    )
 
 
 def _cpu_fwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
     table = _cpu_table(dtype, device.vendor)
     if m * k * n < table["small"]:
         return Plan("aten", "small: plain torch operations cost least")
-    if _onednn(table["forward"], m, k, n):
+    if _within(table["forward"], m, k, n):
         return Plan("explicit", "oneDNN's product with the activation in it", forward_gemm="onednn")
     return Plan("explicit", "torch's product, activation in place")
 
@@ -659,10 +665,10 @@ def _cpu_explicit_bwd(m: int, k: int, n: int, dtype: str, device: Device) -> Pla
         # dz in pieces that stay in cache, instead of a fresh tensor that the system must map page by page.
         chunk = max(2048, table["chunk_bytes"] // (n * itemsize))
     rows = min(m, chunk or m)
-    dx = "onednn" if _onednn(table["dx"], rows, k, n) else "mm"
-    dweight = "onednn" if _onednn(table["dweight"], rows, k, n) else "mm"
+    dx = "onednn" if _within(table["dx"], rows, k, n) else "mm"
+    dweight = "onednn" if _within(table["dweight"], rows, k, n) else "mm"
     rule = table.get("split")
-    split = rule["rows"] if rule is not None and k >= rule["min_in"] else 0
+    split = rule["rows"] if _within(rule, m, k, n) else 0
     shared = f" or, from {split} rows per thread on, a part of the rows on each" if 0 < split <= rows else ""
     reason = f"dx by {dx}, dweight by {dweight}{shared}" + (f", dz in pieces of {chunk} rows" if chunk else "")
     return Plan("explicit", reason, dx_gemm=dx, dweight_gemm=dweight, split_rows=split, chunk=chunk)
@@ -1216,9 +1222,9 @@ def read_cpu(document: dict) -> dict:
         _expect(dtype in DTYPES, where, own)
         sizes = [own[size] for size in CPU_SIZES] + [own.get("thin", 0)]
         _expect(all(map(_count, sizes)), where, sizes)
-        rules = [(own[name], {"min_macs", "min_width", "min_in"}) for name in CPU_RULES]
-        for rule, names in [*rules, (own.get("split"), {"rows", "min_in"})]:
-            known = rule is None or set(rule) == names
+        rules = [(own[name], {"min_macs", "min_width", "min_in"}, {"max_width", "max_in"}) for name in CPU_RULES]
+        for rule, needed, more in [*rules, (own.get("split"), {"rows", "min_in"}, {"max_outputs"})]:
+            known = rule is None or needed <= set(rule) <= needed | more
             _expect(known and all(map(_count, (rule or {}).values())), where, rule)
     return document
 

@@ -439,6 +439,8 @@ def rows_of(tune, takes_second, role="forward", gain=1.5):
         {"min_macs": 1 << 20, "min_width": 8, "min_in": 8},
         {"min_macs": 1 << 23, "min_width": 64, "min_in": 64},
         {"min_macs": 1 << 16, "min_width": 2, "min_in": 128},
+        {"min_macs": 1 << 20, "min_width": 8, "min_in": 8, "max_width": 16},
+        {"min_macs": 1 << 20, "min_width": 8, "min_in": 8, "max_in": 64},
     ],
     ids=str,
 )
@@ -446,13 +448,15 @@ def test_fit_recovers_a_rule(bench, rule):
     tune = bench("tune_cpu")
 
     def takes_onednn(m, k, n):
+        if min(k, n) > rule.get("max_width", 256) or k > rule.get("max_in", 256):
+            return False
         return m * k * n >= rule["min_macs"] and min(k, n) >= rule["min_width"] and k >= rule["min_in"]
 
     rows = rows_of(tune, takes_onednn)
     assert 0 < sum(takes_onednn(*shape) for shape in SHAPES) < len(SHAPES)
     found = tune.fit_rule(rows)
-    # `tune.takes_onednn` asks plan.py, which has to read the rule in the same way.
-    assert [row[1:4] for row in rows if tune.takes_onednn(found)(row)] == [s for s in SHAPES if takes_onednn(*s)]
+    # `tune.takes` asks plan.py, which has to read the rule in the same way.
+    assert [row[1:4] for row in rows if tune.takes(found)(row)] == [s for s in SHAPES if takes_onednn(*s)]
     # Reluctant, never beyond the rule: where no row tells, mm stays.
     assert found["min_width"] >= rule["min_width"]
     assert found["min_macs"] >= rule["min_macs"]
@@ -484,6 +488,8 @@ def test_fit_of_small_and_chunks(bench):
     split = tune.fit_split(rows_of(tune, lambda m, k, n: m >= 1024 and k >= 8, role="split"), 4)
     assert split == {"rows": 256, "min_in": 8}
     assert tune.fit_split(rows_of(tune, lambda *_: False, role="split"), 4) is None
+    split = tune.fit_split(rows_of(tune, lambda m, k, n: m >= 1024 and k >= 8 and k * n <= 512, role="split"), 4)
+    assert split == {"rows": 256, "min_in": 8, "max_outputs": 512}
 
     # Pieces of 1 MB gain 1.5 above 8 MB and lose below; pieces of 256 KB gain less.
     def large(m, k, n):
