@@ -60,8 +60,8 @@ def _mlp_launchers():
 
 @functools.cache
 def cpu_kind() -> str:
-    """The first word of the CPU's name ("AMD", "Intel"), or "" where torch does not tell; "AMD Zen 5" and "Intel AMX" of
-    their newer CPUs.
+    """The first word of the CPU's name ("AMD", "Intel"), or "" where torch does not tell; "AMD Zen 5" and "Intel AMX"
+    of their newer CPUs.
 
     MKL uses 256-bit vectors on AMD. From Zen 5 on, whose 512-bit units are of full width, oneDNN is twice as fast; on
     older ones it is not. Among AMD's CPUs with AVX-512, AVX-VNNI came with Zen 5. Intel's with AMX (4th generation Xeon

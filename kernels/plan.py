@@ -668,7 +668,7 @@ def _cpu_explicit_bwd(m: int, k: int, n: int, dtype: str, device: Device) -> Pla
     dx = "onednn" if _within(table["dx"], rows, k, n) else "mm"
     dweight = "onednn" if _within(table["dweight"], rows, k, n) else "mm"
     rule = table.get("split")
-    split = rule["rows"] if _within(rule, m, k, n) else 0
+    split = rule["rows"] if rule is not None and _within(rule, m, k, n) else 0
     shared = f" or, from {split} rows per thread on, a part of the rows on each" if 0 < split <= rows else ""
     reason = f"dx by {dx}, dweight by {dweight}{shared}" + (f", dz in pieces of {chunk} rows" if chunk else "")
     return Plan("explicit", reason, dx_gemm=dx, dweight_gemm=dweight, split_rows=split, chunk=chunk)
