@@ -299,8 +299,10 @@ def _bars(document: dict, title: str, axis: str, value, text, marks: dict, unit:
     axes.tick_params(colors=INK, left=False)
     axes.grid(axis="x", color=FAINT, linewidth=0.5, zorder=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=13, color=INK, pad=22)
-    axes.text(0, 1.012, machine(document), transform=axes.transAxes, fontsize=7.5, color=INK)
+    axes.set_title(title, loc="left", fontsize=13, color=INK, pad=32)
+    # On two lines: beside long labels one would run out of the picture.
+    what, at = machine(document).replace("; ", "\n", 1), {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(what, (0, 1), (0, 6), **at, fontsize=7.5, color=INK, va="bottom")
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=8)
     return png(figure)
 
