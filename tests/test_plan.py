@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from perceptriton.kernels import Device, explain
+from perceptriton.kernels import Device, explain, ops
 from perceptriton.kernels import plan as planning
 
 H100 = Device("cuda", 90, 132, triton=True)
@@ -93,6 +93,42 @@ def test_cpu_regimes():
     # A gradient of 16 MB is made in pieces, one of 1 MB is not.
     assert planning.linear_act_bwd(65536, 64, 64, "float32", "ieee", CPU).chunk > 0
     assert planning.linear_act_bwd(4096, 64, 64, "float32", "ieee", CPU).chunk == 0
+
+
+def test_bounds_from_above():
+    intel = Device("cpu", vendor="Intel AMX")
+    # oneDNN wins on narrow layers and where dx is narrow; a narrow dweight is shared, a wide one is not.
+    forward = [planning.linear_act_fwd(1 << 16, k, k, "float32", "ieee", intel).forward_gemm for k in (64, 256, 512)]
+    assert forward == ["onednn", "onednn", "mm"]
+    backward = [planning.linear_act_bwd(1 << 16, k, n, "float32", "ieee", intel) for k, n in ((64, 64), (128, 32))]
+    assert [plan.dx_gemm for plan in backward] == ["onednn", "mm"]
+    assert backward[0].split_rows > 0
+    assert planning.linear_act_bwd(1 << 16, 64, 128, "float32", "ieee", intel).split_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "kind"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "avx_vnni": True}, "AMD Zen 5"),
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "avx_vnni": False}, "AMD"),
+        ({"cpu_name": "Intel Xeon", "avx512_f": True, "avx_vnni": True, "amx_bf16": True}, "Intel AMX"),
+        ({"cpu_name": "Intel Core", "avx_vnni": True}, "Intel"),
+        ({"architecture": "aarch64"}, ""),
+        (None, ""),
+    ],
+    ids=str,
+)
+def test_kinds_of_cpus(monkeypatch, capabilities, kind):
+    def asked():
+        if capabilities is None:
+            raise RuntimeError("cpuinfo could not be initialized")
+        return capabilities
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", asked)
+    assert ops.cpu_kind.__wrapped__() == kind
+    # Whoever is not in the table gets the row for any.
+    known = planning._table("cpu.json")["thresholds"]
+    assert planning.cpu_small("float32", kind) == known[kind if kind in known else "any"]["float32"]["small"]
 
 
 def test_every_plan_gives_a_reason():

@@ -133,6 +133,12 @@ ABSURD = {
     "text-for-a-limit": ("cpu.json", lambda d: d["thresholds"]["AMD"]["float32"], "chunk_bytes", "1 << 20"),
     "half-a-rule": ("cpu.json", lambda d: d["thresholds"]["any"]["float32"], "forward", {"min_macs": 1}),
     "split-of-rules": ("cpu.json", lambda d: d["thresholds"]["AMD"]["float32"], "split", {"rows": 1024}),
+    "unknown-bound": (
+        "cpu.json",
+        lambda d: d["thresholds"]["AMD"]["float32"],
+        "dx",
+        {"min_macs": 1, "min_width": 1, "min_in": 1, "max_out": 9},
+    ),
     "unknown-dtype": ("cpu.json", lambda d: d["thresholds"]["AMD"], "float8", {}),
     "huge-stages": ("wide.json", lambda d: d["candidates"]["sm_90"], "half", [[128, 128, 64, 8, 1 << 20, 8, 1, 0, 0]]),
     "no-shape": (
