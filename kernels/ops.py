@@ -161,6 +161,19 @@ def growth(widths: Sequence[int]) -> float:
     return (2 * sum(widths) - widths[0] - widths[-1]) / (max(widths[0], 1) * (len(widths) - 1))
 
 
+def plain_costs_least(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether a network of these weights, which fit together, is too small for a plan to gain what it costs to find.
+
+    False where tensors are on several devices: torch's product does not notice a weight on the meta device.
+    """
+    if x.is_cpu:
+        small = small_cpu_products.get(x.dtype) or small_cpu_product(x.dtype)
+        # Of the largest layer.
+        few = x.numel() * max([weight.numel() for weight in weights]) < small * x.shape[-1]
+        return few and all([weight.is_cpu for weight in weights])
+    return launch_bound(x, growth(_widths(weights))) and all([weight.device == x.device for weight in weights])
+
+
 # --- what the kernels take ---------------------------------------------------------------------------------
 
 
@@ -339,9 +352,6 @@ class MlpPlans(NamedTuple):
     backward: MlpPlan | None  # None: nobody wants gradients
 
 
-_LAUNCH_BOUND = MlpPlan("aten", planning.LAUNCH_BOUND)
-
-
 @functools.lru_cache(maxsize=4096)
 def _mlp_plans(
     rows: int,
@@ -373,8 +383,6 @@ def mlp_plans(
     rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
     device = _device_for(x.device, impl)
     name, widths = _NAMES.get(x.dtype, str(x.dtype)), _widths(weights)
-    if impl is None and launch_bound(x, growth(widths)):
-        return MlpPlans(_LAUNCH_BOUND, _LAUNCH_BOUND)
     arguments = (rows, widths, name, _precision(device), device)
     plans = _mlp_plans(*arguments, training, loss, impl, _split(x.dtype))
     _obey(impl, plans.forward)

@@ -316,7 +316,9 @@ def mlp_act(
     """
     output = activation if output_activation is None else output_activation
     try:
-        if (plans := _plans(x, weights, biases, (activation, output), impl)) is None:
+        if _are_few(x, weights, biases, (activation, output), impl):
+            return _plain(x, weights, biases, activation, output)
+        if (plans := _plans(x, weights, biases, impl)) is None:
             return _layers(x, weights, biases, activation, output, impl)
         (x, weights, biases), plans = plans
         if plans.forward.impl == "aten":
@@ -338,13 +340,20 @@ def _layers(x, weights, biases, hidden, output, impl) -> Tensor:
     return x
 
 
-def _plans(x, weights, biases, activations, impl, loss: bool = False):
-    """((x, weights, biases) in the dtype of the products, plans), or None: layer by layer. Raises for wrong shapes."""
+def _are_few(x, weights, biases, activations, impl) -> bool:
+    """Whether plain operations cost least, whatever a plan would say. Raises for what does not fit together."""
     if impl not in ops.IMPLS or not all(act in ACTIVATIONS for act in activations):
         raise ValueError
     if torch.compiler.is_compiling():
-        return None  # plans look at sizes: a dynamic batch would compile once for each
+        return False  # who looks at sizes has a dynamic batch compiled once for each
     _fit_together(x, weights, biases)
+    return impl is None and ops.plain_costs_least(x, weights)
+
+
+def _plans(x, weights, biases, impl, loss: bool = False):
+    """((x, weights, biases) in the dtype of the products, plans), or None: layer by layer."""
+    if torch.compiler.is_compiling():
+        return None
     dtype, autocast = _product_dtype(x)
     if refused := ops.mlp_refusal(x, weights, biases, dtype, autocast, impl):
         if impl == "triton":
@@ -464,10 +473,12 @@ def mlp_sigmoid_bce(
             or not (pos_weight is None or pos_weight.is_floating_point())
         ):
             raise ValueError
+        if _are_few(x, weights, biases, (activation,), impl):
+            return _bce(_plain(x, weights, biases, activation, "identity"), target, pos_weight, reduction)
         refused = _head_refusal(x, target, pos_weight, n)
         if refused and impl == "triton":
             raise NotImplementedError(f'impl="triton": {refused}')
-        found = None if refused else _plans(x, weights, biases, (activation, "identity"), impl, loss=True)
+        found = None if refused else _plans(x, weights, biases, impl, loss=True)
         if found is None or not found[1].forward.triton:
             z = mlp_act(x, weights, biases, activation, "identity", impl=impl)
             return _bce(z, target, pos_weight, reduction)

@@ -92,18 +92,27 @@ def test_launch_bound_calls_take_plain_torch(monkeypatch):
         linear_act(x, weight, impl="triton")
 
 
-def test_launch_bound_networks_take_plain_torch(monkeypatch, size):
-    model, x = MLP([8, 5, 4]), torch.randn(3, 8)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_networks_too_small_for_a_plan_take_plain_torch(monkeypatch, device):
+    model, x, target = MLP([8, 5, 4], device=device), torch.randn(3, 8, device=device), torch.rand(3, 4, device=device)
     weights, biases = [layer.weight for layer in model[::2]], [layer.bias for layer in model[::2]]
-    expected = torch.sigmoid(F.linear(torch.sigmoid(F.linear(x, weights[0], biases[0])), weights[1], biases[1]))
-    monkeypatch.setattr(ops, "launch_bound", lambda x, growth: True)
-    plans = ops.mlp_plans(x, weights, True)
-    assert plans.forward.impl == plans.backward.impl == "aten"
-    assert "launch-bound" in plans.forward.reason
-    assert torch.equal(mlp_act(x, weights, biases), expected)
-    target = torch.rand(3, 4)
-    loss = F.binary_cross_entropy(expected, target)
-    torch.testing.assert_close(mlp_sigmoid_bce(x, weights, biases, target), loss)
+    z = F.linear(torch.sigmoid(F.linear(x, weights[0], biases[0])), weights[1], biases[1])
+    # The meta device stands for a GPU; a CPU is asked for multiply-adds instead.
+    monkeypatch.setattr(ops, "launch_bound", lambda x, growth: growth == (8 + 2 * 5 + 4) / (8 * 2))
+
+    def planned(*_, **__):
+        raise AssertionError("asked for a plan")
+
+    monkeypatch.setattr(ops, "mlp_plans", planned)
+    loss = F.binary_cross_entropy_with_logits(z, target)
+    results = mlp_act(x, weights, biases), mlp_sigmoid_bce(x, weights, biases, target)
+    for result, expected in zip(results, (torch.sigmoid(z), loss), strict=True):
+        assert result.shape == expected.shape
+        assert device == "meta" or torch.equal(result, expected)
+    with pytest.raises(ValueError, match=r"biases holds 1 Tensors, but weights 2"):
+        mlp_act(x, weights, biases[:1])
+    with pytest.raises(AssertionError, match="plan"):
+        mlp_act(torch.zeros(3, 8), [torch.zeros(5, 8), torch.zeros(4, 5)], impl="torch")
 
 
 @pytest.mark.parametrize("small", [True, False])
