@@ -37,9 +37,10 @@ XOR_STEPS = 10_001
 # between nine ways of computing the same 10,001 steps.
 XOR_BAND = 6e-5
 # The same of the deep network: while its loss is still on the plateau near ln 2 (to step 2000), and after the fast
-# drop, which each way of rounding reaches a little earlier or later. There it is twice the 8e-3 that the nine ways
-# differed by: torch's own loop takes up all of that on some CPUs.
-DEEP_BANDS = (3e-7, 1.6e-2)
+# drop, which each way of rounding reaches a little earlier or later. There a step moves weights by a few units in the
+# last place of fp32. It is twice 1.7e-2, the most in 120 runs that permuted samples and hidden neurons (119: 8e-3).
+DEEP_BANDS = (3e-7, 3.4e-2)
+DEEP_PREDICTION_BAND = 0.1  # twice 4.8e-2: that of one sample moves more than the mean over four
 PLATEAU = 0.6  # nats
 
 BLOBS_SEED = 2
@@ -109,7 +110,7 @@ def xor_deep(
         reference=dict(run["loss"]),
         band=lambda reference: DEEP_BANDS[reference < PLATEAU],
         expected=run["prediction"] if steps == XOR_STEPS else None,
-        prediction_band=DEEP_BANDS[1],
+        prediction_band=DEEP_PREDICTION_BAND,
     )
 
     def make(build: Build) -> nn.Sequential:

@@ -150,8 +150,14 @@ def join(results):
 
 
 def torch_layer(x, weight, bias, dy, activation, dtype=None):
-    """y, dx, dweight, dbias of the same values from torch's own operations and autograd, in `dtype`."""
-    x, weight, bias, dy = (t if t is None or dtype is None else t.detach().to(dtype) for t in (x, weight, bias, dy))
+    """y, dx, dweight, dbias of the same values from torch's own operations and autograd, in `dtype`.
+
+    Of dense tensors: where CPUs have AMX, torch's bfloat16 product reads on beyond the end of a row, times 0, and a NaN
+    that lies between the rows of a larger matrix is in all of y.
+    """
+    x, weight, bias, dy = (
+        t if t is None else t.detach().to(dtype or t.dtype).contiguous() for t in (x, weight, bias, dy)
+    )
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
     z = torch.nn.functional.linear(*inputs)
     y = z if activation == "identity" else getattr(torch, activation)(z)

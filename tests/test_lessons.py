@@ -17,9 +17,10 @@ from perceptriton.mlp.lesson_race import REFERENCE, FitCalls, Loop, Task, race
 
 # The largest difference between nine ways of rounding the same 10,001 steps, relative.
 BAND = 6e-5
-# The same of the deep network, to step 2,000; and twice as much, 8e-3, after the fast drop: on one CPU torch's own loop
-# came to 7.8e-3.
-PLATEAU_BAND, DROPPED_BAND = 3e-7, 1.6e-2
+# The same of the deep network, to step 2,000; and twice 1.7e-2 after the fast drop, which is what the worst of 120
+# permutations of samples and hidden neurons came to on an Intel Xeon. torch's own loop came to 7.8e-3 on some CPUs.
+PLATEAU_BAND, DROPPED_BAND = 3e-7, 3.4e-2
+DROPPED_PREDICTION_BAND = 0.1  # twice what one sample's came to there
 BLOBS_BAND = 1e-6  # some units in the last place of fp32, which a mean of 100 losses can be off by
 HAND_BAND = 2e-4
 DIGITS_BAND = 1e-5  # four times what seven ways of rounding came to
@@ -187,7 +188,7 @@ def test_deep_xor_follows_the_table_in_one_call_of_fit(draws):
     table = DEEP["runs"][draws - 1]
     (run,) = result.runs
     assert_follows(result, run, table["loss"], deep_band)
-    assert result.predictions(run) == pytest.approx(table["prediction"], rel=DROPPED_BAND)
+    assert result.predictions(run) == pytest.approx(table["prediction"], rel=DROPPED_PREDICTION_BAND)
     assert result.accuracy(run) == table["accuracy"] == 1
     assert result.matches
     # A thousandth is a miss on the plateau, and rounding after the drop.
