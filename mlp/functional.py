@@ -316,7 +316,7 @@ def mlp_act(
     """
     output = activation if output_activation is None else output_activation
     try:
-        if _are_few(x, weights, biases, (activation, output), impl):
+        if _plain_is_best(x, weights, biases, (activation, output), impl):
             return _plain(x, weights, biases, activation, output)
         if (plans := _plans(x, weights, biases, impl)) is None:
             return _layers(x, weights, biases, activation, output, impl)
@@ -340,7 +340,7 @@ def _layers(x, weights, biases, hidden, output, impl) -> Tensor:
     return x
 
 
-def _are_few(x, weights, biases, activations, impl) -> bool:
+def _plain_is_best(x, weights, biases, activations, impl) -> bool:
     """Whether plain operations cost least, whatever a plan would say. Raises for what does not fit together."""
     if impl not in ops.IMPLS or not all(act in ACTIVATIONS for act in activations):
         raise ValueError
@@ -473,7 +473,7 @@ def mlp_sigmoid_bce(
             or not (pos_weight is None or pos_weight.is_floating_point())
         ):
             raise ValueError
-        if _are_few(x, weights, biases, (activation,), impl):
+        if _plain_is_best(x, weights, biases, (activation,), impl):
             return _bce(_plain(x, weights, biases, activation, "identity"), target, pos_weight, reduction)
         refused = _head_refusal(x, target, pos_weight, n)
         if refused and impl == "triton":
