@@ -97,7 +97,7 @@ COMPILE_TESTS := $(addprefix tests/,test_compile.py test_wide_compile.py test_ml
 .PHONY: test test-start test-beside test-all test-compile test-kernels test-old-triton test-deterministic test-benches
 test: test-start ## everything that needs no GPU
 	@# The interpreter takes one core for minutes, the rest the other one. Whatever ends sooner takes what is short.
-	@echo 'kernels under the interpreter, and benchmarks once: in the background, into .build/kernels.log'
+	@echo 'kernels under the interpreter, determinism, and benchmarks once: in the background, into .build/kernels.log'
 	@$(MAKE) --no-print-directory test-kernels test-deterministic test-benches > .build/kernels.log 2>&1 & kernels=$$!; \
 	trap "kill $$kernels 2> /dev/null || true" EXIT; \
 	$(MAKE) --no-print-directory test-beside && rest=0 || rest=$$?; \

@@ -93,7 +93,6 @@ class NotCompiledError(RuntimeError):
 # and 75 to 180 (measured with a driver that does nothing). Its kernels for as many bytes as these take a GPU about as
 # long as ours takes the host. Estimates.
 LAUNCH_BOUND_BYTES = (32 << 20, 128 << 20)
-LAUNCH_BOUND = "launch-bound: plain torch keeps the GPU waiting for the shortest time"
 
 
 def launch_note(nbytes: float, backward: bool) -> str:
