@@ -47,6 +47,20 @@ def kernel_device():
 NO_KERNELS = "needs a GPU or TRITON_INTERPRET=1; make test runs it under the interpreter"
 
 
+class Spy:
+    """A kernel that keeps what it was launched with."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(**arguments):
+            self.launches.append(arguments | {"grid": grid})
+            return self.kernel[grid](**arguments)
+
+        return launch
+
+
 def forget_plans():
     """Empties what plans, and the door above them, remember of shapes and tables."""
     for remembering in (*vars(plan).values(), ops._mlp_plans):

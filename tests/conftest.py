@@ -109,6 +109,27 @@ def device():
 
 
 @pytest.fixture
+def absent_h200():
+    """A driver for a chip that is not there: launches go as far as the compiler."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Driver:
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    driver.set_active(Driver())
+    yield
+    driver.set_active(None)  # whatever this machine has, once it is asked for
+
+
+@pytest.fixture
 def force(monkeypatch):
     """force(forward, backward): these plans whatever the shape, so that small layers take the paths of large ones."""
 

@@ -167,29 +167,14 @@ def linear():
 
 
 @pytest.fixture
-def h200(linear, monkeypatch):
-    """A driver for a chip that is not there: kernels go as far as the compiler."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    class Driver:
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device):
-            return 0
-
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
-    driver.set_active(Driver())
+def h200(linear, absent_h200, monkeypatch):
+    """Tensors on a CPU are launched as if they were on a chip that is not there."""
     monkeypatch.setattr(torch.cuda, "device", lambda place: contextlib.nullcontext())
     current = linear._current
     tensor = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
     monkeypatch.setattr(linear, "_current", lambda _: current(tensor))
     yield
     linear.linear_act_fwd_rows_kernel.device_caches.clear()
-    driver.set_active(None)  # whatever this machine has, once it is asked for
 
 
 def test_a_cold_kernel_is_not_compiled_while_a_graph_is_captured(linear, h200, monkeypatch):

@@ -15,6 +15,7 @@ from cases import (
     NO_KERNELS,
     SHAPES,
     WRONG,
+    Spy,
     assert_as_good_as_torch,
     every_other,
     join,
@@ -70,27 +71,13 @@ def same_bits(actual, expected):
     return all(torch.equal(a.view(BITS[a.dtype]), e.view(BITS[e.dtype])) for a, e in zip(actual, expected, strict=True))
 
 
-class Spy:
-    """A kernel that keeps what it was launched with."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        def launch(**arguments):
-            self.launches.append(arguments | {"grid": grid})
-            return self.kernel[grid](**arguments)
-
-        return launch
-
-
 @pytest.fixture
 def launches(monkeypatch):
     """{kernel name: [arguments of each launch]}"""
-    found = {name: [] for name in KERNELS}
-    for name in KERNELS:
-        monkeypatch.setattr(linear, name, Spy(getattr(linear, name), found[name]))
-    return found
+    spies = {name: Spy(getattr(linear, name)) for name in KERNELS}
+    for name, spy in spies.items():
+        monkeypatch.setattr(linear, name, spy)
+    return {name: spy.launches for name, spy in spies.items()}
 
 
 # --- plans, so that a test says which kernel it means -------------------------------------------------------------

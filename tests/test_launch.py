@@ -18,9 +18,8 @@ if importlib.util.find_spec("triton") is None:
 if kernel_device() == "cpu":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
-from triton.runtime import JITFunction, driver
+from triton.runtime import JITFunction
 
 from perceptriton.kernels import linear, mlp
 
@@ -46,18 +45,8 @@ class Version(CompiledKernel):
 
 
 @pytest.fixture
-def launches(monkeypatch):
+def launches(absent_h200, monkeypatch):
     """(way, version, grid, arguments) of every launch."""
-
-    class Driver:
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device):
-            return 0
-
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
 
     def forget():
         for kernel in (*vars(linear).values(), *vars(mlp).values()):
@@ -66,12 +55,10 @@ def launches(monkeypatch):
 
     found = []
     forget()
-    driver.set_active(Driver())
     monkeypatch.setattr(JITFunction, "_do_compile", lambda kernel, key, *_: Version((kernel.__name__, key), found))
     monkeypatch.setattr(linear, "_runners", {})
     yield found
     forget()
-    driver.set_active(None)  # whatever this machine has, once it is asked for
 
 
 def lay(rows, columns, layout, dtype):

@@ -11,6 +11,7 @@ from cases import (
     DTYPES,
     FLOOR,
     NO_KERNELS,
+    Spy,
     assert_as_good_as_torch,
     join,
     kernel_device,
@@ -363,18 +364,6 @@ def test_inputs_are_left_alone():
     before = [t.clone() for t in tensors]
     run(*tensors)
     assert all(map(same_bits, tensors, before))
-
-
-class Spy:
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, []
-
-    def __getitem__(self, grid):
-        def launch(**arguments):
-            self.launches.append(arguments | {"grid": grid})
-            return self.kernel[grid](**arguments)
-
-        return launch
 
 
 @pytest.fixture
