@@ -84,6 +84,8 @@ LAYERS = (
     Case("launch-64", 64, (64, 64)),
     # A whole network at the batch size of the textbooks: digits of 28 x 28 pixels into ten classes.
     Case("classifier", 128, (784, 128, 10)),
+    # More rows: products of a millisecond, and outputs too few for a CPU to gain much from how they lie in memory.
+    Case("classifier-1024", 1024, (784, 128, 10), ("cpu",)),
     # Narrow layers over many rows, bound by memory: neural fields, policies, gates.
     Case("narrow-16", 65_536, (16, 16)),
     Case("narrow-64", 65_536, (64, 64)),
@@ -112,6 +114,7 @@ NETWORKS = (
     # A lesson, a published training run, and a network that a CPU can do something about.
     Case("xor-deep", 4, (2, 10, 10, 10, 1)),
     Case("digits", 256, (32, 64, 5)),
+    Case("classifier-1024", 1024, (784, 128, 10), ("cpu",)),
     Case("square-256", 4096, (256, 256, 256, 256)),
     # Wide enough that layers pass their gradients on by the kernels of wide layers.
     Case("square-2048", 8192, (2048, 2048, 2048, 2048), devices=("cuda",)),

@@ -9,6 +9,9 @@ For this CPU's vendor and each dtype, over a grid of shapes and with both sides 
     small_forward, small_both    plain torch operations against the explicit forward, and forward + backward: `small`
     chunk_<bytes>                dz whole against dz in pieces of that size: `chunk_above_bytes`, `chunk_bytes`
 
+`few_outputs` and `thin` are set by hand, from whole layers and networks: what they say depends on what memory a process
+has had before, so each is timed in a process of its own.
+
 The table keeps what it holds of other kinds and dtypes. The rows behind the thresholds go to a file that is not
 shipped, benches/results/tune-cpu-<kind>.json: [role, rows, in_features, out_features, us of either side].
 """
@@ -150,6 +153,7 @@ def in_force(thresholds: dict) -> Iterator[None]:
         plan.linear_act_fwd.cache_clear()
         plan.linear_act_bwd.cache_clear()
         ops.small_cpu_products.clear()
+        ops._few_cpu_outputs.cache_clear()
 
     before = plan.TABLES
     with tempfile.TemporaryDirectory() as folder:

@@ -139,6 +139,16 @@ def small_cpu_product(dtype: torch.dtype) -> int:
     return limit
 
 
+@functools.cache
+def _few_cpu_outputs(dtype: torch.dtype) -> tuple[int, int]:
+    return planning.cpu_few_outputs(_NAMES[dtype], cpu_kind()) if dtype in _NAMES else (1 << 62, 1 << 62)
+
+
+def few_outputs(x: Tensor, outputs: float) -> bool:
+    """Whether layers on a CPU have too few outputs, so many for each element of x, for more than plain torch to pay."""
+    return x.numel() * outputs < _few_cpu_outputs(x.dtype)[torch.is_grad_enabled()]
+
+
 def few_bytes(x: Tensor, growth: float) -> bool:
     """Whether a GPU is done with a call before the host has prepared the next one.
 
@@ -170,6 +180,7 @@ def plain_costs_least(x: Tensor, weights: Sequence[Tensor]) -> bool:
         small = small_cpu_products.get(x.dtype) or small_cpu_product(x.dtype)
         # Of the largest layer.
         few = x.numel() * max([weight.numel() for weight in weights]) < small * x.shape[-1]
+        few = few or few_outputs(x, sum([weight.shape[0] for weight in weights]) / x.shape[-1])
         return few and all([weight.is_cpu for weight in weights])
     return launch_bound(x, growth(_widths(weights))) and all([weight.device == x.device for weight in weights])
 
@@ -369,7 +380,7 @@ def _mlp_plans(
         return MlpPlans(planning.mlp_fwd(*arguments, False, loss, impl, split), None)
     backward = planning.mlp_bwd(*arguments, loss, impl, split)
     forward = planning.mlp_fwd(*arguments, bool(backward.boundaries), loss, impl, split)
-    refused = next((plan for plan in (forward, backward) if plan.impl == "layers"), None)
+    refused = next((plan for plan in (forward, backward) if plan.impl in ("layers", "aten")), None)
     return MlpPlans(refused, refused) if refused else MlpPlans(forward, backward)
 
 

@@ -623,6 +623,15 @@ def cpu_small(dtype: str, vendor: str) -> int:
     return _cpu_table(dtype, vendor)["small"]
 
 
+def cpu_few_outputs(dtype: str, vendor: str) -> tuple[int, int]:
+    """So do layers of fewer outputs, all together, without and with gradients.
+
+    What the explicit path gains is in memory above all: fresh tensors, which the system maps page by page.
+    """
+    forward, training = _cpu_table(dtype, vendor).get("few_outputs", (0, 0))
+    return forward, training
+
+
 def _cpu_table(dtype: str, vendor: str) -> dict:
     table = _table("cpu.json")["thresholds"]
     return table.get(vendor, table["any"]).get(dtype, table["any"]["float16"])
@@ -640,7 +649,7 @@ def _within(rule: dict | None, m: int, k: int, n: int) -> bool:
 
 def _cpu_fwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
     table = _cpu_table(dtype, device.vendor)
-    if m * k * n < table["small"]:
+    if m * k * n < table["small"] or m * n < cpu_few_outputs(dtype, device.vendor)[0]:
         return Plan("aten", "small: plain torch operations cost least")
     if _within(table["forward"], m, k, n):
         return Plan("explicit", "oneDNN's product with the activation in it", forward_gemm="onednn")
@@ -649,7 +658,7 @@ def _cpu_fwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
 
 def _cpu_bwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
     table = _cpu_table(dtype, device.vendor)
-    if m * k * n < table["small"]:
+    if m * k * n < table["small"] or m * n < cpu_few_outputs(dtype, device.vendor)[1]:
         return Plan("aten", "small: plain torch operations cost least")
     if min(k, n) < table.get("thin", 0):
         return Plan("aten", "thin: where gradients are wanted, plain torch operations, forward too")
@@ -878,7 +887,8 @@ def _stack(op: str, m, widths, dtype, precision, device, loss, impl, split) -> M
 def _cpu_mlp(op: str, m: int, widths: tuple[int, ...], dtype: str, device: Device) -> MlpPlan:
     pairs = list(itertools.pairwise(widths))
     table = _cpu_table(dtype, device.vendor)
-    if m * max(k * n for k, n in pairs) < table["small"]:
+    few = m * sum(widths[1:]) < cpu_few_outputs(dtype, device.vendor)[op == "mlp_bwd"]
+    if few or m * max(k * n for k, n in pairs) < table["small"]:
         return MlpPlan("aten", "small: plain torch operations, without the calls of the layers, cost least")
     if op != "mlp_bwd":
         layers = tuple(_cpu_fwd(m, k, n, dtype, device) for k, n in pairs)
@@ -1219,7 +1229,9 @@ def read_cpu(document: dict) -> dict:
     for vendor, (dtype, own) in ((vendor, pair) for vendor, dtypes in thresholds.items() for pair in dtypes.items()):
         where = f"{vendor}, {dtype}"
         _expect(dtype in DTYPES, where, own)
-        sizes = [own[size] for size in CPU_SIZES] + [own.get("thin", 0)]
+        few = own.get("few_outputs", [0, 0])
+        _expect(isinstance(few, list) and len(few) == 2, f"{where}, few_outputs", few)
+        sizes = [own[size] for size in CPU_SIZES] + [own.get("thin", 0), *few]
         _expect(all(map(_count, sizes)), where, sizes)
         rules = [(own[name], {"min_macs", "min_width", "min_in"}, {"max_width", "max_in"}) for name in CPU_RULES]
         for rule, needed, more in [*rules, (own.get("split"), {"rows", "min_in"}, {"max_outputs"})]:

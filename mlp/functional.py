@@ -75,7 +75,8 @@ def linear_act(
         # torch's product does not notice a weight on the meta device, and reads memory that is not the weight's.
         if impl is None and x.is_cpu and weight.is_cpu:
             small = ops.small_cpu_products.get(x.dtype) or ops.small_cpu_product(x.dtype)
-            if x.numel() * weight.shape[0] < small:
+            n, k = weight.shape
+            if x.numel() * n < small or ops.few_outputs(x, n / k):
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         elif (
             impl is None

@@ -63,7 +63,7 @@ class Spy:
 
 def forget_plans():
     """Empties what plans, and the door above them, remember of shapes and tables."""
-    for remembering in (*vars(plan).values(), ops._mlp_plans):
+    for remembering in (*vars(plan).values(), ops._mlp_plans, ops._few_cpu_outputs):
         if hasattr(remembering, "cache_clear"):
             remembering.cache_clear()
     ops.small_cpu_products.clear()

@@ -152,13 +152,27 @@ def test_without_bias(path, take):
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 def test_crossover_of_this_machine(dtype, fused):
     # Nothing forced: one row less stays with plain operations, one more takes the plan for large layers.
-    k, n = 96, 64
+    k, n = 32, 64  # narrow, so that multiply-adds decide and not the number of outputs
     m = -(-ops.small_cpu_product(dtype) // (k * n))
     for rows, large in ((m - 1, False), (m, True)):
         fused.clear()
         assert explain((rows, k), (n, k), dtype).forward.impl == ("explicit" if large else "aten")
         check(*make_layer(rows, k, n, dtype))
         assert bool(fused) is large
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_few_outputs_stay_with_plain_operations(training, monkeypatch):
+    monkeypatch.setitem(ops.small_cpu_products, torch.float32, 1)
+    monkeypatch.setattr(ops, "_few_cpu_outputs", lambda dtype: (2**19, 2**20))
+    called = []
+    monkeypatch.setattr("perceptriton.mlp.functional._planned", lambda *_: called.append(1))
+    rows = 2 ** (13 + training)
+    with torch.set_grad_enabled(training):
+        for m in (rows - 1, rows):
+            called.clear()
+            linear_act(*make_layer(m, 8, 64, torch.float32)[:3])
+            assert bool(called) is (m == rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=IDS.get)

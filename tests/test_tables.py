@@ -131,6 +131,7 @@ ABSURD = {
     "no-programs": ("mlp_tiles.json", lambda d: tiles(d)["mlp_fwd"]["half"]["both"], "64-64", [16, 4, 1, 1, 0]),
     "negative-limit": ("cpu.json", lambda d: d["thresholds"]["any"]["float32"], "small", -1),
     "text-for-a-limit": ("cpu.json", lambda d: d["thresholds"]["AMD"]["float32"], "chunk_bytes", "1 << 20"),
+    "half-a-pair": ("cpu.json", lambda d: d["thresholds"]["any"]["float32"], "few_outputs", [1 << 20]),
     "half-a-rule": ("cpu.json", lambda d: d["thresholds"]["any"]["float32"], "forward", {"min_macs": 1}),
     "split-of-rules": ("cpu.json", lambda d: d["thresholds"]["AMD"]["float32"], "split", {"rows": 1024}),
     "unknown-bound": (
