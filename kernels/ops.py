@@ -144,9 +144,9 @@ def _few_cpu_outputs(dtype: torch.dtype) -> tuple[int, int]:
     return planning.cpu_few_outputs(_NAMES[dtype], cpu_kind()) if dtype in _NAMES else (1 << 62, 1 << 62)
 
 
-def few_outputs(x: Tensor, outputs: float) -> bool:
-    """Whether layers on a CPU have too few outputs, so many for each element of x, for more than plain torch to pay."""
-    return x.numel() * outputs < _few_cpu_outputs(x.dtype)[torch.is_grad_enabled()]
+def few_outputs(x: Tensor, features: int, outputs: int) -> bool:
+    """Whether layers on a CPU have too few outputs, so many per row of `features`, for more than plain torch to pay."""
+    return x.numel() * outputs < _few_cpu_outputs(x.dtype)[torch.is_grad_enabled()] * features
 
 
 def few_bytes(x: Tensor, growth: float) -> bool:
@@ -180,7 +180,7 @@ def plain_costs_least(x: Tensor, weights: Sequence[Tensor]) -> bool:
         small = small_cpu_products.get(x.dtype) or small_cpu_product(x.dtype)
         # Of the largest layer.
         few = x.numel() * max([weight.numel() for weight in weights]) < small * x.shape[-1]
-        few = few or few_outputs(x, sum([weight.shape[0] for weight in weights]) / x.shape[-1])
+        few = few or few_outputs(x, x.shape[-1], sum([weight.shape[0] for weight in weights]))
         return few and all([weight.is_cpu for weight in weights])
     return launch_bound(x, growth(_widths(weights))) and all([weight.device == x.device for weight in weights])
 

@@ -76,7 +76,7 @@ def linear_act(
         if impl is None and x.is_cpu and weight.is_cpu:
             small = ops.small_cpu_products.get(x.dtype) or ops.small_cpu_product(x.dtype)
             n, k = weight.shape
-            if x.numel() * n < small or ops.few_outputs(x, n / k):
+            if x.numel() * n < small or ops.few_outputs(x, k, n):
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         elif (
             impl is None

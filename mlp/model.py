@@ -38,7 +38,7 @@ class _Run:
     attributes: tuple[dict, ...]  # those of every module: an instance may get a forward of its own
     hooks: tuple[dict, ...]  # those of every module and torch's global ones: alive, so seen once one is registered
     growth: float  # multiply-adds of the largest layer per element of the input
-    outputs: float  # of all layers, likewise
+    outputs: tuple[int, int]  # features of the input, and outputs of all layers, per row
     widening: float  # `ops.growth`
     activations: tuple[str, str] | None  # hidden, output; None where hidden layers differ
 
@@ -57,7 +57,7 @@ class _Run:
                 for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
             ),
             max(layer.in_features * layer.out_features for layer in layers) / max(layers[0].in_features, 1),
-            sum(layer.out_features for layer in layers) / max(layers[0].in_features, 1),
+            (layers[0].in_features, sum(layer.out_features for layer in layers)),
             ops.growth([layers[0].in_features, *(layer.out_features for layer in layers)]),
             (names[0], names[-1]) if len(set(names[:-1])) <= 1 else None,
         )
@@ -85,7 +85,7 @@ class _Run:
         try:
             if on_cpu := input.is_cpu:
                 small = ops.small_cpu_products.get(input.dtype) or ops.small_cpu_product(input.dtype)
-                plainly = input.numel() * self.growth < small or ops.few_outputs(input, self.outputs)
+                plainly = input.numel() * self.growth < small or ops.few_outputs(input, *self.outputs)
             else:
                 plainly = ops.launch_bound(input, self.widening)
             if plainly:
