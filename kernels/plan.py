@@ -638,8 +638,8 @@ def _cpu_table(dtype: str, vendor: str) -> dict:
 
 
 def _within(rule: dict | None, m: int, k: int, n: int) -> bool:
-    """Whether a rule's bounds, min_ and max_ of macs, width, in and outputs, hold for a product; None: never."""
-    sizes = {"macs": m * k * n, "width": min(k, n), "in": k, "outputs": k * n}
+    """Whether a rule's bounds, min_ and max_ of rows, macs, width, in and outputs, hold for a product; None: never."""
+    sizes = {"rows": m, "macs": m * k * n, "width": min(k, n), "in": k, "outputs": k * n}
     return rule is not None and all(
         sizes[name[4:]] >= bound if name.startswith("min_") else sizes[name[4:]] <= bound
         for name, bound in rule.items()
@@ -1233,7 +1233,9 @@ def read_cpu(document: dict) -> dict:
         _expect(isinstance(few, list) and len(few) == 2, f"{where}, few_outputs", few)
         sizes = [own[size] for size in CPU_SIZES] + [own.get("thin", 0), *few]
         _expect(all(map(_count, sizes)), where, sizes)
-        rules = [(own[name], {"min_macs", "min_width", "min_in"}, {"max_width", "max_in"}) for name in CPU_RULES]
+        rules = [
+            (own[name], {"min_macs", "min_width", "min_in"}, {"min_rows", "max_width", "max_in"}) for name in CPU_RULES
+        ]
         for rule, needed, more in [*rules, (own.get("split"), {"rows", "min_in"}, {"max_outputs"})]:
             known = rule is None or needed <= set(rule) <= needed | more
             _expect(known and all(map(_count, (rule or {}).values())), where, rule)

@@ -100,6 +100,9 @@ def test_bounds_from_above():
     # oneDNN wins on narrow layers and where dx is narrow; a narrow dweight is shared, a wide one is not.
     forward = [planning.linear_act_fwd(1 << 16, k, k, "float32", "ieee", intel).forward_gemm for k in (64, 256, 512)]
     assert forward == ["onednn", "onednn", "mm"]
+    # With fewer rows it loses.
+    fewer = planning.linear_act_fwd((1 << 14) - 1, 256, 256, "float32", "ieee", intel)
+    assert (fewer.impl, fewer.forward_gemm) == ("explicit", "mm")
     backward = [planning.linear_act_bwd(1 << 16, k, n, "float32", "ieee", intel) for k, n in ((64, 64), (128, 32))]
     assert [plan.dx_gemm for plan in backward] == ["onednn", "mm"]
     assert backward[0].split_rows > 0
