@@ -61,6 +61,13 @@ class Spy:
         return launch
 
 
+def nothing_is_small(monkeypatch):
+    """No call on a CPU stays with plain torch for its size before anything is planned."""
+    monkeypatch.setattr(ops, "few_outputs", lambda *_: False)
+    for dtype in DTYPES:
+        monkeypatch.setitem(ops.small_cpu_products, dtype, 1)
+
+
 def forget_plans():
     """Empties what plans, and the door above them, remember of shapes and tables."""
     for remembering in (*vars(plan).values(), ops._mlp_plans, ops._few_cpu_outputs):

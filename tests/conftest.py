@@ -134,9 +134,7 @@ def force(monkeypatch):
     """force(forward, backward): these plans whatever the shape, so that small layers take the paths of large ones."""
 
     def force(forward, backward):
-        monkeypatch.setattr(ops, "few_outputs", lambda *_: False)
-        for dtype in cases.DTYPES:
-            monkeypatch.setitem(ops.small_cpu_products, dtype, 1)
+        cases.nothing_is_small(monkeypatch)
         monkeypatch.setattr(plan, "linear_act_fwd", lambda *shape: forward)
         monkeypatch.setattr(plan, "linear_act_bwd", lambda *shape: backward)
 

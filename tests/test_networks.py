@@ -13,6 +13,7 @@ from cases import (
     every_other,
     inside,
     kernel_device,
+    nothing_is_small,
     one_row,
     one_value,
     relative_error,
@@ -101,9 +102,7 @@ def take(monkeypatch):
             return ops.MlpPlans(forward, backward if training else None)
 
         monkeypatch.setattr(ops, "mlp_plans", plans)
-        monkeypatch.setattr(ops, "few_outputs", lambda *_: False)
-        for dtype in DTYPES:
-            monkeypatch.setitem(ops.small_cpu_products, dtype, 1)
+        nothing_is_small(monkeypatch)
         return impl
 
     return take
