@@ -31,7 +31,7 @@ def _operand(a, WIDEN: tl.constexpr):
     return a.to(tl.float32) if WIDEN else a
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_act_fwd_rows_kernel(
     x_ptr,
     weight_ptr,
@@ -85,7 +85,7 @@ def linear_act_fwd_rows_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_act_fwd_tiled_kernel(
     x_ptr,
     weight_ptr,
@@ -143,7 +143,7 @@ def linear_act_fwd_tiled_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["dbias_ptr"])
 def linear_act_bwd_rows_kernel(
     dy_ptr,
     y_ptr,
@@ -228,7 +228,7 @@ def linear_act_bwd_rows_kernel(
         tl.store(dbias_ptr + slot + offs_n, db.to(dbias_ptr.dtype.element_ty), mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def act_bwd_kernel(
     dy_ptr,
     y_ptr,
@@ -254,7 +254,7 @@ def act_bwd_kernel(
         tl.store(dbias_ptr + tl.program_id(0).to(tl.int64) * N + offs_n, tl.sum(dz, axis=0), mask=offs_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def sum_slots_kernel(
     slots_ptr,
     first_ptr,

@@ -107,7 +107,7 @@ def _bce_dz(z, t, pos_weight):
     return device.sigmoid(z) * (1.0 + (pos_weight - 1.0) * t) - pos_weight * t
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def mlp_fwd_kernel(
     x_ptr,
     weight_ptrs,  # one per layer
@@ -218,7 +218,7 @@ def _clear_gap(ptr, SIZE: tl.constexpr):
         tl.store(ptr + SIZE + offs, tl.zeros((8,), ptr.dtype.element_ty), mask=offs < GAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def mlp_bwd_kernel(
     dy_ptr,  # (M, COLUMNS[1]); None: 1
     x_ptr,  # (M, COLUMNS[0])
@@ -365,7 +365,7 @@ def mlp_bwd_kernel(
                 _clear_gap(slot + DBIAS_AT[l], WIDTHS[l + 1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sums"])
 def sum_losses_kernel(sums_ptr, loss_ptr, num_sums, BLOCK: tl.constexpr):
     """loss = sums[0] + sums[1] + ..., in a fixed order."""
     offs = tl.arange(0, BLOCK)

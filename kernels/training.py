@@ -185,6 +185,17 @@ def _update(params, firsts, seconds, grads, lr, weight_decay, t, hyper, NUMBERS,
     return new_params, new_firsts, new_seconds
 
 
+@triton.jit
+def _segment_steps(segment, offset, period, steps):
+    """The first step of a segment and the first one behind it.
+
+    From the segment's number, never handed from one turn of the loop to the next: triton 3.6.0 and 3.7.1 drop what a
+    loop carries if it is only a bound of a nested loop, and every turn sees its first value (triton-lang/triton PR 9036).
+    """
+    first = segment * period - offset
+    return tl.maximum(first, 0), tl.minimum(first, steps - period) + period
+
+
 # --- one network per lane -------------------------------------------------------------------------------------------
 #
 # A network's parameters are one flat tuple: layer l has its weights, row by row, from AT[l] on, then its biases.
@@ -294,7 +305,7 @@ def train_lane_kernel(
     x_ptr,  # (members or 1, samples, widths[0])
     y_ptr,  # (members or 1, samples, widths[-1])
     order_ptr,  # (epochs, samples), from the epoch of the first step on; None: in order
-    losses_ptr,  # (logged steps, members); None: nothing is logged
+    losses_ptr,  # (logged steps, members)
     members,
     samples,
     stride_xe,  # 0: shared by all members
@@ -345,27 +356,25 @@ def train_lane_kernel(
         for r in tl.static_range(ROWS):
             xs = xs + (_lane_row(x_ptr, member, mask, stride_xe, r, WIDTHS[0]),)
             ts = ts + (_lane_row(y_ptr, member, mask, stride_ye, r, WIDTHS[LAYERS]),)
-    first_step = 0
-    last_step = tl.minimum(period - offset, steps)
     for segment in range(tl.cdiv(offset + steps, period)):
-        if losses_ptr is not None:  # noqa: SIM102, the one is known to the compiler, the other is not
-            if (segment > 0) | (offset == 0):
-                loss = tl.zeros((BLOCK,), tl.float32)
-                if RESIDENT:
-                    for r in tl.static_range(ROWS):
-                        loss += _lane_loss(params, xs[r], ts[r], HIDDEN, OUTPUT, LOSS, WIDTHS, AT, BIAS)
-                else:
-                    log_first = batch * batch_size
-                    for log_index in range(log_first, tl.minimum(log_first + batch_size, samples)):
-                        log_row = tl.cast(log_index, tl.int64)
-                        if order_ptr is not None:
-                            log_row = tl.load(order_ptr + log_row).to(tl.int64)
-                        log_x = _lane_row(x_ptr, member, mask, stride_xe, log_row, WIDTHS[0])
-                        log_t = _lane_row(y_ptr, member, mask, stride_ye, log_row, WIDTHS[LAYERS])
-                        loss += _lane_loss(params, log_x, log_t, HIDDEN, OUTPUT, LOSS, WIDTHS, AT, BIAS)
-                loss *= tl.where(batch == batches - 1, last_scale, scale)
-                logged = (segment - tl.where(offset > 0, 1, 0)).to(tl.int64)
-                tl.store(losses_ptr + logged * members + member, loss, mask=mask)
+        if (segment > 0) | (offset == 0):
+            loss = tl.zeros((BLOCK,), tl.float32)
+            if RESIDENT:
+                for r in tl.static_range(ROWS):
+                    loss += _lane_loss(params, xs[r], ts[r], HIDDEN, OUTPUT, LOSS, WIDTHS, AT, BIAS)
+            else:
+                log_first = batch * batch_size
+                for log_index in range(log_first, tl.minimum(log_first + batch_size, samples)):
+                    log_row = tl.cast(log_index, tl.int64)
+                    if order_ptr is not None:
+                        log_row = tl.load(order_ptr + log_row).to(tl.int64)
+                    log_x = _lane_row(x_ptr, member, mask, stride_xe, log_row, WIDTHS[0])
+                    log_t = _lane_row(y_ptr, member, mask, stride_ye, log_row, WIDTHS[LAYERS])
+                    loss += _lane_loss(params, log_x, log_t, HIDDEN, OUTPUT, LOSS, WIDTHS, AT, BIAS)
+            loss *= tl.where(batch == batches - 1, last_scale, scale)
+            logged = (segment - tl.where(offset > 0, 1, 0)).to(tl.int64)
+            tl.store(losses_ptr + logged * members + member, loss, mask=mask)
+        first_step, last_step = _segment_steps(segment, offset, period, steps)
         for step in range(first_step, last_step):
             batch_scale = tl.where(batch == batches - 1, last_scale, scale)
             grads = ()
@@ -398,8 +407,6 @@ def train_lane_kernel(
             if order_ptr is not None:
                 order_ptr += tl.where(batch == batches - 1, samples, 0)
             batch = tl.where(batch == batches - 1, 0, batch + 1)
-        first_step = last_step
-        last_step = tl.minimum(last_step + period, steps)
     # 0 to be added, which the compiler cannot know: it would keep the addresses in registers throughout the loop.
     member += tl.minimum(batch, 0)
     _lane_store(parameter_ptrs, params, member, mask, SIZES, STARTS)
@@ -572,28 +579,24 @@ def train_block_kernel(
     if RESIDENT:
         all_x, _ = _block_rows(x_ptr, None, 0, samples, WIDTHS[0], PADDED[0], BLOCK_M)
         all_t, all_inside = _block_rows(y_ptr, None, 0, samples, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M)
-    first_step = 0
-    last_step = tl.minimum(period - offset, steps)
     for segment in range(tl.cdiv(offset + steps, period)):
-        if losses_ptr is not None:  # noqa: SIM102, the one is known to the compiler, the other is not
-            if (segment > 0) | (offset == 0):
-                loss = tl.full((), 0.0, tl.float32)
-                if RESIDENT:
-                    loss += _block_loss(params, all_x, all_t, all_inside, HIDDEN, OUTPUT, LOSS, WIDTHS, PADDED, BIAS)
-                else:
-                    log_first = batch * batch_size
-                    log_end = tl.minimum(log_first + batch_size, samples)
-                    for log_start in tl.range(log_first, log_end, BLOCK_M, num_stages=1):
-                        log_x, _ = _block_rows(x_ptr, order_ptr, log_start, log_end, WIDTHS[0], PADDED[0], BLOCK_M)
-                        log_t, log_inside = _block_rows(
-                            y_ptr, order_ptr, log_start, log_end, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M
-                        )
-                        loss += _block_loss(
-                            params, log_x, log_t, log_inside, HIDDEN, OUTPUT, LOSS, WIDTHS, PADDED, BIAS
-                        )
-                loss *= tl.where(batch == batches - 1, last_scale, scale)
-                logged = (segment - tl.where(offset > 0, 1, 0)).to(tl.int64)
-                tl.store(losses_ptr + logged * members + member, loss)
+        if (segment > 0) | (offset == 0):
+            loss = tl.full((), 0.0, tl.float32)
+            if RESIDENT:
+                loss += _block_loss(params, all_x, all_t, all_inside, HIDDEN, OUTPUT, LOSS, WIDTHS, PADDED, BIAS)
+            else:
+                log_first = batch * batch_size
+                log_end = tl.minimum(log_first + batch_size, samples)
+                for log_start in tl.range(log_first, log_end, BLOCK_M, num_stages=1):
+                    log_x, _ = _block_rows(x_ptr, order_ptr, log_start, log_end, WIDTHS[0], PADDED[0], BLOCK_M)
+                    log_t, log_inside = _block_rows(
+                        y_ptr, order_ptr, log_start, log_end, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M
+                    )
+                    loss += _block_loss(params, log_x, log_t, log_inside, HIDDEN, OUTPUT, LOSS, WIDTHS, PADDED, BIAS)
+            loss *= tl.where(batch == batches - 1, last_scale, scale)
+            logged = (segment - tl.where(offset > 0, 1, 0)).to(tl.int64)
+            tl.store(losses_ptr + logged * members + member, loss)
+        first_step, last_step = _segment_steps(segment, offset, period, steps)
         for step in tl.range(first_step, last_step, num_stages=1):
             batch_scale = tl.where(batch == batches - 1, last_scale, scale)
             grads = ()
@@ -625,8 +628,6 @@ def train_block_kernel(
             if order_ptr is not None:
                 order_ptr += tl.where(batch == batches - 1, samples, 0)
             batch = tl.where(batch == batches - 1, 0, batch + 1)
-        first_step = last_step
-        last_step = tl.minimum(last_step + period, steps)
     # 0 to be added, which the compiler cannot know: it would keep the addresses in registers throughout the loop.
     member += tl.minimum(batch, 0)
     _block_store(parameter_ptrs, params, member, SIZES, WIDTHS, PADDED)
@@ -718,19 +719,21 @@ class Loop:
         """As `loop.Loop.run`; order is int32, losses float32."""
         if steps == 0:
             return
-        offset = start % log_every if log_every else 0
+        # Without a log: one segment that begins a step too early for its loss. The kernel is the one that logs, and so are
+        # all bits of its results.
+        offset = start % log_every if log_every else 1
         resident = order is None and self.batches == 1 and self.samples <= self.plan.rows
         rows = {"ROWS": self.samples if resident else self.plan.rows} if self.plan.impl == "lane" else {}
         with _current(losses):
             self.kernel[self.grid](
                 order_ptr=order,
-                losses_ptr=losses if log_every else None,
+                losses_ptr=losses,
                 batch=start % self.batches,
                 taken=self.taken,
                 steps=steps,
                 offset=offset,
                 # A period longer than the launch would overflow for nothing.
-                period=min(log_every or steps, offset + steps),
+                period=min(log_every or offset + steps, offset + steps),
                 RESIDENT=resident,
                 **rows,
                 **self.arguments,

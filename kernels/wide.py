@@ -89,7 +89,7 @@ def _finish(z, bias_ptr, stride_b, y_desc, first_m, first_n, N, ACT: tl.constexp
     y_desc.store([first_m, first_n], ACT(z).to(y_desc.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K"])
 def linear_act_fwd_tma_kernel(
     x_desc,  # blocks of [BLOCK_M, BLOCK_K], or [BLOCK_K, BLOCK_M] if ACROSS
     weight_desc,  # blocks of [BLOCK_N, BLOCK_K], or [BLOCK_K, BLOCK_N] if ACROSS
@@ -147,7 +147,7 @@ def linear_act_fwd_tma_kernel(
             _finish(right, bias_ptr, stride_b, y_desc, first_m, first_n + BLOCK_N // 2, N, ACT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def sum_splits_kernel(
     parts_ptr,  # (SPLITS, rows, N) fp32, of which the first M rows count
     bias_ptr,  # None without a bias
@@ -182,7 +182,7 @@ def _finish_dgrad(dh, h_desc, dz_desc, dbias_ptr, tile_m, first_m, first_n, N, A
         tl.store(dbias_ptr + tile_m.to(tl.int64) * N + offs_n, tl.sum(dz, axis=0), mask=offs_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K"])
 def linear_act_dgrad_tma_kernel(
     dz_desc,  # blocks of [BLOCK_M, BLOCK_K]
     weight_desc,  # blocks of [BLOCK_K, BLOCK_N], or [BLOCK_N, BLOCK_K] if TRANSPOSED
