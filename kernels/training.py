@@ -190,7 +190,7 @@ def _segment_steps(segment, offset, period, steps):
     """The first step of a segment and the first one behind it.
 
     From the segment's number, never handed from one turn of the loop to the next: triton 3.6.0 and 3.7.1 drop what a
-    loop carries if it is only a bound of a nested loop, and every turn sees its first value (triton-lang/triton PR 9036).
+    loop carries if it does nothing but bound a nested loop, and every turn sees the first value (triton PR 9036).
     """
     first = segment * period - offset
     return tl.maximum(first, 0), tl.minimum(first, steps - period) + period
@@ -719,8 +719,8 @@ class Loop:
         """As `loop.Loop.run`; order is int32, losses float32."""
         if steps == 0:
             return
-        # Without a log: one segment that begins a step too early for its loss. The kernel is the one that logs, and so are
-        # all bits of its results.
+        # Without a log, one segment that began a step before the launch, where its loss would be due. The kernel is the
+        # one that logs: results have the same bits.
         offset = start % log_every if log_every else 1
         resident = order is None and self.batches == 1 and self.samples <= self.plan.rows
         rows = {"ROWS": self.samples if resident else self.plan.rows} if self.plan.impl == "lane" else {}
