@@ -48,7 +48,7 @@ def _plan(arch, op, kind, widths, rows, loss=False):
     return planning.mlp_fwd(*arguments, save=op == "mlp_fwd", loss=loss, impl="triton")
 
 
-def _launches(op, kind, widths, rows, plan, act="sigmoid", loss=False):
+def _recorded(op, kind, widths, rows, plan, act="sigmoid", loss=False):
     """The launches of a plan, for tensors of the fewest attributes that a launch would see."""
     dtype, _ = KINDS[kind]
 
@@ -101,16 +101,16 @@ def _cases():
 CASES = dict(_cases())
 
 
-def _launches_of(case):
+def _launches(case):
     """The launches of the network's kernels, with the chip that they are compiled for."""
     arch, *rest = case
     kernels = (mlp.mlp_fwd_kernel, mlp.mlp_bwd_kernel)
-    return [(arch, launch) for launch in _launches(*rest) if launch.kernel in kernels]
+    return [(arch, launch) for launch in _recorded(*rest) if launch.kernel in kernels]
 
 
 @pytest.fixture(scope="session")
 def compiled(request):
-    return compile_selected(request, CASES, _launches_of)
+    return compile_selected(request, CASES, _launches)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -161,7 +161,7 @@ def test_every_row_is_the_choice_of_its_own_chain():
 def test_compiles_for_sm_100(op, kind):
     widths = (32, 32, 32)
     plan = _plan(90, op, kind, widths, 65536)
-    for arch, launch in _launches_of((100, op, kind, widths, 65536, plan, "sigmoid", False)):
+    for arch, launch in _launches((100, op, kind, widths, 65536, plan, "sigmoid", False)):
         resources = compile_for(arch, launch)
         assert resources.registers > 0
         assert resources.shared <= aot.SHARED_LIMIT[100]
@@ -170,7 +170,7 @@ def test_compiles_for_sm_100(op, kind):
 def test_a_spilling_tile_is_seen():
     # Negative control: the sums of four 64 x 64 weights do not fit in the registers of four warps.
     plan = MlpPlan("fused", "", (MlpSegment(0, 4, MlpTile(64, 4, 1), 2),))
-    (launch,) = _launches_of((90, "mlp_bwd", "half", (64,) * 5, 4096, plan, "sigmoid", False))
+    (launch,) = _launches((90, "mlp_bwd", "half", (64,) * 5, 4096, plan, "sigmoid", False))
     resources = compile_for(*launch)
     assert resources.stack > 0
     assert resources.opcodes["STL"] > 0
@@ -215,7 +215,7 @@ def test_a_transposed_product_is_seen(size):
 def test_ahead_of_time_is_what_a_launch_compiles(op, loss):
     widths, rows = (32, 64, 5), 4096
     plan = _plan(90, op, "half", widths, rows, loss)
-    launches = _launches(op, "half", widths, rows, plan, loss=loss)
+    launches = _recorded(op, "half", widths, rows, plan, loss=loss)
     assert launches
     for launch in launches:
         source = aot.source(launch)
