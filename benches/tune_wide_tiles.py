@@ -100,7 +100,7 @@ def programs_per_sm(task: tuple[int, str, list[int]]) -> int | None:
             print(f"{task}: {type(error).__name__}", file=sys.stderr)
             return None
         # Some that the compiler cannot place come out as kernels which compute nothing, without a word.
-        products = any("MMA" in opcode for opcode in resources.opcodes) and not resources.opcodes.get("HMMA", 0)
+        products = resources.products and not resources.opcodes["HMMA"]
         if resources.spills or not products or resources.shared > aot.SHARED_LIMIT[arch]:
             return None
         found.append(resources.programs_per_sm(arch))

@@ -3,22 +3,28 @@
 Used by the tests that gate register spills and by the tool that picks tiles. Needs triton, but no driver.
 """
 
+import ast
 import functools
+import hashlib
+import inspect
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.nvidia.compiler import get_ptxas_version
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
+from triton.runtime.jit import DependenciesFinder, JITCallable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
@@ -27,10 +33,15 @@ POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
+# The machine instructions that are counted by name, each in all its forms.
+OPCODES = ("HGMMA", "HMMA", "UTCHMMA", "FFMA", "MUFU", "LDG", "LDL", "STL", "UTMALDG", "UTMASTG")
+
+
 @dataclass(frozen=True)
 class Resources:
-    """What one program takes. `opcodes` counts machine instructions by name, as in {"HGMMA": 4, "MUFU": 64}.
+    """What one program takes: numbers alone, so that a table can hold them.
 
+    `opcodes` counts the instructions in OPCODES by name, as in {"HGMMA": 4, "MUFU": 64, ...}, and all of them as "all";
     `loop_opcodes` counts those from the first loop's head to the last loop's end.
     """
 
@@ -40,13 +51,17 @@ class Resources:
     num_warps: int
     opcodes: dict[str, int]
     loop_opcodes: dict[str, int]
-    cubin: bytes
-    ttgir: str  # the compiler's last representation in which dots and transposes are still operations
+    findings: dict[str, int] = field(default_factory=dict)  # what the caller counts besides
+
+    @property
+    def products(self) -> int:
+        """Instructions of tensor cores, of whatever generation."""
+        return sum(count for name, count in self.opcodes.items() if "MMA" in name)
 
     @property
     def spills(self) -> bool:
         """Whether registers did not suffice, and the stack took what was left."""
-        return bool(self.stack or self.opcodes.get("LDL", 0) or self.opcodes.get("STL", 0))
+        return bool(self.stack or self.opcodes["LDL"] or self.opcodes["STL"])
 
     def programs_per_sm(self, arch: int) -> int:
         """How many programs fit on a streaming multiprocessor at once (65,536 registers, 64 warps, 32 programs)."""
@@ -88,8 +103,22 @@ def launches(launcher: Callable, *arguments: Any) -> list[Launch]:
     return recorded
 
 
-def compile_for(arch: int, launch: Launch) -> Resources:
-    """Compile for sm_<arch> what a launch would compile there.
+# What to count in the texts that the compiler leaves, "ttir", "ttgir", "ptx" and "sass": a function for each name.
+Findings = Mapping[str, Callable[[dict[str, Any]], int]]
+
+
+def compile_for(arch: int, launch: Launch, findings: Findings | None = None) -> Resources:
+    """What the kernel that a launch would compile for sm_<arch> takes there, as the machine code says."""
+    return measure(compiled(arch, launch), findings)
+
+
+def compiled(arch: int, launch: Launch) -> CompiledKernel:
+    """What a launch would compile on sm_<arch>."""
+    return triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def source(launch: Launch) -> ASTSource:
+    """A launch as the compiler sees it: the kernel, types of its arguments, and what is known of their values.
 
     Ints are specialized as a launch specializes them: 1 becomes a constant, multiples of 16 are known as such.
     Tensors count as aligned to 16 bytes. What the kernel exempts from specialization is exempt here too.
@@ -120,14 +149,13 @@ def compile_for(arch: int, launch: Launch) -> Resources:
 
     for index, parameter in enumerate(kernel.params):
         signature[parameter.name] = specialize((index,), launch.arguments[parameter.name], parameter)
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options=launch.options,
-    )
-    cubin = compiled.asm["cubin"]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def measure(compiled: CompiledKernel, findings: Findings | None = None) -> Resources:
+    """The resources of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         usage = _cuobjdump("--dump-resource-usage", file.name)
         code = _cuobjdump("-sass", file.name)
@@ -138,16 +166,21 @@ def compile_for(arch: int, launch: Launch) -> Resources:
     jumps = [(int(to[1], 16), at) for at, name, rest in instructions if name == "BRA" and (to := _target(rest))]
     loops = [(head, end) for head, end in jumps if head < end]
     begin, end = min((head for head, _ in loops), default=0), max((end for _, end in loops), default=-1)
+    texts = {**compiled.asm, "sass": code}
     return Resources(
         registers,
         stack,
         compiled.metadata.shared,
         compiled.metadata.num_warps,
-        dict(Counter(name for _, name, _ in instructions)),
-        dict(Counter(name for at, name, _ in instructions if begin <= at <= end)),
-        cubin,
-        compiled.asm["ttgir"],
+        _counts([name for _, name, _ in instructions]),
+        _counts([name for at, name, _ in instructions if begin <= at <= end]),
+        {name: count(texts) for name, count in (findings or {}).items()},
     )
+
+
+def _counts(names: list[str]) -> dict[str, int]:
+    counts = Counter(names)
+    return {name: counts[name] for name in OPCODES} | {"all": len(names)}
 
 
 def _target(operands: str) -> re.Match[str] | None:
@@ -161,3 +194,69 @@ def _tool() -> str:
 
 def _cuobjdump(flag: str, path: str) -> str:
     return subprocess.run([_tool(), flag, path], check=True, capture_output=True, text=True).stdout
+
+
+# --- what a compilation hangs on -------------------------------------------------------------------------------------
+
+
+def identity(arch: int, launch: Launch) -> str:
+    """The name of what `compiled` would make, found without compiling: another one as soon as anything differs.
+
+    The code of the kernel and of all that it calls counts, with the values it reads, and so do types, constants,
+    options and the versions of both compilers. Comments, docstrings, files and line numbers do not.
+    """
+    own = source(launch)
+    compilers = triton.__version__, get_ptxas_version(arch)
+    parts = own.fn, own.signature, own.constants, own.attrs, launch.options, arch, compilers
+    return hashlib.sha256(_text(parts).encode()).hexdigest()[:20]
+
+
+class _Dependencies(DependenciesFinder):
+    """triton's search for what a function's code hangs on. Its own key of that holds files and line numbers too."""
+
+    def __init__(self, function: JITCallable) -> None:
+        tree = function.parse()
+        (definition,) = tree.body
+        if ast.get_docstring(definition) is not None:  # pyright: ignore[reportArgumentType]
+            del definition.body[0]  # pyright: ignore[reportAttributeAccessIssue]
+        nonlocals = inspect.getclosurevars(function.fn).nonlocals
+        super().__init__(function.__name__, function.__globals__, nonlocals, _text(tree))
+        self.visit(tree)
+        values = {name: value for (name, _), (value, _) in self.used_global_vals.items()}
+        parameters = function.signature.parameters.values()
+        # A default has the value of the day that the function was defined.
+        defaults = {own.name: own.default for own in parameters if own.default is not own.empty}
+        self.hasher.update(_text((values, defaults, getattr(function, "noinline", False))).encode())
+
+    def _update_hash(self, func: JITCallable) -> None:
+        self.hasher.update(_code(func).encode())
+
+    def record_reference(self, val: Any, var_dict: Any = None, name: Any = None) -> None:
+        # triton forgets the values that are reached through a module.
+        name = name or f"attribute {len(self.used_global_vals)}"
+        super().record_reference(val, self.globals if var_dict is None else var_dict, name)
+
+
+@functools.cache
+def _code(function: JITCallable) -> str:
+    return _Dependencies(function).ret
+
+
+def _text(value: Any) -> str:
+    """A value in words that are the same in every process and for every Python."""
+    if isinstance(value, JITCallable):
+        return _code(value)
+    if isinstance(value, tl.constexpr):
+        return _text(value.value)
+    if isinstance(value, ast.AST):  # ast.dump shows empty fields in some Pythons alone
+        fields = [f"{name}={_text(own)}" for name, own in ast.iter_fields(value) if own is not None and own != []]
+        return f"{type(value).__name__}({', '.join(fields)})"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_text, value))})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(sorted(f'{_text(key)}: {_text(own)}' for key, own in value.items()))}}}"
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, tl.dtype)):
+        return repr(value)
+    raise TypeError(f"a kernel hangs on {value!r}, a {type(value).__name__}, which has no text of its own")

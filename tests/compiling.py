@@ -1,38 +1,198 @@
-"""What the compile-only tests share: cases compiled ahead of time in all cores, and the table that they print."""
+"""What the compile-only tests share: cases compiled ahead of time in all cores, and tables of what came out.
+
+`compiled/<triton's version>.json` has a row for each kernel that the cases compile. Tests read the row: a run compiles
+what has none, because something in it changed, and a twentieth of the rest, which must come out as the row says. Each
+commit has another twentieth, so that twenty in succession have them all. `make test-tiles` compiles everything and
+writes the tables.
+"""
 
 import dataclasses
-import multiprocessing
-import os
+import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-OPCODES = ("HGMMA", "HMMA", "FFMA", "MUFU")
+PRINTED = ("HGMMA", "HMMA", "FFMA", "MUFU")
+PER_PROGRAM = ("registers", "stack", "shared", "num_warps")
+TABLES = Path(__file__).with_name("compiled")
+PARTS = 20
+REPORT = pytest.StashKey()  # lines for the end of a run
+
+# What tests gate besides the machine code: a name, and how often it is found in the compiler's texts, "ttir", "ttgir",
+# "ptx" and "sass". Rows hold these numbers; a table that lacks one of them counts as empty.
+FINDINGS = {
+    "dots": lambda texts: sum(len(re.findall(rf"\b{re.escape(op)}\b", texts["ttgir"])) for op in DOTS),
+    "transposes": lambda texts: texts["ttgir"].count("tt.trans"),
+    "dangerous dots": lambda texts: len(dangerous_dots(texts["ttgir"])),
+}
 
 
-def compile_selected(request, cases, compile):
-    """name -> the Resources that compile(case) lists, for the cases that selected tests name.
+def compile_for(arch, launch):
+    """Resources with these findings, compiled whatever a table says."""
+    from perceptriton.kernels import aot
+
+    return aot.compile_for(arch, launch, FINDINGS)
+
+
+class Compiled(dict):
+    """name -> Resources of each kernel of a case. A test of a case that came out unlike the table fails."""
+
+    def __init__(self, resources, unlike):
+        super().__init__(resources)
+        self.unlike = unlike
+
+    def __getitem__(self, name):
+        if self.unlike[name]:
+            pytest.fail("\n".join(self.unlike[name]), pytrace=False)
+        return super().__getitem__(name)
+
+
+def compile_selected(request, cases, launches):
+    """name -> Resources of what launches(case) lists, pairs (arch, Launch), for the cases that selected tests name.
 
     Prints a row per launch, and writes the cubins into the folder that --cubins names.
     """
+    import triton
+
+    from perceptriton.kernels import aot
+
+    option = request.config.getoption
     selected = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
     names = [name for name in cases if name in selected]
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        table = dict(zip(names, pool.map(compile, [cases[name] for name in names], chunksize=1), strict=True))
-    if option := request.config.getoption("--cubins"):
-        folder = Path(option)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, results in table.items():
-            for index, resources in enumerate(results):
-                (folder / f"{name}.{index}.cubin").write_bytes(resources.cubin)
-    print("\n" + f"{'kernel':64}" + "".join(f"{head:>7}" for head in ("regs", "stack", "smem", "warps", *OPCODES)))
-    for name, results in table.items():
-        for own in results:
-            cells = (own.registers, own.stack, own.shared, own.num_warps, *map(own.opcodes.get, OPCODES))
-            print(f"{name:64}" + "".join(f"{cell or 0:7}" for cell in cells))
-    return table
+    identities = {name: [aot.identity(*own) for own in launches(cases[name])] for name in names}
+    places = {}  # of each kernel, the case that has it first
+    for name in names:
+        for index, identity in enumerate(identities[name]):
+            places.setdefault(identity, (name, index))
+
+    table = Table(TABLES / f"{triton.__version__}.json")
+    part = part_of_commit()
+    everything = any(map(option, ("--all-tiles", "--write-tiles", "--cubins")))
+    due = [own for own in places if everything or own not in table.rows or part_of(own) == part]
+    jobs = [(launches, cases[name], index) for name, index in map(places.get, due)]
+    made = request.getfixturevalue("compilers").starmap(_compile, jobs, 1) if jobs else []
+    fresh = {own: resources for own, (resources, _) in zip(due, made, strict=True)}
+    if folder := option("--cubins"):
+        cubins = {own: cubin for own, (_, cubin) in zip(due, made, strict=True)}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            for index, own in enumerate(identities[name]):
+                (Path(folder) / f"{name}.{index}.cubin").write_bytes(cubins[own])
+
+    suite = launches.__module__
+    report = f"{suite} on triton {triton.__version__}: {len(places)} kernels, {len(due)} of them compiled"
+    if new := len(fresh.keys() - table.rows.keys()):
+        report += f", {new} because {table.path.name} has no row for them (make test-tiles writes it)"
+    request.config.stash.setdefault(REPORT, []).append(report)
+    if option("--write-tiles"):
+        labels = {own: "{}/{}.{}".format(suite, *places[own]) for own in fresh}
+        table.update(fresh, labels, suite if names == list(cases) else None)
+
+    resources = table.rows | fresh
+    print("\n" + f"{'kernel':64}" + "".join(f"{head:>7}" for head in ("regs", "stack", "smem", "warps", *PRINTED)))
+    for name in names:
+        for own in map(resources.get, identities[name]):
+            cells = (own.registers, own.stack, own.shared, own.num_warps, *map(own.opcodes.get, PRINTED))
+            print(f"{name:64}" + "".join(f"{cell:7}" for cell in cells))
+    return Compiled(
+        {name: [resources[own] for own in identities[name]] for name in names},
+        {name: [line for own in identities[name] for line in table.unlike(own, resources[own])] for name in names},
+    )
+
+
+def _compile(launches, case, index):
+    """Resources and cubin of one of the launches of a case."""
+    from perceptriton.kernels import aot
+
+    compiled = aot.compiled(*launches(case)[index])
+    return aot.measure(compiled, FINDINGS), compiled.asm["cubin"]
+
+
+# --- the table of what came out --------------------------------------------------------------------------------------
+
+
+def part_of(identity):
+    return int(identity, 16) % PARTS
+
+
+def part_of_commit():
+    """Which part's turn it is: commits so far, modulo the number of parts, and 0 where there is no history to count."""
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", *arguments], cwd=TABLES.parent, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        whole = git("rev-parse", "--is-shallow-repository") == "false"
+        return int(git("rev-list", "--count", "HEAD")) % PARTS if whole else 0
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+
+
+def figures(resources):
+    """Resources as numbers by name."""
+    own = {name: getattr(resources, name) for name in PER_PROGRAM}
+    loops = {f"{name} in loops": count for name, count in resources.loop_opcodes.items()}
+    return own | resources.opcodes | loops | resources.findings
+
+
+def resources_of(numbers):
+    """The inverse of `figures`. A KeyError names what is missing."""
+    from perceptriton.kernels import aot
+
+    own, counted = (numbers[name] for name in PER_PROGRAM), (*aot.OPCODES, "all")
+    opcodes, loop_opcodes = ({name: numbers[name + where] for name in counted} for where in ("", " in loops"))
+    return aot.Resources(*own, opcodes, loop_opcodes, {name: numbers[name] for name in FINDINGS})
+
+
+class Table:
+    """Resources by identity, in a file with a line for each kernel. `labels` say to people which case it is."""
+
+    def __init__(self, path):
+        self.path, self.rows, self.labels = path, {}, {}
+        if not path.exists():
+            return
+        document = json.loads(path.read_text())
+        try:
+            for identity, (label, *numbers) in document["rows"].items():
+                self.rows[identity] = resources_of(dict(zip(document["columns"], numbers, strict=True)))
+                self.labels[identity] = label
+        except KeyError:  # tests have come to read more than it holds
+            self.rows, self.labels = {}, {}
+
+    def unlike(self, identity, resources):
+        """What the row of a kernel says otherwise, a line for each figure."""
+        if (row := self.rows.get(identity)) in (None, resources):
+            return []
+        says, has = figures(row), figures(resources)
+        where = f"{self.labels[identity]} ({identity} in {self.path.name})"
+        return [
+            f"{where}: {name} {says[name]} in the table, {has[name]} now" for name in has if says[name] != has[name]
+        ]
+
+    def update(self, rows, labels, suite=None):
+        """Writes these rows. Those that had their labels go, and with `suite` all others of that suite."""
+        stale = set(labels.values())
+        for identity, label in list(self.labels.items()):
+            if label in stale or label.split("/")[0] == suite:
+                del self.rows[identity], self.labels[identity]
+        self.rows |= rows
+        self.labels |= labels
+        compact = json.JSONEncoder(separators=(",", ":")).encode
+        columns = list(figures(next(iter(self.rows.values()))))
+        lines = ",\n".join(
+            f"{compact(identity)}:{compact([label, *figures(self.rows[identity]).values()])}"
+            for identity, label in sorted(self.labels.items(), key=lambda row: row[::-1])
+        )
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(f'{{"columns":{compact(columns)},"rows":{{\n{lines}\n}}}}\n')
+
+
+# --- gates -----------------------------------------------------------------------------------------------------------
 
 
 def assert_fits(resources, arch):

@@ -1,6 +1,9 @@
+import multiprocessing
+import os
 import time
 
 import cases
+import compiling
 import pytest
 import torch
 
@@ -13,11 +16,18 @@ def pytest_addoption(parser):
     parser.addoption("--shard", metavar="I/N", help="of N processes that deal the tests out, this is number I from 0")
     parser.addoption("--watch-memory", action="store_true", help="kernels under the interpreter: see tests/watching.py")
     parser.addoption("--long", action="store_true", help="trajectories of 10,001 steps under the interpreter: minutes")
-    parser.addoption("--cubins", metavar="DIR", help="keep what tests/test_compile.py compiles there")
+    parser.addoption("--cubins", metavar="DIR", help="keep what the compile-only tests compile there")
+    parser.addoption("--all-tiles", action="store_true", help="compile what tests/compiled has a row for too")
+    parser.addoption("--write-tiles", action="store_true", help="compile all tiles and write tests/compiled")
 
 
 def pytest_report_header():
     return f"FUZZ_SEED={cases.FUZZ_SEED}"
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash.get(compiling.REPORT, []):
+        terminalreporter.write_line(line)
 
 
 BEGAN = time.monotonic()
@@ -106,6 +116,13 @@ def device():
         if found == "cpu":
             _round_bfloat16(monkeypatch)
         yield found
+
+
+@pytest.fixture(scope="session")
+def compilers():
+    """A process on each core, for all suites of a run: to import torch and triton takes each of them seconds."""
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        yield pool
 
 
 @pytest.fixture

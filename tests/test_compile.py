@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from compiling import assert_fits, compile_selected
+from compiling import assert_fits, compile_for, compile_selected
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -65,16 +65,16 @@ def _cases():
 CASES = {case[0]: case[1:] for case in _cases()}
 
 
-def _compile(case, target=None):
-    """Resources of every launch of a case, compiled for its chip or for `target`."""
+def _launches(case):
+    """Every launch of a case, with the chip that it is compiled for."""
     arch, op, kind, shape, plan = case
     launcher, tensors, rest = (_forward if op == "linear_act_fwd" else _backward)(*shape, KINDS[kind][0], plan)
-    return [aot.compile_for(target or arch, launch) for launch in aot.launches(launcher, *tensors, *rest)]
+    return [(arch, launch) for launch in aot.launches(launcher, *tensors, *rest)]
 
 
 @pytest.fixture(scope="session")
 def compiled(request):
-    return compile_selected(request, CASES, _compile)
+    return compile_selected(request, CASES, _launches)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,21 +87,20 @@ def test_no_spills_and_fits(name, compiled):
 @pytest.mark.parametrize("name", [name for name in CASES if "passes" not in name])
 def test_products_use_the_right_units(name, compiled):
     _, _, kind, _, _ = CASES[name]
-    opcodes = compiled[name][0].opcodes
-    tensor_cores = opcodes.get("HMMA", 0) + opcodes.get("HGMMA", 0)
+    resources = compiled[name][0]
     if kind == "ieee":
         # fp32 that went through tensor cores would be TF32 in disguise.
-        assert tensor_cores == 0
-        assert opcodes["FFMA"] >= 16
+        assert resources.products == 0
+        assert resources.opcodes["FFMA"] >= 16
     else:
-        assert tensor_cores > 0
+        assert resources.products > 0
 
 
 @pytest.mark.parametrize(
     "name", [n for n, c in CASES.items() if c[0] == 90 and c[2] == "half" and c[4].impl == "tiled"]
 )
 def test_large_16_bit_tiles_use_wgmma(name, compiled):
-    assert compiled[name][0].opcodes.get("HGMMA", 0) > 0
+    assert compiled[name][0].opcodes["HGMMA"] > 0
 
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c[1] == "linear_act_fwd" and c[2] == "half"])
@@ -116,7 +115,8 @@ def test_special_function_units_per_output(name, compiled):
 @pytest.mark.parametrize("op", ["linear_act_fwd", "linear_act_bwd"])
 def test_compiles_for_sm_100(op, kind):
     name = f"sm_90-{op}-{kind}-32x32-aligned"
-    for resources in _compile(CASES[name], target=100):
+    for _, launch in _launches(CASES[name]):
+        resources = compile_for(100, launch)
         assert resources.registers > 0
         assert resources.shared <= aot.SHARED_LIMIT[100]
 
@@ -125,6 +125,6 @@ def test_a_spilling_tile_is_seen():
     # Negative control: 128 rows of a 64x64 backward in 4 warps cannot keep its sums in sm_80's registers.
     plan = Plan("rows", "", Tile(128, 64, 64, 4, 2), programs=2)
     launcher, tensors, rest = _backward(4096, 64, 64, torch.bfloat16, plan)
-    resources = aot.compile_for(80, aot.launches(launcher, *tensors, *rest)[0])
+    resources = compile_for(80, aot.launches(launcher, *tensors, *rest)[0])
     assert resources.stack > 0
-    assert resources.opcodes.get("STL", 0) > 0
+    assert resources.opcodes["STL"] > 0

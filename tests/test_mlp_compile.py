@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from compiling import DOTS, assert_fits, compile_selected, dangerous_dots, launch_signature
+from compiling import assert_fits, compile_for, compile_selected, launch_signature
 
 triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -48,7 +48,7 @@ def _plan(arch, op, kind, widths, rows, loss=False):
     return planning.mlp_fwd(*arguments, save=op == "mlp_fwd", loss=loss, impl="triton")
 
 
-def _launches(op, kind, widths, rows, plan, act="sigmoid", loss=False):
+def _recorded(op, kind, widths, rows, plan, act="sigmoid", loss=False):
     """The launches of a plan, for tensors of the fewest attributes that a launch would see."""
     dtype, _ = KINDS[kind]
 
@@ -101,17 +101,16 @@ def _cases():
 CASES = dict(_cases())
 
 
-def _compile(case, target=None):
-    """Resources of the launches of the network's kernels, compiled for their chip or for `target`."""
-    arch, op, kind, widths, rows, plan, act, loss = case
-    launches = _launches(op, kind, widths, rows, plan, act, loss)
+def _launches(case):
+    """The launches of the network's kernels, with the chip that they are compiled for."""
+    arch, *rest = case
     kernels = (mlp.mlp_fwd_kernel, mlp.mlp_bwd_kernel)
-    return [aot.compile_for(target or arch, launch) for launch in launches if launch.kernel in kernels]
+    return [(arch, launch) for launch in _recorded(*rest) if launch.kernel in kernels]
 
 
 @pytest.fixture(scope="session")
 def compiled(request):
-    return compile_selected(request, CASES, _compile)
+    return compile_selected(request, CASES, _launches)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -125,13 +124,12 @@ def test_no_spills_and_fits(name, compiled):
 def test_products_use_the_right_units(name, compiled):
     kind = CASES[name][2]
     for resources in compiled[name]:
-        tensor_cores = resources.opcodes.get("HMMA", 0) + resources.opcodes.get("HGMMA", 0)
         if kind == "ieee":
             # fp32 that went through tensor cores would be TF32 in disguise.
-            assert tensor_cores == 0
+            assert resources.products == 0
             assert resources.opcodes["FFMA"] >= 16
         else:
-            assert tensor_cores > 0
+            assert resources.products > 0
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if re.match(r"sm_90-mlp_\w+-half-exact-(64|128)-", name)])
@@ -139,7 +137,7 @@ def test_wide_16_bit_products_use_wgmma(name, compiled):
     if CASES[name][5].segments[0].tile.block_m < 64:
         pytest.skip("wgmma takes 64 rows at least, and every such tile spills here")
     for resources in compiled[name]:
-        assert resources.opcodes.get("HGMMA", 0) > 0
+        assert resources.opcodes["HGMMA"] > 0
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if re.match(r"sm_90-mlp_(fwd|infer)-half-exact-", name)])
@@ -163,7 +161,8 @@ def test_every_row_is_the_choice_of_its_own_chain():
 def test_compiles_for_sm_100(op, kind):
     widths = (32, 32, 32)
     plan = _plan(90, op, kind, widths, 65536)
-    for resources in _compile((90, op, kind, widths, 65536, plan, "sigmoid", False), target=100):
+    for arch, launch in _launches((100, op, kind, widths, 65536, plan, "sigmoid", False)):
+        resources = compile_for(arch, launch)
         assert resources.registers > 0
         assert resources.shared <= aot.SHARED_LIMIT[100]
 
@@ -171,9 +170,10 @@ def test_compiles_for_sm_100(op, kind):
 def test_a_spilling_tile_is_seen():
     # Negative control: the sums of four 64 x 64 weights do not fit in the registers of four warps.
     plan = MlpPlan("fused", "", (MlpSegment(0, 4, MlpTile(64, 4, 1), 2),))
-    (resources,) = _compile((90, "mlp_bwd", "half", (64,) * 5, 4096, plan, "sigmoid", False))
+    (launch,) = _launches((90, "mlp_bwd", "half", (64,) * 5, 4096, plan, "sigmoid", False))
+    resources = compile_for(*launch)
     assert resources.stack > 0
-    assert resources.opcodes.get("STL", 0) > 0
+    assert resources.opcodes["STL"] > 0
 
 
 # --- the product that was miscompiled -----------------------------------------------------------------------------
@@ -182,8 +182,8 @@ def test_a_spilling_tile_is_seen():
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[1] == "mlp_bwd" and case[2] != "ieee"])
 def test_no_product_of_a_transposed_product(name, compiled):
     for resources in compiled[name]:
-        assert any(op in resources.ttgir for op in DOTS)
-        assert dangerous_dots(resources.ttgir) == []
+        assert resources.findings["dots"] > 0
+        assert resources.findings["dangerous dots"] == 0
 
 
 @triton.jit
@@ -203,10 +203,8 @@ def test_a_transposed_product_is_seen(size):
     a = torch.empty((size, size), dtype=torch.bfloat16, device="meta")
     c = torch.empty((size, size), device="meta")
     arguments = {"a_ptr": a, "b_ptr": a, "c_ptr": c, "BLOCK": size}
-    resources = aot.compile_for(
-        90, aot.Launch(transposed_product_kernel, arguments, {"num_warps": 4, "enable_fp_fusion": True})
-    )
-    assert dangerous_dots(resources.ttgir)
+    launch = aot.Launch(transposed_product_kernel, arguments, {"num_warps": 4, "enable_fp_fusion": True})
+    assert compile_for(90, launch).findings["dangerous dots"] > 0
 
 
 # --- what is compiled here is what a launch compiles ----------------------------------------------------------------
@@ -214,22 +212,13 @@ def test_a_transposed_product_is_seen(size):
 
 @pytest.mark.parametrize("op", ["mlp_infer", "mlp_fwd", "mlp_bwd"])
 @pytest.mark.parametrize("loss", [False, True], ids=["", "loss"])
-def test_ahead_of_time_is_what_a_launch_compiles(op, loss, monkeypatch):
+def test_ahead_of_time_is_what_a_launch_compiles(op, loss):
     widths, rows = (32, 64, 5), 4096
     plan = _plan(90, op, "half", widths, rows, loss)
-    sources = []
-
-    def remember(source, **_):
-        sources.append(source)
-        raise StopIteration
-
-    monkeypatch.setattr(aot.triton, "compile", remember)
-    launches = _launches(op, "half", widths, rows, plan, loss=loss)
+    launches = _recorded(op, "half", widths, rows, plan, loss=loss)
     assert launches
     for launch in launches:
-        with pytest.raises(StopIteration):
-            aot.compile_for(90, launch)
-        source = sources.pop()
+        source = aot.source(launch)
         types, constants, attributes = launch_signature(launch)
         assert source.signature == types
         assert source.constants == constants

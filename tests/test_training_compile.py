@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from compiling import DOTS, assert_fits, compile_selected, dangerous_dots, launch_signature
+from compiling import assert_fits, compile_for, compile_selected, launch_signature
 
 triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -98,23 +98,19 @@ def _launch(case, plan=None, steps=(0, 0, 1000, 10)):
     return launch
 
 
-def _compile(case, arch=None, plan=None):
-    return aot.compile_for(arch or case[0], _launch(case, plan))
-
-
-def _compile_all(case):
-    return [_compile(case)]
+def _launches(case):
+    return [(case[0], _launch(case))]
 
 
 @pytest.fixture(scope="session")
 def compiled(request):
-    """name -> Resources"""
-    return {name: resources for name, (resources,) in compile_selected(request, CASES, _compile_all).items()}
+    return compile_selected(request, CASES, _launches)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_spills_and_fits(name, compiled):
-    assert_fits(compiled[name], CASES[name][0])
+    (resources,) = compiled[name]
+    assert_fits(resources, CASES[name][0])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -122,8 +118,9 @@ def test_loops_load_no_parameters(name, compiled):
     """From the first loop's head on, memory is read for samples and their order alone."""
     _, recipe, _, samples, batch_size, ordered, impl = CASES[name]
     plan = _plan(CASES[name])
-    loads = compiled[name].loop_opcodes.get("LDG", 0)
-    assert compiled[name].opcodes["LDG"] > loads, "no parameters were loaded at all"
+    (resources,) = compiled[name]
+    loads = resources.loop_opcodes["LDG"]
+    assert resources.opcodes["LDG"] > loads, "no parameters were loaded at all"
     ends = recipe.widths[0], recipe.widths[-1]
     if not ordered and batch_size == samples <= plan.rows:
         assert loads == 0
@@ -140,13 +137,13 @@ def test_loops_load_no_parameters(name, compiled):
 @pytest.mark.parametrize("name", CASES)
 def test_fp32_products_are_fp32(name, compiled):
     # On tensor cores they would be TF32 in disguise, and Hopper's were once fed transposed registers wrongly.
-    resources = compiled[name]
-    assert resources.opcodes.get("HMMA", 0) + resources.opcodes.get("HGMMA", 0) == 0
+    (resources,) = compiled[name]
+    assert resources.products == 0
     assert resources.loop_opcodes["FFMA"] >= 16
-    assert any(op in resources.ttgir for op in DOTS) == (CASES[name][-1] == "block")
-    assert dangerous_dots(resources.ttgir) == []
+    assert (resources.findings["dots"] > 0) == (CASES[name][-1] == "block")
+    assert resources.findings["dangerous dots"] == 0
     # A transposed operand is read from shared memory in the other order: none is transposed in registers.
-    assert "tt.trans" not in resources.ttgir
+    assert resources.findings["transposes"] == 0
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "-states" in name])
@@ -161,7 +158,7 @@ def test_edges_are_edges(name):
 @pytest.mark.parametrize("impl", ["lane", "block"])
 def test_compiles_for_sm_100(impl):
     widths = {"lane": (2, 2, 1), "block": (2, 10, 10, 10, 1)}[impl]
-    resources = _compile((90, Recipe(widths), 1, 4, 4, False, impl), arch=100)
+    resources = compile_for(100, _launch((90, Recipe(widths), 1, 4, 4, False, impl)))
     assert resources.registers > 0
     assert resources.shared <= aot.SHARED_LIMIT[100]
 
@@ -169,27 +166,19 @@ def test_compiles_for_sm_100(impl):
 def test_a_spilling_tile_is_seen():
     # Positive control: 32 x 32 weights, their gradients and Adam's state in four warps.
     case = (90, _recipe((20,) * 4, 2), 1, 64, 64, False, "block")
-    resources = _compile(case, plan=TrainPlan("block", "", 32, 1, 4))
+    resources = compile_for(90, _launch(case, TrainPlan("block", "", 32, 1, 4)))
     assert resources.stack > 0
-    assert resources.opcodes.get("STL", 0) > 0
+    assert resources.opcodes["STL"] > 0
 
 
 @pytest.mark.parametrize("name", ["sm_90-lane-1-states", "sm_90-block-2-states-9-40-32", "sm_90-block-xor-deep"])
-def test_ahead_of_time_is_what_a_launch_compiles(name, monkeypatch):
-    sources = []
-
-    def remember(source, **_):
-        sources.append(source)
-        raise StopIteration
-
-    monkeypatch.setattr(aot.triton, "compile", remember)
+def test_ahead_of_time_is_what_a_launch_compiles(name):
     launch = _launch(CASES[name])
-    with pytest.raises(StopIteration):
-        aot.compile_for(90, launch)
+    source = aot.source(launch)
     types, constants, attributes = launch_signature(launch)
-    assert sources[0].signature == types
-    assert sources[0].constants == constants
-    assert sources[0].attrs == attributes
+    assert source.signature == types
+    assert source.constants == constants
+    assert source.attrs == attributes
 
 
 @pytest.mark.parametrize("impl", ["lane", "block"])

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from compiling import assert_fits, compile_selected, dangerous_dots, launch_signature
+from compiling import assert_fits, compile_for, compile_selected, launch_signature
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -62,14 +62,14 @@ def _launch(kind, tile, dtype=torch.bfloat16, splits=1, shape=SHAPE, activation=
     return launch
 
 
-def _compile(case):
+def _launches(case):
     arch, kind, tile, dtype, splits = case
-    return [aot.compile_for(arch, _launch(kind, tile, dtype, splits))]
+    return [(arch, _launch(kind, tile, dtype, splits))]
 
 
 @pytest.fixture(scope="session")
 def compiled(request):
-    return compile_selected(request, CASES, _compile)
+    return compile_selected(request, CASES, _launches)
 
 
 def faults(arch, resources, tile, functions=2):
@@ -79,7 +79,7 @@ def faults(arch, resources, tile, functions=2):
         found.append(f"{resources.stack} bytes of stack per thread")
     if resources.shared > aot.SHARED_LIMIT[arch]:
         found.append(f"{resources.shared} bytes of shared memory")
-    if resources.opcodes.get("MUFU", 0) < functions * outputs(tile) or not any("MMA" in op for op in resources.opcodes):
+    if resources.opcodes["MUFU"] < functions * outputs(tile) or not resources.products:
         found.append("outputs that are not computed")
     return found
 
@@ -98,7 +98,7 @@ def functions(case):
 def test_candidates_are_clean(name, compiled):
     arch, kind, tile, *_ = CASES[name]
     (resources,) = compiled[name]
-    assert not dangerous_dots(resources.ttgir)
+    assert resources.findings["dangerous dots"] == 0
     found = faults(arch, resources, tile, functions(CASES[name]))
     assert "outputs that are not computed" not in found
     assert_fits(resources, arch)
@@ -115,12 +115,12 @@ def test_products_run_on_tensor_cores(name, compiled):
     rows = tile.block_m // (64 * tile.num_warps // 4)
     expected = count * tile.block_k // depth * rows
     if arch == 90:
-        assert opcodes.get("HGMMA", 0) == expected
+        assert opcodes["HGMMA"] == expected
     else:
-        assert opcodes.get("UTCHMMA", 0) >= count * tile.block_k // depth
-    assert opcodes.get("HMMA", 0) == 0
+        assert opcodes["UTCHMMA"] >= count * tile.block_k // depth
+    assert opcodes["HMMA"] == 0
     # fp32 that was multiplied outside the tensor cores would show as FFMA by the thousand.
-    assert opcodes.get("FFMA", 0) < 1000
+    assert opcodes["FFMA"] < 1000
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -136,30 +136,26 @@ def test_special_function_units_per_output(name, compiled):
 def test_tiles_travel_by_tma(name, compiled):
     opcodes = compiled[name][0].opcodes
     # Two loads to a step, and a store for each piece; h is loaded likewise.
-    assert opcodes.get("UTMALDG", 0) >= 2 + (CASES[name][2].subtiles if CASES[name][1].startswith("dgrad") else 0)
-    assert opcodes.get("UTMASTG", 0) >= CASES[name][2].subtiles
+    assert opcodes["UTMALDG"] >= 2 + (CASES[name][2].subtiles if CASES[name][1].startswith("dgrad") else 0)
+    assert opcodes["UTMASTG"] >= CASES[name][2].subtiles
 
 
 def test_ragged_sizes_compile_alike():
     # Edges are the hardware's: sizes that are no multiple of a tile take no code of their own. N stays one of 8.
     launch = _launch("half", FIRST, shape=(8191, 4072, 4088))
-    resources = aot.compile_for(90, launch)
+    resources = compile_for(90, launch)
     assert faults(90, resources, FIRST) == []
     assert resources.opcodes["HGMMA"] == DOTS["half"][0] * FIRST.block_k // DOTS["half"][1]
 
 
-def test_signatures_are_those_of_a_launch(monkeypatch):
+def test_signatures_are_those_of_a_launch():
     # What is gated here must be what would run.
     launch = _launch("bf16x6", next(iter(planning.wide_candidates("bf16x6", 90))))
     types, constants, attributes = launch_signature(launch)
-    seen = []
-    source = aot.ASTSource
-    monkeypatch.setattr(aot, "ASTSource", lambda *arguments: seen.append(arguments) or source(*arguments))
-    aot.compile_for(90, launch)
-    ((_, own_types, own_constants, own_attributes),) = seen
-    assert own_types == types
-    assert set(own_constants) == set(constants)
-    assert own_attributes == attributes
+    source = aot.source(launch)
+    assert source.signature == types
+    assert set(source.constants) == set(constants)
+    assert source.attrs == attributes
     assert types["x_desc"] == "tensordesc<fp32[128, 32]>"
 
 
@@ -167,9 +163,9 @@ def test_signatures_are_those_of_a_launch(monkeypatch):
 
 
 def test_true_fp32_spills_and_is_never_picked():
-    resources = aot.compile_for(90, _launch("ieee", WideTile(64, 64, 32, 4, 3)))
+    resources = compile_for(90, _launch("ieee", WideTile(64, 64, 32, 4, 3)))
     assert faults(90, resources, WideTile(64, 64, 32, 4, 3))
-    assert resources.opcodes.get("HGMMA", 0) == 0
+    assert resources.opcodes["HGMMA"] == 0
     assert planning.wide_candidates("ieee", 90) == {}
 
 
@@ -177,21 +173,21 @@ def test_a_tile_that_compiles_to_nothing_is_seen():
     # triton 3.6.0 and 3.7.1 make an empty kernel of it for sm_100, without a word, and a good one for sm_90. 3.9.0 does
     # not.
     tile = WideTile(128, 128, 32, 8, 3, subtiles=2)
-    resources = aot.compile_for(100, _launch("bf16x6", tile))
+    resources = compile_for(100, _launch("bf16x6", tile))
     empty = aot.triton.__version__ in ("3.6.0", "3.7.1")
     assert faults(100, resources, tile) == (["outputs that are not computed"] if empty else [])
-    nothing = dataclasses.replace(resources, opcodes={"EXIT": 1})
+    nothing = dataclasses.replace(resources, opcodes=dict.fromkeys(resources.opcodes, 0))
     assert faults(100, nothing, tile) == ["outputs that are not computed"]
 
 
 def test_shared_memory_is_counted():
     tile = WideTile(128, 256, 64, 8, 5, subtiles=2)
-    assert "shared memory" in " ".join(faults(90, aot.compile_for(90, _launch("half", tile)), tile))
+    assert "shared memory" in " ".join(faults(90, compile_for(90, _launch("half", tile)), tile))
 
 
 def test_specialized_warps_repeat_each_others_products():
     # Why no candidate of sm_90 has a warp of its own for loads: both groups of consumers compute the whole tile.
     plain, special = (WideTile(64, 128, 64, 4, 4, specialize=specialize) for specialize in (False, True))
-    one, two = (aot.compile_for(90, _launch("half", tile)).opcodes["HGMMA"] for tile in (plain, special))
+    one, two = (compile_for(90, _launch("half", tile)).opcodes["HGMMA"] for tile in (plain, special))
     assert two == 2 * one
     assert not any(tile.specialize for tile in planning.wide_candidates("half", 90))
