@@ -176,7 +176,7 @@ def sum_splits_kernel(
 @triton.jit
 def _finish_dgrad(dh, h_desc, dz_desc, dbias_ptr, tile_m, first_m, first_n, N, ACT_PRIME: tl.constexpr):
     """dz and its column sums, of one piece of an output tile. Rows beyond M are 0: TMA has read zeros there."""
-    dz = dh * ACT_PRIME(h_desc.load([first_m, first_n]).to(tl.float32))
+    dz = ACT_PRIME(dh, h_desc.load([first_m, first_n]).to(tl.float32))
     dz_desc.store([first_m, first_n], dz.to(dz_desc.dtype))
     if dbias_ptr is not None:
         offs_n = first_n + tl.arange(0, dz.shape[1])
