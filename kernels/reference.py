@@ -26,7 +26,7 @@ def onednn_linear():
     """oneDNN's product x @ weight.T + bias with a fused activation, or None where this torch has none that works.
 
     `torch.ops.mkldnn._linear_pointwise` is private, so it is tried once against torch's own product. It reads a
-    strided bias as if it were dense, refuses matrices whose elements share memory, its relu drops NaN, and it takes
+    strided bias as if it were dense, refuses matrices whose elements may share memory, its relu drops NaN, and it takes
     fp32 and bf16 only: callers see to that.
     """
     try:
@@ -45,21 +45,21 @@ def onednn_linear():
 
 
 def shares_nothing(tensor: Tensor) -> bool:
-    """Whether each element is seen to have memory of its own: along no dimension is a step shorter than what it spans.
+    """Whether strides alone tell that no two elements share memory: each dimension steps over all of those within it.
 
-    False may be wrong, for dimensions that lie woven into each other.
+    They do not where dimensions are woven into each other, as in every other column of a matrix of odd width.
     """
     span = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
             if stride < span:
                 return False
-            span += (size - 1) * stride
+            span = stride * size
     return True
 
 
 def _apart(matrix: Tensor) -> Tensor:
-    """The matrix as oneDNN can describe it: a copy where elements may share memory, as rows of a sliding window do."""
+    """The matrix, or a copy where elements may share memory, as those of sliding windows do: oneDNN refuses it."""
     return matrix if shares_nothing(matrix) else matrix.contiguous()
 
 

@@ -309,7 +309,7 @@ def test_layouts(path, layout, force, launches):
     check(*tensors)
     # Seen as it is: a launcher that makes its operands dense first would pass everything above.
     operand = layout.partition("-")[0]
-    tensor = dict(zip(("x", "weight", "bias", "dy"), tensors, strict=True))[operand]
+    tensor = dict(zip(("x", "weight", "bias", "dy"), tensors, strict=True))[operand].resolve_neg()
     name = "stride_b" if operand == "bias" else f"stride_{operand.replace('weight', 'w')}"
     (kernel,) = (
         k for k in launches if launches[k] and (k.startswith("linear_act_fwd") if operand != "dy" else "bwd" in k)
