@@ -1,7 +1,7 @@
 """The activations: one record each, in plain torch.
 
 Every derivative here is a function of the *output* y, never of the pre-activation z, so a layer saves one
-tensor: sigmoid' = y (1 - y), tanh' = 1 - y^2, relu' = [y > 0], identity' = 1. The device functions of the
+tensor: sigmoid' = y (1 - y), tanh' = 1 - y^2, relu' = [y > 0 or NaN], identity' = 1. The device functions of the
 same names are in `device.py`, the only other place that knows an activation by name.
 """
 
@@ -20,8 +20,7 @@ class Activation:
     forward: Callable[[Tensor], Tensor]  # z -> y
     forward_: Callable[[Tensor], Tensor]  # z -> y, written over z
     forward_into: Callable[[Tensor, Tensor], Tensor]  # (z, y) -> y, written into y, which may be z
-    prime: Callable[[Tensor], Tensor]  # y -> dy/dz, from differentiable operations
-    backward: Callable[[Tensor, Tensor], Tensor]  # (dy, y) -> dz, in one pass
+    backward: Callable[[Tensor, Tensor], Tensor]  # (dy, y) -> dz, in one pass, differentiable to any order
     backward_into: Callable[[Tensor, Tensor, Tensor], Tensor]  # (dy, y, dz) -> dz, written into dz, which may be dy
     post_op: str  # the name of oneDNN's fused post-operation; "none" where it is missing or wrong
 
@@ -38,7 +37,6 @@ ACTIVATIONS: dict[str, Activation] = {
             torch.sigmoid,
             torch.sigmoid_,
             lambda z, y: torch.sigmoid(z, out=y),
-            lambda y: y * (1 - y),
             _aten.sigmoid_backward.default,
             lambda dy, y, dz: _aten.sigmoid_backward.grad_input(dy, y, grad_input=dz),
             "sigmoid",
@@ -48,7 +46,6 @@ ACTIVATIONS: dict[str, Activation] = {
             torch.tanh,
             torch.tanh_,
             lambda z, y: torch.tanh(z, out=y),
-            lambda y: 1 - y * y,
             _aten.tanh_backward.default,
             lambda dy, y, dz: _aten.tanh_backward.grad_input(dy, y, grad_input=dz),
             "tanh",
@@ -58,7 +55,6 @@ ACTIVATIONS: dict[str, Activation] = {
             torch.relu,
             torch.relu_,
             lambda z, y: torch.clamp_min(z, 0, out=y),
-            lambda y: (y > 0).to(y.dtype),
             lambda dy, y: _aten.threshold_backward.default(dy, y, 0),
             _relu_backward_into,
             "none",  # oneDNN's relu turns NaN into 0
@@ -68,7 +64,6 @@ ACTIVATIONS: dict[str, Activation] = {
             lambda z: z,
             lambda z: z,
             lambda z, y: y if y is z else y.copy_(z),
-            torch.ones_like,
             lambda dy, y: dy,
             lambda dy, y, dz: dz if dz is dy else dz.copy_(dy),
             "none",

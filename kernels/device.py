@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: each activation as a pair (value of z, derivative from y)."""
+"""Device functions that the kernels share: each activation as a pair (y from z, dz from dy and y)."""
 
 import triton
 import triton.language as tl
@@ -13,8 +13,8 @@ def sigmoid(z):
 
 
 @triton.jit
-def sigmoid_prime(y):
-    return y * (1.0 - y)
+def sigmoid_prime(dy, y):
+    return dy * (y * (1.0 - y))
 
 
 @triton.jit
@@ -31,8 +31,8 @@ def tanh(z):
 
 
 @triton.jit
-def tanh_prime(y):
-    return 1.0 - y * y
+def tanh_prime(dy, y):
+    return dy * (1.0 - y * y)
 
 
 @triton.jit
@@ -42,8 +42,9 @@ def relu(z):
 
 
 @triton.jit
-def relu_prime(y):
-    return tl.where(y <= 0, 0.0, 1.0)  # NaN passes the gradient on, as in torch
+def relu_prime(dy, y):
+    # As in torch, NaN passes the gradient on, and of an infinite one nothing is left where y is 0.
+    return tl.where(y <= 0, 0.0, dy)
 
 
 @triton.jit
@@ -52,8 +53,8 @@ def identity(z):
 
 
 @triton.jit
-def identity_prime(y):
-    return tl.full(y.shape, 1.0, tl.float32)
+def identity_prime(dy, y):
+    return dy
 
 
 ACTIVATIONS = {

@@ -198,7 +198,7 @@ def linear_act_bwd_rows_kernel(
             dy_ptr + offs_m[:, None] * stride_dym + offs_n.to(tl.int64)[None, :] * stride_dyn, mask=mask_mn, other=0.0
         ).to(tl.float32)
         y = tl.load(y_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask_mn, other=0.0).to(tl.float32)
-        dz = dy * ACT_PRIME(y)  # [BLOCK_M, BLOCK_N]
+        dz = ACT_PRIME(dy, y)  # [BLOCK_M, BLOCK_N]
         if dbias_ptr is not None:
             db += tl.sum(dz, axis=0)
         dz = dz if WIDEN else dz.to(y_ptr.dtype.element_ty)
@@ -248,7 +248,7 @@ def act_bwd_kernel(
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     dy = tl.load(dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn, mask=mask, other=0.0)
     y = tl.load(y_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    dz = dy.to(tl.float32) * ACT_PRIME(y)
+    dz = ACT_PRIME(dy.to(tl.float32), y)
     tl.store(dz_ptr + offs_m[:, None] * N + offs_n[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + tl.program_id(0).to(tl.int64) * N + offs_n, tl.sum(dz, axis=0), mask=offs_n < N)

@@ -220,7 +220,7 @@ def _clear_gap(ptr, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def mlp_bwd_kernel(
-    dy_ptr,  # (M, COLUMNS[1]); None: 1
+    dy_ptr,  # (M, COLUMNS[1]); None: 1, of a loss only
     x_ptr,  # (M, COLUMNS[0])
     weight_ptrs,  # one per layer
     bias_ptrs,  # one per layer, or None without biases
@@ -309,14 +309,16 @@ def mlp_bwd_kernel(
             if l + 1 < LAYERS:
                 hs = hs + (_operand(HIDDEN(z), DTYPE, WIDEN),)
         mask_nm = mask_n[:, None] & mask_m[None, :]
+        if dy_ptr is not None:
+            dy = _load_block(dy_ptr, offs_n.to(tl.int64), offs_m, stride_dyn, stride_dym, mask_n, mask_m)
+            dy = dy.to(tl.float32)
         if target_ptr is not None:
             t = _load_block(target_ptr, offs_n.to(tl.int64), offs_m, stride_tn, stride_tm, mask_n, mask_m)
             dz = tl.where(mask_nm, _bce_dz(z, t.to(tl.float32), pos_weight), 0.0)
+            if dy_ptr is not None:
+                dz = dz * dy
         else:
-            dz = OUTPUT_PRIME(OUTPUT(z))
-        if dy_ptr is not None:
-            dy = _load_block(dy_ptr, offs_n.to(tl.int64), offs_m, stride_dyn, stride_dym, mask_n, mask_m)
-            dz = dz * dy.to(tl.float32)
+            dz = OUTPUT_PRIME(dy, OUTPUT(z))
         new_dweights = ()
         new_dbiases = ()
         for l in tl.static_range(LAYERS - 1, -1, -1):
@@ -331,7 +333,7 @@ def mlp_bwd_kernel(
                 if l > FIRST or dx_ptr is not None:
                     dz = tl.dot(tl.trans(weights[l]), dzr, input_precision=PRECISION)  # dh, [PADDED[l], BLOCK_M]
                     if l > 0:
-                        dz = dz * HIDDEN_PRIME(hs[l].to(tl.float32))
+                        dz = HIDDEN_PRIME(dz, hs[l].to(tl.float32))
             new_dweights = new_dweights + (dw,)
             new_dbiases = new_dbiases + (db,)
         dweights = new_dweights

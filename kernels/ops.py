@@ -10,7 +10,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple, cast, overload
+from typing import NamedTuple, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from . import loop, reference
 from . import plan as planning
 from .plan import Device, MlpPlan, Plan, Recipe, TrainPlan
+from .reference import Maybe, Wanted
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias
-Maybe = tuple[Tensor | None, ...]
-Wanted = tuple[bool, tuple[bool, ...], tuple[bool, ...]]  # dx, every dweight, every dbias
+Operand = TypeVar("Operand", Tensor, Tensor | None)
 IMPLS = (None, "triton", "torch")
 TRAIN_IMPLS = (None, "lane", "block", "graph", "torch")
 
@@ -281,6 +281,16 @@ launchable._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMembe
 # --- the ops -----------------------------------------------------------------------------------------------
 
 
+def _stored(tensor: Operand) -> Operand:
+    """The tensor, or a copy if memory holds its negative, as that of `z.conj().imag` does: kernels read memory."""
+    return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor
+
+
+def _led(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """y (M, N) with the leading dimensions of a shape: no view, which autograd would let nobody write to."""
+    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1]).data
+
+
 def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, impl: str | None) -> Tensor:
     """act(x @ weight.T + bias) for x (..., K), weight (N, K), bias (N,): (..., N), contiguous, in x's dtype."""
     if torch.compiler.is_compiling():
@@ -296,11 +306,12 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     if plan.impl == "tma" and not (_wide_launchers().readable(x2) and _wide_launchers().readable(weight)):
         plan = planning.linear_act_fwd(*arguments, False)
     _obey(impl, plan)
-    y = _layer_fwd(x2, weight, bias, activation, plan)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+    return _led(_layer_fwd(x2, weight, bias, activation, plan), x.shape)
 
 
 def _layer_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
+    if plan.triton:
+        x, weight, bias = _stored(x), _stored(weight), _stored(bias)
     implementation = _wide_launchers() if plan.impl == "tma" else _launchers() if plan.triton else reference
     return implementation.linear_act_fwd(x, weight, bias, activation, plan)
 
@@ -331,7 +342,10 @@ def linear_act_bwd(
         rows, flat_y = y.shape[0], y
     device = _device_for(y.device, impl)
     plan = planning.linear_act_bwd(rows, k, n, _NAMES.get(y.dtype, str(y.dtype)), _precision(device), device, impl)
-    implementation = _launchers() if plan.triton else reference
+    implementation = reference
+    if plan.triton:
+        implementation = _launchers()
+        dy, flat_y, x, weight = _stored(dy), _stored(flat_y), _stored(x), _stored(weight)
     dx, dweight, dbias = implementation.linear_act_bwd(dy, flat_y.contiguous(), x, weight, activation, wanted, plan)
     return dx if dx is None or y.dim() == 2 else dx.view(*y.shape[:-1], k), dweight, dbias
 
@@ -405,7 +419,7 @@ def _widths(weights: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return _stored(x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def _stacked_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
@@ -419,8 +433,8 @@ def _dense(
     weights: Sequence[Tensor], biases: Sequence[Tensor] | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """Parameters as the kernels of whole networks read them."""
-    dense = tuple(weight.contiguous() for weight in weights)
-    return dense, None if biases is None else tuple(bias.contiguous() for bias in biases)
+    dense = tuple(_stored(weight).contiguous() for weight in weights)
+    return dense, None if biases is None else tuple(_stored(bias).contiguous() for bias in biases)
 
 
 def mlp_fwd(
@@ -442,30 +456,42 @@ def mlp_fwd(
         y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save, _stacked_fwd)
     else:
         y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]), saved
+    return _led(y, x.shape), saved
 
 
 def mlp_bwd(
     dy: Tensor,
-    x: Tensor,
-    saved: tuple[Tensor, ...],
-    weights: Sequence[Tensor],
+    x: Tensor | None,
+    saved: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
     biases: Sequence[Tensor] | None,
     hidden: str,
     output: str,
     wanted: Wanted,
     plan: MlpPlan,
 ) -> tuple[Tensor | None, Maybe, Maybe]:
-    """(dx, dweights, dbiases) of `mlp_fwd` from dy (..., N) of any strides. What is not wanted is None."""
+    """(dx, dweights, dbiases) of `mlp_fwd` from dy (..., N) of any strides. What is not wanted is None.
+
+    saved: what a "fused" plan has at its boundaries, and then x and all parameters too; of other plans the outputs of
+    all layers, y (..., N) last, where None will do for what `reference.mlp_bwd` does not need.
+    """
     options = (hidden, output, wanted, plan)
+    flat_dy, flat_x = _flat(dy), None if x is None else _flat(x)
     if plan.impl == "fused":
-        gradients = _mlp_launchers().mlp_bwd(_flat(dy), _flat(x), saved, *_dense(weights, biases), *options)
-    elif plan.impl == "stack":
-        gradients = _wide_launchers().mlp_bwd(_flat(dy), _flat(x), saved, tuple(weights), *options)
+        inputs = (cast(Tensor, flat_x), cast("tuple[Tensor, ...]", saved))
+        parameters = _dense(cast(Sequence[Tensor], weights), biases)
+        gradients = _mlp_launchers().mlp_bwd(flat_dy, *inputs, *parameters, *options)
     else:
-        gradients = reference.mlp_bwd(_flat(dy), _flat(x), saved, weights, biases, *options)
+        *hs, y = saved
+        flat_y = None if y is None else _flat(y)
+        if plan.impl == "stack":
+            # Of an identity, kernels still ask y for its shape.
+            hs = (*hs, flat_dy.contiguous() if flat_y is None else flat_y)
+            gradients = _wide_launchers().mlp_bwd(flat_dy, flat_x, hs, tuple(map(_stored, weights)), *options)
+        else:
+            gradients = reference.mlp_bwd(flat_dy, flat_x, (*hs, flat_y), weights, biases, *options)
     dx, dweights, dbiases = gradients
-    return None if dx is None else dx.view(x.shape), dweights, dbiases
+    return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]), dweights, dbiases
 
 
 def mlp_bce_fwd(
@@ -484,9 +510,9 @@ def mlp_bce_fwd(
 
     target (..., N) and pos_weight (N,) or None: any strides and floating dtypes. reduction: "none", "mean", "sum".
     """
-    head = (_flat(target), pos_weight, reduction, dtype)
+    head = (_flat(target), _stored(pos_weight), reduction, dtype)
     loss, saved = _mlp_launchers().mlp_bce_fwd(_flat(x), *_dense(weights, biases), hidden, *head, plan, save)
-    return loss if reduction != "none" else loss.view(target.shape), saved
+    return _led(loss, target.shape) if reduction == "none" else loss, saved
 
 
 def mlp_bce_bwd(
@@ -503,8 +529,8 @@ def mlp_bce_bwd(
     plan: MlpPlan,
 ) -> tuple[Tensor | None, Maybe, Maybe]:
     """(dx, dweights, dbiases) of `mlp_bce_fwd`; dloss has the shape of the loss."""
-    options = (hidden, _flat(target), pos_weight, reduction, wanted, plan)
-    dloss = _flat(dloss) if reduction == "none" else dloss
+    options = (hidden, _flat(target), _stored(pos_weight), reduction, wanted, plan)
+    dloss = _flat(dloss) if reduction == "none" else _stored(dloss)
     dx, dweights, dbiases = _mlp_launchers().mlp_bce_bwd(dloss, _flat(x), saved, *_dense(weights, biases), *options)
     return None if dx is None else dx.view(x.shape), dweights, dbiases
 

@@ -17,13 +17,17 @@ from torch import Tensor
 from .activations import ACTIVATIONS
 from .plan import MlpPlan, Plan
 
+Maybe = tuple[Tensor | None, ...]
+Wanted = tuple[bool, tuple[bool, ...], tuple[bool, ...]]  # dx, every dweight, every dbias
+
 
 @functools.cache
 def onednn_linear():
     """oneDNN's product x @ weight.T + bias with a fused activation, or None where this torch has none that works.
 
     `torch.ops.mkldnn._linear_pointwise` is private, so it is tried once against torch's own product. It reads a
-    strided bias as if it were dense, its relu drops NaN, and it takes fp32 and bf16 only: callers see to that.
+    strided bias as if it were dense, refuses matrices whose elements may share memory, its relu drops NaN, and it takes
+    fp32 and bf16 only: callers see to that.
     """
     try:
         linear = torch.ops.mkldnn._linear_pointwise.default
@@ -40,6 +44,25 @@ def onednn_linear():
         return None
 
 
+def shares_nothing(tensor: Tensor) -> bool:
+    """Whether strides alone tell that no two elements share memory: each dimension steps over all of those within it.
+
+    They do not where dimensions are woven into each other, as in every other column of a matrix of odd width.
+    """
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                return False
+            span = stride * size
+    return True
+
+
+def _apart(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy where elements may share memory, as those of sliding windows do: oneDNN refuses it."""
+    return matrix if shares_nothing(matrix) else matrix.contiguous()
+
+
 def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
     """act(x @ weight.T + bias), (M, N), in the dtype of x."""
     act = ACTIVATIONS[activation]
@@ -47,7 +70,7 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     if onednn is not None:
         if bias is not None and not bias.is_contiguous():
             bias = bias.contiguous()
-        y = onednn(x, weight, bias, act.post_op, [], "")
+        y = onednn(_apart(x), _apart(weight), bias, act.post_op, [], "")
         return y if act.post_op != "none" else act.forward_(y)
     z = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
     return act.forward_(z)
@@ -88,7 +111,7 @@ def linear_act_double(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The same gradients from differentiable operations, for any leading dimensions: what create_graph needs."""
     need_dx, need_dweight, need_dbias = wanted
-    dz = dy * ACTIVATIONS[activation].prime(y)
+    dz = ACTIVATIONS[activation].backward(dy, y)  # torch's own, whose derivatives torch knows
     flat = dz.reshape(math.prod(dz.shape[:-1]), dz.shape[-1])
     return (
         torch.matmul(dz, weight) if need_dx and weight is not None else None,
@@ -114,36 +137,43 @@ def mlp_fwd(
 
     layer: what runs a layer by its own plan.
     """
-    out = [x]
-    last = len(weights) - 1
+    h, last, kept = x, len(weights) - 1, {}
     for l, weight in enumerate(weights):
         bias = None if biases is None else biases[l]
-        h = layer(out[-1], weight, bias, output if l == last else hidden, plan.layers[l])
-        out = [*out, h] if save else [h]
-    return out[-1], tuple(out[l] for l in save)
+        h = layer(h, weight, bias, output if l == last else hidden, plan.layers[l])
+        if l + 1 in save:
+            kept[l + 1] = h
+    return h, tuple(kept[l] for l in save)
+
+
+def first_wanted(wanted: Wanted) -> int:
+    """The first layer of which any gradient is wanted: below it, none need be known."""
+    need_dx, need_dweights, need_dbiases = wanted
+    flags = zip(need_dweights, need_dbiases, strict=True)
+    return next((l for l, layer in enumerate(flags) if need_dx or any(layer)), len(need_dweights))
 
 
 def mlp_bwd(
     dy: Tensor,
     x: Tensor | None,
-    saved: Sequence[Tensor],
+    saved: Sequence[Tensor | None],
     weights: Sequence[Tensor | None],
     biases: Sequence[Tensor] | None,
     hidden: str,
     output: str,
-    wanted: tuple[bool, tuple[bool, ...], tuple[bool, ...]],
+    wanted: Wanted,
     plan: MlpPlan,
-) -> tuple[Tensor | None, tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+) -> tuple[Tensor | None, Maybe, Maybe]:
     """(dx, dweights, dbiases), None where not wanted. saved: the outputs of all layers, y last.
 
-    x may be None if the first dweight is not wanted, the first weight if dx is not.
+    None will do for what no gradient needs: x without the first dweight, a weight that no dz passes on its way down to
+    `first_wanted`, the outputs of the layers below that one but for the input of its dweight, y of an identity, biases.
     """
     need_dx, need_dweights, need_dbiases = wanted
     m, layers = dy.shape[0], range(len(weights))
     hs = (x, *saved)
     acts = [ACTIVATIONS[output if l == layers[-1] else hidden] for l in layers]
-    # Below the first layer of which anything is wanted, dz need not be known.
-    first = next((l for l in layers if need_dx or need_dweights[l] or need_dbiases[l]), len(weights))
+    first = first_wanted(wanted)
     chunk = min(plan.chunk or m, m)
     dx = dy.new_empty((m, weights[0].shape[1])) if need_dx and weights[0] is not None and chunk < m else None
     dweights: list[Tensor | None] = [None for _ in layers]
@@ -155,7 +185,8 @@ def mlp_bwd(
         dh = dy[rows]
         for l in reversed(layers[first:]):
             act, own, h, weight = acts[l], plan.layers[l], hs[l], weights[l]
-            y = saved[l][rows]
+            y = saved[l]
+            y = dh if y is None else y[rows]
             # dy is the caller's; what comes after it is ours to write over.
             dz = act.backward(dh, y) if l == layers[-1] else act.backward_into(dh, y, dh)
             if need_dweights[l] and h is not None:
@@ -172,6 +203,39 @@ def mlp_bwd(
     return dx, _cast(dweights, dy.dtype), _cast(dbiases, dy.dtype)
 
 
+def mlp_double(
+    dhs: Sequence[Tensor | None],
+    x: Tensor | None,
+    saved: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    hidden: str,
+    output: str,
+    wanted: Wanted,
+) -> tuple[Tensor | None, Maybe, Maybe]:
+    """The same gradients from differentiable operations, for any leading dimensions: what create_graph needs.
+
+    dhs: what reaches the outputs of all layers from outside, y last, or None: in a backward pass through gradients,
+    outputs of hidden layers too. dx is (M, K). Where nothing comes from above, gradients are None.
+    """
+    need_dx, need_dweights, need_dbiases = wanted
+    last, first = len(weights) - 1, first_wanted(wanted)
+    x, *saved = (None if t is None else t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) for t in (x, *saved))
+    hs = (x, *saved)
+    dweights: list[Tensor | None] = [None for _ in weights]
+    dbiases: list[Tensor | None] = [None for _ in weights]
+    dh: Tensor | None = None
+    for l in range(last, first - 1, -1):
+        if (outside := dhs[l]) is not None:
+            outside = outside.reshape(math.prod(outside.shape[:-1]), outside.shape[-1])
+            dh = outside if dh is None else dh + outside
+        if dh is not None:
+            y, flags = saved[l], (l > first or need_dx, need_dweights[l], need_dbiases[l])
+            dh, dweights[l], dbiases[l] = linear_act_double(
+                dh, dh if y is None else y, hs[l], weights[l], output if l == last else hidden, flags
+            )
+    return dh, tuple(dweights), tuple(dbiases)
+
+
 def _cast(gradients: list[Tensor | None], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     return tuple(None if gradient is None else gradient.to(dtype) for gradient in gradients)
 
@@ -181,7 +245,7 @@ def _product(a: Tensor, b: Tensor, gemm: str, out: Tensor | None = None) -> Tens
     onednn = onednn_linear() if gemm == "onednn" else None
     if onednn is None:
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
-    product = onednn(a, b.t(), None, "none", [], "")
+    product = onednn(_apart(a), _apart(b).t(), None, "none", [], "")
     return product if out is None else out.copy_(product)
 
 

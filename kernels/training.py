@@ -71,7 +71,7 @@ def bce(z, y, t):
 
 
 @triton.jit
-def bce_dz(z, y, prime, t):
+def bce_dz(z, y, t, PRIME):
     return y - t
 
 
@@ -81,7 +81,7 @@ def bce_logits(z, y, t):
 
 
 @triton.jit
-def bce_logits_dz(z, y, prime, t):
+def bce_logits_dz(z, y, t, PRIME):
     return device.sigmoid(z) - t
 
 
@@ -91,8 +91,8 @@ def mse(z, y, t):
 
 
 @triton.jit
-def mse_dz(z, y, prime, t):
-    return 2.0 * (y - t) * prime
+def mse_dz(z, y, t, PRIME):
+    return PRIME(2.0 * (y - t), y)
 
 
 LOSSES = {"bce": (bce, bce_dz), "bce_logits": (bce_logits, bce_logits_dz), "mse": (mse, mse_dz)}
@@ -268,7 +268,7 @@ def _lane_backward(params, hs, zs, t, scale, HIDDEN_PRIME, OUTPUT_PRIME, DZ, WID
     dz = ()
     for n in tl.static_range(tl.constexpr(WIDTHS[LAYERS])):
         y = hs[LAYERS][n]
-        dz = dz + (DZ(zs[n], y, OUTPUT_PRIME(y), t[n]) * scale,)
+        dz = dz + (DZ(zs[n], y, t[n], OUTPUT_PRIME) * scale,)
     dzs = (dz,)
     for l in tl.static_range(LAYERS - 1, 0, -1):
         dz = ()
@@ -276,7 +276,7 @@ def _lane_backward(params, hs, zs, t, scale, HIDDEN_PRIME, OUTPUT_PRIME, DZ, WID
             dh = params[AT[l] + k] * dzs[LAYERS - 1 - l][0]
             for n in tl.static_range(1, tl.constexpr(WIDTHS[l + 1])):
                 dh += params[AT[l] + n * WIDTHS[l] + k] * dzs[LAYERS - 1 - l][n]
-            dz = dz + (dh * HIDDEN_PRIME(hs[l][k]),)
+            dz = dz + (HIDDEN_PRIME(dh, hs[l][k]),)
         dzs = dzs + (dz,)
     return dzs
 
@@ -505,11 +505,11 @@ def _block_backward(
     """dz of every layer, the last first, [PADDED[l + 1], BLOCK_M] each."""
     EACH: tl.constexpr = 2 if BIAS else 1
     y = hs[LAYERS]
-    dz = tl.where(inside, DZ(z, y, OUTPUT_PRIME(y), t) * scale, 0.0)
+    dz = tl.where(inside, DZ(z, y, t, OUTPUT_PRIME) * scale, 0.0)
     dzs = (dz,)
     for l in tl.static_range(LAYERS - 1, 0, -1):
         dh = tl.dot(tl.trans(params[EACH * l]), dzs[LAYERS - 1 - l], input_precision="ieee")
-        dzs = dzs + (dh * HIDDEN_PRIME(hs[l]),)
+        dzs = dzs + (HIDDEN_PRIME(dh, hs[l]),)
     return dzs
 
 

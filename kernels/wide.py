@@ -35,6 +35,7 @@ from .linear import INTERPRETED, _current, _operand, _sum_slots
 from .plan import MlpPlan, Plan, WideTile
 
 Tensors = tuple[Tensor, ...]
+Maybe = tuple[Tensor | None, ...]
 
 
 @triton.jit
@@ -175,7 +176,7 @@ def sum_splits_kernel(
 @triton.jit
 def _finish_dgrad(dh, h_desc, dz_desc, dbias_ptr, tile_m, first_m, first_n, N, ACT_PRIME: tl.constexpr):
     """dz and its column sums, of one piece of an output tile. Rows beyond M are 0: TMA has read zeros there."""
-    dz = dh * ACT_PRIME(h_desc.load([first_m, first_n]).to(tl.float32))
+    dz = ACT_PRIME(dh, h_desc.load([first_m, first_n]).to(tl.float32))
     dz_desc.store([first_m, first_n], dz.to(dz_desc.dtype))
     if dbias_ptr is not None:
         offs_n = first_n + tl.arange(0, dz.shape[1])
@@ -228,10 +229,16 @@ def linear_act_dgrad_tma_kernel(
 
 
 def readable(matrix: Tensor) -> bool:
-    """Whether TMA can read a matrix as it lies in memory."""
+    """Whether TMA can read a matrix as it lies in memory, which must not hold its negative."""
     pitch, step = matrix.stride()
     size = matrix.element_size()
-    return step == 1 and pitch * size % 16 == 0 and pitch >= matrix.shape[1] and matrix.data_ptr() % 16 == 0
+    return (
+        not matrix.is_neg()
+        and step == 1
+        and pitch * size % 16 == 0
+        and pitch >= matrix.shape[1]
+        and matrix.data_ptr() % 16 == 0
+    )
 
 
 def _tile_arguments(plan: Plan) -> dict:
@@ -362,17 +369,20 @@ def linear_act_dgrad(
 
 def mlp_bwd(
     dy: Tensor,
-    x: Tensor,
-    saved: Tensors,
-    weights: Tensors,
+    x: Tensor | None,
+    saved: Maybe,
+    weights: Maybe,
     hidden: str,
     output: str,
     wanted: tuple[bool, tuple[bool, ...], tuple[bool, ...]],
     plan: MlpPlan,
-) -> tuple[Tensor | None, tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-    """(dx, dweights, dbiases), None where not wanted. saved: the outputs of all layers, y last."""
+) -> tuple[Tensor | None, Maybe, Maybe]:
+    """(dx, dweights, dbiases), None where not wanted. saved: the outputs of all layers, y last.
+
+    None will do for what no gradient needs, as for `reference.mlp_bwd`, but for y.
+    """
     need_dx, need_dweights, need_dbiases = wanted
-    count, hs = len(weights), (x, *saved)
+    count, hs = len(weights), cast(Tensors, (x, *saved))  # what is read is there
     # Below the first layer of which anything is wanted, no gradient need be known.
     first = next((l for l in range(count) if need_dx or need_dweights[l] or need_dbiases[l]), count)
     dweights: list[Tensor | None] = [None] * count
@@ -380,16 +390,16 @@ def mlp_bwd(
     dh: Tensor | None = dy
     dz: Tensor | None = None
     for l in reversed(range(first, count)):
-        own, dgrad, weight = plan.layers[l], plan.dgrads[l], weights[l]
+        own, dgrad, weight = plan.layers[l], plan.dgrads[l], cast(Tensor, weights[l])
         act, below = output if l == count - 1 else hidden, l > first
         if dz is None and not (below and dgrad):
             flags = (below or need_dx, need_dweights[l], need_dbiases[l])
             dh, dweights[l], dbiases[l] = linear.linear_act_bwd(
-                cast(Tensor, dh), saved[l], hs[l], weight, act, flags, own
+                cast(Tensor, dh), hs[l + 1], hs[l], weight, act, flags, own
             )
             continue
         if dz is None:
-            dz, dbiases[l] = linear.act_bwd(cast(Tensor, dh), saved[l], act, need_dbiases[l], own)
+            dz, dbiases[l] = linear.act_bwd(cast(Tensor, dh), hs[l + 1], act, need_dbiases[l], own)
         if need_dweights[l]:
             wgrad = plan.wgrads[l]
             dweights[l] = linear_act_wgrad(dz, as_readable(hs[l]), wgrad) if wgrad else torch.mm(dz.t(), hs[l])

@@ -191,6 +191,52 @@ def _check(x, weight, bias, activation, impl) -> None:
 
 
 class MlpFunction(torch.autograd.Function):
+    """A network that keeps the outputs of its layers.
+
+    Those of hidden layers are outputs of the node too, for gradients of gradients to come back through; none goes out.
+    """
+
+    @staticmethod
+    def forward(ctx, x, hidden, output, plans, layers, *parameters):
+        weights, biases = _split(parameters, layers)
+        ctx.wanted = _flags((ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]), layers)
+        ctx.hidden, ctx.output, ctx.plan, ctx.shape, ctx.kind = hidden, output, plans.backward, x.shape, x.device.type
+        ctx.set_materialize_grads(False)
+        need_dx, need_dweights, _ = ctx.wanted
+        first = reference.first_wanted(ctx.wanted)
+        save = tuple(l for l in range(1, layers) if l > first or (l == first and need_dweights[l]))
+        y, hs = ops.mlp_fwd(x, weights, biases, hidden, output, plans.forward, save)
+        ctx.save_for_backward(
+            x if need_dweights[0] else None,
+            *(weight if l > first or need_dx else None for l, weight in enumerate(weights)),
+            *(None,) * (layers - 1 - len(hs)),
+            *hs,
+            None if output == "identity" else y,
+        )
+        return y, *hs
+
+    @staticmethod
+    def backward(ctx, dy, *dhs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        layers = len(ctx.wanted[1])
+        # Read once: under activation checkpointing a second look finds nothing.
+        x, *tensors = ctx.saved_tensors
+        weights, saved = tensors[:layers], tensors[layers:]
+        options = (ctx.hidden, ctx.output, ctx.wanted)
+        others = any(dh is not None for dh in dhs)
+        with _without_autocast(ctx.kind):
+            if dy is None or others or torch.is_grad_enabled() or ops.batched(dy):
+                # create_graph: gradients that can themselves be differentiated, exact to any order.
+                upstream = (*(None,) * (layers - 1 - len(dhs)), *dhs, dy)
+                dx, dweights, dbiases = reference.mlp_double(upstream, x, saved, weights, *options)
+                dx = None if dx is None else dx.reshape(ctx.shape)
+            else:
+                dx, dweights, dbiases = ops.mlp_bwd(dy, x, saved, weights, None, *options, ctx.plan)
+        return (dx, *(None,) * 4, *dweights, *dbiases)[: len(ctx.needs_input_grad)]
+
+
+class FusedMlpFunction(torch.autograd.Function):
+    """A network in kernels that compute the activations once more on the way back: for that they need every input."""
+
     @staticmethod
     def forward(ctx, x, hidden, output, plans, layers, *parameters):
         ctx.hidden, ctx.output, ctx.plan, ctx.layers = hidden, output, plans.backward, layers
@@ -268,7 +314,7 @@ def _saved(ctx, others: int):
     return tensors[: len(wanted)], tensors[len(wanted) :], wanted
 
 
-def _flags(wanted: tuple[bool, ...], layers: int) -> ops.Wanted:
+def _flags(wanted: tuple[bool, ...], layers: int) -> reference.Wanted:
     return wanted[0], wanted[1 : 1 + layers], wanted[1 + layers :] or (False,) * layers
 
 
@@ -326,7 +372,8 @@ def mlp_act(
             return _plain(x, weights, biases, activation, output)
         if plans.backward is None:
             return ops.mlp_fwd(x, weights, biases, activation, output, plans.forward)[0]
-        return MlpFunction.apply(x, activation, output, plans, len(weights), *weights, *(biases or ()))
+        arguments = (x, activation, output, plans, len(weights), *weights, *(biases or ()))
+        return FusedMlpFunction.apply(*arguments) if plans.backward.segments else MlpFunction.apply(*arguments)[0]
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         if _captured_cold(error, x, weights, impl) or _symbolic(x, (activation, output), impl):
             return _plain(x, weights, biases, activation, output)

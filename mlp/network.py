@@ -1,16 +1,19 @@
 """Which modules are plain networks of linear layers and activations: those that can be trained without autograd."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..kernels.reference import shares_nothing
 from .layers import LAYERS, LinearAct
 from .model import MLP, FusedSequential, does_nothing
 
-__all__ = ["Network", "describe", "hooked", "why_not_trainable"]
+__all__ = ["Network", "apart", "describe", "hooked", "why_not_trainable"]
 
 _ACTIVATIONS = {nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.ReLU: "relu"}
 
@@ -88,12 +91,41 @@ def why_not_trainable(network: Network) -> str | None:
     first = network.parameters[0]
     if any(p.dtype != first.dtype or p.device != first.device for p in network.parameters):
         return "parameters differ in dtype or device"
-    if len({_place(p) for p in network.parameters}) < len(network.parameters):
-        return "parameters are tied"
+    if first.device.type not in ("cpu", "cuda"):
+        return f"parameters are on {first.device}"
     if min(network.widths) == 0:
         return "a layer has no inputs or no outputs"
+    if len({id(p) for p in network.parameters}) < len(network.parameters):
+        return "parameters are tied"
+    if _share_memory(network.parameters):
+        return "parameters share memory"
     return None
 
 
-def _place(p: Tensor) -> int:
-    return p.data_ptr() or id(p)  # an empty parameter has no address
+def _share_memory(parameters: Sequence[Tensor]) -> bool:
+    """Whether any two elements, of one parameter or of two, are the same number in memory. None is empty."""
+    spans = sorted(map(_span, parameters))
+    if all(map(shares_nothing, parameters)) and all(end <= start for (_, end), (start, _) in pairwise(spans)):
+        return False
+    # Parameters that lie woven into each other, as the columns of a matrix do, may still be apart.
+    addresses = torch.cat([_addresses(p) for p in parameters])
+    return len(addresses.unique()) < len(addresses)
+
+
+def apart(a: Tensor, b: Tensor) -> bool:
+    """Whether one lies in memory as a whole before the other. None is empty."""
+    (first, end), (other, other_end) = _span(a), _span(b)
+    return end <= other or other_end <= first
+
+
+def _span(p: Tensor) -> tuple[int, int]:
+    """Where in memory the elements lie, from the first byte to beyond the last."""
+    last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+    return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
+
+
+def _addresses(p: Tensor) -> Tensor:
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
+    for size, stride in zip(p.shape, p.stride(), strict=True):
+        offsets = offsets[..., None] + stride * torch.arange(size, device="cpu")
+    return p.data_ptr() + p.element_size() * offsets.flatten()

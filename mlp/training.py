@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from ..kernels import ops
 from ..kernels.plan import Recipe
 from .ensemble import Ensemble
-from .network import Network, describe, hooked, why_not_trainable
+from .network import Network, apart, describe, hooked, why_not_trainable
 
 __all__ = ["History", "fit"]
 
@@ -61,9 +61,9 @@ def fit(
     An `MLP`, an `Ensemble` or an `nn.Sequential` of linear layers and activations in float32 or float64, under SGD,
     Adam or AdamW with one group of all its parameters, with BCELoss, BCEWithLogitsLoss or MSELoss, trains without
     autograd: all steps of a chunk in one kernel or one loop. Everything else (other modules, criteria and optimizers,
-    amsgrad, maximize, frozen or tied parameters, hooks, autocast, other dtypes) trains in an ordinary loop. With
-    BCELoss the gradient at the logit is p - t; torch's differs from it only where p (1 - p) < 1e-12. `criterion` is
-    called as criterion(model(x), y).
+    amsgrad, maximize, parameters that are frozen, tied or share memory, hooks, autocast, other dtypes) trains in an
+    ordinary loop. With BCELoss the gradient at the logit is p - t; torch's differs from it only where
+    p (1 - p) < 1e-12. `criterion` is called as criterion(model(x), y).
 
     An Ensemble's members see the same samples, x (samples, I) and y (samples, O), or each its own, (E, samples, I)
     and (E, samples, O), in the same order. The criterion applies to each member, and the losses are summed. lr, for an
@@ -219,8 +219,10 @@ class _FastJob:
 
     def _set_up(self, batch: int) -> Any:
         self.parameters, self.first, self.second = map(self._copies, (self.network.parameters, *self.state.tensors()))
-        x, y = (t.contiguous() if t.dim() == 3 else t.contiguous()[None] for t in (self.x, self.y))
-        arguments = (self.parameters, self.first, self.second, self.lr, x, y, batch, self.state.taken, self.plan)
+        # Kernels read memory, which holds the negative of a view like z.conj().imag.
+        x, y, lr = (t.resolve_neg().contiguous() for t in (self.x, self.y, self.lr))
+        x, y = (t if t.dim() == 3 else t[None] for t in (x, y))
+        arguments = (self.parameters, self.first, self.second, lr, x, y, batch, self.state.taken, self.plan)
         return ops.training_loop(self.plan)(self.recipe, *arguments)
 
     def _copies(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -323,8 +325,6 @@ def _fast_job(model, x, y, criterion, optimizer, lr) -> _FastJob | str:
     p = network.parameters[0]
     if p.dtype not in (torch.float32, torch.float64):
         return f"parameters are {p.dtype}"
-    if p.device.type not in ("cpu", "cuda"):
-        return f"parameters are on {p.device}"
     if torch.is_autocast_enabled(p.device.type):
         return "autocast is on"
     if any(type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided for t in (x, y)):
@@ -338,7 +338,9 @@ def _fast_job(model, x, y, criterion, optimizer, lr) -> _FastJob | str:
     _check_data(network, recipe, x, y)
     if y.dtype != p.dtype:
         return f"y is {y.dtype}, the parameters {p.dtype}"
-    rates = p.new_full((network.members or 1,), rate) if lr is None else lr.detach().to(p.device, p.dtype).contiguous()
+    if not all(apart(t, p) for t in (x, y) for p in network.parameters):
+        return "x or y shares memory with a parameter"
+    rates = p.new_full((network.members or 1,), rate) if lr is None else lr.detach().to(p.device, p.dtype)
     return _FastJob(network, recipe, state, x, y, rates.detach())
 
 

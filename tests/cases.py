@@ -112,14 +112,24 @@ def one_value(t):
     return t[(slice(1),) * t.dim()].expand_as(t)
 
 
+def negated(t):
+    """Memory holds -t, densely, and the tensor says so: t.is_neg()."""
+    return torch._neg_view(-t)
+
+
+def conjugated(t):
+    """z.conj().imag, which autograd sends through torch.complex: memory holds -t, beside real parts that are NaN."""
+    return torch.complex(torch.full_like(t, torch.nan), -t).conj().imag
+
+
 LAYOUTS = {
     f"{operand}-{layout.__name__}": (operand, layout)
     for operand, layouts in {
-        "x": (every_other, inside, off_by_one, transposed, one_row, one_column),
-        "weight": (every_other, inside, off_by_one, transposed),
-        "bias": (every_other, off_by_one, one_value),
+        "x": (every_other, inside, off_by_one, transposed, one_row, one_column, negated, conjugated),
+        "weight": (every_other, inside, off_by_one, transposed, negated, conjugated),
+        "bias": (every_other, off_by_one, one_value, negated, conjugated),
         # sum() sends stride (0, 0), t().contiguous() (1, M), cat rows inside longer ones
-        "dy": (every_other, inside, off_by_one, transposed, one_row, one_column, one_value),
+        "dy": (every_other, inside, off_by_one, transposed, one_row, one_column, one_value, negated, conjugated),
     }.items()
     for layout in layouts
 }

@@ -13,6 +13,7 @@ import types
 
 import pytest
 import torch
+from cases import conjugated, negated
 from torch import nn
 from training_cases import (
     LOSSES,
@@ -545,6 +546,15 @@ def tied():
     return nn.Sequential(layer, nn.Sigmoid(), layer, nn.Sigmoid())
 
 
+def sharing(place):
+    """A network of which place(numbers) puts some parameters where others are."""
+    model = MLP([3, 4, 4, 3], "tanh", "sigmoid")
+    for name, values in place(0.5 * torch.randn(28)).items():
+        layer, kind = name.split()
+        setattr(model[int(layer)], kind, nn.Parameter(values))
+    return model
+
+
 def parametrized():
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Sigmoid())
 
@@ -575,6 +585,22 @@ GENERAL = {
     "own-module": (lambda: nn.ModuleList([nn.Linear(3, 3)])[0], sgd, nn.MSELoss()),
     "hook": (lambda: hook(plain()), sgd, nn.BCELoss()),
     "tied": (tied, sgd, nn.BCELoss()),
+    "overlapping": (
+        lambda: sharing(lambda t: {"0 weight": t[:12].view(4, 3), "2 weight": t[8:24].view(4, 4)}),
+        sgd,
+        nn.BCELoss(),
+    ),
+    "bias-in-a-weight": (
+        lambda: sharing(lambda t: {"2 weight": t[:16].view(4, 4), "0 bias": t[:16].view(4, 4)[:, 2]}),
+        sgd,
+        nn.BCELoss(),
+    ),
+    "overlapping-columns": (
+        lambda: sharing(lambda t: {"0 weight": t[:24].view(4, 6)[:, :3], "2 weight": t[:24].view(4, 6)[:, 2:]}),
+        sgd,
+        nn.BCELoss(),
+    ),
+    "sliding-windows": (lambda: sharing(lambda t: {"2 weight": t[:7].unfold(0, 4, 1)}), sgd, nn.BCELoss()),
     "parametrized": (parametrized, sgd, nn.BCELoss()),
     "bfloat16": (lambda: plain().bfloat16(), sgd, nn.MSELoss()),
     "frozen": (plain, frozen, nn.BCELoss()),
@@ -617,6 +643,66 @@ def test_everything_else_takes_the_ordinary_loop(case, batch_size):
         assert relative(values(model), before) > 1e-3
         assert all(p.grad is None for p in model.parameters())
     # The same operations: the same bits.
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_parameters_that_share_one_number_fail_as_in_an_ordinary_loop():
+    model = sharing(lambda t: {"2 bias": t[:1].expand(4)})
+    before = values(model)
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory"):
+        fit(model, torch.randn(5, 3), torch.rand(5, 3), criterion=nn.BCELoss(), optimizer=sgd(model), steps=1)
+    with pytest.raises(NotImplementedError, match="parameters share memory"):
+        fit(
+            model,
+            torch.randn(5, 3),
+            torch.rand(5, 3),
+            criterion=nn.MSELoss(),
+            optimizer=sgd(model),
+            steps=1,
+            impl="torch",
+        )
+    assert torch.equal(values(model)[-1], before[-1])
+
+
+# name: parameters that lie woven into each other, or close to each other, but apart
+APART = {
+    "neighbours": lambda t: {"0 weight": t[:12].view(4, 3), "2 weight": t[12:28].view(4, 4)},
+    "columns-of-one-matrix": lambda t: {"0 weight": t.view(4, 7)[:, :3], "2 weight": t.view(4, 7)[:, 3:]},
+    "every-other": lambda t: {"0 bias": t[:8:2], "2 bias": t[1:8:2]},
+    "transposed": lambda t: {"2 weight": t[:16].view(4, 4).t()},
+    "odd-columns": lambda t: {"2 weight": t.view(4, 7)[:, ::2], "0 bias": t.view(4, 7)[:, 1]},
+}
+
+
+@pytest.mark.parametrize("place", APART.values(), ids=APART)
+def test_parameters_that_lie_apart_take_the_fast_loop(place):
+    results, x, y = [], torch.randn(5, 3), torch.rand(5, 3)
+    for train in (fit, ordinary):
+        torch.manual_seed(4)
+        model = sharing(place)
+        if train is fit:
+            history = fit(model, x, y, criterion=nn.BCELoss(), optimizer=sgd(model), steps=20)
+            assert history.path == "torch"
+        else:
+            ordinary(model, x, y, nn.BCELoss(), sgd(model), 20)
+        results.append(values(model))
+    assert relative(*results) < 1e-6
+
+
+@pytest.mark.parametrize("batch_size", [None, 2], ids=["full", "minibatches"])
+def test_data_that_lie_in_a_parameter_change_with_it(batch_size):
+    results = []
+    for train in (fit, ordinary):
+        torch.manual_seed(4)
+        model = MLP([3, 4, 3])
+        x, y = model[0].weight.detach(), torch.rand(4, 3)
+        common = {"batch_size": batch_size, "generator": torch.Generator().manual_seed(1)}
+        if train is fit:
+            history = fit(model, x, y, criterion=nn.BCELoss(), optimizer=sgd(model), steps=8, **common)
+            assert history.path == "general"
+        else:
+            ordinary(model, x, y, nn.BCELoss(), sgd(model), 8, **common)
+        results.append(values(model))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -862,7 +948,70 @@ def test_an_ensemble_is_no_sequential():
     assert training.describe(Ensemble(2, [3, 2])) == "Ensemble is neither an MLP nor an nn.Sequential"
 
 
+NEGATIVE = [
+    ("x", negated),
+    ("x", conjugated),
+    ("y", negated),
+    ("y", conjugated),
+    ("lr", negated),
+    ("parameters", conjugated),
+]
+
+
+@pytest.mark.parametrize(("operand", "layout"), NEGATIVE, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("impl", ["torch", "lane", "block"])
+def test_negative_views(impl, operand, layout, request):
+    device = "cpu" if impl == "torch" else request.getfixturevalue("device")
+    results = []
+    for negative in (False, True):
+        ensemble = Ensemble(3, [2, 3, 1], generator=torch.Generator().manual_seed(1)).to(device)
+        x, y = (t.to(device) for t in xor(torch.float32))
+        lr = torch.tensor([0.2, 0.5, 0.9], device=device)
+        if negative and operand == "parameters":
+            for parameters in (ensemble.weights, ensemble.biases):
+                for l, p in enumerate(parameters):
+                    parameters[l] = nn.Parameter(layout(p.detach()))
+        elif negative:
+            x, y, lr = (layout(t) if name == operand else t for name, t in (("x", x), ("y", y), ("lr", lr)))
+        history = fit(
+            ensemble,
+            x,
+            y,
+            criterion=nn.BCELoss(),
+            optimizer=torch.optim.SGD(ensemble.parameters(), lr=1.0, momentum=0.9),
+            steps=3,
+            log_every=2,
+            lr=lr,
+            impl=impl,
+        )
+        results.append([*(p.detach().resolve_neg() for p in ensemble.parameters()), history.loss])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 # --- the kernels -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["torch", "lane", "block"])
+def test_infinite_targets_of_dead_outputs(impl, request):
+    device = "cpu" if impl == "torch" else request.getfixturevalue("device")
+    results = []
+    for path in (impl, "ordinary"):
+        torch.manual_seed(0)
+        model = MLP([3, 4, 2], "tanh", "relu")
+        with torch.no_grad():
+            model[2].bias[1] = -100.0
+        x, y = torch.randn(5, 3), torch.rand(5, 2)
+        y[:, 1] = torch.inf
+        model.to(device)
+        if path == "ordinary":
+            ordinary(model, x.to(device), y.to(device), nn.MSELoss(), sgd(model), 3)
+        else:
+            data = {"criterion": nn.MSELoss(), "optimizer": sgd(model), "steps": 3, "impl": impl}
+            assert fit(model, x.to(device), y.to(device), **data).path == impl
+        results.append([p.detach().cpu() for p in model.parameters()])
+    assert all(t.isfinite().all() for t in results[1])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [None, 3], ids=["full", "minibatches"])

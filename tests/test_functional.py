@@ -357,6 +357,59 @@ def test_gradcheck(function, activation, leading):
     assert torch.autograd.gradgradcheck(layer, inputs)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("path", ["mm", "onednn", "chunked"])
+def test_what_is_not_finite_takes_torchs_way(path, activation, take):
+    """Infinite gradients at dead and at saturated units, and gradients at units that are NaN, to second order."""
+    take(path)
+    x, weight, bias, dy = make_layer(6, 3, 4, torch.float32)
+    bias[:3] = torch.tensor([-200.0, 200.0, torch.nan])
+    dy[:, :2] = torch.tensor([[torch.inf, 1.0], [-torch.inf, 2.0], [torch.nan, 3.0]]).repeat(2, 1)
+
+    def gradients(layer):
+        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        upstream = dy.detach().requires_grad_()
+        y = layer(*inputs, activation)
+        first = torch.autograd.grad(y, inputs, upstream, retain_graph=True)
+        double = torch.autograd.grad(y, inputs, upstream, create_graph=True)
+        ones = [torch.ones_like(g) for g in double]
+        second = torch.autograd.grad(double, [*inputs, upstream], ones, allow_unused=True, materialize_grads=True)
+        return [*first, *double, *second]
+
+    actual, expected = gradients(linear_act), gradients(plain)
+    if activation == "relu":
+        assert expected[2][0] == 0  # dbias of the dead unit
+        assert expected[2][2].isfinite()  # of the one that is NaN
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, equal_nan=True)
+
+
+# name: a matrix (M, K) whose elements share memory, or seem to
+OVERLAPPING = {
+    "windows": lambda m, k: torch.randn(m + k - 1).unfold(0, k, 1),
+    "wide-windows": lambda m, k: torch.randn(3 * m + k).unfold(0, k, 3)[:m],
+    "stretched-windows": lambda m, k: torch.randn(2 * m + 3 * k).as_strided((m, k), (2, 3)),
+    "one-row": lambda m, k: torch.randn(1, k).expand(m, k),
+    "one-column": lambda m, k: torch.randn(m, 1).expand(m, k),
+    "one-value": lambda m, k: torch.randn(1, 1).expand(m, k),
+    "every-other-column-of-an-odd-width": lambda m, k: torch.randn(m, 2 * k - 1)[:, ::2],
+    "every-other-row-of-an-odd-height": lambda m, k: torch.randn(k, 2 * m - 1)[:, ::2].t(),
+}
+
+
+@pytest.mark.parametrize("operand", ["x", "weight", "bias", "dy"])
+@pytest.mark.parametrize("overlapping", OVERLAPPING)
+@pytest.mark.parametrize("activation", ["sigmoid", "identity"])
+@pytest.mark.parametrize("path", ["onednn", "chunked-onednn"])
+def test_operands_that_share_memory(path, activation, overlapping, operand, take):
+    # oneDNN cannot describe them.
+    take(path)
+    make = OVERLAPPING[overlapping]
+    layer = dict(zip(("x", "weight", "bias", "dy"), make_layer(100, 10, 31, torch.float32), strict=True))
+    layer[operand] = make(1, 31)[0] if operand == "bias" else make(*layer[operand].shape)
+    check(*layer.values(), activation)
+
+
 def gradient_penalty(layer, x, weight, bias, dy):
     """Gradients of a 1-Lipschitz penalty, which are second derivatives of the layer."""
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
@@ -427,6 +480,31 @@ def test_writing_over_the_output(activation, path, take):
     else:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.backward(dy)
+
+
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3), (2, 0)], ids=str)
+@pytest.mark.parametrize("path", ["small", "mm", "onednn", "chunked"])
+def test_in_place_operations_on_the_output(path, leading, take):
+    take(path)
+    x, weight, bias, dy = make_layer(math.prod(leading), 7, 5, torch.float32)
+    x, dy = x.view(*leading, 7), dy.view(*leading, 5)
+
+    def masked(*inputs, layer):
+        y = layer(*inputs, "identity").mul_(2).add_(1)
+        y[y > 1.5] = 0.5
+        return y.square()
+
+    results = []
+    for layer in (linear_act, plain):
+        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        y = masked(*inputs, layer=layer)
+        first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        double = torch.autograd.grad(y, inputs, dy, create_graph=True)
+        penalty = sum(g.square().sum() for g in double)
+        second = torch.autograd.grad(penalty, inputs, allow_unused=True, materialize_grads=True)
+        results.append([y, *first, *double, *second])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("path", PATHS)

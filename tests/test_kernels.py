@@ -309,7 +309,7 @@ def test_layouts(path, layout, force, launches):
     check(*tensors)
     # Seen as it is: a launcher that makes its operands dense first would pass everything above.
     operand = layout.partition("-")[0]
-    tensor = dict(zip(("x", "weight", "bias", "dy"), tensors, strict=True))[operand]
+    tensor = dict(zip(("x", "weight", "bias", "dy"), tensors, strict=True))[operand].resolve_neg()
     name = "stride_b" if operand == "bias" else f"stride_{operand.replace('weight', 'w')}"
     (kernel,) = (
         k for k in launches if launches[k] and (k.startswith("linear_act_fwd") if operand != "dy" else "bwd" in k)
@@ -545,6 +545,33 @@ def test_second_order_is_exact():
     actual = penalty(functools.partial(linear_act, impl="triton"), torch.float32)
     expected, exact = penalty(plain, torch.float32), penalty(plain, torch.float64)
     assert_as_good_as_torch(actual, expected, exact, torch.float32, ("dx", "dweight", "dbias"))
+
+
+@pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
+def test_what_is_not_finite_takes_torchs_way_through_relu(path, force):
+    shape, forward, backward = PATHS[path]
+    force(forward, backward)
+    x, weight, bias, dy = make_layer(*shape, torch.float32, DEVICE)
+    bias[:3] = torch.tensor([-200.0, 200.0, torch.nan])  # dead, alive, NaN
+    dy[::2, 0], dy[1::2, 0] = torch.inf, torch.nan
+    actual, expected = run(x, weight, bias, dy, "relu"), torch_layer(x, weight, bias, dy, "relu")
+    assert all(t.isfinite().all() for t in expected[1:])
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3), (2, 0)], ids=str)
+def test_in_place_operations_on_the_output(leading):
+    x, weight, bias, dy = make_layer(math.prod(leading), 7, 5, torch.float32, DEVICE)
+    x, dy = x.view(*leading, 7), dy.view(*leading, 5)
+    results = []
+    for layer in (functools.partial(linear_act, activation="identity", impl="triton"), F.linear):
+        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        y = layer(*inputs).mul_(2).add_(1)
+        y[y > 1.5] = 0.5
+        results.append([y, *torch.autograd.grad(y, inputs, dy)])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=IDS.get)

@@ -10,9 +10,11 @@ from cases import (
     ACTIVATIONS,
     DTYPES,
     FLOOR,
+    conjugated,
     every_other,
     inside,
     kernel_device,
+    negated,
     nothing_is_small,
     one_row,
     one_value,
@@ -197,7 +199,11 @@ def test_any_leading_shape(path, leading, take):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", [every_other, inside, transposed, one_row, one_value], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "layout",
+    [every_other, inside, transposed, one_row, one_value, negated, conjugated],
+    ids=lambda f: f.__name__,
+)
 @pytest.mark.parametrize("operand", ["x", "weight", "bias", "dy"])
 @pytest.mark.parametrize("path", OWN)
 def test_layouts(path, operand, layout, take):
@@ -216,6 +222,31 @@ def test_layouts(path, operand, layout, take):
         return mlp_act(x, weights, biases, impl=impl)
 
     check(net, network)
+
+
+@pytest.mark.parametrize("loss", ["activation", "bce"])
+@pytest.mark.parametrize("path", OWN)
+def test_gradients_that_come_through_complex_numbers(path, loss, take):
+    # They are negative views: only who asks knows that memory holds -dy.
+    impl = take(path)
+    net = Net((7, 20, 3))
+    target, other = torch.rand(40, 3, device=DEVICE), torch.randn(40, 3, dtype=torch.complex64, device=DEVICE)
+    results = []
+    for ours in (True, False):
+        inputs = [t.detach().requires_grad_() for t in net.tensors]
+        if loss == "bce":
+            y = (bce if ours else torch_bce)(net, target, reduction="none", **{"impl": impl} if ours else {})(
+                *net.split(inputs)
+            )
+        else:
+            y = mlp_act(*net.split(inputs), impl=impl) if ours else plain(*net.split(inputs))
+        seen = []
+        y.register_hook(lambda dy, seen=seen: seen.append(dy.is_neg()))
+        (torch.complex(torch.zeros_like(y), y).conj() * other).real.sum().backward()
+        assert seen == [True]
+        results.append([t.grad for t in inputs])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", OWN)
@@ -325,6 +356,23 @@ def test_sums_over_pieces_stay_in_fp32():
     _, dweights, dbiases = reference.mlp_bwd(dy, x, saved, weights, None, "identity", "identity", wanted, plan)
     for gradient in (*dweights, *dbiases):
         assert (gradient == 16).all()
+
+
+@pytest.mark.parametrize("path", OWN)
+def test_dead_units_stop_infinite_gradients(path, take):
+    """torch's relu selects: where its output is 0, nothing is left of a gradient, and NaN passes one on."""
+    impl = take(path)
+    net = Net((4, 8, 8, 3), m=12)
+    net.biases[-1] = torch.tensor([-50.0, 50.0, 1.0], device=DEVICE)  # dead everywhere, alive everywhere
+    net.biases[0][2] = -50.0
+    net.dy[:, 0] = torch.tensor([torch.inf, -torch.inf, torch.nan], device=DEVICE).repeat(4)
+    actual, expected = (
+        differentiate(net, lambda *net, network=network: network(*net, "relu", "relu"))
+        for network in (lambda *net: mlp_act(*net, impl=impl), plain)
+    )
+    assert all(t.isfinite().all() for t in expected)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
 # --- autograd ----------------------------------------------------------------------------------------------------
@@ -461,16 +509,149 @@ def test_two_forwards_then_a_joint_backward(path, take):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", paths("explicit", "kernel"))
-def test_what_was_saved_may_not_be_written_over(path, take):
+# (operand, whether x wants a gradient): whether torch's own operations need it
+WRITTEN = {
+    "x": ("x", True, True),
+    "first-weight": ("weight", True, True),
+    "first-weight-without-dx": ("weight", False, False),
+    "bias": ("bias", True, False),
+    "output": ("y", True, True),
+}
+
+
+@pytest.mark.parametrize(("operand", "need_dx", "needed"), WRITTEN.values(), ids=WRITTEN)
+@pytest.mark.parametrize("path", paths("aten", "explicit", "chunked", "kernel"))
+def test_what_gradients_need_may_not_be_written_over(path, operand, need_dx, needed, take):
     impl = take(path)
     net = Net()
-    inputs = [t.requires_grad_() for t in net.tensors]
-    y = mlp_act(*net.split(inputs), impl=impl)
+    expected = differentiate(net, plain)[1:]
+    inputs = [t.detach().clone().requires_grad_() for t in net.tensors]
+    x, weights, biases = net.split(inputs)
+    x.requires_grad_(need_dx)
+    y = mlp_act(x, weights, biases, impl=impl)
     with torch.no_grad():
-        inputs[1].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.backward(net.dy)
+        {"x": x, "weight": weights[0], "bias": biases[0], "y": y}[operand].add_(1)
+    if impl == "triton":
+        # Kernels compute the activations again: from all inputs, and they keep no output.
+        needed = operand != "y"
+    if needed:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward(net.dy)
+        return
+    for _ in range(2):
+        y.backward(net.dy, retain_graph=True)
+        for t, e in zip(inputs[not need_dx :], expected[not need_dx :], strict=True):
+            torch.testing.assert_close(t.grad, e, rtol=1e-4, atol=1e-5)
+            t.grad = None
+
+
+@pytest.mark.parametrize("path", paths("explicit", "chunked"))
+def test_second_order_after_a_bias_was_written_over(path, take):
+    # Of what was saved, not of what a second forward pass would make of the parameters as they are now.
+    take(path)
+    net = Net((5, 8, 6, 2), m=12)
+    results = []
+    for network in (mlp_act, plain):
+        inputs = [t.detach().clone().requires_grad_() for t in net.tensors[1:]]
+        x, weights, biases = net.split([net.x, *inputs])
+        y = network(x, weights, biases)
+        with torch.no_grad():
+            biases[0].add_(1)
+            weights[0].mul_(2)
+        gradients = torch.autograd.grad((y * net.dy).sum(), inputs, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs))
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+KEEPS = {
+    # of x, weights, hidden outputs and y: which are kept
+    "everything": (lambda l: (True, [True] * l, [True] * l), "tanh", (True, "1111", "111", True)),
+    "parameters": (WANTED["parameters"], "tanh", (True, "0111", "111", True)),
+    "x": (WANTED["x"], "tanh", (False, "1111", "111", True)),
+    "x-of-a-bare-network": (WANTED["x"], "identity", (False, "1111", "111", False)),
+    "biases": (WANTED["biases"], "tanh", (False, "0111", "111", True)),
+    "last-layer": (WANTED["last-layer"], "identity", (False, "0000", "001", False)),
+    "middle-weight": (WANTED["middle-weight"], "tanh", (False, "0011", "111", True)),
+    "last-bias": (lambda l: (False, [False] * l, [i == l - 1 for i in range(l)]), "tanh", (False, "0000", "000", True)),
+}
+
+
+@pytest.mark.parametrize(("wanted", "output", "keeps"), KEEPS.values(), ids=KEEPS)
+@pytest.mark.parametrize("path", paths("explicit", "chunked"))
+def test_keeps_only_what_gradients_need(path, wanted, output, keeps, take):
+    take(path)
+    net = Net()
+    need_x, need_weights, need_biases = wanted(len(net.weights))
+    for t, flag in zip(net.tensors, (need_x, *need_weights, *need_biases), strict=True):
+        t.requires_grad_(flag)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = mlp_act(net.x, net.weights, net.biases, "sigmoid", output)
+    addresses = [t.data_ptr() for t in kept]
+    keep_x, keep_weights, keep_hs, keep_y = keeps
+    assert (net.x.data_ptr() in addresses) == keep_x
+    assert [w.data_ptr() in addresses for w in net.weights] == [flag == "1" for flag in keep_weights]
+    assert (y.data_ptr() in addresses) == keep_y
+    assert len(kept) == keep_x + keep_weights.count("1") + keep_hs.count("1") + keep_y
+
+
+def written(y):
+    """What in-place operations make of an output, in a way that each of its elements still counts."""
+    y.mul_(2).add_(1)
+    y[y > 1.5] = 0.5
+    return y.square()
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["", "no-gradients"])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_outputs_may_be_written_to(path, leading, gradients, take):
+    impl = take(path)
+    net = Net((7, 20, 3), leading=leading if leading else (1,))
+    if not leading:
+        net.x, net.dy = net.x[0], net.dy[0]
+    results = []
+    for network in (
+        lambda *net: mlp_act(*net, "relu", "identity", impl=impl),
+        lambda *n: plain(*n, "relu", "identity"),
+    ):
+        inputs = [t.detach().requires_grad_(gradients) for t in net.tensors]
+        y = written(network(*net.split(inputs)))
+        results.append([y])
+        if gradients:
+            results[-1] += torch.autograd.grad(y, inputs, net.dy, retain_graph=True)
+            double = torch.autograd.grad(y, inputs, net.dy, create_graph=True)
+            results[-1] += double
+            penalty = sum(g.square().sum() for g in double)
+            results[-1] += torch.autograd.grad(penalty, inputs, allow_unused=True, materialize_grads=True)
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_losses_may_be_written_to(path, leading, take):
+    impl = take(path)
+    net = Net((7, 20, 3), leading=leading if leading else (1,))
+    if not leading:
+        net.x, net.dy = net.x[0], net.dy[0]
+    target, ignored = torch.rand(*leading, 3, device=DEVICE), torch.rand(*leading, 3, device=DEVICE) < 0.5
+
+    def masked(loss):
+        def network(*net):
+            values = loss(*net)
+            values[ignored] = 0
+            return values.mul_(2)
+
+        return network
+
+    results = [
+        differentiate(net, masked(network))
+        for network in (bce(net, target, reduction="none", impl=impl), torch_bce(net, target, reduction="none"))
+    ]
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("default")  # the compiler itself uses what torch deprecates
@@ -677,6 +858,29 @@ def test_bce(path, dtype, reduction, weighted, take):
     dy = net.dy if reduction == "none" else torch.tensor(0.7, device=DEVICE)
     options = (target, pos_weight, reduction)
     check(net, bce(net, *options, impl), torch_bce(net, *options), dy)
+
+
+@pytest.mark.parametrize("layout", [negated, conjugated], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("operand", ["x", "weight", "bias", "target", "pos_weight", "dloss"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("path", paths("explicit", "kernel", "segments"))
+def test_bce_of_negative_views(path, reduction, operand, layout, take):
+    impl = take(path)
+    net = Net((7, 20, 3))
+    head = {
+        "target": torch.rand(40, 3, device=DEVICE),
+        "pos_weight": torch.tensor([0.3, 1.0, 8.0], device=DEVICE),
+        "dloss": net.dy if reduction == "none" else torch.tensor(0.7, device=DEVICE),
+    }
+    if operand in head:
+        head[operand] = layout(head[operand])
+    elif operand == "x":
+        net.x = layout(net.x)
+    else:
+        tensors = net.weights if operand == "weight" else net.biases
+        tensors[:] = map(layout, tensors)
+    options = (head["target"], head["pos_weight"], reduction)
+    check(net, bce(net, *options, impl), torch_bce(net, *options), head["dloss"])
 
 
 @pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -13,10 +13,12 @@ from cases import (
     NO_KERNELS,
     Spy,
     assert_as_good_as_torch,
+    conjugated,
     join,
     kernel_device,
     make_layer,
     make_layers,
+    negated,
     off_by_one,
     relative_error,
     torch_layer,
@@ -443,6 +445,82 @@ def test_fp32_networks(split, monkeypatch, allowed):
     assert_as_good_as_torch(actual, expected, exact, torch.float32, names, allowance=FLOOR[torch.float32] + short)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("layout", [negated, conjugated], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("operand", ["x", "weight", "bias", "dy"])
+def test_networks_of_negative_views(operand, layout):
+    x, weights, biases, dy = network(NETS["ends-narrow"], torch.float16)
+    inputs = (x, *weights, *biases)
+    with torch.no_grad():
+        if operand == "x":
+            x = layout(x.detach()).requires_grad_()
+        elif operand == "dy":
+            dy = layout(dy)
+        else:
+            tensors = weights if operand == "weight" else biases
+            tensors[:] = [layout(t.detach()).requires_grad_() for t in tensors]
+    y = mlp_act(x, weights, biases, "tanh", impl="triton")
+    assert y.grad_fn.name() == "MlpFunctionBackward"
+    actual = (y.detach(), *torch.autograd.grad(y, (x, *weights, *biases), dy))
+    dense = mlp_act(*inputs[:1], inputs[1:4], inputs[4:], "tanh", impl="triton")
+    expected = (dense.detach(), *torch.autograd.grad(dense, inputs, dy.resolve_neg()))
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < FLOOR[torch.float16]
+
+
+def test_networks_stop_infinite_gradients_at_dead_units():
+    x, weights, biases, dy = network(NETS["wide"], torch.bfloat16)
+    with torch.no_grad():
+        for bias in biases:
+            bias[3] = -100.0
+        dy[::2, 3] = torch.inf
+    inputs = (x, *weights, *biases)
+    y = mlp_act(x, weights, biases, "relu", impl="triton")
+    actual = (y.detach(), *torch.autograd.grad(y, inputs, dy))
+    expected, exact = (torch_network(x, weights, biases, dy, "relu", own) for own in (None, torch.float64))
+    assert all(t.isfinite().all() for t in exact)
+    names = ["y", "dx", *(f"dweight {l}" for l in range(3)), *(f"dbias {l}" for l in range(3))]
+    assert_as_good_as_torch(actual, expected, exact, torch.bfloat16, names, allowance=FLOOR[torch.bfloat16])
+
+
+@pytest.mark.parametrize("output", ["identity", "tanh"])
+def test_networks_keep_what_gradients_need(output):
+    x, weights, biases, dy = network(NETS["wide"], torch.float16)
+    x.requires_grad_(False)
+    results = []
+    for write in (False, True):
+        y = mlp_act(x, weights, biases, "tanh", output, impl="triton")
+        if write:
+            with torch.no_grad():
+                biases[1].add_(1)
+                weights[0].mul_(2)
+            if output == "identity":
+                y = y.mul_(1)
+        results.append(torch.autograd.grad(y, (*weights, *biases), dy))
+    for a, e in zip(*results, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("hidden", ["tanh", "identity"])
+def test_second_order_of_networks(hidden):
+    x, weights, biases, dy = network(NETS["ends-narrow"], torch.float16, m=20)
+    inputs = (x, *weights, *biases)
+    results = []
+    for dtype in (torch.float16, torch.float64):
+        own = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        if dtype is torch.float16:
+            y = mlp_act(own[0], own[1:4], own[4:], hidden, "tanh", impl="triton")
+        else:
+            y = own[0]
+            for l in range(3):
+                y = torch.nn.functional.linear(y, own[1 + l], own[4 + l])
+                y = activations.ACTIVATIONS["tanh" if l == 2 else hidden].forward(y)
+        first = torch.autograd.grad((y * dy.to(dtype)).sum(), own, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().mean() for g in first), own))
+    for a, e in zip(*results, strict=True):
+        assert relative_error(a, e) < 0.02
+
+
 WANTED = {
     "dx": lambda x, weights, biases: [x],
     "last-layer": lambda x, weights, biases: [weights[2], biases[2]],
@@ -494,8 +572,14 @@ def fired(monkeypatch):
 
 @pytest.mark.parametrize(
     ("layout", "expected"),
-    [(lambda t: t, "tma"), (lambda t: pitched(t, 16), "tma"), (off_by_one, "tiled"), (transposed, "tiled")],
-    ids=["dense", "pitched", "off-by-one", "transposed"],
+    [
+        (lambda t: t, "tma"),
+        (lambda t: pitched(t, 16), "tma"),
+        (off_by_one, "tiled"),
+        (transposed, "tiled"),
+        (negated, "tiled"),
+    ],
+    ids=["dense", "pitched", "off-by-one", "transposed", "negated"],
 )
 @pytest.mark.parametrize("operand", [0, 1], ids=["x", "weight"])
 def test_triton_takes_it_where_it_applies(operand, layout, expected, fired):
