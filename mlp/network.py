@@ -88,6 +88,14 @@ def why_not_trainable(network: Network) -> str | None:
     first = network.parameters[0]
     if any(p.dtype != first.dtype or p.device != first.device for p in network.parameters):
         return "parameters differ in dtype or device"
+    stack = () if network.members is None else (network.members,)
+    shapes = [
+        (*stack, *shape)
+        for k, n in pairwise(network.widths)
+        for shape in (((n, k), (n,)) if network.bias else ((n, k),))
+    ]
+    if [tuple(p.shape) for p in network.parameters] != shapes:
+        return "a parameter has not the shape that its layer says"  # as a bias of one element, which torch broadcasts
     if len({_place(p) for p in network.parameters}) < len(network.parameters):
         return "parameters are tied"
     if min(network.widths) == 0:
