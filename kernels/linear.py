@@ -381,8 +381,8 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     kernel = linear_act_fwd_rows_kernel if plan.impl == "rows" else linear_act_fwd_tiled_kernel
     known = None
     if aligned(x, weight, bias):
-        stride_b = None if bias is None else bias.stride()
-        known = (x.device, x.dtype, activation, M, N, K, x.stride(), weight.stride(), stride_b)
+        operands = [t if t is None else (t.device, t.dtype, t.stride()) for t in (x, weight, bias)]
+        known = (activation, M, N, K, *operands)
     with _current(x):
         launch(
             kernel,
@@ -461,8 +461,8 @@ def _linear_act_bwd_rows(
         dbias_slots = slots[:, size - N :] if need_dbias else None
     known = None
     if aligned(dy, y, x, weight):
-        strides = (dy.stride(), None if x is None else x.stride(), None if weight is None else weight.stride())
-        known = (y.device, y.dtype, activation, M, N, K, *strides, wanted)
+        operands = [t if t is None else (t.device, t.dtype, t.stride()) for t in (y, dy, x, weight)]
+        known = (activation, M, N, K, *operands, wanted)
     with _current(y):
         launch(
             linear_act_bwd_rows_kernel,
@@ -510,7 +510,9 @@ def act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Plan
     grid = (-(-M // tile.block_m), -(-N // tile.block_n))  # triton.cdiv is typed as device code
     slots = torch.empty((grid[0], N), dtype=torch.float32, device=y.device) if need_dbias else None
     dbias = torch.empty((N,), dtype=y.dtype, device=y.device) if need_dbias else None
-    known = (y.device, y.dtype, activation, M, N, dy.stride(), need_dbias) if aligned(dy, y) else None
+    known = None
+    if aligned(dy, y):
+        known = (y.device, y.dtype, dy.device, dy.dtype, activation, M, N, dy.stride(), need_dbias)
     with _current(y):
         launch(
             act_bwd_kernel,

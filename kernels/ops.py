@@ -18,6 +18,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from . import loop, reference
 from . import plan as planning
+from .activations import ACTIVATIONS
 from .plan import Device, MlpPlan, Plan, Recipe, TrainPlan
 from .reference import Maybe, Wanted
 
@@ -199,9 +200,23 @@ def refusal(
         return reason
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}"
-    if bias is not None and bias.shape != weight.shape[:1]:
-        return f"bias {tuple(bias.shape)} is not ({weight.shape[0]},)"
-    return _mode_refusal(x.device, impl)
+    return bias_refusal("bias", bias, weight) or _mode_refusal(x.device, impl)
+
+
+def traced_refusal(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, autocast: bool, impl: str | None
+) -> str | None:
+    """The same for a traced call. Of what does not fit together the registered op says so, as `torch.nn` would.
+
+    Looks at no number of rows: a dynamic batch is compiled once.
+    """
+    if impl == "torch":
+        return 'impl="torch"'
+    if impl is None and not launchable(x.device, dtype):
+        return f"no kernels for {dtype} on {x.device} in this program"
+    if reason := _kind_refusal(x, (("weight", weight), ("bias", bias)), dtype, autocast):
+        return reason
+    return bias_refusal("bias", bias, weight) or _mode_refusal(x.device, impl)
 
 
 def mlp_refusal(
@@ -212,20 +227,24 @@ def mlp_refusal(
     autocast: bool,
     impl: str | None,
 ) -> str | None:
-    """The same for a whole network whose shapes fit."""
+    """The same for a whole network whose weights fit."""
     tensors: list[tuple[str, Tensor | None]] = [(f"weights[{l}]", weight) for l, weight in enumerate(weights)]
     tensors += [(f"biases[{l}]", bias) for l, bias in enumerate(biases or ())]
-    return _tensor_refusal(x, tensors, dtype, autocast) or _mode_refusal(x.device, impl)
+    if reason := _tensor_refusal(x, tensors, dtype, autocast):
+        return reason
+    for l, bias in enumerate(biases or ()):
+        if reason := bias_refusal(f"biases[{l}]", bias, weights[l]):
+            return reason
+    return _mode_refusal(x.device, impl)
 
 
-def _tensor_refusal(
+def _kind_refusal(
     x: Tensor, others: Sequence[tuple[str, Tensor | None]], dtype: torch.dtype, autocast: bool
 ) -> str | None:
-    device = x.device
     if dtype not in _NAMES:
         return f"x is {dtype}; the kernels take {', '.join(map(str, _NAMES))}"
-    if device.type not in ("cpu", "cuda"):
-        return f"no kernels for {device.type} devices"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"no kernels for {x.device.type} devices"
     for name, tensor in (("x", x), *others):
         if tensor is None:
             continue
@@ -233,9 +252,54 @@ def _tensor_refusal(
             return f"{name} is a {type(tensor).__name__}, a subclass of Tensor with rules of its own"
         if tensor.layout is not torch.strided:
             return f"{name} is {tensor.layout}"
-        if tensor.device != device or not (tensor.dtype is dtype or (autocast and tensor.dtype in _NAMES)):
+        if autocast and tensor.dtype not in _NAMES:
+            return f"{name} is {tensor.dtype}, which autocast leaves as it is"
+    return None
+
+
+def _tensor_refusal(
+    x: Tensor, others: Sequence[tuple[str, Tensor | None]], dtype: torch.dtype, autocast: bool
+) -> str | None:
+    if reason := _kind_refusal(x, others, dtype, autocast):
+        return reason
+    device = x.device
+    for name, tensor in others:
+        if tensor is not None and (tensor.device != device or not (autocast or tensor.dtype is dtype)):
             return f"{name} is {tensor.dtype} on {tensor.device}, not {dtype} on {device}"
     return None
+
+
+def bias_refusal(name: str, bias: Tensor | None, weight: Tensor) -> str | None:
+    """Why the kernels do not take this bias, or None. torch broadcasts what it can; a kernel would read behind it."""
+    if bias is None or bias.shape == weight.shape[:1]:
+        return None
+    return f"{name} {tuple(bias.shape)} is not the out_features of weight {tuple(weight.shape)}"
+
+
+def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None = None, autocast: bool = False) -> None:
+    """Raises the ValueError that says what does not fit together; whether the bias does is `bias_refusal`'s question.
+
+    autocast: the dtypes need not be the same.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be (out_features, in_features), not {tuple(weight.shape)}")
+    # Not `if`: a size that the compiler does not know is checked when the program runs.
+    torch._check_value(
+        x.dim() > 0 and x.shape[-1] == weight.shape[1],
+        lambda: f"x {tuple(x.shape)} does not end in the in_features of weight {tuple(weight.shape)}",
+    )
+    _check_alike("x", x, autocast, weight=weight, bias=bias)
+
+
+def _check_alike(name: str, tensor: Tensor, autocast: bool = False, /, **others: Tensor | None) -> None:
+    """Raises the ValueError that says which of the others has another device or, without autocast, another dtype."""
+    for other, found in others.items():
+        if found is None:
+            continue
+        if found.device != tensor.device:
+            raise ValueError(f"{other} is on {found.device}, but {name} on {tensor.device}")
+        if found.dtype != tensor.dtype and not autocast:
+            raise ValueError(f"{other} is {found.dtype}, but {name} {tensor.dtype}")
 
 
 def batched(tensor: Tensor) -> bool:
@@ -257,6 +321,11 @@ def _mode_refusal(device: torch.device, impl: str | None) -> str | None:
     return _cpu_refusal(device) if impl == "triton" else None
 
 
+# What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and with it triton. The
+# tracer runs such a function instead of tracing it, under the transforms that the traced program has begun by then.
+_mode_refusal._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def _cpu_refusal(device: torch.device) -> str | None:
     if device.type == "cpu" and not (has_triton() and _launchers().INTERPRETED):
         return "x is on the CPU, which triton reaches only under its interpreter (TRITON_INTERPRET=1)"
@@ -274,7 +343,6 @@ def launchable(device: torch.device, dtype: torch.dtype) -> bool:
     return usable and not torch.compiler.is_exporting()
 
 
-# What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and with it triton.
 launchable._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -728,23 +796,69 @@ _library.define(
 )
 
 
+def _check_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_operands(x, weight, bias)
+    if reason := bias_refusal("bias", bias, weight):
+        raise ValueError(reason)
+
+
+def _check_backward(dy: Tensor, y: Tensor, x: Tensor | None, weight: Tensor | None, wanted: Sequence[bool]) -> None:
+    if dy.shape != y.shape:
+        raise ValueError(f"dy {tuple(dy.shape)} has not the shape of y {tuple(y.shape)}")
+    for name, tensor, want in (("weight", weight, wanted[0]), ("x", x, wanted[1])):
+        if want and tensor is None:
+            raise ValueError(f"{name} is None, but wanted {list(wanted)}")
+    if weight is not None and (weight.dim() != 2 or weight.shape[0] != y.shape[-1]):
+        raise ValueError(f"weight {tuple(weight.shape)} does not give the features of y {tuple(y.shape)}")
+    if x is not None and x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(f"x {tuple(x.shape)} has not the rows of y {tuple(y.shape)}")
+    if x is not None and weight is not None:
+        check_operands(x, weight)
+    _check_alike("y", y, dy=dy, x=x, weight=weight)
+
+
+def _linear_act(x, weight, bias, activation, impl):
+    _check_forward(x, weight, bias)
+    return linear_act_fwd(x, weight, bias, activation, impl)
+
+
 def _linear_act_backward(dy, y, x, weight, activation, wanted, impl):
-    gradients = linear_act_bwd(dy, y, x, weight, activation, tuple(wanted), impl)
+    _check_backward(dy, y, x, weight, wanted)
+    return _tensors(y, linear_act_bwd(dy, y, x, weight, activation, tuple(wanted), impl))
+
+
+def _tensors(y: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
     # A registered op returns tensors: an empty one stands for a gradient that nobody wants.
     return tuple(y.new_empty(0) if g is None else g for g in gradients)
 
 
-_library.impl("linear_act", linear_act_fwd, "CompositeExplicitAutograd")
+_library.impl("linear_act", _linear_act, "CompositeExplicitAutograd")
 _library.impl("linear_act_backward", _linear_act_backward, "CompositeExplicitAutograd")
+
+
+def _batched_linear_act(x, weight, bias, activation, impl):
+    return ACTIVATIONS[activation].forward(torch.nn.functional.linear(x, weight, bias))
+
+
+def _batched_linear_act_backward(dy, y, x, weight, activation, wanted, impl):
+    return _tensors(y, reference.linear_act_double(dy, y, x, weight, activation, tuple(wanted)))
+
+
+# torch.vmap would call an op without a rule once for each member: torch has rules for plain operations.
+for _key in ("FuncTorchBatched", "Batched"):  # the second: torch.autograd.grad(..., is_grads_batched=True)
+    _library.impl("linear_act", _batched_linear_act, _key)
+    _library.impl("linear_act_backward", _batched_linear_act_backward, _key)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::linear_act", lib=_library)
 def _(x, weight, bias, activation, impl):
+    _check_forward(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::linear_act_backward", lib=_library)
 def _(dy, y, x, weight, activation, wanted, impl):
+    _check_backward(dy, y, x, weight, wanted)
     k, n = _in_features(x, weight), y.shape[-1]
     shapes = ((*y.shape[:-1], k), (n, k), (n,))
     return tuple(y.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))

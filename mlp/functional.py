@@ -130,14 +130,20 @@ def _planned(x, weight, bias, activation, impl):
 
 
 def _traced(x, weight, bias, activation, impl):
-    # Nothing here looks at a size, so that a dynamic batch compiles once. On the CPU and under export plain
+    if not torch.compiler.is_compiling():
+        return linear_act(x, weight, bias, activation, impl=impl)  # the tracer has given this call up
+    # Nothing here looks at the number of rows, so that a dynamic batch compiles once. On the CPU and under export plain
     # operations are traced: the compiler fuses them, and an exported graph needs no op of ours.
+    if activation not in ACTIVATIONS or impl not in ops.IMPLS:
+        _check(x, weight, bias, activation, impl)
     dtype, autocast = _product_dtype(x)
-    if impl == "triton" or (impl is None and x.is_cuda and ops.launchable(x.device, dtype)):
-        if autocast:
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        return LinearActFunction.apply(x, weight, bias, activation, impl)
-    return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
+    if refused := ops.traced_refusal(x, weight, bias, dtype, autocast, impl):
+        if impl == "triton":
+            raise NotImplementedError(f'impl="triton": {refused}')
+        return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
+    if autocast:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return LinearActFunction.apply(x, weight, bias, activation, impl)
 
 
 def _captured_cold(error: Exception, x, weights, impl) -> bool:
@@ -170,21 +176,22 @@ def _check(x, weight, bias, activation, impl) -> None:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}") from None
     if impl not in ops.IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, ops.IMPLS))}, not {impl!r}") from None
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be (out_features, in_features), not {tuple(weight.shape)}") from None
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x {tuple(x.shape)} does not end in the in_features of weight {tuple(weight.shape)}"
-        ) from None
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)} is not the out_features of weight {tuple(weight.shape)}") from None
-    for name, tensor in tensors.items():
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}") from None
-        if tensor.dtype != x.dtype and not _product_dtype(x)[1]:
-            raise ValueError(f"{name} is {tensor.dtype}, but x {x.dtype}") from None
+    try:
+        ops.check_operands(x, weight, bias, _product_dtype(x)[1])
+    except ValueError as error:
+        raise error from None
+    if bias is not None and not _broadcasts(bias.shape, (*x.shape[:-1], weight.shape[0])):
+        raise ValueError(ops.bias_refusal("bias", bias, weight)) from None
     if impl != "triton" and not (x.is_floating_point() and x.dtype.itemsize > 1):
         raise ValueError(f"x is {x.dtype}, for which torch has no product or no {activation}") from None
+
+
+def _broadcasts(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether torch takes a tensor of this shape where one of the whole shape is wanted."""
+    try:
+        return torch.broadcast_shapes(shape, whole) == torch.Size(whole)
+    except RuntimeError:
+        return False
 
 
 # --- whole networks ----------------------------------------------------------------------------------------
@@ -423,7 +430,7 @@ def _fit_together(x, weights, biases) -> None:
     features = x.shape[-1]
     for l, weight in enumerate(weights):
         n, k = weight.shape
-        if k != features or (biases is not None and biases[l].shape != (n,)):
+        if k != features or (biases is not None and biases[l] is None):
             raise ValueError
         features = n
 
@@ -579,10 +586,5 @@ def _check_loss(x, weights, target, pos_weight, reduction) -> None:
         raise ValueError(f"target {tuple(target.shape)} has not the shape of the output {shape}") from None
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}") from None
-    if pos_weight is not None:
-        try:
-            fits = torch.broadcast_shapes(pos_weight.shape, shape) == shape
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(f"pos_weight {tuple(pos_weight.shape)} does not fit the output {shape}") from None
+    if pos_weight is not None and not _broadcasts(pos_weight.shape, shape):
+        raise ValueError(f"pos_weight {tuple(pos_weight.shape)} does not fit the output {shape}") from None

@@ -93,6 +93,14 @@ def why_not_trainable(network: Network) -> str | None:
         return "parameters differ in dtype or device"
     if first.device.type not in ("cpu", "cuda"):
         return f"parameters are on {first.device}"
+    stack = () if network.members is None else (network.members,)
+    shapes = [
+        (*stack, *shape)
+        for k, n in pairwise(network.widths)
+        for shape in (((n, k), (n,)) if network.bias else ((n, k),))
+    ]
+    if [tuple(p.shape) for p in network.parameters] != shapes:
+        return "a parameter has not the shape that its layer says"  # as a bias of one element, which torch broadcasts
     if min(network.widths) == 0:
         return "a layer has no inputs or no outputs"
     if len({id(p) for p in network.parameters}) < len(network.parameters):

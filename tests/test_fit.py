@@ -559,6 +559,20 @@ def parametrized():
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Sigmoid())
 
 
+def one_bias_for_all():
+    model = plain()
+    model[0].bias = nn.Parameter(torch.full((1,), 0.5))
+    return model
+
+
+def pruned():
+    """Two of four hidden units are left, and nobody has told the modules."""
+    model = plain()
+    model[0].weight, model[0].bias = nn.Parameter(model[0].weight[:2]), nn.Parameter(model[0].bias[:2])
+    model[2].weight = nn.Parameter(model[2].weight[:, :2])
+    return model
+
+
 def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.5)
 
@@ -602,6 +616,8 @@ GENERAL = {
     ),
     "sliding-windows": (lambda: sharing(lambda t: {"2 weight": t[:7].unfold(0, 4, 1)}), sgd, nn.BCELoss()),
     "parametrized": (parametrized, sgd, nn.BCELoss()),
+    "one-bias-for-all": (one_bias_for_all, sgd, nn.BCELoss()),
+    "pruned": (pruned, sgd, nn.BCELoss()),
     "bfloat16": (lambda: plain().bfloat16(), sgd, nn.MSELoss()),
     "frozen": (plain, frozen, nn.BCELoss()),
     "two-groups": (plain, two_groups, nn.BCELoss()),
