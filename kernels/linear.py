@@ -7,8 +7,10 @@ arithmetic is fp32; 16-bit operands enter the tensor cores as they are, except i
 dot is wrong, where they are widened right after the load.
 
 The contraction over the batch is written `dot(trans(x), dz)` with x straight from memory. The other order,
-`dot(trans(dz), x)`, transposes a register tensor that came from a dot once kernels chain layers, and triton
-3.4.0-3.7.0 miscompiles that on Hopper (flash-linear-attention #640, #826).
+`dot(trans(dz), x)`, transposes a register tensor that came from a dot once kernels chain layers. On Hopper that was
+reported to compute wrong numbers with triton 3.4 to 3.7.1 (flash-linear-attention #640, #826, #988). The PTX of 3.6.0
+and 3.7.1 is right; the assembler in their wheels may overwrite registers that such a product has still to read, which
+CUDA 13.3 mended (triton-lang/triton #11781). Compile-only tests look for both in every kernel.
 """
 
 import contextlib

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine_code import DOTS, dangerous_dots, lost_bounds, overwritten_operands
 
 PRINTED = ("HGMMA", "HMMA", "FFMA", "MUFU")
 PER_PROGRAM = ("registers", "stack", "shared", "num_warps")
@@ -27,7 +28,11 @@ FINDINGS = {
     "dots": lambda texts: sum(len(re.findall(rf"\b{re.escape(op)}\b", texts["ttgir"])) for op in DOTS),
     "transposes": lambda texts: texts["ttgir"].count("tt.trans"),
     "dangerous dots": lambda texts: len(dangerous_dots(texts["ttgir"])),
+    "lost bounds": lambda texts: lost_bounds(texts["ttir"], texts["ttgir"]),
+    "overwritten operands": lambda texts: len(overwritten_operands(texts["sass"])),
 }
+# Places where a compiler is known to make wrong code of what is right: no kernel may have any.
+WRONG = ("dangerous dots", "lost bounds", "overwritten operands")
 
 
 def compile_for(arch, launch):
@@ -195,6 +200,10 @@ class Table:
 # --- gates -----------------------------------------------------------------------------------------------------------
 
 
+def assert_sound(resources):
+    assert {name: resources.findings[name] for name in WRONG} == dict.fromkeys(WRONG, 0)
+
+
 def assert_fits(resources, arch):
     """Neither spills nor too much shared memory.
 
@@ -214,42 +223,6 @@ def assert_fits(resources, arch):
 
 
 # --- what was compiled -----------------------------------------------------------------------------------------------
-
-DOTS = ("tt.dot", "ttng.warp_group_dot", "ttng.tc_gen5_mma")
-
-
-def dangerous_dots(ttgir):
-    """Dots whose left operand is the transpose, in registers, of something that came from another dot.
-
-    triton 3.4.0-3.7.0 miscompile them on Hopper. Between the transpose and the dot there may be conversions, arithmetic
-    and a round trip through shared memory.
-    """
-    definitions = {}
-    for line in ttgir.splitlines():
-        if found := re.match(r'\s*(%\w+)(?::\d+)? = "?([\w.]+)"?(.*)', line):
-            definitions[found[1]] = (found[2], re.findall(r"%\w+", found[3]))
-
-    def reaches(value, stops, goal, seen):
-        """Whether following operands back from `value`, not past `stops`, arrives at an op that is a goal."""
-        if value in seen or value not in definitions:
-            return False
-        seen.add(value)
-        op, operands = definitions[value]
-        if goal(op, operands):
-            return True
-        return op not in stops and any(reaches(operand, stops, goal, seen) for operand in operands)
-
-    def from_dot(op, operands):
-        return op in DOTS
-
-    def transposed_dot(op, operands):
-        return op == "tt.trans" and any(reaches(operand, ("tt.load",), from_dot, set()) for operand in operands)
-
-    return [
-        value
-        for value, (op, operands) in definitions.items()
-        if op in DOTS and operands and reaches(operands[0], (*DOTS, "tt.load"), transposed_dot, set())
-    ]
 
 
 def _real(value):

@@ -6,6 +6,45 @@ Each function takes a compiler's text and counts, or lists, places that would co
 import re
 from collections import defaultdict
 
+# --- products of transposed products ----------------------------------------------------------------------------------
+
+DOTS = ("tt.dot", "ttng.warp_group_dot", "ttng.tc_gen5_mma")
+
+
+def dangerous_dots(ttgir):
+    """Dots whose left operand is the transpose, in registers, of something that came from another dot.
+
+    On Hopper they were reported to compute wrong numbers (flash-linear-attention #640). Between the transpose and the
+    dot there may be conversions, arithmetic and a round trip through shared memory.
+    """
+    definitions = {}
+    for line in ttgir.splitlines():
+        if found := re.match(r'\s*(%\w+)(?::\d+)? = "?([\w.]+)"?(.*)', line):
+            definitions[found[1]] = (found[2], re.findall(r"%\w+", found[3]))
+
+    def reaches(value, stops, goal, seen):
+        """Whether following operands back from `value`, not past `stops`, arrives at an op that is a goal."""
+        if value in seen or value not in definitions:
+            return False
+        seen.add(value)
+        op, operands = definitions[value]
+        if goal(op, operands):
+            return True
+        return op not in stops and any(reaches(operand, stops, goal, seen) for operand in operands)
+
+    def from_dot(op, operands):
+        return op in DOTS
+
+    def transposed_dot(op, operands):
+        return op == "tt.trans" and any(reaches(operand, ("tt.load",), from_dot, set()) for operand in operands)
+
+    return [
+        value
+        for value, (op, operands) in definitions.items()
+        if op in DOTS and operands and reaches(operands[0], (*DOTS, "tt.load"), transposed_dot, set())
+    ]
+
+
 # --- bounds of nested loops -------------------------------------------------------------------------------------------
 
 VALUE = re.compile(r"%[\w$.-]+")

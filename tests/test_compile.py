@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from compiling import assert_fits, compile_for, compile_selected
+from compiling import assert_fits, assert_sound, compile_for, compile_selected
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -81,6 +81,7 @@ def compiled(request):
 def test_no_spills_and_fits(name, compiled):
     arch, *_ = CASES[name]
     for resources in compiled[name]:
+        assert_sound(resources)
         assert_fits(resources, arch)
 
 

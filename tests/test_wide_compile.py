@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from compiling import assert_fits, compile_for, compile_selected, launch_signature
+from compiling import assert_fits, assert_sound, compile_for, compile_selected, launch_signature
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -98,7 +98,7 @@ def functions(case):
 def test_candidates_are_clean(name, compiled):
     arch, kind, tile, *_ = CASES[name]
     (resources,) = compiled[name]
-    assert resources.findings["dangerous dots"] == 0
+    assert_sound(resources)
     found = faults(arch, resources, tile, functions(CASES[name]))
     assert "outputs that are not computed" not in found
     assert_fits(resources, arch)
