@@ -786,9 +786,9 @@ def _check_backward(dy: Tensor, y: Tensor, x: Tensor | None, weight: Tensor | No
         raise ValueError(f"weight {tuple(weight.shape)} does not give the features of y {tuple(y.shape)}")
     if x is not None and x.shape[:-1] != y.shape[:-1]:
         raise ValueError(f"x {tuple(x.shape)} has not the rows of y {tuple(y.shape)}")
+    _check_alike("y", y, dy=dy, x=x, weight=weight)
     if x is not None and weight is not None:
         check_operands(x, weight)
-    _check_alike("y", y, dy=dy, x=x, weight=weight)
 
 
 def _linear_act(x, weight, bias, activation, impl):

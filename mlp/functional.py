@@ -130,11 +130,10 @@ def _planned(x, weight, bias, activation, impl):
 
 
 def _traced(x, weight, bias, activation, impl):
-    if not torch.compiler.is_compiling():
-        return linear_act(x, weight, bias, activation, impl=impl)  # the tracer has given this call up
     # Nothing here looks at the number of rows, so that a dynamic batch compiles once. On the CPU and under export plain
     # operations are traced: the compiler fuses them, and an exported graph needs no op of ours.
-    if activation not in ACTIVATIONS or impl not in ops.IMPLS:
+    tensors = all(isinstance(tensor, Tensor) for tensor in ((x, weight) if bias is None else (x, weight, bias)))
+    if not tensors or activation not in ACTIVATIONS or impl not in ops.IMPLS:
         _check(x, weight, bias, activation, impl)
     dtype, autocast = _product_dtype(x)
     if refused := ops.traced_refusal(x, weight, bias, dtype, autocast, impl):
