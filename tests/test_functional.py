@@ -252,6 +252,15 @@ def test_layouts(layout, path, take):
     check(*lay_out(make_layer(*SHAPES["ragged"], torch.float32), layout))
 
 
+@pytest.mark.parametrize("shape", [(1,), (), (1, 3), (6, 3)], ids=str)
+@pytest.mark.parametrize("path", ["small", "mm", "onednn"])
+def test_a_bias_that_torch_broadcasts(path, shape, take):
+    take(path)
+    x, weight, _, dy = make_layer(6, 4, 3, torch.float32)
+    bias = torch.randn(shape)
+    torch.testing.assert_close(run(x, weight, bias, dy), torch_layer(x, weight, bias, dy, "sigmoid"))
+
+
 def test_sigmoid_is_the_default():
     x, weight, bias, _ = make_layer(6, 4, 3, torch.float32)
     expected = plain(x, weight, bias)
