@@ -57,8 +57,8 @@ def linear_act(
     activation: "sigmoid", "tanh", "relu" or "identity". Returns (..., out_features), contiguous.
 
     float32, bfloat16 and float16 run fused; under autocast the result has autocast's dtype, as that of `F.linear`
-    has. Everything else that torch can multiply (float64, a bias to broadcast, tensor subclasses, torch.func transforms,
-    forward-mode duals, dispatch modes, export) runs as `F.linear` and the activation, compiled or not.
+    has. Everything else that torch can multiply (float64, a bias to broadcast, tensor subclasses, torch.func
+    transforms, forward-mode duals, dispatch modes, export) runs as `F.linear` and the activation, compiled or not.
 
     impl: None chooses by shape (`perceptriton.kernels.explain` says what and why); "triton" and "torch" are obeyed,
     or refused with NotImplementedError and the reason. CPU tensors reach triton only under its interpreter.
