@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import types
+import warnings
 
 import pytest
 import torch
@@ -1227,11 +1228,17 @@ def forget_devices():
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """pretend(major, minor, triton) makes cuda:0 such a device; it must not be remembered by other tests."""
+    """pretend(major, minor, triton) makes every GPU such a device; it must not be remembered by other tests.
 
-    def pretend(major, minor, triton):
-        properties = types.SimpleNamespace(major=major, minor=minor, multi_processor_count=40, name="a GPU")
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    GPUs of several generations: pretend(capabilities=...), one pair for each.
+    """
+
+    def pretend(major=9, minor=0, triton=True, capabilities=None):
+        def properties(device):
+            pair = (major, minor) if capabilities is None else capabilities[device.index]
+            return types.SimpleNamespace(major=pair[0], minor=pair[1], multi_processor_count=40, name="a GPU")
+
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
         monkeypatch.setattr(ops, "has_triton", lambda: triton)
         return torch.device("cuda", 0)
 
@@ -1262,21 +1269,105 @@ def test_usable_gpus_need_no_warning(pretend):
     assert not ops.launchable(device, torch.float64)
 
 
-# The compiler itself uses what torch deprecates.
-@pytest.mark.filterwarnings("default")
-def test_compiled_programs_hold_the_kernels(pretend):
-    pretend(9, 0, True)
+def held_in_a_program_on(device):
+    """The registered ops in a compiled layer on a GPU that is not there: tracing asks for shapes and dtypes alone."""
     held = []
 
     def look(module, inputs):
         held.extend(str(node.target) for part in module.modules() for node in part.graph.nodes)
         return module
 
-    # Tensors of a GPU that is not there: shapes and dtypes are all that tracing asks for.
+    torch._dynamo.reset()
     with FakeTensorMode(), torch.no_grad():
-        x, weight, bias = (torch.empty(shape, device="cuda") for shape in ((64, 16), (8, 16), (8,)))
+        x, weight, bias = (torch.empty(shape, device=device) for shape in ((64, 16), (8, 16), (8,)))
         torch.compile(linear_act, fullgraph=True, backend=look)(x, weight, bias)
-    assert any("linear_act" in name for name in held)
+    return [name for name in held if "linear_act" in name]
+
+
+# The compiler itself uses what torch deprecates.
+@pytest.mark.filterwarnings("default")
+def test_compiled_programs_hold_the_kernels(pretend):
+    pretend(9, 0, True)
+    assert held_in_a_program_on("cuda")
+
+
+# --- GPUs of several kinds ----------------------------------------------------------------------------------------
+
+CAPABILITIES = [(9, 0), (8, 0), (7, 5), (10, 0), (8, 9)]  # an H200, an A100, a T4, a B200, an L4
+
+
+@pytest.mark.filterwarnings("ignore:perceptriton runs as plain torch")
+def test_each_gpu_of_a_process_has_plans_of_its_own(pretend, monkeypatch):
+    pretend(capabilities=CAPABILITIES)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices = [torch.device("cuda", index) for index in range(len(CAPABILITIES))]
+    recipe = planning.Recipe((64, 32, 8))
+    for _ in range(2):  # found, and found again
+        for device, (major, minor) in zip(devices, CAPABILITIES, strict=True):
+            chip = Device("cuda", 10 * major + minor, 40, triton=True, name="a GPU")
+            assert ops._describe(device) == chip
+            assert explain((4096, 64), (64, 64), device=device) == explain((4096, 64), (64, 64), device=chip)
+            with FakeTensorMode():
+                x, weight = torch.empty(4096, 64, device=device), torch.empty(64, 64, device=device)
+                plans = ops.mlp_plans(x, [weight, weight], training=True)
+            args = (4096, (64, 64, 64), "float32", "ieee", chip)
+            assert plans.backward == planning.mlp_bwd(*args)
+            train = ops.plan_train(1, 1000, 10, recipe, torch.float32, device)
+            assert train == planning.train(1, 1000, 10, recipe, "float32", chip)
+    usable = [ops.launchable(device, torch.float32) for device in devices]
+    assert usable == [True, True, False, True, False]
+    # Tiles of two generations, and plain torch: nothing here is the same for all.
+    assert len({explain((4096, 256), (256, 256), torch.bfloat16, device).forward for device in devices}) > 2
+
+
+@pytest.mark.filterwarnings("default")
+def test_programs_hold_kernels_for_the_gpus_that_have_some(pretend):
+    pretend(capabilities=CAPABILITIES)
+    found = [bool(held_in_a_program_on(f"cuda:{index}")) for index in range(len(CAPABILITIES))]
+    assert found == [True, True, False, True, False]
+
+
+@pytest.mark.filterwarnings("ignore:perceptriton runs as plain torch")
+def test_a_device_without_a_number_is_the_current_one(pretend, monkeypatch):
+    pretend(capabilities=CAPABILITIES)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for index in (0, 1, 2, 0):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
+        shapes = ((4096, 64), (64, 64))
+        assert explain(*shapes, device="cuda") == explain(*shapes, device=f"cuda:{index}")
+    assert explain(*shapes, device="cuda").forward.triton
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert not explain(*shapes, device="cuda").forward.triton
+
+
+@pytest.mark.filterwarnings("default")
+def test_rocm_takes_plain_torch(pretend, monkeypatch):
+    # What a build for AMD's GPUs says of an MI250.
+    device = pretend(9, 0, True)
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert not held_in_a_program_on("cuda")
+        assert not said, "a warning in a traced program would be an error"
+        described = [ops._describe(device) for _ in range(2)]
+    assert [str(warning.message) for warning in said] == [
+        "perceptriton runs as plain torch on cuda:0: no kernels for ROCm devices"
+    ]
+    assert described == [Device("ROCm")] * 2
+    plans = (
+        planning.linear_act_fwd(4096, 64, 64, "float32", "ieee", described[0]),
+        planning.linear_act_bwd(4096, 64, 64, "float32", "ieee", described[0]),
+        planning.mlp_fwd(4096, (64, 64, 64), "float32", "ieee", described[0], True),
+        planning.mlp_bwd(4096, (64, 64, 64), "float32", "ieee", described[0]),
+        ops.plan_train(1, 4, None, planning.Recipe((2, 2, 1)), torch.float32, device),
+    )
+    assert {plan.impl for plan in plans} <= {"aten", "layers", "torch"}
+    for call in (
+        lambda: ops.plan_train(1, 4, None, planning.Recipe((2, 2, 1)), torch.float32, device, "lane"),
+        lambda: explain((4096, 64), (64, 64), device=described[0], impl="triton"),
+    ):
+        with pytest.raises(NotImplementedError, match="no kernels for ROCm devices"):
+            call()
 
 
 def test_exported_programs_hold_no_kernels(pretend, monkeypatch):
