@@ -92,7 +92,9 @@ clean: ## remove everything that make made
 KERNEL_TESTS := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_networks.py test_training_kernels.py \
 	test_wide.py test_fit.py::test_kernels_train_alike test_fuzz.py::test_kernels \
 	test_memory.py)
-COMPILE_TESTS := $(addprefix tests/,test_compile.py test_wide_compile.py test_mlp_compile.py test_training_compile.py)
+TILES := $(addprefix tests/,test_compile.py test_wide_compile.py test_mlp_compile.py test_training_compile.py)
+# What tests/compiled has no row for, and a part of the rest: tests/compiling.py says how.
+COMPILE_TESTS := tests/test_compiled.py $(TILES)
 
 .PHONY: test test-start test-beside test-all test-compile test-kernels test-old-triton test-deterministic test-benches
 test: test-start ## everything that needs no GPU
@@ -119,12 +121,8 @@ test-beside: $(READY)
 test-all: $(READY)
 	$(call step,everything on the CPU,$(PYTEST) $(COMPILE_TESTS:%=--ignore %))
 
-# A part of the tiles, on both compilers; test-tiles has them all.
 test-compile: $(READY)
-	$(call step,compile-only: layers,$(PYTEST) tests/test_compile.py -k 'half and not ragged')
-	$(call step,compile-only: networks,$(PYTEST) tests/test_mlp_compile.py -k '(half and (xor or digits)) or sm_100 or not sm_')
-	$(call step,compile-only: wide layers,$(PYTEST) tests/test_wide_compile.py -k 'half or sm_90-dgrad-tf32x3 or not sm_')
-	$(call step,compile-only: training loops,$(PYTEST) tests/test_training_compile.py -k 'not states')
+	$(call step,compile-only,$(PYTEST) $(COMPILE_TESTS))
 
 test-kernels: $(READY)
 	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS))
@@ -140,14 +138,12 @@ test-old-triton: $(READY)
 
 .PHONY: test-old-triton-compile
 test-old-triton-compile:
-	$(call step,compile-only on triton $(OLD_TRITON): a part,PYTHONPATH=$(OVERLAY) $(PYTEST) $(COMPILE_TESTS) -k '$(PART)')
+	$(call step,compile-only on triton $(OLD_TRITON),PYTHONPATH=$(OVERLAY) $(PYTEST) $(COMPILE_TESTS))
 
-PART := sm_90 and half and (64x64 or digits)
-
-# The interpreter of the oldest and of the newest triton, and the newest compiler. No table of tiles was made with that: a
-# tile that spills there is an expected failure, and any other failure is one.
+# The interpreter of the oldest and of the newest triton, and the newest compiler. No tile was picked with that: one that
+# spills there is an expected failure, and any other failure is one.
 .PHONY: test-matrix test-matrix-old test-matrix-new test-matrix-compile
-test-matrix: test-matrix-old test-matrix-new test-matrix-compile ## all kernels under the interpreter of the oldest and the newest triton, all tiles by the newest compiler (minutes; -j 2 helps)
+test-matrix: test-matrix-old test-matrix-new test-matrix-compile ## all kernels under the interpreter of the oldest and the newest triton, the tiles by the newest compiler (minutes; -j 2 helps)
 
 test-matrix-old: .build/triton-$(OLD_TRITON)/.ready
 	TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) -q $(KERNEL_TESTS)
@@ -159,9 +155,10 @@ test-matrix-compile: .build/triton-$(NEW_TRITON)/.ready
 	PYTHONPATH=$(<D) $(PYTEST) -q $(COMPILE_TESTS)
 
 .PHONY: test-tiles
-test-tiles: $(OVERLAY)/.ready ## compile every tile on both tritons (minutes)
-	$(PYTEST) -q $(COMPILE_TESTS)
-	PYTHONPATH=$(OVERLAY) $(PYTEST) -q $(COMPILE_TESTS)
+test-tiles: $(OVERLAY)/.ready .build/triton-$(NEW_TRITON)/.ready ## compile every tile on each triton and write tests/compiled (many minutes)
+	$(PYTEST) -q --write-tiles $(TILES)
+	PYTHONPATH=$(OVERLAY) $(PYTEST) -q --write-tiles $(TILES)
+	PYTHONPATH=.build/triton-$(NEW_TRITON) $(PYTEST) -q --write-tiles $(TILES)
 
 .PHONY: sanitize
 sanitize: $(READY) $(LENS)/.ready ## every kernel under the interpreter, watched for stray addresses and races (minutes)

@@ -80,6 +80,8 @@ def cpu_kind() -> str:
 
 @functools.cache
 def _look_at(device: torch.device) -> Device:
+    if device.type == "cuda" and torch.version.hip:
+        return Device("ROCm")  # torch calls its GPUs by the same names
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         arch = 10 * properties.major + properties.minor
@@ -91,7 +93,7 @@ def _look_at(device: torch.device) -> Device:
 def _describe(device: torch.device, interpreted: bool = False) -> Device:
     """What plans need to know of a device. Says once if it is a GPU that the kernels cannot use."""
     described = _look_at(device)
-    if described.kind == "cuda" and (reason := planning.refusal(1, 1, 1, "float32", described)):
+    if device.type == "cuda" and (reason := planning.refusal(1, 1, 1, "float32", described)):
         warnings.warn(f"perceptriton runs as plain torch on {device}: {reason}", stacklevel=2)
     return dataclasses.replace(described, triton=True) if interpreted else described
 
@@ -339,7 +341,7 @@ def launchable(device: torch.device, dtype: torch.dtype) -> bool:
     `torch.compiler.is_exporting()` to be true whenever it traces.
     """
     described = _look_at(device)  # in a traced program a warning would be an error
-    usable = described.triton and described.arch >= 80 and dtype in _NAMES
+    usable = described.triton and planning.refusal(1, 1, 1, _NAMES.get(dtype, str(dtype)), described) is None
     return usable and not torch.compiler.is_exporting()
 
 
@@ -704,6 +706,8 @@ def explain(
             raise ValueError(f"device {str(device)!r} is not at hand; describe it with perceptriton.kernels.Device")
         if impl == "triton" and (reason := _cpu_refusal(device)):
             raise NotImplementedError(f'impl="triton": {reason}')
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # another one the next time, perhaps
         device = _device_for(device, impl)
     rows, name, precision = math.prod(x_shape[:-1]), _NAMES.get(dtype, str(dtype)), _precision(device)
     # Of operands that lie dense.
@@ -812,9 +816,9 @@ def _check_backward(dy: Tensor, y: Tensor, x: Tensor | None, weight: Tensor | No
         raise ValueError(f"weight {tuple(weight.shape)} does not give the features of y {tuple(y.shape)}")
     if x is not None and x.shape[:-1] != y.shape[:-1]:
         raise ValueError(f"x {tuple(x.shape)} has not the rows of y {tuple(y.shape)}")
+    _check_alike("y", y, dy=dy, x=x, weight=weight)
     if x is not None and weight is not None:
         check_operands(x, weight)
-    _check_alike("y", y, dy=dy, x=x, weight=weight)
 
 
 def _linear_act(x, weight, bias, activation, impl):

@@ -29,7 +29,7 @@ EMPTY = "nothing to compute"
 class Device:
     """What a plan needs to know of a device."""
 
-    kind: str  # "cpu", "cuda", or any other torch device type
+    kind: str  # "cpu", "cuda", "ROCm", or any other torch device type
     arch: int = 0  # CUDA compute capability, as 10 * major + minor
     units: int = 1  # CUDA streaming multiprocessors
     vendor: str = ""  # CPU: what `ops.cpu_kind` says

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["warmup"]
 
@@ -14,12 +14,14 @@ def warmup(function: Callable[..., Tensor], *inputs: Tensor) -> None:
 
     A kernel is compiled and loaded on its first launch, which a capture does not bear: with a cold kernel it ends in a
     RuntimeError. function: what will be captured, a model or rather model and loss, since kernels are compiled for the
-    strides of gradients too. inputs: of the shapes, dtypes and strides to come. No `.grad` changes; what else a call
-    changes, as random numbers and running statistics, does.
+    strides of gradients too. inputs: of the shapes, dtypes and strides to come, and on the device to come: its default
+    stream, which captures keep away from, is left alone here too. No `.grad` changes; what else a call changes, as
+    random numbers and running statistics, does.
 
     Raises TypeError if the function returns no tensor.
     """
-    with torch.enable_grad(), _side_stream():
+    tensors = [*inputs, *function.parameters()] if isinstance(function, nn.Module) else inputs
+    with torch.enable_grad(), _side_streams({tensor.device.index for tensor in tensors if tensor.is_cuda}):
         y = function(*inputs)
         if not isinstance(y, Tensor):
             raise TypeError(f"function must return a Tensor, not {type(y).__name__}")
@@ -28,16 +30,24 @@ def warmup(function: Callable[..., Tensor], *inputs: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _side_stream() -> Iterator[None]:
-    """A stream as captures use them: on the default one, calls that are small take plain torch instead of kernels."""
-    if not torch.cuda.is_available() or torch.cuda.current_stream() != torch.cuda.default_stream():
+def _side_streams(devices: set[int]) -> Iterator[None]:
+    """Streams as captures use them: on default ones, calls that are small take plain torch instead of kernels."""
+    if not torch.cuda.is_available():
         yield
         return
-    stream, default = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(default)
-    with torch.cuda.stream(stream):
+    current = torch.cuda.current_device()
+    with contextlib.ExitStack() as stack:
+        for device in devices or {current}:
+            default = torch.cuda.default_stream(device)
+            if torch.cuda.current_stream(device) != default:
+                continue
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(default)
+            stack.callback(default.wait_stream, stream)
+            stack.enter_context(torch.cuda.stream(stream))
+        # A stream brings its device with it, but the caller's tensors are to be where they would be without it.
+        stack.enter_context(torch.cuda.device(current))
         yield
-    default.wait_stream(stream)
 
 
 def _leaves(y: Tensor) -> list[Tensor]:

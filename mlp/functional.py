@@ -57,8 +57,8 @@ def linear_act(
     activation: "sigmoid", "tanh", "relu" or "identity". Returns (..., out_features), contiguous.
 
     float32, bfloat16 and float16 run fused; under autocast the result has autocast's dtype, as that of `F.linear`
-    has. Everything else that torch can multiply (float64, tensor subclasses, torch.func transforms, forward-mode
-    duals, dispatch modes, export) runs as `F.linear` and the activation.
+    has. Everything else that torch can multiply (float64, a bias to broadcast, tensor subclasses, torch.func
+    transforms, forward-mode duals, dispatch modes, export) runs as `F.linear` and the activation, compiled or not.
 
     impl: None chooses by shape (`perceptriton.kernels.explain` says what and why); "triton" and "torch" are obeyed,
     or refused with NotImplementedError and the reason. CPU tensors reach triton only under its interpreter.
@@ -130,11 +130,10 @@ def _planned(x, weight, bias, activation, impl):
 
 
 def _traced(x, weight, bias, activation, impl):
-    if not torch.compiler.is_compiling():
-        return linear_act(x, weight, bias, activation, impl=impl)  # the tracer has given this call up
     # Nothing here looks at the number of rows, so that a dynamic batch compiles once. On the CPU and under export plain
     # operations are traced: the compiler fuses them, and an exported graph needs no op of ours.
-    if activation not in ACTIVATIONS or impl not in ops.IMPLS:
+    tensors = all(isinstance(tensor, Tensor) for tensor in ((x, weight) if bias is None else (x, weight, bias)))
+    if not tensors or activation not in ACTIVATIONS or impl not in ops.IMPLS:
         _check(x, weight, bias, activation, impl)
     dtype, autocast = _product_dtype(x)
     if refused := ops.traced_refusal(x, weight, bias, dtype, autocast, impl):

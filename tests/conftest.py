@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import signal
 import time
 
 import cases
@@ -93,6 +94,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT, for child processes too: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

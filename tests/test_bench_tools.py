@@ -757,6 +757,7 @@ def test_driver_publishes_only_whole_results(bench, tmp_path, monkeypatch, capsy
         assert json.loads((tmp_path / f"{files}.json").read_text()) == TINY
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_driver_leaves_nothing(tmp_path, number):
     out, pid = tmp_path / "out", tmp_path / "pid"

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import kernel_device, make_layer
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perceptriton.kernels import Device, explain, ops
 from perceptriton.kernels import plan as planning
@@ -40,6 +42,104 @@ def test_warmup_without_gradients():
     calls = []
     warmup(lambda x: calls.append(x) or 2 * x, torch.ones(2))
     assert len(calls) == 1
+
+
+class Streams:
+    """torch.cuda with two devices, each with a default stream; `now` is the current stream of each."""
+
+    def __init__(self, monkeypatch, current=0):
+        self.now, self.current, self.waits = ["default 0", "default 1"], current, []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: self.make(f"default {device}"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.make(self.now[device]))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.make(f"side {device}"))
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+
+    def make(self, name):
+        streams = self
+
+        class Stream(str):
+            def wait_stream(self, other):
+                streams.waits.append((str(self), str(other)))
+
+        return Stream(name)
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        device = int(stream[-1])
+        before, self.now[device] = self.now[device], stream
+        try:
+            with self.device(device):
+                yield
+        finally:
+            self.now[device] = before
+
+    @contextlib.contextmanager
+    def device(self, device):
+        before, self.current = self.current, device
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+def on_cuda(*devices):
+    """Tensors of GPUs that are not there."""
+    with FakeTensorMode():
+        return [torch.empty(2, device=f"cuda:{device}") for device in devices]
+
+
+# Devices of the inputs and of a module's parameters -> the streams during the call
+SIDES = {
+    "current": ((0,), None, ["side 0", "default 1"]),
+    "other": ((1,), None, ["default 0", "side 1"]),
+    "both": ((0, 1), None, ["side 0", "side 1"]),
+    "none": ((), None, ["side 0", "default 1"]),
+    "parameters": ((), 1, ["default 0", "side 1"]),
+}
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize(("devices", "held", "during"), SIDES.values(), ids=SIDES)
+def test_warmup_keeps_off_the_default_stream_of_the_device_it_warms(devices, held, during, current, monkeypatch):
+    inputs, seen = on_cuda(*devices), []
+    streams = Streams(monkeypatch, current)
+
+    class Watch(nn.Module):
+        def forward(self, *_):
+            seen.append(([str(name) for name in streams.now], streams.current))
+            return torch.ones(())
+
+    function = Watch()
+    if held is not None:
+        function.register_parameter("p", nn.Parameter(*on_cuda(held)))
+    if not devices and held is None and current == 1:
+        during = ["default 0", "side 1"]
+    warmup(function, *inputs)
+    assert seen == [(during, current)]
+    assert (streams.now, streams.current) == (["default 0", "default 1"], current)
+    # The side stream starts after what was there, and what comes later starts after it.
+    sides = [(name, f"default {name[-1]}") for name in during if name.startswith("side")]
+    assert sorted(streams.waits) == sorted([*sides, *(pair[::-1] for pair in sides)])
+
+
+def test_warmup_stays_on_a_stream_of_the_callers_own(monkeypatch):
+    inputs, seen = on_cuda(1), []
+    streams = Streams(monkeypatch)
+    streams.now[1] = "mine 1"
+    warmup(lambda x: seen.append(list(streams.now)) or torch.ones(()), *inputs)
+    assert seen == [["default 0", "mine 1"]]
+    assert not streams.waits
+
+
+def test_warmup_that_fails_leaves_the_streams_as_they_were(monkeypatch):
+    streams = Streams(monkeypatch)
+    with pytest.raises(TypeError, match="function must return a Tensor"):
+        warmup(lambda: None)
+    assert streams.waits == [("side 0", "default 0"), ("default 0", "side 0")]
+    assert streams.now == ["default 0", "default 1"]
 
 
 def test_warmup_error():

@@ -63,6 +63,11 @@ def _cases():
 
 
 CASES = {case[0]: case[1:] for case in _cases()}
+SM_100 = {
+    f"sm_100-{op}-{kind}": (100, *CASES[f"sm_90-{op}-{kind}-32x32-aligned"][1:])
+    for op in ("linear_act_fwd", "linear_act_bwd")
+    for kind in KINDS
+}
 
 
 def _launches(case):
@@ -74,7 +79,7 @@ def _launches(case):
 
 @pytest.fixture(scope="session")
 def compiled(request):
-    return compile_selected(request, CASES, _launches)
+    return compile_selected(request, CASES | SM_100, _launches)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -112,12 +117,9 @@ def test_special_function_units_per_output(name, compiled):
     assert compiled[name][0].opcodes["MUFU"] <= 2 * 2 * max(elements_per_thread, 1) + 8
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("op", ["linear_act_fwd", "linear_act_bwd"])
-def test_compiles_for_sm_100(op, kind):
-    name = f"sm_90-{op}-{kind}-32x32-aligned"
-    for _, launch in _launches(CASES[name]):
-        resources = compile_for(100, launch)
+@pytest.mark.parametrize("name", SM_100)
+def test_compiles_for_sm_100(name, compiled):
+    for resources in compiled[name]:
         assert resources.registers > 0
         assert resources.shared <= aot.SHARED_LIMIT[100]
 

@@ -456,6 +456,7 @@ def test_an_interrupted_chunk_leaves_the_one_before(optimizer, monkeypatch):
     assert_same_state(own, other, EXACT)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("path", ["torch", "general"])
 def test_an_interrupt_waits_for_its_chunk(path, monkeypatch):
     monkeypatch.setattr(training, "_chunks", chunks_of(10))
@@ -483,6 +484,7 @@ def test_an_interrupt_waits_for_its_chunk(path, monkeypatch):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_comes_through():
     with training._Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGINT)

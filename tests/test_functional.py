@@ -1,11 +1,13 @@
 """linear_act without kernels: the paths that a CPU takes, autograd, and what torch builds on top of both."""
 
+import contextlib
 import functools
 import itertools
 import math
 import re
 import shutil
 import types
+import warnings
 
 import pytest
 import torch
@@ -26,8 +28,10 @@ from cases import (
     torch_layer,
 )
 from torch import nn
+from torch._dynamo.testing import AotEagerAndRecordGraphs, EagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perceptriton.kernels import Device, Plan, explain, ops, reference
@@ -36,7 +40,11 @@ from perceptriton.mlp import MLP, linear_act, linear_sigmoid
 from perceptriton.mlp.functional import LinearActFunction
 
 # torch itself uses what it deprecates when it differentiates forward, compiles or traces.
-pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd is returning a function:UserWarning"),
+]
 
 IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -243,6 +251,15 @@ def test_leading_dimensions(impl, leading):
 def test_layouts(layout, path, take):
     take(path)
     check(*lay_out(make_layer(*SHAPES["ragged"], torch.float32), layout))
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (1, 3), (6, 3)], ids=str)
+@pytest.mark.parametrize("path", ["small", "mm", "onednn"])
+def test_a_bias_that_torch_broadcasts(path, shape, take):
+    take(path)
+    x, weight, _, dy = make_layer(6, 4, 3, torch.float32)
+    bias = torch.randn(shape)
+    torch.testing.assert_close(run(x, weight, bias, dy), torch_layer(x, weight, bias, dy, "sigmoid"))
 
 
 def test_sigmoid_is_the_default():
@@ -821,6 +838,310 @@ def test_registered_ops(wanted):
     assert set(forward.values()) | set(backward.values()) == {"SUCCESS"}
 
 
+MISFITS = {
+    "in-features": ({"weight": (3, 8)}, r"x (2, 4, 5) does not end in the in_features of weight (3, 8)"),
+    "no-matrix": ({"weight": (5,)}, r"weight must be (out_features, in_features), not (5,)"),
+    "scalar": ({"x": ()}, r"x () does not end in the in_features of weight (3, 5)"),
+    "one-bias": ({"bias": (1,)}, r"bias (1,) is not the out_features of weight (3, 5)"),
+    "no-dimensions": ({"bias": ()}, r"bias () is not the out_features of weight (3, 5)"),
+    "matrix": ({"bias": (1, 3)}, r"bias (1, 3) is not the out_features of weight (3, 5)"),
+    "weight-dtype": ({"weight": torch.bfloat16}, r"weight is torch.bfloat16, but x torch.float32"),
+    "bias-dtype": ({"bias": torch.float64}, r"bias is torch.float64, but x torch.float32"),
+    "weight-device": ({"weight": "meta"}, r"weight is on meta, but x on cpu"),
+    "bias-device": ({"bias": "meta"}, r"bias is on meta, but x on cpu"),
+}
+BACKWARD_MISFITS = {
+    "dy": ({"dy": (2, 4, 4)}, r"dy (2, 4, 4) has not the shape of y (2, 4, 3)"),
+    "weight": ({"weight": (4, 5)}, r"weight (4, 5) does not give the features of y (2, 4, 3)"),
+    "weight-dims": ({"weight": (3,)}, r"weight (3,) does not give the features of y (2, 4, 3)"),
+    "rows": ({"x": (2, 3, 5)}, r"x (2, 3, 5) has not the rows of y (2, 4, 3)"),
+    "features": ({"x": (2, 4, 6)}, r"x (2, 4, 6) does not end in the in_features of weight (3, 5)"),
+    "no-x": ({"x": None}, r"x is None, but wanted [True, True, True]"),
+    "no-weight": ({"weight": None}, r"weight is None, but wanted [True, True, True]"),
+    "dy-dtype": ({"dy": torch.float16}, r"dy is torch.float16, but y torch.float32"),
+    "x-dtype": ({"x": torch.bfloat16}, r"x is torch.bfloat16, but y torch.float32"),
+    "x-device": ({"x": "meta"}, r"x is on meta, but y on cpu"),
+}
+
+
+def change(tensor, to):
+    """Another dtype, another device, another shape or None."""
+    if isinstance(to, tuple):
+        return torch.zeros(to)
+    return to if to is None else tensor.to(to)
+
+
+def operands_for(direction):
+    x, weight, bias, dy = make_layer(8, 5, 3, torch.float32)
+    x, dy = x.view(2, 4, 5), dy.view(2, 4, 3)
+    if direction == "forward":
+        return {"x": x, "weight": weight, "bias": bias}
+    return {"dy": dy, "y": plain(x, weight, bias), "x": x, "weight": weight}
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, FakeTensorMode], ids=["real", "fake"])
+@pytest.mark.parametrize(
+    ("direction", "changes", "message"),
+    [("forward", *case) for case in MISFITS.values()] + [("backward", *case) for case in BACKWARD_MISFITS.values()],
+    ids=[*MISFITS, *(f"backward-{name}" for name in BACKWARD_MISFITS)],
+)
+def test_registered_ops_name_what_does_not_fit(direction, changes, message, mode):
+    with mode():
+        operands = operands_for(direction)
+        operands |= {name: change(operands[name], to) for name, to in changes.items()}
+        op, options = torch.ops.perceptriton.linear_act, ("sigmoid", None)
+        if direction == "backward":
+            op, options = torch.ops.perceptriton.linear_act_backward, ("sigmoid", ALL, None)
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            op(*operands.values(), *options)
+
+
+@pytest.fixture
+def no_launches(monkeypatch):
+    def launch(*_):
+        raise AssertionError("the op itself was called")
+
+    monkeypatch.setattr(ops, "linear_act_fwd", launch)
+    monkeypatch.setattr(ops, "linear_act_bwd", launch)
+
+
+@pytest.mark.parametrize("in_dims", [(0, None, None), (1, 0, None), (None, 1, 0), (0, 0, 0)], ids=str)
+def test_vmap_takes_a_registered_op_for_plain_operations(in_dims, no_launches):
+    x, weight, bias, _ = make_layer(6, 5, 3, torch.float32)
+    inputs = [
+        t if dim is None else torch.stack([t, 2 * t, -t], dim)
+        for t, dim in zip((x, weight, bias), in_dims, strict=True)
+    ]
+    op = functools.partial(torch.ops.perceptriton.linear_act, activation="tanh", impl=None)
+    expected = torch.vmap(lambda *layer: torch.tanh(F.linear(*layer)), in_dims)(*inputs)
+    torch.testing.assert_close(torch.vmap(op, in_dims)(*inputs), expected)
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+def test_vmap_takes_a_registered_backward_for_plain_operations(wanted, no_launches):
+    x, weight, bias, dy = make_layer(6, 5, 3, torch.float32)
+    y, many = plain(x, weight, bias), torch.stack([dy, 2 * dy, -dy], 1)
+    op = torch.ops.perceptriton.linear_act_backward
+    found = torch.vmap(lambda dy: op(dy, y, x, weight, "sigmoid", wanted, None), 1)(many)
+    expected = reference.linear_act_double(dy, y, x, weight, "sigmoid", ALL)
+    for gradients, single, want in zip(found, expected, wanted, strict=True):
+        assert gradients.numel() == (3 * single.numel() if want else 0)
+        if want:
+            torch.testing.assert_close(gradients, torch.stack([single, 2 * single, -single]))
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """traced(function, *inputs): what the compiled function returns, and the registered ops that its graphs hold.
+
+    As on a GPU with kernels; the ops themselves run in plain torch.
+    """
+    monkeypatch.setattr(ops, "launchable", lambda device, dtype: True)
+
+    def traced(function, *inputs, backend=AotEagerAndRecordGraphs, **options):
+        torch._dynamo.reset()
+        record = backend()
+        result = torch.compile(function, backend=record, **options)(*inputs)
+        graphs = [*record.graphs, *getattr(record, "fw_graphs", ()), *getattr(record, "bw_graphs", ())]
+        parts = [part for graph in graphs for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+        targets = {str(node.target).removesuffix(".default") for part in parts for node in part.graph.nodes}
+        return result, {target for target in targets if target.startswith("perceptriton.")}
+
+    yield traced
+    torch._dynamo.reset()
+
+
+# What is ordinary for the kernels is so in a compiled program.
+ORDINARY = {
+    "matrix": lambda x, weight, bias: (x, weight, bias),
+    "leading": lambda x, weight, bias: (x.view(2, 3, 5), weight, bias),
+    "vector": lambda x, weight, bias: (x[0], weight, bias),
+    "no-rows": lambda x, weight, bias: (x[:0], weight, bias),
+    "no-features": lambda x, weight, bias: (x[:, :0], weight[:, :0], bias),
+    "expanded": lambda x, weight, bias: (x[:1].expand(6, 5), weight.t().contiguous().t(), bias[:1].expand(3)),
+    "negative-bit": lambda x, weight, bias: tuple(
+        torch.complex(t, t).conj().imag if t is not weight else t for t in (x, weight, bias)
+    ),
+    "parameters": lambda x, weight, bias: (x, nn.Parameter(weight), nn.Parameter(bias)),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("case", ORDINARY.values(), ids=ORDINARY)
+def test_ordinary_calls_are_compiled_into_the_registered_op(case, autocast, traced):
+    x, weight, bias, _ = make_layer(6, 5, 3, torch.float32)
+    inputs = case(x, weight, bias)
+    inputs = [t.requires_grad_() if t.is_leaf else t for t in inputs]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, held = traced(linear_act, *inputs, fullgraph=True)
+        eager, expected = linear_act(*inputs), plain(*inputs)
+    assert held == {"perceptriton.linear_act", "perceptriton.linear_act_backward"}
+    assert y.dtype is eager.dtype is (torch.bfloat16 if autocast else torch.float32)
+    torch.testing.assert_close(y, expected)
+    leaves = [t for t in inputs if t.is_leaf]
+    dy = torch.randn_like(y)
+    found, wanted = (torch.autograd.grad(out, leaves, dy) for out in (y, expected))
+    assert [g.dtype for g in found] == [torch.float32] * len(leaves)
+    torch.testing.assert_close(found, wanted, **({"rtol": 2e-2, "atol": 5e-2} if autocast else {}))
+
+
+class Labelled(torch.Tensor):
+    pass
+
+
+def dual(layer):
+    def tangent(x, weight, bias):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(layer(x, forward_ad.make_dual(weight, x[:3]), bias)).tangent
+
+    return tangent
+
+
+def with_weight(transform):
+    """A transform of the layer as a function of its weight."""
+    return lambda layer: lambda x, weight, bias: transform(lambda w: layer(x, w, bias))(weight)
+
+
+def with_bias(change):
+    return lambda layer: lambda x, weight, bias: layer(x, weight, change(bias))
+
+
+def with_all(change):
+    return lambda layer: lambda *tensors: layer(*map(change, tensors))
+
+
+# What the kernels do not take: (what is compiled, given the layer; options of the compiler)
+UNUSUAL = {
+    "one-bias": with_bias(lambda bias: bias[:1]),
+    "bias-without-dimensions": with_bias(lambda bias: bias[0]),
+    "bias-row": with_bias(lambda bias: bias[None]),
+    "bias-matrix": with_bias(lambda bias: bias.expand(6, 3)),
+    "fp64": with_all(lambda t: t.double()),
+    "complex": with_all(lambda t: t.to(torch.complex64)),
+    "conjugate": with_all(lambda t: t.to(torch.complex64).conj()),
+    "integers": with_all(lambda t: (4 * t).long()),
+    "vmap": lambda layer: torch.vmap(layer, (0, None, None)),
+    "vmap-of-weights": lambda layer: (
+        lambda x, weight, bias: torch.vmap(layer, (None, 0, None))(x, torch.stack([weight, -weight]), bias)
+    ),
+    "grad": with_weight(lambda f: torch.func.grad(lambda w: f(w).square().sum())),
+    "grad-per-sample": lambda layer: (
+        lambda x, weight, bias: torch.vmap(
+            torch.func.grad(lambda w, row: layer(row, w, bias).square().sum()), (None, 0)
+        )(weight, x)
+    ),
+    "vjp": with_weight(lambda f: lambda w: torch.func.vjp(f, w)[1](torch.ones(6, 3))),
+    "jvp": with_weight(lambda f: lambda w: torch.func.jvp(f, (w,), (w.cos(),))),
+    "jacrev": with_weight(torch.func.jacrev),
+    "jacfwd": with_weight(torch.func.jacfwd),
+    "hessian": with_weight(lambda f: torch.func.hessian(lambda w: f(w).square().sum())),
+    "dual": dual,
+}
+
+
+@pytest.mark.parametrize("unusual", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_calls_are_compiled_into_plain_operations(unusual, traced):
+    x, weight, bias, _ = make_layer(6, 5, 3, torch.float32)
+    found, held = traced(unusual(linear_act), x, weight, bias, fullgraph=True)
+    assert not held
+    torch.testing.assert_close(found, unusual(plain)(x, weight, bias))
+
+
+@pytest.mark.parametrize("position", range(3), ids=["x", "weight", "bias"])
+@pytest.mark.parametrize("kind", ["subclass", "wrapper"])
+def test_compiled_subclasses_take_plain_operations(kind, position, traced):
+    tensors = list(make_layer(6, 5, 3, torch.float32)[:3])
+    expected = plain(*tensors)
+    if kind == "subclass":
+        tensors[position] = tensors[position].as_subclass(Labelled)
+        # What torch's own tool for ahead-of-time autograd cannot handle, whatever the operation.
+        found, held = traced(linear_act, *tensors, backend=EagerAndRecordGraphs, fullgraph=True)
+        assert isinstance(found, Labelled)
+    else:
+        tensors[position] = TwoTensor(tensors[position], tensors[position])
+        found, held = traced(linear_act, *tensors, fullgraph=True)
+        found = found.a
+    assert not held
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("name", [name for name in MISFITS if not name.startswith(("one", "no-", "matrix"))])
+def test_compiled_misfits_are_named(name, dynamic, traced):
+    changes, message = MISFITS[name]
+    operands = operands_for("forward")
+    operands |= {name: change(operands[name], to) for name, to in changes.items()}
+    if dynamic:
+        message = re.sub(r"\d+", r"s?\\d+", re.escape(message)) if isinstance(*changes.values(), tuple) else message
+    with pytest.raises(RuntimeError, match=message if dynamic else re.escape(message)):
+        traced(linear_act, *operands.values(), fullgraph=True, dynamic=dynamic)
+
+
+WRONG_CALLS = {
+    "activation": ({"activation": "softmax"}, ValueError, "activation must be one of sigmoid"),
+    "impl": ({"impl": "cuda"}, ValueError, "impl must be one of None"),
+    "x": ({"x": [1.0]}, TypeError, "x must be a Tensor, not list"),
+    "weight": ({"weight": None}, TypeError, "weight must be a Tensor, not NoneType"),
+    "bias": ({"bias": 1.0}, TypeError, "bias must be a Tensor, not float"),
+    "fp64": ({"x": torch.ones(2, 5, dtype=torch.float64), "impl": "triton"}, NotImplementedError, "float64"),
+    "one-bias": ({"bias": torch.ones(1), "impl": "triton"}, NotImplementedError, r"bias \(1,\)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_compiled_calls_raise_what_eager_ones_do(changes, error, message, monkeypatch):
+    monkeypatch.setattr(ops, "launchable", lambda device, dtype: True)
+    monkeypatch.setattr(ops, "_cpu_refusal", lambda device: None)  # as under the interpreter
+    torch._dynamo.reset()
+    inputs = operands_for("forward") | changes
+    if inputs["x"] is changes.get("x") and isinstance(inputs["x"], torch.Tensor):
+        inputs = {name: t.double() if isinstance(t, torch.Tensor) else t for name, t in inputs.items()}
+    for call in (linear_act, torch.compile(linear_act, backend="aot_eager")):
+        with pytest.raises(error, match=message):
+            call(**inputs)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+def test_kernels_see_dynamic_batches_compiled_once(dynamic, traced):
+    counts = []
+    for layer in (linear_act, plain):
+        torch._dynamo.reset()
+        backend = AotEagerAndRecordGraphs()
+        compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
+        for rows in (2, 3, 4, 7, 16, 33, 1, 5):
+            inputs = [t.requires_grad_() for t in make_layer(rows, 5, 3, torch.float32)[:3]]
+            found, expected = (
+                (y.detach(), *torch.autograd.grad(y.square().sum(), inputs))
+                for y in (compiled(*inputs), plain(*inputs))
+            )
+            torch.testing.assert_close(found, expected)
+        counts.append([len(graphs) for graphs in (backend.graphs, backend.fw_graphs, backend.bw_graphs)])
+    ours, theirs = counts
+    assert all(0 < own <= other for own, other in zip(ours, theirs, strict=True)), counts
+
+
+def test_kernels_see_as_many_rows_as_the_program_finds(traced):
+    x, weight, bias, _ = make_layer(6, 5, 3, torch.float32)
+
+    def chosen(x, weight, bias):
+        return linear_act(x[(x[:, 0] > 0).nonzero().squeeze(1)], weight, bias)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found, held = traced(chosen, x, weight, bias, fullgraph=True)
+    assert held == {"perceptriton.linear_act"}
+    torch.testing.assert_close(found, plain(x[x[:, 0] > 0], weight, bias))
+
+
+def test_a_batched_gradient_of_a_compiled_layer_takes_plain_operations(traced, monkeypatch):
+    inputs = [t.requires_grad_() for t in make_layer(6, 5, 3, torch.float32)[:3]]
+    y, _ = traced(linear_act, *inputs)
+    dys = torch.randn(4, 6, 3)
+    expected = torch.autograd.grad(plain(*inputs), inputs, dys, is_grads_batched=True)
+    torch.autograd.grad(y, inputs, torch.ones_like(y), retain_graph=True)  # the backward pass is compiled by now
+    monkeypatch.setattr(ops, "linear_act_bwd", None)
+    torch.testing.assert_close(torch.autograd.grad(y, inputs, dys, is_grads_batched=True), expected)
+
+
 def pair(*sizes):
     """An MLP and the nn.Sequential of the same parameters."""
     model = MLP(sizes)
@@ -985,11 +1306,17 @@ def forget_devices():
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """pretend(major, minor, triton) makes cuda:0 such a device; it must not be remembered by other tests."""
+    """pretend(major, minor, triton) makes every GPU such a device; it must not be remembered by other tests.
 
-    def pretend(major, minor, triton):
-        properties = types.SimpleNamespace(major=major, minor=minor, multi_processor_count=40, name="a GPU")
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    GPUs of several generations: pretend(capabilities=...), one pair for each.
+    """
+
+    def pretend(major=9, minor=0, triton=True, capabilities=None):
+        def properties(device):
+            pair = (major, minor) if capabilities is None else capabilities[device.index]
+            return types.SimpleNamespace(major=pair[0], minor=pair[1], multi_processor_count=40, name="a GPU")
+
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
         monkeypatch.setattr(ops, "has_triton", lambda: triton)
         return torch.device("cuda", 0)
 
@@ -1020,21 +1347,105 @@ def test_usable_gpus_need_no_warning(pretend):
     assert not ops.launchable(device, torch.float64)
 
 
-# The compiler itself uses what torch deprecates.
-@pytest.mark.filterwarnings("default")
-def test_compiled_programs_hold_the_kernels(pretend):
-    pretend(9, 0, True)
+def held_in_a_program_on(device):
+    """The registered ops in a compiled layer on a GPU that is not there: tracing asks for shapes and dtypes alone."""
     held = []
 
     def look(module, inputs):
         held.extend(str(node.target) for part in module.modules() for node in part.graph.nodes)
         return module
 
-    # Tensors of a GPU that is not there: shapes and dtypes are all that tracing asks for.
+    torch._dynamo.reset()
     with FakeTensorMode(), torch.no_grad():
-        x, weight, bias = (torch.empty(shape, device="cuda") for shape in ((64, 16), (8, 16), (8,)))
+        x, weight, bias = (torch.empty(shape, device=device) for shape in ((64, 16), (8, 16), (8,)))
         torch.compile(linear_act, fullgraph=True, backend=look)(x, weight, bias)
-    assert any("linear_act" in name for name in held)
+    return [name for name in held if "linear_act" in name]
+
+
+# The compiler itself uses what torch deprecates.
+@pytest.mark.filterwarnings("default")
+def test_compiled_programs_hold_the_kernels(pretend):
+    pretend(9, 0, True)
+    assert held_in_a_program_on("cuda")
+
+
+# --- GPUs of several kinds ----------------------------------------------------------------------------------------
+
+CAPABILITIES = [(9, 0), (8, 0), (7, 5), (10, 0), (8, 9)]  # an H200, an A100, a T4, a B200, an L4
+
+
+@pytest.mark.filterwarnings("ignore:perceptriton runs as plain torch")
+def test_each_gpu_of_a_process_has_plans_of_its_own(pretend, monkeypatch):
+    pretend(capabilities=CAPABILITIES)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices = [torch.device("cuda", index) for index in range(len(CAPABILITIES))]
+    recipe = planning.Recipe((64, 32, 8))
+    for _ in range(2):  # found, and found again
+        for device, (major, minor) in zip(devices, CAPABILITIES, strict=True):
+            chip = Device("cuda", 10 * major + minor, 40, triton=True, name="a GPU")
+            assert ops._describe(device) == chip
+            assert explain((4096, 64), (64, 64), device=device) == explain((4096, 64), (64, 64), device=chip)
+            with FakeTensorMode():
+                x, weight = torch.empty(4096, 64, device=device), torch.empty(64, 64, device=device)
+                plans = ops.mlp_plans(x, [weight, weight], training=True)
+            args = (4096, (64, 64, 64), "float32", "ieee", chip)
+            assert plans.backward == planning.mlp_bwd(*args)
+            train = ops.plan_train(1, 1000, 10, recipe, torch.float32, device)
+            assert train == planning.train(1, 1000, 10, recipe, "float32", chip)
+    usable = [ops.launchable(device, torch.float32) for device in devices]
+    assert usable == [True, True, False, True, False]
+    # Tiles of two generations, and plain torch: nothing here is the same for all.
+    assert len({explain((4096, 256), (256, 256), torch.bfloat16, device).forward for device in devices}) > 2
+
+
+@pytest.mark.filterwarnings("default")
+def test_programs_hold_kernels_for_the_gpus_that_have_some(pretend):
+    pretend(capabilities=CAPABILITIES)
+    found = [bool(held_in_a_program_on(f"cuda:{index}")) for index in range(len(CAPABILITIES))]
+    assert found == [True, True, False, True, False]
+
+
+@pytest.mark.filterwarnings("ignore:perceptriton runs as plain torch")
+def test_a_device_without_a_number_is_the_current_one(pretend, monkeypatch):
+    pretend(capabilities=CAPABILITIES)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for index in (0, 1, 2, 0):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
+        shapes = ((4096, 64), (64, 64))
+        assert explain(*shapes, device="cuda") == explain(*shapes, device=f"cuda:{index}")
+    assert explain(*shapes, device="cuda").forward.triton
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert not explain(*shapes, device="cuda").forward.triton
+
+
+@pytest.mark.filterwarnings("default")
+def test_rocm_takes_plain_torch(pretend, monkeypatch):
+    # What a build for AMD's GPUs says of an MI250.
+    device = pretend(9, 0, True)
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert not held_in_a_program_on("cuda")
+        assert not said, "a warning in a traced program would be an error"
+        described = [ops._describe(device) for _ in range(2)]
+    assert [str(warning.message) for warning in said] == [
+        "perceptriton runs as plain torch on cuda:0: no kernels for ROCm devices"
+    ]
+    assert described == [Device("ROCm")] * 2
+    plans = (
+        planning.linear_act_fwd(4096, 64, 64, "float32", "ieee", described[0]),
+        planning.linear_act_bwd(4096, 64, 64, "float32", "ieee", described[0]),
+        planning.mlp_fwd(4096, (64, 64, 64), "float32", "ieee", described[0], True),
+        planning.mlp_bwd(4096, (64, 64, 64), "float32", "ieee", described[0]),
+        ops.plan_train(1, 4, None, planning.Recipe((2, 2, 1)), torch.float32, device),
+    )
+    assert {plan.impl for plan in plans} <= {"aten", "layers", "torch"}
+    for call in (
+        lambda: ops.plan_train(1, 4, None, planning.Recipe((2, 2, 1)), torch.float32, device, "lane"),
+        lambda: explain((4096, 64), (64, 64), device=described[0], impl="triton"),
+    ):
+        with pytest.raises(NotImplementedError, match="no kernels for ROCm devices"):
+            call()
 
 
 def test_exported_programs_hold_no_kernels(pretend, monkeypatch):

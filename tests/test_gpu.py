@@ -46,10 +46,15 @@ def gradients(model, x):
     return [y.detach(), *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
 
 
+# From 3.8 on triton unloads a kernel that nobody holds, which graphs may still replay and a device may still run.
+forgotten = []
+
+
 def forget_kernels():
     linear._runners.clear()
     for kernel in (*vars(linear).values(), *vars(mlp).values()):
         if isinstance(kernel, JITFunction):
+            forgotten.append(dict(kernel.device_caches))
             kernel.device_caches.clear()
 
 
@@ -176,7 +181,8 @@ def test_compiled_with_graphs():
     for _ in range(3):
         torch.compiler.cudagraph_mark_step_begin()
         found = [t.clone() for t in gradients(compiled, x)]
-        torch.testing.assert_close(found, expected)
+        # One kernel for the network against one for each layer.
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 # The same for what torch uses and for what it prefers.
@@ -235,7 +241,8 @@ def test_second_device(name):
     found = gradients(model.to("cuda:1"), x.to("cuda:1"))
     assert torch.cuda.current_device() == 0
     assert {t.device.index for t in found} == {1}
-    torch.testing.assert_close([t.to("cuda:0") for t in found], expected)
+    # The other one may be of another generation, with tiles of its own.
+    torch.testing.assert_close([t.to("cuda:0") for t in found], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_profiler_names_the_kernels():

@@ -29,7 +29,7 @@ H200 = Device("cuda", 90, 132, triton=True)
 class Version(CompiledKernel):
     """A compiled kernel that takes note of its launches."""
 
-    function = packed_metadata = None
+    function = packed_metadata = module = None
 
     def __init__(self, key, launches):
         self.key, self.launches = key, launches
@@ -72,19 +72,17 @@ def lay(rows, columns, layout, dtype):
     return torch.empty(rows, columns, dtype=dtype)
 
 
+TILED = planning.Plan("tiled", "", planning.Tile(32, 32, 16, 4, 2), 3)
+PASSES = planning.Plan("passes", "", planning.Tile(32, 32, 16, 4, 1))
 LAYOUTS = ("dense", "transposed", "pitch", "shifted")
 ROWS, DTYPES = (1, 15, 16, 33), (torch.float32, torch.bfloat16)
 
 
 def layers():
     """Launches of all kernels of a layer, each with one plan for all shapes."""
-    forwards = [
-        planning.linear_act_fwd(64, 32, 16, "float32", "ieee", H200),
-        planning.Plan("tiled", "", planning.Tile(32, 32, 16, 4, 2), 3),
-    ]
+    forwards = [planning.linear_act_fwd(64, 32, 16, "float32", "ieee", H200), TILED]
     # One program writes the gradients, several write sums that another kernel adds up.
     backwards = [planning.linear_act_bwd(rows, 32, 16, "float32", "ieee", H200) for rows in (16, 1 << 16)]
-    passes = planning.Plan("passes", "", planning.Tile(32, 32, 16, 4, 1))
     for m, k, n, layout, dtype in itertools.product(ROWS, (1, 32), (1, 16), LAYOUTS, DTYPES):
         x, weight, dy, y = (lay(*shape, layout, dtype) for shape in ((m, k), (n, k), (m, n), (m, n)))
         for activation, bias in itertools.product(("sigmoid", "tanh"), (None, torch.empty(n, dtype=dtype))):
@@ -93,7 +91,7 @@ def layers():
         for wanted in itertools.product((False, True), repeat=3):
             for plan in backwards:
                 linear.linear_act_bwd(dy, y.contiguous(), x, weight, "sigmoid", wanted, plan)
-            linear.act_bwd(dy, y.contiguous(), "sigmoid", wanted[2], passes)
+            linear.act_bwd(dy, y.contiguous(), "sigmoid", wanted[2], PASSES)
         if layout == "dense":
             # The door lets no operands of several dtypes in, but the key does not rely on that.
             other = torch.float16
@@ -103,7 +101,7 @@ def layers():
             for plan in backwards:
                 for operands in ((dy.to(other), x, weight), (dy, x.to(other), weight), (dy, x, weight.to(other))):
                     linear.linear_act_bwd(operands[0], y, *operands[1:], "sigmoid", (True, True, True), plan)
-            linear.act_bwd(dy.to(other), y, "sigmoid", True, passes)
+            linear.act_bwd(dy.to(other), y, "sigmoid", True, PASSES)
 
 
 def networks():
@@ -150,6 +148,33 @@ def test_what_is_known_of_a_launch_decides_its_version(run, launches, monkeypatc
     run()
     assert repeated >= len(versions) > 100
     assert len({version for version, _ in versions.values()}) > 50
+
+
+def test_the_short_way_stays_on_its_device(launches):
+    """The meta device stands for a second GPU, which may be of another generation."""
+    forwards = [planning.linear_act_fwd(64, 32, 16, "float32", "ieee", H200), TILED]
+    several = planning.linear_act_bwd(1 << 16, 32, 16, "float32", "ieee", H200)
+    backward = planning.mlp_bwd(1 << 14, (32, 16, 16), "float32", "ieee", H200)
+    forward = planning.mlp_fwd(64, (32, 16, 16), "float32", "ieee", H200, True)
+    wanted = (True, (True, True), (True, True))
+
+    def run(device):
+        x, weight, dy, y = (torch.empty(shape, device=device) for shape in ((64, 32), (16, 32), (64, 16), (64, 16)))
+        bias = torch.empty(16, device=device)
+        for plan in forwards:
+            linear.linear_act_fwd(x, weight, bias, "sigmoid", plan)
+        linear.linear_act_bwd(dy, y, x, weight, "sigmoid", (True, True, True), several)
+        linear.act_bwd(dy, y, "sigmoid", True, PASSES)
+        parameters = (weight, torch.empty(16, 16, device=device)), (bias, bias)
+        _, saved = mlp.mlp_fwd(x, *parameters, "sigmoid", "sigmoid", forward, backward.boundaries)
+        mlp.mlp_bwd(dy, x, saved, *parameters, "sigmoid", "sigmoid", wanted, backward)
+
+    ways = []
+    for device in ("cpu", "meta", "cpu", "meta"):
+        launches.clear()
+        run(device)
+        ways.append({way for way, *_ in launches})
+    assert ways == [{"long"}, {"long"}, {"short"}, {"short"}]
 
 
 def test_the_second_launch_is_short(launches):

@@ -100,6 +100,12 @@ def _cases():
 
 
 CASES = dict(_cases())
+NARROW = (32, 32, 32)
+SM_100 = {
+    f"sm_100-{op}-{kind}": (100, op, kind, NARROW, 65536, _plan(90, op, kind, NARROW, 65536), "sigmoid", False)
+    for op in ("mlp_fwd", "mlp_bwd")
+    for kind in KINDS
+}
 
 
 def _launches(case):
@@ -111,7 +117,7 @@ def _launches(case):
 
 @pytest.fixture(scope="session")
 def compiled(request):
-    return compile_selected(request, CASES, _launches)
+    return compile_selected(request, CASES | SM_100, _launches)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -158,13 +164,9 @@ def test_every_row_is_the_choice_of_its_own_chain():
             assert tiles == [plan.segments[0].tile], name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("op", ["mlp_fwd", "mlp_bwd"])
-def test_compiles_for_sm_100(op, kind):
-    widths = (32, 32, 32)
-    plan = _plan(90, op, kind, widths, 65536)
-    for arch, launch in _launches((100, op, kind, widths, 65536, plan, "sigmoid", False)):
-        resources = compile_for(arch, launch)
+@pytest.mark.parametrize("name", SM_100)
+def test_compiles_for_sm_100(name, compiled):
+    for resources in compiled[name]:
         assert resources.registers > 0
         assert resources.shared <= aot.SHARED_LIMIT[100]
 

@@ -654,6 +654,41 @@ def test_losses_may_be_written_to(path, leading, take):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
+# torch broadcasts such a bias; kernels would read behind it.
+BROADCAST = {"one": (1,), "no-dimensions": (), "row": (1, 20)}
+
+
+@pytest.mark.parametrize("shape", BROADCAST.values(), ids=BROADCAST)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_bias_that_torch_broadcasts(path, shape, take, monkeypatch):
+    net = Net((7, 20, 3))
+    net.biases[0] = torch.full(shape, 0.5, device=DEVICE)
+    target = torch.rand_like(net.dy)
+    ours, theirs = bce(net, target), torch_bce(net, target)
+    impl = take(path)
+    results = []
+    for large in (True, False):
+        if not large:
+            monkeypatch.undo()
+        results += [differentiate(net, mlp_act), differentiate(net, ours, torch.ones((), device=DEVICE))]
+    expected = [differentiate(net, plain), differentiate(net, theirs, torch.ones((), device=DEVICE))]
+    torch.testing.assert_close(results, 2 * expected)
+    if impl == "triton":
+        with pytest.raises(NotImplementedError, match=r'^impl="triton": biases\[0\] \(.*\) is not the out_features'):
+            mlp_act(net.x, net.weights, net.biases, impl=impl)
+
+
+@pytest.mark.filterwarnings("default")  # the compiler itself uses what torch deprecates
+@pytest.mark.parametrize("shape", BROADCAST.values(), ids=BROADCAST)
+def test_a_compiled_network_broadcasts_a_bias(shape, monkeypatch):
+    monkeypatch.setattr(ops, "launchable", lambda device, dtype: True)
+    torch.compiler.reset()
+    net = Net((7, 20, 3))
+    net.biases[0] = torch.full(shape, 0.5, device=DEVICE)
+    compiled = torch.compile(mlp_act, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(differentiate(net, compiled), differentiate(net, plain))
+
+
 @pytest.mark.filterwarnings("default")  # the compiler itself uses what torch deprecates
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiled(dynamic):

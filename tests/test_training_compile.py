@@ -22,7 +22,10 @@ from perceptriton.kernels import Device, aot, training  # noqa: E402
 from perceptriton.kernels import plan as planning  # noqa: E402
 from perceptriton.kernels.plan import Recipe, TrainPlan  # noqa: E402
 
-CHIPS = {80: Device("cuda", 80, 108, triton=True), 90: Device("cuda", 90, 132, triton=True)}
+CHIPS = {
+    arch: Device("cuda", arch, multiprocessors, triton=True)
+    for arch, multiprocessors in ((80, 108), (90, 132), (100, 148))
+}
 
 # By the tensors of state they keep, with weight decay, which takes a few registers more than without.
 OPTIMIZERS = (
@@ -44,7 +47,7 @@ def _cases():
     Each limit of the plans is compiled at its edge, streaming minibatches, which takes more registers than samples that
     stay on chip; the nets that everyone trains are compiled as they are.
     """
-    for arch in CHIPS:
+    for arch in (80, 90):
         yield f"sm_{arch}-lane-xor", (arch, Recipe((2, 2, 1)), 1, 4, 4, False, "lane")
         yield f"sm_{arch}-block-xor-deep", (arch, Recipe((2, 10, 10, 10, 1)), 1, 4, 4, False, "block")
         yield f"sm_{arch}-block-digits", (arch, Recipe((32, 64, 5)), 1, 1024, 256, True, "block")
@@ -74,6 +77,10 @@ BLOCK_EDGES = (
     ((9,) * 7, (20,) * 4, (32, 64, 5), (9, 40, 32)),
 )
 CASES = dict(_cases())
+SM_100 = {
+    "sm_100-lane-xor": (100, Recipe((2, 2, 1)), 1, 4, 4, False, "lane"),
+    "sm_100-block-xor-deep": (100, Recipe((2, 10, 10, 10, 1)), 1, 4, 4, False, "block"),
+}
 
 
 def _plan(case):
@@ -107,7 +114,7 @@ def _launches(case):
 
 @pytest.fixture(scope="session")
 def compiled(request):
-    return compile_selected(request, CASES, _launches)
+    return compile_selected(request, CASES | SM_100, _launches)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -158,10 +165,9 @@ def test_edges_are_edges(name):
     assert _plan((arch, longer, *rest)).impl == "torch"
 
 
-@pytest.mark.parametrize("impl", ["lane", "block"])
-def test_compiles_for_sm_100(impl):
-    widths = {"lane": (2, 2, 1), "block": (2, 10, 10, 10, 1)}[impl]
-    resources = compile_for(100, _launch((90, Recipe(widths), 1, 4, 4, False, impl)))
+@pytest.mark.parametrize("name", SM_100)
+def test_compiles_for_sm_100(name, compiled):
+    (resources,) = compiled[name]
     assert resources.registers > 0
     assert resources.shared <= aot.SHARED_LIMIT[100]
 
