@@ -21,7 +21,7 @@ if kernel_device() == "cpu":
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
-from perceptriton.kernels import linear, mlp
+from perceptriton.kernels import linear, mlp, wide
 
 H200 = Device("cuda", 90, 132, triton=True)
 
@@ -49,7 +49,7 @@ def launches(absent_h200, monkeypatch):
     """(way, version, grid, arguments) of every launch."""
 
     def forget():
-        for kernel in (*vars(linear).values(), *vars(mlp).values()):
+        for kernel in (*vars(linear).values(), *vars(mlp).values(), *vars(wide).values()):
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()
 
@@ -148,6 +148,46 @@ def test_what_is_known_of_a_launch_decides_its_version(run, launches, monkeypatc
     run()
     assert repeated >= len(versions) > 100
     assert len({version for version, _ in versions.values()}) > 50
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "last"), [(64, 37), (256, 232), (1024, 1000), (4096, 4095), (32, 1)])
+def test_a_ragged_last_batch_compiles_nothing(batch, last, dtype, launches):
+    """Neither do other numbers of programs, whose sums are added up by one kernel."""
+    name, widths, half = str(dtype)[6:], (32, 64, 16), dtype == torch.bfloat16
+    every = (True, True)
+    tma = next(iter(planning.wide_candidates("half" if half else "tf32x3", 90)))
+    sums = planning.Plan("tma", "", tma, 8, "ieee" if half else "tf32x3")
+
+    def step(rows):
+        x, h, y = (torch.empty(rows, width, dtype=dtype) for width in widths)
+        weights = tuple(torch.empty(n, k, dtype=dtype) for k, n in itertools.pairwise(widths))
+        biases = tuple(torch.empty(n, dtype=dtype) for n in widths[1:])
+        forwards = [planning.linear_act_fwd(rows, 32, 64, name, "ieee", H200), TILED]
+        for plan in forwards:
+            linear.linear_act_fwd(x, weights[0], biases[0], "sigmoid", plan)
+        backward = planning.linear_act_bwd(rows, 32, 64, name, "ieee", H200)
+        linear.linear_act_bwd(h, h, x, weights[0], "sigmoid", (True, True, True), backward)
+        linear.act_bwd(h, h, "sigmoid", True, PASSES)
+        whole = planning.mlp_bwd(rows, widths, name, "ieee", H200)
+        forward = planning.mlp_fwd(rows, widths, name, "ieee", H200, True)
+        common = (weights, biases, "sigmoid")
+        _, saved = mlp.mlp_fwd(x, *common, "sigmoid", forward, whole.boundaries)
+        mlp.mlp_bwd(y, x, saved, *common, "sigmoid", (True, every, every), whole)
+        mlp.mlp_bce_fwd(x, *common, y, None, "mean", dtype, forward)
+        wide.linear_act_fwd(h, torch.empty(64, 64, dtype=dtype), biases[0], "sigmoid", sums)
+        wide.linear_act_dgrad(h, torch.empty(64, 32, dtype=dtype), x, "sigmoid", True, sums)
+
+    def versions():
+        return {version for _, version, *_ in launches}
+
+    for _ in range(2):
+        step(batch)
+    even = versions()
+    assert len({kernel for kernel, _ in even}) >= 9
+    for rows in (batch, batch, last) * 3:
+        step(rows)
+    assert versions() == even
 
 
 def test_the_short_way_stays_on_its_device(launches):
