@@ -10,6 +10,7 @@ READY := $(VENV)/.ready
 OLD_TRITON := 3.6.0
 NEW_TRITON := 3.9.0
 OVERLAY := .build/triton-$(OLD_TRITON)
+NEW_OVERLAY := .build/triton-$(NEW_TRITON)
 LENS := .build/tilelens-3.1.1
 SUMMARY := .build/summary.txt
 
@@ -89,35 +90,33 @@ clean: ## remove everything that make made
 # --- tests -------------------------------------------------------------------------------------------------
 
 # On a GPU `make cuda` runs them.
-KERNEL_TESTS := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_networks.py test_training_kernels.py \
-	test_wide.py test_fit.py::test_kernels_train_alike test_fuzz.py::test_kernels \
-	test_memory.py)
+SANITIZED := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_training_kernels.py test_wide.py test_memory.py)
+NETWORK_TESTS := $(addprefix tests/,test_networks.py test_fit.py::test_kernels_train_alike test_fuzz.py::test_kernels)
+KERNEL_TESTS := $(SANITIZED) $(NETWORK_TESTS)
 TILES := $(addprefix tests/,test_compile.py test_wide_compile.py test_mlp_compile.py test_training_compile.py)
 # What tests/compiled has no row for, and a part of the rest: tests/compiling.py says how.
 COMPILE_TESTS := tests/test_compiled.py $(TILES)
 
-.PHONY: test test-start test-beside test-all test-compile test-kernels test-old-triton test-deterministic test-benches
-test: test-start ## everything that needs no GPU
-	@# The interpreter takes one core for minutes, the rest the other one. Whatever ends sooner takes what is short.
-	@echo 'kernels under the interpreter, determinism, and benchmarks once: in the background, into .build/kernels.log'
-	@$(MAKE) --no-print-directory test-kernels test-deterministic test-benches > .build/kernels.log 2>&1 & kernels=$$!; \
-	trap "kill $$kernels 2> /dev/null || true" EXIT; \
-	$(MAKE) --no-print-directory test-beside && rest=0 || rest=$$?; \
-	printf '\n== waiting for what runs in the background\n'; \
-	wait $$kernels || { cat .build/kernels.log; exit 1; }; \
-	exit $$rest
-	@printf '\n== all passed\n'
-	@cat $(SUMMARY)
-
-test-start: $(READY)
+# $(call parts,targets): two at a time, each on a core of its own, then what came of each. The longest come first.
+define parts
 	@mkdir -p .build
 	@: > $(SUMMARY)
+	@echo 'two parts at a time; each is printed when it has ended: $(1)'
+	@$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(1)
+	@printf '\n== all passed\n'
+	@cat $(SUMMARY)
+endef
 
-test-beside: $(READY)
-	@for part in test-all test-compile test-old-triton; do \
-		$(MAKE) --no-print-directory $$part; \
-	done
+.PHONY: test ci
+test: $(READY) ## everything that needs no GPU
+	$(call parts,test-kernels test-all test-networks test-deterministic test-benches test-old-triton test-compile)
 
+# The watched kernels pass the tests that `make test` has without a watch.
+ci: $(READY) ## what CI runs: make test, lint, sanitize, test-long and test-matrix
+	$(call parts,lint sanitize test-matrix-old test-matrix-new test-all test-networks test-deterministic test-long \
+		test-benches test-old-triton-compile test-matrix-compile test-compile)
+
+.PHONY: test-all test-compile test-kernels test-networks test-old-triton test-deterministic test-benches
 test-all: $(READY)
 	$(call step,everything on the CPU,$(PYTEST) $(COMPILE_TESTS:%=--ignore %))
 
@@ -125,8 +124,10 @@ test-compile: $(READY)
 	$(call step,compile-only,$(PYTEST) $(COMPILE_TESTS))
 
 test-kernels: $(READY)
-	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS))
-	$(call step,deterministic: kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) --deterministic tests/test_kernels.py)
+	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) $(SANITIZED))
+
+test-networks: $(READY)
+	$(call step,networks under the interpreter,TRITON_INTERPRET=1 $(PYTEST) $(NETWORK_TESTS))
 
 test-old-triton: $(READY)
 	@# A package index without this version must not hide the other tests, but nobody may overlook it either.
@@ -137,7 +138,7 @@ test-old-triton: $(READY)
 	fi
 
 .PHONY: test-old-triton-compile
-test-old-triton-compile:
+test-old-triton-compile: $(OVERLAY)/.ready
 	$(call step,compile-only on triton $(OLD_TRITON),PYTHONPATH=$(OVERLAY) $(PYTEST) $(COMPILE_TESTS))
 
 # The interpreter of the oldest and of the newest triton, and the newest compiler. No tile was picked with that: one that
@@ -145,33 +146,32 @@ test-old-triton-compile:
 .PHONY: test-matrix test-matrix-old test-matrix-new test-matrix-compile
 test-matrix: test-matrix-old test-matrix-new test-matrix-compile ## all kernels under the interpreter of the oldest and the newest triton, the tiles by the newest compiler (minutes; -j 2 helps)
 
-test-matrix-old: .build/triton-$(OLD_TRITON)/.ready
-	TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) -q $(KERNEL_TESTS)
+test-matrix-old: $(OVERLAY)/.ready
+	$(call step,kernels interpreted by triton $(OLD_TRITON),TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) $(KERNEL_TESTS))
 
-test-matrix-new: .build/triton-$(NEW_TRITON)/.ready
-	TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) -q $(KERNEL_TESTS)
+test-matrix-new: $(NEW_OVERLAY)/.ready
+	$(call step,kernels interpreted by triton $(NEW_TRITON),TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) $(KERNEL_TESTS))
 
-test-matrix-compile: .build/triton-$(NEW_TRITON)/.ready
-	PYTHONPATH=$(<D) $(PYTEST) -q $(COMPILE_TESTS)
+test-matrix-compile: $(NEW_OVERLAY)/.ready
+	$(call step,compile-only on triton $(NEW_TRITON),PYTHONPATH=$(<D) $(PYTEST) $(COMPILE_TESTS))
 
 .PHONY: test-tiles
-test-tiles: $(OVERLAY)/.ready .build/triton-$(NEW_TRITON)/.ready ## compile every tile on each triton and write tests/compiled (many minutes)
+test-tiles: $(OVERLAY)/.ready $(NEW_OVERLAY)/.ready ## compile every tile on each triton and write tests/compiled (many minutes)
 	$(PYTEST) -q --write-tiles $(TILES)
 	PYTHONPATH=$(OVERLAY) $(PYTEST) -q --write-tiles $(TILES)
-	PYTHONPATH=.build/triton-$(NEW_TRITON) $(PYTEST) -q --write-tiles $(TILES)
+	PYTHONPATH=$(NEW_OVERLAY) $(PYTEST) -q --write-tiles $(TILES)
 
 .PHONY: sanitize
 sanitize: $(READY) $(LENS)/.ready ## every kernel under the interpreter, watched for stray addresses and races (minutes)
-	TRITON_INTERPRET=1 $(PYTEST) -q --watch-memory $(SANITIZED)
-	TRITON_INTERPRET=1 PYTHONPATH=$(LENS) $(PYTEST) -q tests/test_tilelens.py
-
-SANITIZED := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_training_kernels.py test_wide.py test_memory.py)
+	$(call step,kernels watched,TRITON_INTERPRET=1 $(PYTEST) --watch-memory $(SANITIZED))
+	$(call step,kernels followed by tilelens,TRITON_INTERPRET=1 PYTHONPATH=$(LENS) $(PYTEST) tests/test_tilelens.py)
 
 .PHONY: test-long
 test-long: $(READY) ## 10,001 steps of the training kernels under the interpreter, against torch (minutes)
-	TRITON_INTERPRET=1 $(PYTEST) -q --long tests/test_training_kernels.py -k long
+	$(call step,10001 steps under the interpreter,TRITON_INTERPRET=1 $(PYTEST) --long tests/test_training_kernels.py -k long)
 
 test-deterministic: $(READY)
+	$(call step,deterministic: kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) --deterministic tests/test_kernels.py)
 	$(call step,deterministic: layers and networks,$(PYTEST) --deterministic tests/test_functional.py tests/test_networks.py)
 
 test-benches: $(READY)

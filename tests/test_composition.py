@@ -30,7 +30,7 @@ from perceptriton.mlp import MLP, LinearSigmoid, LinearSigmoidBCELoss, LinearTan
 
 # torch itself uses what it deprecates when it compiles, exports and traces.
 pytestmark = [
-    pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.:DeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:.*torch\.jit\."),
     pytest.mark.filterwarnings(r"ignore:.*LeafSpec.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd is returning a function:UserWarning"),

@@ -41,7 +41,7 @@ from perceptriton.mlp.functional import LinearActFunction
 
 # torch itself uses what it deprecates when it differentiates forward, compiles or traces.
 pytestmark = [
-    pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.:DeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:.*torch\.jit\."),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd is returning a function:UserWarning"),
 ]

@@ -35,7 +35,7 @@ DEVICE = KERNELS or "cpu"
 # torch itself uses what it deprecates when it differentiates forward.
 pytestmark = [
     pytest.mark.usefixtures("rounding"),
-    pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.:DeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:.*torch\.jit\."),
 ]
 
 IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
