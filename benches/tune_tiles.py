@@ -8,7 +8,7 @@ they have tiles of their own. Sizes without a clean tile are left out, and plan.
 A tile must be clean on every triton that the project supports. With --resume the search for a size starts at the
 tile that the table has, and sizes that it has not stay out: run once, then with --resume under the other version.
 
-usage: python benches/tune_tiles.py [--resume] [--layouts aligned,ragged] [--out FILE] [--processes N]
+usage: python benches/tune_tiles.py [--resume] [--only TEXT] [--out FILE] [--processes N]
 """
 
 import argparse
@@ -91,18 +91,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=TABLES / "gpu_tiles.json")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument(
+        "--only", default="", help="tune what this is part of, as in sm_90/linear_act_bwd/tf32; keep the rest"
+    )
     options = parser.parse_args()
-    old = json.loads(options.out.read_text()) if options.resume else None
+    old = json.loads(options.out.read_text()) if options.out.exists() else {"tiles": {}, "triton": []}
     tasks = []
-    for task in itertools.product(ARCHS, OPS, KINDS, options.layouts.split(","), WIDTHS, WIDTHS):
-        arch, op, kind, layout, block_k, block_n = task
-        start = old and old["tiles"][f"sm_{arch}"][op][kind][layout].get(f"{block_k}x{block_n}")
-        if block_k * block_n <= LARGEST[kind] and (start or not old):
-            tasks.append((task, start))
-    tiles: dict = {
-        f"sm_{arch}": {op: {kind: {layout: {} for layout in LAYOUTS} for kind in KINDS} for op in OPS} for arch in ARCHS
-    }
+    tiles: dict = {}
+    for arch, op, kind, layout in itertools.product(ARCHS, OPS, KINDS, LAYOUTS):
+        cell = old["tiles"].get(f"sm_{arch}", {}).get(op, {}).get(kind, {}).get(layout, {})
+        kept = tiles.setdefault(f"sm_{arch}", {}).setdefault(op, {}).setdefault(kind, {}).setdefault(layout, {})
+        for block_k, block_n in itertools.product(WIDTHS, WIDTHS):
+            name = f"{block_k}x{block_n}"
+            if options.only not in f"sm_{arch}/{op}/{kind}/{layout}/{name}":
+                kept.update({name: cell[name]} if name in cell else {})
+            elif block_k * block_n <= LARGEST[kind] and (name in cell or not options.resume):
+                tasks.append(((arch, op, kind, layout, block_k, block_n), cell[name] if options.resume else None))
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for done, (task, row) in enumerate(zip(tasks, pool.map(_pick, tasks), strict=True), 1):
             (arch, op, kind, layout, block_k, block_n), start = task
@@ -113,7 +117,7 @@ def main() -> None:
             print(f"{done}/{len(tasks)} {task[0]} {start or ''} -> {row}", file=sys.stderr)
     table = {
         "about": "block_k x block_n: [block_m, num_warps, num_stages, programs per SM]; from benches/tune_tiles.py",
-        "triton": sorted({triton.__version__, *(old["triton"] if old else [])}),
+        "triton": sorted({triton.__version__, *(old["triton"] if options.resume or options.only else [])}),
         "tiles": tiles,
     }
     # A row per line: a table to read and to diff.

@@ -29,8 +29,9 @@ from .plan import NotCompiledError, Plan
 
 
 @triton.jit
-def _operand(a, WIDEN: tl.constexpr):
-    return a.to(tl.float32) if WIDEN else a
+def _operand(a, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    r = device.round_tf32(a) if PRECISION == "tf32" and a.dtype == tl.float32 else a
+    return r.to(tl.float32) if WIDEN else r
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -66,7 +67,7 @@ def linear_act_fwd_rows_kernel(
         mask=mask_k[:, None] & mask_n[None, :],
         other=0.0,
     )  # [BLOCK_K, BLOCK_N]
-    wt = _operand(wt, WIDEN)
+    wt = _operand(wt, PRECISION, WIDEN)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_b, mask=mask_n, other=0.0).to(tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
@@ -77,7 +78,7 @@ def linear_act_fwd_rows_kernel(
             mask=mask_m[:, None] & mask_k[None, :],
             other=0.0,
         )  # [BLOCK_M, BLOCK_K]
-        z = tl.dot(_operand(x, WIDEN), wt, input_precision=PRECISION)
+        z = tl.dot(_operand(x, PRECISION, WIDEN), wt, input_precision=PRECISION)
         if bias_ptr is not None:
             z += bias[None, :]
         tl.store(
@@ -133,7 +134,7 @@ def linear_act_fwd_tiled_kernel(
         mask_k = offs_k < K - k
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         wt = tl.load(wt_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(_operand(x, WIDEN), _operand(wt, WIDEN), acc, input_precision=PRECISION)
+        acc = tl.dot(_operand(x, PRECISION, WIDEN), _operand(wt, PRECISION, WIDEN), acc, input_precision=PRECISION)
         x_ptrs += step_x
         wt_ptrs += step_w
     if bias_ptr is not None:
@@ -187,7 +188,7 @@ def linear_act_bwd_rows_kernel(
             mask=mask_n[:, None] & mask_k[None, :],
             other=0.0,
         )  # [BLOCK_N, BLOCK_K]
-        w = _operand(w, WIDEN)
+        w = _operand(w, PRECISION, WIDEN)
     if dweight_ptr is not None:
         dwt = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
     if dbias_ptr is not None:
@@ -204,13 +205,14 @@ def linear_act_bwd_rows_kernel(
         if dbias_ptr is not None:
             db += tl.sum(dz, axis=0)
         dz = dz if WIDEN else dz.to(y_ptr.dtype.element_ty)
+        dz = device.round_tf32(dz) if PRECISION == "tf32" and dz.dtype == tl.float32 else dz
         if dweight_ptr is not None:
             x = tl.load(
                 x_ptr + offs_m[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk,
                 mask=mask_m[:, None] & mask_k[None, :],
                 other=0.0,
             )  # [BLOCK_M, BLOCK_K]
-            dwt = tl.dot(tl.trans(_operand(x, WIDEN)), dz, dwt, input_precision=PRECISION)
+            dwt = tl.dot(tl.trans(_operand(x, PRECISION, WIDEN)), dz, dwt, input_precision=PRECISION)
         if dx_ptr is not None:
             dx = tl.dot(dz, w, input_precision=PRECISION)  # [BLOCK_M, BLOCK_K]
             tl.store(

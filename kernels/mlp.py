@@ -34,9 +34,10 @@ Maybe = tuple[Tensor | None, ...]
 
 
 @triton.jit
-def _operand(a, DTYPE: tl.constexpr, WIDEN: tl.constexpr):
+def _operand(a, DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     # Rounded as an operand, and widened again for the interpreter, whose 16-bit dot is wrong.
     r = a.to(DTYPE)
+    r = device.round_tf32(r) if PRECISION == "tf32" and DTYPE == tl.float32 else r
     return r.to(tl.float32) if WIDEN else r
 
 
@@ -144,7 +145,7 @@ def mlp_fwd_kernel(
         if RESIDENT:
             weights = weights + (
                 _operand(
-                    _load_weight_t(weight_ptrs[l], WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l]), DTYPE, WIDEN
+                    _load_weight_t(weight_ptrs[l], WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l]), DTYPE, PRECISION, WIDEN
                 ),
             )
         if bias_ptrs is not None:
@@ -167,14 +168,14 @@ def mlp_fwd_kernel(
         offs_m = start + rows
         mask_m = offs_m < M
         h = _operand(
-            _load_block(x_ptr, offs_m, offs_k.to(tl.int64), stride_xm, stride_xk, mask_m, mask_k), DTYPE, WIDEN
+            _load_block(x_ptr, offs_m, offs_k.to(tl.int64), stride_xm, stride_xk, mask_m, mask_k), DTYPE, PRECISION, WIDEN
         )  # [BLOCK_M, PADDED[0]]
         for l in tl.static_range(LAYERS):
             if RESIDENT:
                 z = tl.dot(h, weights[l], input_precision=PRECISION)  # [BLOCK_M, PADDED[l + 1]]
             else:
                 wt = _load_weight_t(weight_ptrs[l], WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l])
-                z = tl.dot(h, _operand(wt, DTYPE, WIDEN), input_precision=PRECISION)
+                z = tl.dot(h, _operand(wt, DTYPE, PRECISION, WIDEN), input_precision=PRECISION)
             if bias_ptrs is not None:
                 z += biases[l][None, :]
             if l + 1 < LAYERS:
@@ -191,7 +192,7 @@ def mlp_fwd_kernel(
                     h,
                     mask=mask_m[:, None] & (offs_n < COLUMNS[l + 1])[None, :],
                 )
-            h = _operand(h, DTYPE, WIDEN)
+            h = _operand(h, DTYPE, PRECISION, WIDEN)
         if loss_ptr is not None:
             mask_mt = mask_m[:, None] & mask_t[None, :]
             t = _load_block(target_ptr, offs_m, offs_t.to(tl.int64), stride_tm, stride_tn, mask_m, mask_t)
@@ -269,7 +270,7 @@ def mlp_bwd_kernel(
     dbiases = ()
     for l in tl.static_range(LAYERS):
         w = _load_weight(weight_ptrs[l], WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l])
-        weights = weights + (_operand(w, DTYPE, WIDEN),)
+        weights = weights + (_operand(w, DTYPE, PRECISION, WIDEN),)
         if bias_ptrs is not None:
             biases = biases + (_load_bias(bias_ptrs[l], WIDTHS[l + 1], PADDED[l + 1]),)
     for l in tl.static_range(LAYERS - 1, -1, -1):
@@ -300,13 +301,13 @@ def mlp_bwd_kernel(
         offs_m = start + rows
         mask_m = offs_m < M
         xt = _load_block(x_ptr, offs_k.to(tl.int64), offs_m, stride_xk, stride_xm, mask_k, mask_m)
-        hs = (_operand(xt, DTYPE, WIDEN),)  # [PADDED[l], BLOCK_M] each
+        hs = (_operand(xt, DTYPE, PRECISION, WIDEN),)  # [PADDED[l], BLOCK_M] each
         for l in tl.static_range(LAYERS):
             z = tl.dot(weights[l], hs[l], input_precision=PRECISION)  # [PADDED[l + 1], BLOCK_M]
             if bias_ptrs is not None:
                 z += biases[l][:, None]
             if l + 1 < LAYERS:
-                hs = hs + (_operand(HIDDEN(z), DTYPE, WIDEN),)
+                hs = hs + (_operand(HIDDEN(z), DTYPE, PRECISION, WIDEN),)
         mask_nm = mask_n[:, None] & mask_m[None, :]
         if dy_ptr is not None:
             dy = _load_block(dy_ptr, offs_n.to(tl.int64), offs_m, stride_dyn, stride_dym, mask_n, mask_m)
@@ -326,7 +327,7 @@ def mlp_bwd_kernel(
             if DBIAS_AT[l] >= 0:
                 db += tl.sum(dz, axis=1)
             if l >= FIRST:
-                dzr = _operand(dz, DTYPE, WIDEN)  # [PADDED[l + 1], BLOCK_M]
+                dzr = _operand(dz, DTYPE, PRECISION, WIDEN)  # [PADDED[l + 1], BLOCK_M]
                 if DWEIGHT_AT[l] >= 0:
                     dw = tl.dot(dzr, tl.trans(hs[l]), dw, input_precision=PRECISION)
                 if l > FIRST or dx_ptr is not None:

@@ -70,13 +70,13 @@ def _product(
     for k in range(first_k, end_k):
         # Both come straight from shared memory, where a transpose is a stride order.
         if A_ACROSS:
-            a = _operand(a_desc.load([k * BLOCK_K, tile_m * BLOCK_M]), WIDEN).T
+            a = _operand(a_desc.load([k * BLOCK_K, tile_m * BLOCK_M]), PRECISION, WIDEN).T
         else:
-            a = _operand(a_desc.load([tile_m * BLOCK_M, k * BLOCK_K]), WIDEN)
+            a = _operand(a_desc.load([tile_m * BLOCK_M, k * BLOCK_K]), PRECISION, WIDEN)
         if B_ACROSS:
-            b = _operand(b_desc.load([k * BLOCK_K, tile_n * BLOCK_N]), WIDEN)
+            b = _operand(b_desc.load([k * BLOCK_K, tile_n * BLOCK_N]), PRECISION, WIDEN)
         else:
-            b = _operand(b_desc.load([tile_n * BLOCK_N, k * BLOCK_K]), WIDEN).T
+            b = _operand(b_desc.load([tile_n * BLOCK_N, k * BLOCK_K]), PRECISION, WIDEN).T
         acc = tl.dot(a, b, acc, input_precision=precision)
     return acc
 
