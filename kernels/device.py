@@ -13,7 +13,7 @@ def sigmoid(z):
 
 
 @triton.jit
-def sigmoid_prime(dy, y):
+def sigmoid_backward(dy, y):
     return dy * (y * (1.0 - y))
 
 
@@ -31,7 +31,7 @@ def tanh(z):
 
 
 @triton.jit
-def tanh_prime(dy, y):
+def tanh_backward(dy, y):
     return dy * (1.0 - y * y)
 
 
@@ -42,7 +42,7 @@ def relu(z):
 
 
 @triton.jit
-def relu_prime(dy, y):
+def relu_backward(dy, y):
     # As in torch, NaN passes the gradient on, and of an infinite one nothing is left where y is 0.
     return tl.where(y <= 0, 0.0, dy)
 
@@ -53,7 +53,7 @@ def identity(z):
 
 
 @triton.jit
-def identity_prime(dy, y):
+def identity_backward(dy, y):
     return dy
 
 
@@ -69,11 +69,16 @@ def round_tf32(a):
     return tl.where(a == a, bits.to(tl.float32, bitcast=True), a)
 
 
+@triton.jit
+def operand(a, PRECISION: tl.constexpr):
+    return round_tf32(a) if PRECISION == "tf32" and a.dtype == tl.float32 else a
+
+
 ACTIVATIONS = {
-    "sigmoid": (sigmoid, sigmoid_prime),
-    "tanh": (tanh, tanh_prime),
-    "relu": (relu, relu_prime),
-    "identity": (identity, identity_prime),
+    "sigmoid": (sigmoid, sigmoid_backward),
+    "tanh": (tanh, tanh_backward),
+    "relu": (relu, relu_backward),
+    "identity": (identity, identity_backward),
 }
 
 UNBOUNDED = ("relu", "identity")

@@ -30,7 +30,7 @@ from .plan import NotCompiledError, Plan
 
 @triton.jit
 def _operand(a, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    r = device.round_tf32(a) if PRECISION == "tf32" and a.dtype == tl.float32 else a
+    r = device.operand(a, PRECISION)
     return r.to(tl.float32) if WIDEN else r
 
 
@@ -165,7 +165,7 @@ def linear_act_bwd_rows_kernel(
     stride_wn,
     stride_wk,
     stride_slot,  # elements between the slots of two programs
-    ACT_PRIME: tl.constexpr,
+    ACT_BACKWARD: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -201,11 +201,10 @@ def linear_act_bwd_rows_kernel(
             dy_ptr + offs_m[:, None] * stride_dym + offs_n.to(tl.int64)[None, :] * stride_dyn, mask=mask_mn, other=0.0
         ).to(tl.float32)
         y = tl.load(y_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask_mn, other=0.0).to(tl.float32)
-        dz = ACT_PRIME(dy, y)  # [BLOCK_M, BLOCK_N]
+        dz = ACT_BACKWARD(dy, y)  # [BLOCK_M, BLOCK_N]
         if dbias_ptr is not None:
             db += tl.sum(dz, axis=0)
-        dz = dz if WIDEN else dz.to(y_ptr.dtype.element_ty)
-        dz = device.round_tf32(dz) if PRECISION == "tf32" and dz.dtype == tl.float32 else dz
+        dz = device.operand(dz if WIDEN else dz.to(y_ptr.dtype.element_ty), PRECISION)
         if dweight_ptr is not None:
             x = tl.load(
                 x_ptr + offs_m[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk,
@@ -242,7 +241,7 @@ def act_bwd_kernel(
     N,
     stride_dym,
     stride_dyn,
-    ACT_PRIME: tl.constexpr,
+    ACT_BACKWARD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -252,7 +251,7 @@ def act_bwd_kernel(
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     dy = tl.load(dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn, mask=mask, other=0.0)
     y = tl.load(y_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    dz = ACT_PRIME(dy.to(tl.float32), y)
+    dz = ACT_BACKWARD(dy.to(tl.float32), y)
     tl.store(dz_ptr + offs_m[:, None] * N + offs_n[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + tl.program_id(0).to(tl.int64) * N + offs_n, tl.sum(dz, axis=0), mask=offs_n < N)
@@ -490,7 +489,7 @@ def _linear_act_bwd_rows(
             stride_wn=weight.stride(0) if weight is not None else 0,
             stride_wk=weight.stride(1) if weight is not None else 0,
             stride_slot=size,
-            ACT_PRIME=device.ACTIVATIONS[activation][1],
+            ACT_BACKWARD=device.ACTIVATIONS[activation][1],
             PRECISION=plan.precision,
             WIDEN=INTERPRETED,
             BLOCK_M=tile.block_m,
@@ -531,7 +530,7 @@ def act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Plan
             N=N,
             stride_dym=dy.stride(0),
             stride_dyn=dy.stride(1),
-            ACT_PRIME=device.ACTIVATIONS[activation][1],
+            ACT_BACKWARD=device.ACTIVATIONS[activation][1],
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             num_warps=tile.num_warps,

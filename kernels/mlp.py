@@ -36,8 +36,7 @@ Maybe = tuple[Tensor | None, ...]
 @triton.jit
 def _operand(a, DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     # Rounded as an operand, and widened again for the interpreter, whose 16-bit dot is wrong.
-    r = a.to(DTYPE)
-    r = device.round_tf32(r) if PRECISION == "tf32" and DTYPE == tl.float32 else r
+    r = device.operand(a.to(DTYPE), PRECISION)
     return r.to(tl.float32) if WIDEN else r
 
 
@@ -145,7 +144,10 @@ def mlp_fwd_kernel(
         if RESIDENT:
             weights = weights + (
                 _operand(
-                    _load_weight_t(weight_ptrs[l], WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l]), DTYPE, PRECISION, WIDEN
+                    _load_weight_t(weight_ptrs[l], WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l]),
+                    DTYPE,
+                    PRECISION,
+                    WIDEN,
                 ),
             )
         if bias_ptrs is not None:
@@ -168,7 +170,10 @@ def mlp_fwd_kernel(
         offs_m = start + rows
         mask_m = offs_m < M
         h = _operand(
-            _load_block(x_ptr, offs_m, offs_k.to(tl.int64), stride_xm, stride_xk, mask_m, mask_k), DTYPE, PRECISION, WIDEN
+            _load_block(x_ptr, offs_m, offs_k.to(tl.int64), stride_xm, stride_xk, mask_m, mask_k),
+            DTYPE,
+            PRECISION,
+            WIDEN,
         )  # [BLOCK_M, PADDED[0]]
         for l in tl.static_range(LAYERS):
             if RESIDENT:
@@ -240,9 +245,9 @@ def mlp_bwd_kernel(
     stride_p,
     scale,
     HIDDEN: tl.constexpr,
-    HIDDEN_PRIME: tl.constexpr,
+    HIDDEN_BACKWARD: tl.constexpr,
     OUTPUT: tl.constexpr,
-    OUTPUT_PRIME: tl.constexpr,
+    OUTPUT_BACKWARD: tl.constexpr,
     WIDTHS: tl.constexpr,
     PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,  # of x and dx, and of dy, in memory
@@ -301,13 +306,16 @@ def mlp_bwd_kernel(
         offs_m = start + rows
         mask_m = offs_m < M
         xt = _load_block(x_ptr, offs_k.to(tl.int64), offs_m, stride_xk, stride_xm, mask_k, mask_m)
-        hs = (_operand(xt, DTYPE, PRECISION, WIDEN),)  # [PADDED[l], BLOCK_M] each
+        # As they would be in memory. Operands of TF32 are rounded further, which derivatives must not see.
+        hs = (_operand(xt, DTYPE, "ieee", WIDEN),)  # [PADDED[l], BLOCK_M] each
         for l in tl.static_range(LAYERS):
-            z = tl.dot(weights[l], hs[l], input_precision=PRECISION)  # [PADDED[l + 1], BLOCK_M]
+            z = tl.dot(
+                weights[l], device.operand(hs[l], PRECISION), input_precision=PRECISION
+            )  # [PADDED[l + 1], BLOCK_M]
             if bias_ptrs is not None:
                 z += biases[l][:, None]
             if l + 1 < LAYERS:
-                hs = hs + (_operand(HIDDEN(z), DTYPE, PRECISION, WIDEN),)
+                hs = hs + (_operand(HIDDEN(z), DTYPE, "ieee", WIDEN),)
         mask_nm = mask_n[:, None] & mask_m[None, :]
         if dy_ptr is not None:
             dy = _load_block(dy_ptr, offs_n.to(tl.int64), offs_m, stride_dyn, stride_dym, mask_n, mask_m)
@@ -318,7 +326,7 @@ def mlp_bwd_kernel(
             if dy_ptr is not None:
                 dz = dz * dy
         else:
-            dz = OUTPUT_PRIME(dy, OUTPUT(z))
+            dz = OUTPUT_BACKWARD(dy, OUTPUT(z))
         new_dweights = ()
         new_dbiases = ()
         for l in tl.static_range(LAYERS - 1, -1, -1):
@@ -329,11 +337,12 @@ def mlp_bwd_kernel(
             if l >= FIRST:
                 dzr = _operand(dz, DTYPE, PRECISION, WIDEN)  # [PADDED[l + 1], BLOCK_M]
                 if DWEIGHT_AT[l] >= 0:
-                    dw = tl.dot(dzr, tl.trans(hs[l]), dw, input_precision=PRECISION)
+                    ht = tl.trans(device.operand(hs[l], PRECISION))
+                    dw = tl.dot(dzr, ht, dw, input_precision=PRECISION)
                 if l > FIRST or dx_ptr is not None:
                     dz = tl.dot(tl.trans(weights[l]), dzr, input_precision=PRECISION)  # dh, [PADDED[l], BLOCK_M]
                     if l > 0:
-                        dz = HIDDEN_PRIME(dz, hs[l].to(tl.float32))
+                        dz = HIDDEN_BACKWARD(dz, hs[l].to(tl.float32))
             new_dweights = new_dweights + (dw,)
             new_dbiases = new_dbiases + (db,)
         dweights = new_dweights
@@ -629,9 +638,9 @@ def _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head=N
                 stride_p=pos_weight.stride(0) if last and pos_weight is not None else 0,
                 scale=scale,
                 HIDDEN=device.ACTIVATIONS[hidden][0],
-                HIDDEN_PRIME=device.ACTIVATIONS[hidden][1],
+                HIDDEN_BACKWARD=device.ACTIVATIONS[hidden][1],
                 OUTPUT=device.ACTIVATIONS[output if last else hidden][0],
-                OUTPUT_PRIME=device.ACTIVATIONS[output if last else hidden][1],
+                OUTPUT_BACKWARD=device.ACTIVATIONS[output if last else hidden][1],
                 WIDTHS=widths[segment.first : segment.last + 1],
                 PADDED=_padded(widths[segment.first : segment.last + 1]),
                 COLUMNS=(columns[segment.first], columns[segment.last]),

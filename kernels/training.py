@@ -71,7 +71,7 @@ def bce(z, y, t):
 
 
 @triton.jit
-def bce_dz(z, y, t, PRIME):
+def bce_dz(z, y, t, BACKWARD):
     return y - t
 
 
@@ -81,7 +81,7 @@ def bce_logits(z, y, t):
 
 
 @triton.jit
-def bce_logits_dz(z, y, t, PRIME):
+def bce_logits_dz(z, y, t, BACKWARD):
     return device.sigmoid(z) - t
 
 
@@ -91,8 +91,8 @@ def mse(z, y, t):
 
 
 @triton.jit
-def mse_dz(z, y, t, PRIME):
-    return PRIME(2.0 * (y - t), y)
+def mse_dz(z, y, t, BACKWARD):
+    return BACKWARD(2.0 * (y - t), y)
 
 
 LOSSES = {"bce": (bce, bce_dz), "bce_logits": (bce_logits, bce_logits_dz), "mse": (mse, mse_dz)}
@@ -262,13 +262,15 @@ def _lane_loss(params, x, t, HIDDEN, OUTPUT, LOSS, WIDTHS: tl.constexpr, AT: tl.
 
 
 @triton.jit
-def _lane_backward(params, hs, zs, t, scale, HIDDEN_PRIME, OUTPUT_PRIME, DZ, WIDTHS: tl.constexpr, AT: tl.constexpr):
+def _lane_backward(
+    params, hs, zs, t, scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, WIDTHS: tl.constexpr, AT: tl.constexpr
+):
     """dz of every layer, the last first: a tuple of [BLOCK] tensors each."""
     LAYERS: tl.constexpr = len(WIDTHS) - 1
     dz = ()
     for n in tl.static_range(tl.constexpr(WIDTHS[LAYERS])):
         y = hs[LAYERS][n]
-        dz = dz + (DZ(zs[n], y, t[n], OUTPUT_PRIME) * scale,)
+        dz = dz + (DZ(zs[n], y, t[n], OUTPUT_BACKWARD) * scale,)
     dzs = (dz,)
     for l in tl.static_range(LAYERS - 1, 0, -1):
         dz = ()
@@ -276,7 +278,7 @@ def _lane_backward(params, hs, zs, t, scale, HIDDEN_PRIME, OUTPUT_PRIME, DZ, WID
             dh = params[AT[l] + k] * dzs[LAYERS - 1 - l][0]
             for n in tl.static_range(1, tl.constexpr(WIDTHS[l + 1])):
                 dh += params[AT[l] + n * WIDTHS[l] + k] * dzs[LAYERS - 1 - l][n]
-            dz = dz + (HIDDEN_PRIME(dh, hs[l][k]),)
+            dz = dz + (HIDDEN_BACKWARD(dh, hs[l][k]),)
         dzs = dzs + (dz,)
     return dzs
 
@@ -322,9 +324,9 @@ def train_lane_kernel(
     weight_decay,  # None: 0
     hyper,
     HIDDEN: tl.constexpr,
-    HIDDEN_PRIME: tl.constexpr,
+    HIDDEN_BACKWARD: tl.constexpr,
     OUTPUT: tl.constexpr,
-    OUTPUT_PRIME: tl.constexpr,
+    OUTPUT_BACKWARD: tl.constexpr,
     LOSS: tl.constexpr,
     DZ: tl.constexpr,
     NUMBERS: tl.constexpr,
@@ -383,7 +385,9 @@ def train_lane_kernel(
             if RESIDENT:
                 for r in tl.static_range(ROWS):
                     hs, zs = _lane_forward(params, xs[r], HIDDEN, OUTPUT, WIDTHS, AT, BIAS)
-                    dzs = _lane_backward(params, hs, zs, ts[r], batch_scale, HIDDEN_PRIME, OUTPUT_PRIME, DZ, WIDTHS, AT)
+                    dzs = _lane_backward(
+                        params, hs, zs, ts[r], batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, WIDTHS, AT
+                    )
                     grads = _lane_accumulate(grads, hs, dzs, WIDTHS, AT, BIAS)
             else:
                 first_row = batch * batch_size
@@ -398,7 +402,9 @@ def train_lane_kernel(
                         x = _lane_row(x_ptr, member, mask, stride_xe, row, WIDTHS[0])
                         t = _lane_row(y_ptr, member, mask, stride_ye, row, WIDTHS[LAYERS])
                         hs, zs = _lane_forward(params, x, HIDDEN, OUTPUT, WIDTHS, AT, BIAS)
-                        dzs = _lane_backward(params, hs, zs, t, row_scale, HIDDEN_PRIME, OUTPUT_PRIME, DZ, WIDTHS, AT)
+                        dzs = _lane_backward(
+                            params, hs, zs, t, row_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, WIDTHS, AT
+                        )
                         grads = _lane_accumulate(grads, hs, dzs, WIDTHS, AT, BIAS)
             params, firsts, seconds = _update(
                 params, firsts, seconds, grads, lr, weight_decay, taken + step + 1, hyper, NUMBERS, UPDATE, DECOUPLED
@@ -500,16 +506,16 @@ def _block_loss(
 
 @triton.jit
 def _block_backward(
-    params, hs, z, t, inside, scale, HIDDEN_PRIME, OUTPUT_PRIME, DZ, LAYERS: tl.constexpr, BIAS: tl.constexpr
+    params, hs, z, t, inside, scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, LAYERS: tl.constexpr, BIAS: tl.constexpr
 ):
     """dz of every layer, the last first, [PADDED[l + 1], BLOCK_M] each."""
     EACH: tl.constexpr = 2 if BIAS else 1
     y = hs[LAYERS]
-    dz = tl.where(inside, DZ(z, y, t, OUTPUT_PRIME) * scale, 0.0)
+    dz = tl.where(inside, DZ(z, y, t, OUTPUT_BACKWARD) * scale, 0.0)
     dzs = (dz,)
     for l in tl.static_range(LAYERS - 1, 0, -1):
         dh = tl.dot(tl.trans(params[EACH * l]), dzs[LAYERS - 1 - l], input_precision="ieee")
-        dzs = dzs + (HIDDEN_PRIME(dh, hs[l]),)
+        dzs = dzs + (HIDDEN_BACKWARD(dh, hs[l]),)
     return dzs
 
 
@@ -552,9 +558,9 @@ def train_block_kernel(
     weight_decay,
     hyper,
     HIDDEN: tl.constexpr,
-    HIDDEN_PRIME: tl.constexpr,
+    HIDDEN_BACKWARD: tl.constexpr,
     OUTPUT: tl.constexpr,
-    OUTPUT_PRIME: tl.constexpr,
+    OUTPUT_BACKWARD: tl.constexpr,
     LOSS: tl.constexpr,
     DZ: tl.constexpr,
     NUMBERS: tl.constexpr,
@@ -605,7 +611,7 @@ def train_block_kernel(
             if RESIDENT:
                 hs, z = _block_forward(params, all_x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
                 dzs = _block_backward(
-                    params, hs, z, all_t, all_inside, batch_scale, HIDDEN_PRIME, OUTPUT_PRIME, DZ, LAYERS, BIAS
+                    params, hs, z, all_t, all_inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, LAYERS, BIAS
                 )
                 grads = _block_accumulate(grads, hs, dzs, LAYERS, BIAS)
             else:
@@ -618,7 +624,7 @@ def train_block_kernel(
                     )
                     hs, z = _block_forward(params, x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
                     dzs = _block_backward(
-                        params, hs, z, t, inside, batch_scale, HIDDEN_PRIME, OUTPUT_PRIME, DZ, LAYERS, BIAS
+                        params, hs, z, t, inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, LAYERS, BIAS
                     )
                     grads = _block_accumulate(grads, hs, dzs, LAYERS, BIAS)
             params, firsts, seconds = _update(
@@ -698,9 +704,9 @@ class Loop:
             "weight_decay": recipe.weight_decay or None,
             "hyper": hyper,
             "HIDDEN": device.ACTIVATIONS[recipe.hidden][0],
-            "HIDDEN_PRIME": device.ACTIVATIONS[recipe.hidden][1],
+            "HIDDEN_BACKWARD": device.ACTIVATIONS[recipe.hidden][1],
             "OUTPUT": device.ACTIVATIONS[recipe.output][0],
-            "OUTPUT_PRIME": device.ACTIVATIONS[recipe.output][1],
+            "OUTPUT_BACKWARD": device.ACTIVATIONS[recipe.output][1],
             "LOSS": LOSSES[recipe.loss][0],
             "DZ": LOSSES[recipe.loss][1],
             "NUMBERS": OPTIMIZERS[optimizer][0],

@@ -174,9 +174,9 @@ def sum_splits_kernel(
 
 
 @triton.jit
-def _finish_dgrad(dh, h_desc, dz_desc, dbias_ptr, tile_m, first_m, first_n, N, ACT_PRIME: tl.constexpr):
+def _finish_dgrad(dh, h_desc, dz_desc, dbias_ptr, tile_m, first_m, first_n, N, ACT_BACKWARD: tl.constexpr):
     """dz and its column sums, of one piece of an output tile. Rows beyond M are 0: TMA has read zeros there."""
-    dz = ACT_PRIME(dh, h_desc.load([first_m, first_n]).to(tl.float32))
+    dz = ACT_BACKWARD(dh, h_desc.load([first_m, first_n]).to(tl.float32))
     dz_desc.store([first_m, first_n], dz.to(dz_desc.dtype))
     if dbias_ptr is not None:
         offs_n = first_n + tl.arange(0, dz.shape[1])
@@ -193,7 +193,7 @@ def linear_act_dgrad_tma_kernel(
     M,
     N,
     K,
-    ACT_PRIME: tl.constexpr,
+    ACT_BACKWARD: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -220,12 +220,12 @@ def linear_act_dgrad_tma_kernel(
         first_m = tile_m * BLOCK_M
         first_n = tile_n * BLOCK_N
         if SUBTILES == 1:
-            _finish_dgrad(acc, h_desc, dz_below_desc, dbias_ptr, tile_m, first_m, first_n, N, ACT_PRIME)
+            _finish_dgrad(acc, h_desc, dz_below_desc, dbias_ptr, tile_m, first_m, first_n, N, ACT_BACKWARD)
         else:
             half: tl.constexpr = BLOCK_N // 2  # pyright: ignore[reportAssignmentType]
             left, right = tl.split(acc.reshape(BLOCK_M, 2, half).permute(0, 2, 1))
-            _finish_dgrad(left, h_desc, dz_below_desc, dbias_ptr, tile_m, first_m, first_n, N, ACT_PRIME)
-            _finish_dgrad(right, h_desc, dz_below_desc, dbias_ptr, tile_m, first_m, first_n + half, N, ACT_PRIME)
+            _finish_dgrad(left, h_desc, dz_below_desc, dbias_ptr, tile_m, first_m, first_n, N, ACT_BACKWARD)
+            _finish_dgrad(right, h_desc, dz_below_desc, dbias_ptr, tile_m, first_m, first_n + half, N, ACT_BACKWARD)
 
 
 def readable(matrix: Tensor) -> bool:
@@ -354,7 +354,7 @@ def linear_act_dgrad(
             M=M,
             N=N,
             K=K,
-            ACT_PRIME=device.ACTIVATIONS[activation][1],
+            ACT_BACKWARD=device.ACTIVATIONS[activation][1],
             TRANSPOSED=transposed,
             **_tile_arguments(plan),
             enable_fp_fusion=True,
