@@ -32,6 +32,8 @@ FUZZ_SEED = int(os.environ.get("FUZZ_SEED", "0"))
 
 # What a dtype's own rounding may add to twice torch's error, as a relative norm.
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 4e-4}
+# What TF32 adds where torch may multiply in fp32, as it does on a CPU: 3e-4 of rounded operands, 8e-4 of cut ones.
+TF32 = 6e-4
 
 
 def kernel_device():

@@ -1,4 +1,6 @@
-"""fp32 products as tensor cores compute them, in torch on a CPU: what each kind of product costs in accuracy.
+"""Kernels' arithmetic in torch on a CPU, as far as triton's interpreter does not have it: what it costs in accuracy.
+
+First fp32 products as tensor cores compute them.
 
 Follows the operations that triton 3.6.0 and 3.7.1 compile a dot of that input precision to (see them in the TTGIR of
 `tests/test_wide_compile.py`): operands split into short numbers, the small products first, their NaN replaced by 0, the
@@ -14,7 +16,7 @@ def _cut(t):
     return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
-def _round_tf32(t):
+def round_tf32(t):
     """cvt.rna.tf32: to nearest, ties away from 0."""
     rounded = ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
     return torch.where(t.isfinite(), rounded, t)
@@ -31,7 +33,7 @@ def _bf16_parts(t, count):
 def _split(a, b, kind):
     """(small products in their order, large product), each a pair of operands."""
     if kind == "tf32x3":
-        (a0, a1), (b0, b1) = ((big, _cut(t - big)) for t in (a, b) for big in (_round_tf32(t),))
+        (a0, a1), (b0, b1) = ((big, _cut(t - big)) for t in (a, b) for big in (round_tf32(t),))
         return [(a1, b0), (a0, b1)], (a0, b0)
     if kind == "bf16x3":
         (a0, a1), (b0, b1) = _bf16_parts(a, 2), _bf16_parts(b, 2)
@@ -48,7 +50,8 @@ def product(x, weight, kind, block_k=32):
     a = a.unflatten(1, (-1, block_k)).transpose(0, 1).contiguous()
     b = b.unflatten(1, (-1, block_k)).permute(1, 2, 0).contiguous()
     if kind in ("ieee", "tf32"):
-        steps = a @ b if kind == "ieee" else _cut(a) @ _cut(b)
+        # Tensor cores would cut the operands; the kernels round them before.
+        steps = a @ b if kind == "ieee" else round_tf32(a) @ round_tf32(b)
     else:
         small, large = _split(a, b, kind)
         total = sum(p @ q for p, q in small)
@@ -57,3 +60,10 @@ def product(x, weight, kind, block_k=32):
     for step in steps:
         acc = acc + step
     return acc
+
+
+def sigmoid(z):
+    """The kernels' sigmoid of fp32 z, with `exp2` and `rsqrt` that are exact but for the rounding of their results."""
+    power = torch.exp2((z * -1.4426950408889634).double()).float()
+    root = (1 + power).double().rsqrt().float()
+    return root * root

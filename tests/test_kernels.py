@@ -1,5 +1,6 @@
 """Every kernel against fp64: on a GPU, or on the CPU in triton's interpreter."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,10 +11,12 @@ from cases import (
     ACTIVATIONS,
     DTYPES,
     EMPTY_SHAPES,
+    FLOOR,
     LAYOUTS,
     LOSSES,
     NO_KERNELS,
     SHAPES,
+    TF32,
     WRONG,
     Spy,
     assert_as_good_as_torch,
@@ -27,6 +30,7 @@ from cases import (
     torch_layer,
     transposed,
 )
+from emulation import round_tf32
 
 from perceptriton.kernels import Plan, Tile
 from perceptriton.mlp import linear_act
@@ -606,8 +610,37 @@ def test_fp32_products_follow_torchs_setting(precision, launches):
     used = precision if DEVICE == "cuda" else "ieee"
     (arguments,) = launches["linear_act_fwd_rows_kernel"] + launches["linear_act_fwd_tiled_kernel"]
     assert arguments["PRECISION"] == used
-    # Torch may compute a small product in fp32 even so; tf32 has 11 bits.
-    assert_as_good_as_torch(actual, expected, exact, torch.float32, allowance=2e-3 if used == "tf32" else 0.0)
+    assert_as_good_as_torch(actual, expected, exact, torch.float32, allowance=TF32 if used == "tf32" else 0.0)
+
+
+@pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
+def test_tf32_operands_are_rounded_to_nearest(path):
+    shape, *plans = PATHS[path]
+    forward, backward = (dataclasses.replace(plan, precision="tf32") for plan in plans)
+    x, weight, bias, dy = make_layer(*shape, torch.float32, DEVICE)
+    y = linear.linear_act_fwd(x, weight, bias, "identity", forward)
+    short = {name: round_tf32(t.contiguous()).double() for name, t in (("x", x), ("weight", weight), ("dy", dy))}
+    assert relative_error(y, short["x"] @ short["weight"].t() + bias.double()) < FLOOR[torch.float32]
+    assert 1e-4 < relative_error(y, x.double() @ weight.double().t() + bias.double()) < TF32
+    if backward.impl == "rows":
+        dx, dweight, dbias = linear.linear_act_bwd(dy, y, x, weight, "identity", (True, True, True), backward)
+        assert relative_error(dx, short["dy"] @ short["weight"]) < FLOOR[torch.float32]
+        assert relative_error(dweight, short["dy"].t() @ short["x"]) < FLOOR[torch.float32]
+        assert relative_error(dbias, dy.double().sum(0)) < FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000, 0x7FFFF000], ids=hex)
+def test_tf32_keeps_nan_and_inf(bits):
+    x, weight, _, _ = make_layer(20, 16, 16, torch.float32, DEVICE)
+    x.view(torch.int32)[0, 0] = bits
+    x[1, 1], x[2, 2] = torch.inf, -torch.inf
+    y = linear.linear_act_fwd(x, weight, None, "identity", rows(16, 16, 1, 32))
+    plan = dataclasses.replace(rows(16, 16, 1, 32), precision="tf32")
+    short = linear.linear_act_fwd(x, weight, None, "identity", plan)
+    assert y[0].isnan().all()
+    assert torch.equal(y.isnan(), short.isnan())
+    assert torch.equal(y.isposinf(), short.isposinf())
+    assert torch.equal(y.isneginf(), short.isneginf())
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The whole-network kernels against fp64: on a GPU, or on the CPU in triton's interpreter."""
 
 import contextlib
+import dataclasses
 import itertools
 
 import pytest
@@ -20,6 +21,7 @@ from cases import (
     relative_error,
     transposed,
 )
+from emulation import round_tf32
 
 from perceptriton.kernels.plan import MlpPlan, MlpSegment, MlpTile
 
@@ -188,6 +190,32 @@ def test_segments_change_nothing(cuts, dtype):
     if dtype is torch.float32:
         for a, b in zip(flat(net.run(fused(8))), flat((actual[0], (), *actual[2:])), strict=True):
             assert relative_error(a, b) < 2e-6
+
+
+@pytest.mark.parametrize("cuts", [(), (2,)], ids=["whole", "segments"])
+def test_tf32_operands_are_rounded_and_derivatives_are_not(cuts):
+    net = Net((5, 33, 20, 3), m=40)
+    # Of units near 1 a rounded output would leave no digit of y (1 - y).
+    net.biases = tuple(b + 6.0 * (torch.arange(len(b), device=DEVICE) % 3 == 0) for b in net.biases)
+    actual = net.run(dataclasses.replace(fused(3, *cuts), precision="tf32"))
+
+    def short(tensor):
+        return round_tf32(tensor.float().contiguous()).double()
+
+    hs = [net.x.double()]
+    for weight, bias in zip(net.weights, net.biases, strict=True):
+        hs.append(torch.sigmoid(short(hs[-1]) @ short(weight).t() + bias.double()))
+    dweights, dbiases, dh = [], [], net.dy.double()
+    for h, y, weight in reversed(list(zip(hs[:-1], hs[1:], net.weights, strict=True))):
+        dz = dh * y * (1 - y)
+        dweights.insert(0, short(dz).t() @ short(h))
+        dbiases.insert(0, dz.sum(0))
+        dh = short(dz) @ short(weight)
+    y, _, dx, *gradients = actual
+    for ours, exact in zip((y, dx, *gradients[0], *gradients[1]), (hs[-1], dh, *dweights, *dbiases), strict=True):
+        # A number near the middle between two of TF32 is rounded to either; operands that are cut give 5e-4 and more.
+        assert relative_error(ours, exact) < 1e-4
+    assert relative_error(net.run(fused(3, *cuts))[0], y) > 1e-5
 
 
 def test_forward_segments_need_not_be_those_of_backward():
