@@ -89,12 +89,13 @@ def compile_selected(request, cases, launches):
 
     suite = launches.__module__
     report = f"{suite} on triton {triton.__version__}: {len(places)} kernels, {len(due)} of them compiled"
-    if new := len(fresh.keys() - table.rows.keys()):
-        report += f", {new} because {table.path.name} has no row for them (make test-tiles writes it)"
-    request.config.stash.setdefault(REPORT, []).append(report)
     if option("--write-tiles"):
         labels = {own: "{}/{}.{}".format(suite, *places[own]) for own in fresh}
         table.update(fresh, labels, suite if names == list(cases) else None)
+        report += f", {table.path.name} written"
+    elif new := len(fresh.keys() - table.rows.keys()):
+        report += f", {new} because {table.path.name} has no row for them (make test-tiles writes it)"
+    request.config.stash.setdefault(REPORT, []).append(report)
 
     resources = table.rows | fresh
     print("\n" + f"{'kernel':64}" + "".join(f"{head:>7}" for head in ("regs", "stack", "smem", "warps", *PRINTED)))
