@@ -109,11 +109,11 @@ endef
 
 .PHONY: test ci
 test: $(READY) ## everything that needs no GPU
-	$(call parts,test-kernels test-all test-networks test-deterministic test-benches test-old-triton test-compile)
+	$(call parts,test-all test-kernels test-networks test-deterministic test-benches test-old-triton test-compile)
 
 # The watched kernels pass the tests that `make test` has without a watch.
 ci: $(READY) ## what CI runs: make test, lint, sanitize, test-long and test-matrix
-	$(call parts,lint sanitize test-matrix-old test-matrix-new test-all test-networks test-deterministic test-long \
+	$(call parts,lint sanitize test-all test-long test-matrix-old test-matrix-new test-networks test-deterministic \
 		test-benches test-old-triton-compile test-matrix-compile test-compile)
 
 .PHONY: test-all test-compile test-kernels test-networks test-old-triton test-deterministic test-benches
