@@ -229,15 +229,10 @@ def mlp_refusal(
     autocast: bool,
     impl: str | None,
 ) -> str | None:
-    """The same for a whole network whose weights fit."""
+    """The same for a whole network whose shapes fit."""
     tensors: list[tuple[str, Tensor | None]] = [(f"weights[{l}]", weight) for l, weight in enumerate(weights)]
     tensors += [(f"biases[{l}]", bias) for l, bias in enumerate(biases or ())]
-    if reason := _tensor_refusal(x, tensors, dtype, autocast):
-        return reason
-    for l, bias in enumerate(biases or ()):
-        if reason := bias_refusal(f"biases[{l}]", bias, weights[l]):
-            return reason
-    return _mode_refusal(x.device, impl)
+    return _tensor_refusal(x, tensors, dtype, autocast) or _mode_refusal(x.device, impl)
 
 
 def _kind_refusal(

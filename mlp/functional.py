@@ -400,7 +400,12 @@ def _plain_is_best(x, weights, biases, activations, impl) -> bool:
         raise ValueError
     if torch.compiler.is_compiling():
         return False  # who looks at sizes has a dynamic batch compiled once for each
-    _fit_together(x, weights, biases)
+    if (misfit := _fit_together(x, weights, biases)) is not None:
+        _check_network(x, weights, biases, activations, impl)
+        if impl == "triton":
+            refused = ops.bias_refusal(f"biases[{misfit}]", biases[misfit], weights[misfit])
+            raise NotImplementedError(f'impl="triton": {refused}')
+        return True  # torch broadcasts it
     return impl is None and ops.plain_costs_least(x, weights)
 
 
@@ -423,15 +428,20 @@ def _plans(x, weights, biases, impl, loss: bool = False):
     return None if plans.forward.impl == "layers" else ((x, weights, biases), plans)
 
 
-def _fit_together(x, weights, biases) -> None:
+def _fit_together(x, weights, biases) -> int | None:
+    """The last layer whose bias is not (out_features,), if any. Raises ValueError for what else does not fit."""
+    misfit = None
     if not weights or (biases is not None and len(biases) != len(weights)):
         raise ValueError
     features = x.shape[-1]
     for l, weight in enumerate(weights):
         n, k = weight.shape
-        if k != features or (biases is not None and biases[l] is None):
+        if k != features:
             raise ValueError
+        if biases is not None and biases[l].shape != (n,):
+            misfit = l
         features = n
+    return misfit
 
 
 def _check_network(x, weights, biases, activations, impl) -> None:
@@ -453,7 +463,7 @@ def _check_network(x, weights, biases, activations, impl) -> None:
                     f"weights[{l}] {tuple(weight.shape)} does not take the out_features of weights[{l - 1}] "
                     f"{tuple(weights[l - 1].shape)}"
                 ) from None
-            inputs = x.new_empty(0, weight.shape[1])
+            inputs = x.new_empty(()).expand(*x.shape[:-1], weight.shape[1])
         try:
             act = activations[-1] if l == len(weights) - 1 else activations[0]
             _check(inputs, weight, None if biases is None else biases[l], act, impl)

@@ -845,15 +845,17 @@ def test_measured_rows_join_the_table(bench, tmp_path):
 
 
 def test_tiles_of_the_tma_kernels_are_found_by_compiling(bench):
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
     tool = bench("tune_wide_tiles")
     planning = tool.planning
+    # The table has the fewest programs of the tritons that it names; with another one fewer may fit.
+    known = triton.__version__ in json.loads((planning.TABLES / "wide.json").read_text())["triton"]
     for kind in ("tf32x3", "dgrad-half", "wgrad-bf16x3"):
         tile, programs = list(planning.wide_candidates(kind, 90).items())[-1]
         row = planning.wide_row(tile)
         assert row in tool.TRIED[90, "half" if kind.endswith("half") else "fp32"]
         assert planning.wide_tile(row) == tile
-        assert tool.programs_per_sm((90, kind, row)) >= programs  # the table has the fewest of all tritons
+        assert tool.programs_per_sm((90, kind, row)) >= (programs if known else 1)
     # Shared memory, and a tile whose products are lost or whose registers spill.
     assert tool.programs_per_sm((90, "half", [128, 256, 64, 8, 5, 8, 2, 0, 0])) is None
     assert tool.programs_per_sm((90, "tf32x3", [128, 256, 32, 8, 3, 8, 2, 0, 0])) is None
