@@ -107,14 +107,12 @@ define parts
 	@cat $(SUMMARY)
 endef
 
-.PHONY: test ci
+.PHONY: test test-more
 test: $(READY) ## everything that needs no GPU
 	$(call parts,test-all test-kernels test-networks test-deterministic test-benches test-old-triton test-compile)
 
-# The watched kernels pass the tests that `make test` has without a watch.
-ci: $(READY) ## what CI runs: make test, lint, sanitize, test-long and test-matrix
-	$(call parts,lint sanitize test-all test-long test-matrix-old test-matrix-new test-networks test-deterministic \
-		test-benches test-old-triton-compile test-matrix-compile test-compile)
+test-more: $(READY) ## what CI runs besides: lint, sanitize, test-long and test-matrix (many minutes)
+	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile lint)
 
 .PHONY: test-all test-compile test-kernels test-networks test-old-triton test-deterministic test-benches
 test-all: $(READY)
