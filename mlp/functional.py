@@ -179,18 +179,11 @@ def _check(x, weight, bias, activation, impl) -> None:
         ops.check_operands(x, weight, bias, _product_dtype(x)[1])
     except ValueError as error:
         raise error from None
-    if bias is not None and not _broadcasts(bias.shape, (*x.shape[:-1], weight.shape[0])):
-        raise ValueError(ops.bias_refusal("bias", bias, weight)) from None
+    # torch broadcasts one value always, others if they happen to fit the rows.
+    if bias is not None and bias.shape not in ((), (1,)) and (reason := ops.bias_refusal("bias", bias, weight)):
+        raise ValueError(reason) from None
     if impl != "triton" and not (x.is_floating_point() and x.dtype.itemsize > 1):
         raise ValueError(f"x is {x.dtype}, for which torch has no product or no {activation}") from None
-
-
-def _broadcasts(shape: Sequence[int], whole: Sequence[int]) -> bool:
-    """Whether torch takes a tensor of this shape where one of the whole shape is wanted."""
-    try:
-        return torch.broadcast_shapes(shape, whole) == torch.Size(whole)
-    except RuntimeError:
-        return False
 
 
 # --- whole networks ----------------------------------------------------------------------------------------
@@ -401,7 +394,8 @@ def _plain_is_best(x, weights, biases, activations, impl) -> bool:
     if torch.compiler.is_compiling():
         return False  # who looks at sizes has a dynamic batch compiled once for each
     if (misfit := _fit_together(x, weights, biases)) is not None:
-        _check_network(x, weights, biases, activations, impl)
+        if not isinstance(biases, Sequence) or any(tensor.device != x.device for tensor in (*weights, *biases)):
+            raise ValueError
         if impl == "triton":
             refused = ops.bias_refusal(f"biases[{misfit}]", biases[misfit], weights[misfit])
             raise NotImplementedError(f'impl="triton": {refused}')
@@ -463,7 +457,7 @@ def _check_network(x, weights, biases, activations, impl) -> None:
                     f"weights[{l}] {tuple(weight.shape)} does not take the out_features of weights[{l - 1}] "
                     f"{tuple(weights[l - 1].shape)}"
                 ) from None
-            inputs = x.new_empty(()).expand(*x.shape[:-1], weight.shape[1])
+            inputs = x.new_empty(0, weight.shape[1])
         try:
             act = activations[-1] if l == len(weights) - 1 else activations[0]
             _check(inputs, weight, None if biases is None else biases[l], act, impl)
@@ -595,5 +589,10 @@ def _check_loss(x, weights, target, pos_weight, reduction) -> None:
         raise ValueError(f"target {tuple(target.shape)} has not the shape of the output {shape}") from None
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}") from None
-    if pos_weight is not None and not _broadcasts(pos_weight.shape, shape):
-        raise ValueError(f"pos_weight {tuple(pos_weight.shape)} does not fit the output {shape}") from None
+    if pos_weight is not None:
+        try:
+            fits = torch.broadcast_shapes(pos_weight.shape, shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"pos_weight {tuple(pos_weight.shape)} does not fit the output {shape}") from None

@@ -837,6 +837,9 @@ ERRORS = {
     "biases-count": ((X, W, B[:1]), ValueError, "biases holds 1 Tensors, but weights 2"),
     "bias-shape": ((X, W, [B[0], B[0]]), ValueError, r"biases\[1\] \(3,\) is not the out_features of weights\[1\]"),
     "dtype": ((X, [W[0], W[1].double()], B), ValueError, r"weights\[1\] is torch.float64, but x torch.float32"),
+    "biases-type": ((X, W, torch.ones(2)), TypeError, "biases must be a sequence of Tensors, not Tensor"),
+    "device": ((X, [W[0], W[1].to("meta")], [B[0][:1], B[1]]), ValueError, r"weights\[1\] is on meta, but x on cpu"),
+    "bias-matrix": ((X, W, [torch.ones(2, 3), B[1]]), ValueError, r"biases\[0\] \(2, 3\) is not the out_features of"),
     "activation": ((X, W, B, "gelu"), ValueError, "activation must be one of .*, not 'gelu'"),
     "output": ((X, W, B, "sigmoid", "gelu"), ValueError, "activation must be one of .*, not 'gelu'"),
 }

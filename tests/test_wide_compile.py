@@ -170,11 +170,11 @@ def test_true_fp32_spills_and_is_never_picked():
 
 
 def test_a_tile_that_compiles_to_nothing_is_seen():
-    # triton 3.6.0 and 3.7.1 make an empty kernel of it for sm_100, without a word, and a good one for sm_90. 3.9.0 does
-    # not.
+    # triton 3.6.0, 3.7.1 and 3.8.0 make an empty kernel of it for sm_100, without a word, and a good one for sm_90;
+    # 3.9.0 does not.
     tile = WideTile(128, 128, 32, 8, 3, subtiles=2)
     resources = compile_for(100, _launch("bf16x6", tile))
-    empty = aot.triton.__version__ in ("3.6.0", "3.7.1")
+    empty = aot.triton.__version__ in ("3.6.0", "3.7.1", "3.8.0")
     assert faults(100, resources, tile) == (["outputs that are not computed"] if empty else [])
     nothing = dataclasses.replace(resources, opcodes=dict.fromkeys(resources.opcodes, 0))
     assert faults(100, nothing, tile) == ["outputs that are not computed"]
