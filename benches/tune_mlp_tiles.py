@@ -210,6 +210,8 @@ def main() -> None:
         for done, (task, row) in enumerate(zip(tasks, pool.imap(pick, tasks), strict=True), 1):
             arch, op, kind, layout, chain, start = task
             if row:
+                if start and row[:4] == start[:4]:
+                    row[4] = min(row[4], start[4])
                 tiles[f"sm_{arch}"][op][kind][layout]["-".join(map(str, chain))] = row
             print(f"{done}/{len(tasks)} {task[:5]} {start or ''} -> {row}", file=sys.stderr, flush=True)
     table = {
