@@ -231,7 +231,9 @@ def test_lost_bounds_are_seen():
     out = torch.empty(1, dtype=torch.int32, device="meta")
 
     def found(kernel):
-        launch = aot.Launch(kernel, {"out_ptr": out, "steps": 10, "period": 4}, {"num_warps": 1})
+        launch = aot.Launch(
+            kernel, {"out_ptr": out, "steps": 10, "period": 4}, {"num_warps": 1, "enable_fp_fusion": True}
+        )
         carried = {"carried": lambda texts: carried_bounds(texts["ttir"])}
         return aot.compile_for(90, launch, FINDINGS | carried).findings
 
