@@ -179,8 +179,9 @@ def _check(x, weight, bias, activation, impl) -> None:
         ops.check_operands(x, weight, bias, _product_dtype(x)[1])
     except ValueError as error:
         raise error from None
-    # torch broadcasts one value always, others if they happen to fit the rows.
-    if bias is not None and bias.shape not in ((), (1,)) and (reason := ops.bias_refusal("bias", bias, weight)):
+    # torch broadcasts one value or one row always, others if they happen to fit the rows.
+    always = ((), (1,), (1, 1), (1, weight.shape[0]))
+    if bias is not None and tuple(bias.shape) not in always and (reason := ops.bias_refusal("bias", bias, weight)):
         raise ValueError(reason) from None
     if impl != "triton" and not (x.is_floating_point() and x.dtype.itemsize > 1):
         raise ValueError(f"x is {x.dtype}, for which torch has no product or no {activation}") from None
