@@ -25,7 +25,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
 from . import device
-from .plan import NotCompiledError, Plan
+from .records import NotCompiledError, Plan
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import plan as planning
 from .activations import ACTIVATIONS, Activation
-from .plan import Recipe, TrainPlan
+from .records import Recipe, TrainPlan
 
 Call = Callable[[], object]
 

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from . import device
 from .linear import INTERPRETED, _current, _sum_slots, aligned, launch
-from .plan import MlpPlan, mlp_columns
+from .plan import mlp_columns
+from .records import MlpPlan
 
 Tensors = tuple[Tensor, ...]
 Maybe = tuple[Tensor | None, ...]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .plan import MlpPlan, Plan
+from .records import MlpPlan, Plan
 
 Maybe = tuple[Tensor | None, ...]
 Wanted = tuple[bool, tuple[bool, ...], tuple[bool, ...]]  # dx, every dweight, every dbias

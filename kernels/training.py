@@ -36,7 +36,7 @@ from torch import Tensor
 from . import device
 from .linear import _current
 from .mlp import _bce, _log1p_exp, _padded
-from .plan import Recipe, TrainPlan
+from .records import Recipe, TrainPlan
 
 Tensors = tuple[Tensor, ...]
 

@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import device, linear
 from .linear import INTERPRETED, _current, _operand, _sum_slots
-from .plan import MlpPlan, Plan, WideTile
+from .records import MlpPlan, Plan, WideTile
 
 Tensors = tuple[Tensor, ...]
 Maybe = tuple[Tensor | None, ...]

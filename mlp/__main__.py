@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..kernels import explain, ops
+from ..kernels import devices, explain
 from . import hub, lesson_pages, lessons, plotting
 from .lesson_pages import WIDTH
 
@@ -322,7 +322,7 @@ def _facts(cuda: bool) -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("triton", _version("triton")),
         ("numpy", _version("numpy")),
-        ("CPU", f"{ops.cpu_kind() or 'unknown vendor'}, torch uses {torch.get_num_threads()} threads"),
+        ("CPU", f"{devices.cpu_kind() or 'unknown vendor'}, torch uses {torch.get_num_threads()} threads"),
     ]
     for index in range(torch.cuda.device_count() if cuda else 0):
         properties = torch.cuda.get_device_properties(index)
@@ -338,7 +338,7 @@ def _facts(cuda: bool) -> list[tuple[str, str]]:
     # What triton itself reads; it is not imported for this.
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true")
     facts.append(("triton's interpreter", 'on: impl="triton" takes CPU tensors' if interpreted else "off"))
-    if ops.has_triton():
+    if devices.has_triton():
         facts.append(("triton's cache", _triton_cache()))
     return facts
 

@@ -8,9 +8,10 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import ops, reference
+from ..kernels import eligibility, ops, reference
 from ..kernels.activations import ACTIVATIONS
-from ..kernels.plan import NotCompiledError
+from ..kernels.crossover import launch_bound
+from ..kernels.records import IMPLS, NotCompiledError
 
 __all__ = ["linear_act", "linear_sigmoid", "linear_sigmoid_bce", "mlp_act", "mlp_sigmoid_bce"]
 
@@ -36,7 +37,7 @@ class LinearActFunction(torch.autograd.Function):
         if y is None:
             y = dy  # identity: its derivative asks for a shape only
         wanted = ctx.needs_input_grad[:3]
-        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or ops.batched(dy)):
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or eligibility.batched(dy)):
             # create_graph: gradients that can themselves be differentiated, exact to any order.
             gradients = reference.linear_act_double(dy, y, x, weight, ctx.activation, wanted)
         elif torch.is_autocast_enabled(dy.device.type):
@@ -73,17 +74,10 @@ def linear_act(
         return _traced(x, weight, bias, activation, impl)
     try:
         # torch's product does not notice a weight on the meta device, and reads memory that is not the weight's.
-        if impl is None and x.is_cpu and weight.is_cpu:
-            small = ops.small_cpu_products.get(x.dtype) or ops.small_cpu_product(x.dtype)
+        if impl is None and (weight.is_cpu if x.is_cpu else weight.device == x.device):
             n, k = weight.shape
-            if x.numel() * n < small or ops.few_outputs(x, k, n):
+            if ops.prefers_torch(x, (k, n)):
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
-        elif (
-            impl is None
-            and weight.device == x.device
-            and ops.launch_bound(x, ops.growth((x.shape[-1], weight.shape[0])))
-        ):
-            return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         return _planned(x, weight, bias, activation, impl)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         if _captured_cold(error, x, (weight,), impl) or _symbolic(x, (activation,), impl):
@@ -106,10 +100,10 @@ def _product_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
 
 
 def _planned(x, weight, bias, activation, impl):
-    if activation not in ACTIVATIONS or impl not in ops.IMPLS:
+    if activation not in ACTIVATIONS or impl not in IMPLS:
         raise ValueError
     dtype, autocast = _product_dtype(x)
-    if refused := ops.refusal(x, weight, bias, dtype, autocast, impl):
+    if refused := eligibility.refusal(x, weight, bias, dtype, autocast, impl):
         if impl == "triton":
             _check(x, weight, bias, activation, impl)
             raise NotImplementedError(f'impl="triton": {refused}')
@@ -133,10 +127,10 @@ def _traced(x, weight, bias, activation, impl):
     # Nothing here looks at the number of rows, so that a dynamic batch compiles once. On the CPU and under export plain
     # operations are traced: the compiler fuses them, and an exported graph needs no op of ours.
     tensors = all(isinstance(tensor, Tensor) for tensor in ((x, weight) if bias is None else (x, weight, bias)))
-    if not tensors or activation not in ACTIVATIONS or impl not in ops.IMPLS:
+    if not tensors or activation not in ACTIVATIONS or impl not in IMPLS:
         _check(x, weight, bias, activation, impl)
     dtype, autocast = _product_dtype(x)
-    if refused := ops.traced_refusal(x, weight, bias, dtype, autocast, impl):
+    if refused := eligibility.traced_refusal(x, weight, bias, dtype, autocast, impl):
         if impl == "triton":
             raise NotImplementedError(f'impl="triton": {refused}')
         return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
@@ -151,14 +145,15 @@ def _captured_cold(error: Exception, x, weights, impl) -> bool:
     A caller who has warmed up on the default stream has done all that `torch.nn` asks for.
     """
     cold = isinstance(error, NotCompiledError) and impl is None
-    return cold and ops.few_bytes(x, ops.growth((x.shape[-1], *(weight.shape[0] for weight in weights))))
+    widths = (x.shape[-1], *(weight.shape[0] for weight in weights))
+    return cold and launch_bound(x.nbytes, widths, torch.is_grad_enabled())
 
 
 def _symbolic(x, activations, impl) -> bool:
     """Whether x is a symbol that torch.fx traces with, which has no shape to plan with or to check."""
     if not isinstance(x, torch.fx.Proxy):
         return False
-    if impl not in ops.IMPLS or not all(act in ACTIVATIONS for act in activations):
+    if impl not in IMPLS or not all(act in ACTIVATIONS for act in activations):
         return False
     if impl == "triton":
         raise NotImplementedError('impl="triton": torch.fx is tracing') from None
@@ -173,15 +168,19 @@ def _check(x, weight, bias, activation, impl) -> None:
             raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}") from None
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}") from None
-    if impl not in ops.IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, ops.IMPLS))}, not {impl!r}") from None
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}") from None
     try:
-        ops.check_operands(x, weight, bias, _product_dtype(x)[1])
+        eligibility.check_operands(x, weight, bias, _product_dtype(x)[1])
     except ValueError as error:
         raise error from None
     # torch broadcasts one value or one row always, others if they happen to fit the rows.
     always = ((), (1,), (1, 1), (1, weight.shape[0]))
-    if bias is not None and tuple(bias.shape) not in always and (reason := ops.bias_refusal("bias", bias, weight)):
+    if (
+        bias is not None
+        and tuple(bias.shape) not in always
+        and (reason := eligibility.bias_refusal("bias", bias, weight))
+    ):
         raise ValueError(reason) from None
     if impl != "triton" and not (x.is_floating_point() and x.dtype.itemsize > 1):
         raise ValueError(f"x is {x.dtype}, for which torch has no product or no {activation}") from None
@@ -224,7 +223,7 @@ class MlpFunction(torch.autograd.Function):
         options = (ctx.hidden, ctx.output, ctx.wanted)
         others = any(dh is not None for dh in dhs)
         with _without_autocast(ctx.kind):
-            if dy is None or others or torch.is_grad_enabled() or ops.batched(dy):
+            if dy is None or others or torch.is_grad_enabled() or eligibility.batched(dy):
                 # create_graph: gradients that can themselves be differentiated, exact to any order.
                 upstream = (*(None,) * (layers - 1 - len(dhs)), *dhs, dy)
                 dx, dweights, dbiases = reference.mlp_double(upstream, x, saved, weights, *options)
@@ -251,7 +250,7 @@ class FusedMlpFunction(torch.autograd.Function):
         x, *parameters = inputs
         weights, biases = _split(parameters, ctx.layers)
         with _without_autocast(dy.device.type):
-            if torch.is_grad_enabled() or ops.batched(dy):
+            if torch.is_grad_enabled() or eligibility.batched(dy):
 
                 def network(x, *parameters):
                     return _plain(x, *_split(parameters, ctx.layers), ctx.hidden, ctx.output)
@@ -282,7 +281,7 @@ class MlpBceFunction(torch.autograd.Function):
         weights, biases = _split(parameters, ctx.layers)
         head = (target, pos_weight, ctx.reduction)
         with _without_autocast(dloss.device.type):
-            if torch.is_grad_enabled() or ops.batched(dloss):
+            if torch.is_grad_enabled() or eligibility.batched(dloss):
 
                 def loss(x, *parameters):
                     return _bce(_plain(x, *_split(parameters, ctx.layers), ctx.hidden, "identity"), *head)
@@ -363,7 +362,7 @@ def mlp_act(
     """
     output = activation if output_activation is None else output_activation
     try:
-        if _plain_is_best(x, weights, biases, (activation, output), impl):
+        if _torch_is_best(x, weights, biases, (activation, output), impl):
             return _plain(x, weights, biases, activation, output)
         if (plans := _plans(x, weights, biases, impl)) is None:
             return _layers(x, weights, biases, activation, output, impl)
@@ -388,9 +387,9 @@ def _layers(x, weights, biases, hidden, output, impl) -> Tensor:
     return x
 
 
-def _plain_is_best(x, weights, biases, activations, impl) -> bool:
+def _torch_is_best(x, weights, biases, activations, impl) -> bool:
     """Whether plain operations cost least, whatever a plan would say. Raises for what does not fit together."""
-    if impl not in ops.IMPLS or not all(act in ACTIVATIONS for act in activations):
+    if impl not in IMPLS or not all(act in ACTIVATIONS for act in activations):
         raise ValueError
     if torch.compiler.is_compiling():
         return False  # who looks at sizes has a dynamic batch compiled once for each
@@ -398,10 +397,10 @@ def _plain_is_best(x, weights, biases, activations, impl) -> bool:
         if not isinstance(biases, Sequence) or any(tensor.device != x.device for tensor in (*weights, *biases)):
             raise ValueError
         if impl == "triton":
-            refused = ops.bias_refusal(f"biases[{misfit}]", biases[misfit], weights[misfit])
+            refused = eligibility.bias_refusal(f"biases[{misfit}]", biases[misfit], weights[misfit])
             raise NotImplementedError(f'impl="triton": {refused}')
         return True  # torch broadcasts it
-    return impl is None and ops.plain_costs_least(x, weights)
+    return impl is None and ops.network_prefers_torch(x, weights)
 
 
 def _plans(x, weights, biases, impl, loss: bool = False):
@@ -409,7 +408,7 @@ def _plans(x, weights, biases, impl, loss: bool = False):
     if torch.compiler.is_compiling():
         return None
     dtype, autocast = _product_dtype(x)
-    if refused := ops.mlp_refusal(x, weights, biases, dtype, autocast, impl):
+    if refused := eligibility.mlp_refusal(x, weights, biases, dtype, autocast, impl):
         if impl == "triton":
             raise NotImplementedError(f'impl="triton": {refused}')
         return None
@@ -532,7 +531,7 @@ def mlp_sigmoid_bce(
             or not (pos_weight is None or pos_weight.is_floating_point())
         ):
             raise ValueError
-        if _plain_is_best(x, weights, biases, (activation,), impl):
+        if _torch_is_best(x, weights, biases, (activation,), impl):
             return _bce(_plain(x, weights, biases, activation, "identity"), target, pos_weight, reduction)
         refused = _head_refusal(x, target, pos_weight, n)
         if refused and impl == "triton":

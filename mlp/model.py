@@ -37,9 +37,7 @@ class _Run:
     layers: tuple[tuple[dict, Callable[[Tensor], Tensor]], ...]  # parameters, activation
     attributes: tuple[dict, ...]  # those of every module: an instance may get a forward of its own
     hooks: tuple[dict, ...]  # those of every module and torch's global ones: alive, so seen once one is registered
-    growth: float  # multiply-adds of the largest layer per element of the input
-    outputs: tuple[int, int]  # features of the input, and outputs of all layers, per row
-    widening: float  # `ops.growth`
+    widths: tuple[int, ...]
     activations: tuple[str, str] | None  # hidden, output; None where hidden layers differ
 
     @classmethod
@@ -56,9 +54,7 @@ class _Run:
                 for m in modules
                 for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
             ),
-            max(layer.in_features * layer.out_features for layer in layers) / max(layers[0].in_features, 1),
-            (layers[0].in_features, sum(layer.out_features for layer in layers)),
-            ops.growth([layers[0].in_features, *(layer.out_features for layer in layers)]),
+            (layers[0].in_features, *(layer.out_features for layer in layers)),
             (names[0], names[-1]) if len(set(names[:-1])) <= 1 else None,
         )
 
@@ -83,13 +79,8 @@ class _Run:
             if "forward" in own:
                 return self._one_by_one(input)
         try:
-            if on_cpu := input.is_cpu:
-                small = ops.small_cpu_products.get(input.dtype) or ops.small_cpu_product(input.dtype)
-                plainly = input.numel() * self.growth < small or ops.few_outputs(input, *self.outputs)
-            else:
-                plainly = ops.launch_bound(input, self.widening)
-            if plainly:
-                y = input
+            if ops.prefers_torch(input, self.widths):
+                y, on_cpu = input, input.is_cpu
                 # Plain torch operations, as the layers themselves would choose here.
                 for parameters, activation in self.layers:
                     weight = parameters["weight"]

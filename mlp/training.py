@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..kernels import ops
-from ..kernels.plan import Recipe
+from ..kernels.records import TRAIN_IMPLS, Recipe
 from .ensemble import Ensemble
 from .network import Network, apart, describe, hooked, why_not_trainable
 
@@ -146,8 +146,8 @@ def _check(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, 
             raise TypeError(f"{name} must be an int, not {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
-    if impl not in ops.TRAIN_IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, ops.TRAIN_IMPLS))}, not {impl!r}")
+    if impl not in TRAIN_IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, TRAIN_IMPLS))}, not {impl!r}")
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"generator must be one of the cpu, where the order is drawn, not of {generator.device}")
     own = {id(p) for p in model.parameters()}

@@ -1,0 +1,155 @@
+"""Which implementation a layer or a network takes at which shape, and why."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, cast, overload
+
+import torch
+
+from . import plan as planning
+from .crossover import launch_note
+from .devices import DTYPE_NAMES, device_for, fp32_precision, fp32_split
+from .eligibility import cpu_refusal
+from .ops import obey
+from .records import IMPLS, Device, MlpPlan, Plan
+
+
+class Explanation(NamedTuple):
+    """The plans for one layer at one shape."""
+
+    forward: Plan
+    backward: Plan
+
+    def __str__(self) -> str:
+        return _listed(self._asdict())
+
+
+class MlpExplanation(NamedTuple):
+    """The plans for one network at one shape: forward without gradients, and both directions of a training step."""
+
+    inference: MlpPlan
+    forward: MlpPlan
+    backward: MlpPlan
+
+    def __str__(self) -> str:
+        return _listed(self._asdict())
+
+
+def _check_shape(name: str, shape: object) -> None:
+    if not isinstance(shape, Sequence) or not all(isinstance(size, int) for size in shape):
+        raise TypeError(f"{name} must be a sequence of ints, not {shape!r}")
+    if any(size < 0 for size in shape):
+        raise ValueError(f"{name} must not be negative: {tuple(shape)}")
+
+
+def _listed(plans: dict[str, Plan] | dict[str, MlpPlan]) -> str:
+    return "\n".join(
+        f"{name:9} {plan.impl:8}  {plan.reason}" + (f"\n{'':20}{plan.prediction}" if plan.prediction else "")
+        for name, plan in plans.items()
+    )
+
+
+@overload
+def explain(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    dtype: torch.dtype = ...,
+    device: torch.device | str | Device = ...,
+    *,
+    impl: str | None = ...,
+) -> Explanation: ...
+@overload
+def explain(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[Sequence[int]],
+    dtype: torch.dtype = ...,
+    device: torch.device | str | Device = ...,
+    *,
+    impl: str | None = ...,
+) -> MlpExplanation: ...
+def explain(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int] | Sequence[Sequence[int]],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | Device = "cpu",
+    *,
+    impl: str | None = None,
+) -> Explanation | MlpExplanation:
+    """Which implementation a layer or a network takes, with its tiles and the reason. Launches nothing.
+
+    Where eager calls on the default stream of a GPU take plain torch, because the host would be what they wait for, the
+    reason says so; what is named is what CUDA graphs, torch.compile and impl="triton" run.
+
+    Plans for GPUs carry a `prediction`, which `print` shows too: the time that the plan's flops and bytes take at an
+    H200's peak rates with sigmoids, and the least that any plan could take (the model: `predict`, `predict_bwd` and
+    `predict_mlp` in plan/predict.py).
+
+    x_shape: (..., in_features). weight_shape: (out_features, in_features) of a layer, or a sequence of such pairs, one
+    per layer of a network. device: where the tensors would be, or a `Device` that describes a chip which is not at
+    hand, as in `Device("cuda", arch=90, units=132, triton=True)`. Raises ValueError for shapes that do not fit and an
+    unknown impl or device, TypeError for what is no shape or no dtype, NotImplementedError where a call would.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, not {dtype!r}")
+    network = isinstance(weight_shape, Sequence) and len(weight_shape) > 0 and not isinstance(weight_shape[0], int)
+    _check_shape("x_shape", x_shape)
+    for shape in cast(Sequence[Sequence[int]], weight_shape if network else [weight_shape]):
+        _check_shape("weight_shape", shape)
+    shapes = [tuple(cast(Sequence[int], shape)) for shape in (weight_shape if network else [weight_shape])]
+    features = x_shape[-1] if x_shape else None
+    for shape in shapes:
+        if len(shape) != 2 or shape[1] != features:
+            raise ValueError(f"weight_shape {tuple(weight_shape)} does not fit x_shape {tuple(x_shape)}")
+        features = shape[0]
+    if not isinstance(device, Device):
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device {device!r}: {error}") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {str(device)!r} is not at hand; describe it with perceptriton.kernels.Device")
+        if impl == "triton" and (reason := cpu_refusal(device)):
+            raise NotImplementedError(f'impl="triton": {reason}')
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # another one the next time, perhaps
+        device = device_for(device, impl)
+    rows, name, precision = math.prod(x_shape[:-1]), DTYPE_NAMES.get(dtype, str(dtype)), fp32_precision(device)
+    # Of operands that lie dense.
+    layers = [
+        (rows, k, n, name, precision, device, impl, fp32_split(dtype), k * dtype.itemsize % 16 == 0) for n, k in shapes
+    ]
+    forwards = tuple(planning.linear_act_fwd(*arguments) for arguments in layers)
+    backwards = tuple(planning.linear_act_bwd(*arguments[:7]) for arguments in layers)
+    widths = (shapes[0][1], *(n for n, _ in shapes))
+    if network:
+        arguments = (rows, widths, name, precision, device)
+        inference, (forward, backward) = (
+            planning.mlp_both(*arguments, training, False, impl, fp32_split(dtype)) for training in (False, True)
+        )
+        explanation = MlpExplanation(inference.forward, forward, cast(MlpPlan, backward))
+    else:
+        explanation = Explanation(forwards[0], backwards[0])
+    obey(impl, explanation.forward)
+    if device.kind != "cuda" or planning.refusal(rows, min(widths), 1, name, device):
+        return explanation
+    nbytes = rows * widths[0] * dtype.itemsize
+
+    def with_prediction(plan, prediction):
+        note = launch_note(nbytes, widths, plan is explanation.backward) if impl is None else ""
+        return dataclasses.replace(plan, reason=plan.reason + note, prediction=prediction)
+
+    if isinstance(explanation, Explanation):
+        (k, n), (forward, backward) = widths, explanation
+        return Explanation(
+            with_prediction(forward, planning.predict(rows, k, n, name, forward)),
+            with_prediction(backward, planning.predict_bwd(rows, k, n, name, backward)),
+        )
+    shape, (inference, forward, backward) = (rows, widths, name), explanation
+    return MlpExplanation(
+        with_prediction(inference, planning.predict_mlp(*shape, inference, forwards)),
+        with_prediction(forward, planning.predict_mlp(*shape, forward, forwards, boundaries=backward.boundaries)),
+        with_prediction(backward, planning.predict_mlp(*shape, backward, backwards, backward=True)),
+    )

@@ -1,0 +1,32 @@
+"""Which implementation an op takes for given shapes, dtype and device, with which tile, and why.
+
+Pure functions of numbers and names: no torch, no triton, no device is touched. The tables under `tuned/` are data.
+"""
+
+from .chips import refusal
+from .layer import linear_act_bwd, linear_act_fwd
+from .network import MlpPlans, mlp_both, mlp_bwd, mlp_bytes, mlp_columns, mlp_fwd
+from .predict import predict, predict_bwd, predict_mlp
+from .train import train, train_loop
+from .wide import linear_act_dgrad, linear_act_wgrad, wide_candidates, wide_splits
+
+__all__ = [
+    "MlpPlans",
+    "linear_act_bwd",
+    "linear_act_dgrad",
+    "linear_act_fwd",
+    "linear_act_wgrad",
+    "mlp_both",
+    "mlp_bwd",
+    "mlp_bytes",
+    "mlp_columns",
+    "mlp_fwd",
+    "predict",
+    "predict_bwd",
+    "predict_mlp",
+    "refusal",
+    "train",
+    "train_loop",
+    "wide_candidates",
+    "wide_splits",
+]

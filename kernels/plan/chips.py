@@ -1,0 +1,51 @@
+"""What is asked of every chip and dtype: whether the kernels run there, and which tables speak for it."""
+
+from ..records import DTYPES, EMPTY, Device
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def product_kind(dtype: str, precision: str) -> str:
+    return precision if dtype == "float32" else "half"
+
+
+def generation(arch: int) -> str:
+    # Tiles are chosen per chip: one that is clean on sm_90 may spill on sm_80. Chips between or beyond the
+    # generations of the table take the next one below.
+    return "sm_90" if arch >= 90 else "sm_80"
+
+
+def wide_generation(arch: int) -> str:
+    # Neither registers nor shared memory carry over: sm_120 has TMA too, and less than half the shared memory.
+    return f"sm_{arch // 10}0"
+
+
+# Chips on which one program may use 99 KB of shared memory, as it may from 12.0 on; tiles were picked for 163 and 227.
+SMALL_SHARED = (86, 89)
+
+
+def refusal(m: int, k: int, n: int, dtype: str, device: Device) -> str | None:
+    """Why plain torch has to do it, or None."""
+    if 0 in (m, k, n):
+        return EMPTY
+    if dtype not in DTYPES:
+        return f"{dtype}: the kernels take {', '.join(DTYPES)}"
+    if device.kind not in ("cpu", "cuda"):
+        return f"no kernels for {device.kind} devices"
+    if device.kind == "cuda" and device.arch < 80:
+        return f"compute capability {device.arch // 10}.{device.arch % 10}: the kernels need 8.0"
+    if device.kind == "cuda" and (device.arch in SMALL_SHARED or device.arch >= 120):
+        return f"compute capability {device.arch // 10}.{device.arch % 10}: no tiles yet for its 99 KB of shared memory"
+    if device.kind == "cuda" and not device.triton:
+        return "triton is not installed"
+    return None

@@ -1,0 +1,165 @@
+"""Whole training loops: one launch by lane or by block, replayed graphs, or plain torch."""
+
+import functools
+import itertools
+
+from ..records import EMPTY, Device, LoopPlan, Recipe, TrainPlan
+from .chips import cdiv, next_power_of_2, refusal
+
+# The most parameters of a network that one lane trains, by the tensors of state that the optimizer keeps for each.
+# Registers would take some more; the compiler's time, which grows faster than the code that is unrolled, would not.
+LANE_PARAMETERS = (49, 33, 17)
+LANE_UNROLLED = 68  # parameters times samples
+LANE_NETWORKS = 32
+
+# The longest network that one program trains without a spill, by its widest layer and by the tensors of state: layers
+# of that width, of which one from k to n counts as the geometric mean of the two.
+BLOCK_LAYERS = {16: (8, 8, 6), 32: (4, 4, 3), 64: (1.25, 1.25, 1.21)}
+BLOCK_ADAM_WEIGHTS = 3072  # padded: a single 64 x 64 layer spills on sm_80 with triton 3.6
+
+# Cycles of one network's step, read off the schedules of the compiled loops: of a lane per parameter and sample, of a
+# block per layer and tile of samples. Not yet measured.
+LANE_CYCLES = 9
+BLOCK_CYCLES = {16: 600, 32: 1300, 64: 2800}
+
+
+@functools.lru_cache(maxsize=4096)
+def train(
+    members: int,
+    samples: int,
+    batch_size: int | None,
+    recipe: Recipe,
+    dtype: str,
+    device: Device,
+    impl: str | None = None,
+) -> TrainPlan:
+    """The plan for training `members` networks of one recipe on `samples` samples each.
+
+    batch_size: None for all samples. impl: "lane", "block" or "graph" asks for that one; the plan says "torch", and
+    why, where it cannot be had.
+    """
+    if impl in (None, "graph") and device.kind == "cuda" and 0 not in (members, samples, *recipe.widths):
+        kernels = _kernel_loop(members, samples, batch_size, recipe, dtype, device, impl)
+        if kernels.impl == "torch":
+            return TrainPlan("graph", f"{kernels.reason}; a step is one replay of a captured graph")
+        return kernels
+    if impl == "graph":
+        return TrainPlan("torch", f"{device.kind}: only a CUDA device captures graphs")
+    return _kernel_loop(members, samples, batch_size, recipe, dtype, device, impl)
+
+
+def _kernel_loop(members, samples, batch_size, recipe, dtype, device, impl) -> TrainPlan:
+    """The cheapest kernel for the whole loop, or "torch" and why."""
+    if impl == "graph":
+        return TrainPlan("torch", 'impl="graph"')
+    if reason := loop_refusal(members, samples, recipe, dtype, device):
+        return TrainPlan("torch", reason)
+    if impl == "torch":
+        return TrainPlan("torch", 'impl="torch"')
+    batch = min(batch_size or samples, samples)
+    options = {"lane": _lane(members, batch, recipe, device), "block": _block(members, batch, recipe, device)}
+    if impl in options:
+        options = {impl: options[impl]}
+    plans = [option for option in options.values() if option[1].impl != "torch"]
+    if not plans:
+        return TrainPlan("torch", "; ".join(plan.reason for _, plan in options.values()))
+    return min(plans, key=lambda option: option[0])[1]
+
+
+def loop_refusal(members: int, samples: int, recipe: Recipe, dtype: str, device: Device) -> str | None:
+    """Why no kernel runs the whole loop, whatever its tile, or None."""
+    if 0 in (members, samples, *recipe.widths):
+        return EMPTY
+    if device.kind == "cpu" and not device.triton:
+        return "no kernels for the CPU"
+    if dtype != "float32":
+        return f"{dtype}: whole loops take float32"
+    if reason := refusal(1, 1, 1, dtype, device):
+        return reason
+    if recipe.optimizer != "sgd" and recipe.eps < 1e-30:
+        return f"eps {recipe.eps}: padded parameters would divide 0 by 0"
+    return None
+
+
+def _states(recipe: Recipe) -> int:
+    """Tensors of state that the optimizer keeps for each parameter."""
+    return 2 if recipe.optimizer != "sgd" else 1 if recipe.momentum else 0
+
+
+def _lane(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[float, TrainPlan]:
+    """(cycles of all members' steps, plan), of impl "torch" where lanes cannot do it."""
+    parameters = sum(n * (k + recipe.bias) for k, n in itertools.pairwise(recipe.widths))
+    limit = LANE_PARAMETERS[_states(recipe)]
+    if parameters > limit:
+        return 0, TrainPlan("torch", f"{parameters} parameters: a lane holds {limit} with this optimizer")
+    # Some warps per scheduler hide each other's latency; beyond that they wait for each other.
+    waves = max(1.0, members / (LANE_NETWORKS * 8 * device.units))
+    reason = f"{parameters} parameters: one network per lane, in registers for the whole loop"
+    # Four samples at a time, two, or one.
+    rows = next((rows for rows in (4, 2) if rows * parameters <= LANE_UNROLLED), 1)
+    plan = TrainPlan("lane", reason, rows, LANE_NETWORKS, 1)
+    return LANE_CYCLES * parameters * batch * waves, plan
+
+
+def _block(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[float, TrainPlan]:
+    """(cycles of all members' steps, plan), of impl "torch" where blocks cannot do it."""
+    padded = [max(next_power_of_2(width), 16) for width in recipe.widths]
+    widest = max(padded)
+    if widest not in BLOCK_LAYERS:
+        return 0, TrainPlan("torch", f"a width of {max(recipe.widths)}: blocks take {max(BLOCK_LAYERS)}")
+    layers = sum((k * n) ** 0.5 for k, n in itertools.pairwise(padded)) / widest
+    heavy = _states(recipe) == 2 and sum(k * n for k, n in itertools.pairwise(padded)) > BLOCK_ADAM_WEIGHTS
+    if heavy or layers > BLOCK_LAYERS[widest][_states(recipe)]:
+        return 0, TrainPlan("torch", f"{'-'.join(map(str, recipe.widths))} with this optimizer spills in a block")
+    # Beside the widest layers there is room for fewer samples.
+    rows = 16 if batch <= 16 or widest == 64 else 32
+    num_warps = 4 if widest == rows == 16 else 8
+    waves = max(1.0, members / (12 // num_warps * device.units))
+    reason = "one network per program, on chip for the whole loop"
+    plan = TrainPlan("block", reason, rows, 1, num_warps)
+    return BLOCK_CYCLES[widest] * layers * cdiv(batch, rows) * waves, plan
+
+
+# Microseconds on one core, read off layouts that were timed against each other: 2-2-1, 2-10-10-10-1, 4-8-1 and others
+# to 32-64-5, with 2 to 8,192 members. They decide between two layouts, so only their ratios count.
+CALL_US = 1.5  # of torch, whatever it computes
+ARRAY_MAC_US = 2.5e-4  # per multiply-add of an elementwise call over members
+SMALL_PRODUCT_MAC_US = 2e-3  # per multiply-add of a stack of products that torch computes itself
+SMALL_PRODUCT_MACS = 400  # from here on the BLAS does, at a price per product and another per multiply-add
+PRODUCT_US, PRODUCT_MAC_US = 0.25, 4e-5
+UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7}  # elementwise, beside the products
+
+# Multiply-adds of the one product of a joint update, those that nobody needs included, to which it costs less than
+# several.
+JOINT_MACS = 1 << 16
+# Below these, a second thread waits longer for the first than it works; where cores are shared, far longer.
+THREADED_MACS = 1 << 21  # of one product
+THREADED_ELEMENTS = 1 << 17  # of one elementwise call
+
+
+@functools.lru_cache(maxsize=1024)
+def train_loop(members: int, batch: int, recipe: Recipe, shared: bool) -> LoopPlan:
+    """The plan for the plain torch loop on batches of `batch` samples. shared: all members see the same ones."""
+    layers = list(itertools.pairwise(recipe.widths))
+    macs = [batch * n * k for k, n in layers]
+    together = members * macs[0] if shared else 0  # the first layers of all members are one product
+    one_thread = max(together, *macs) < THREADED_MACS and members * batch * max(recipe.widths[1:]) < THREADED_ELEMENTS
+    if members == 1:
+        joint = batch * sum(n for _, n in layers) * sum(k + 1 for k, _ in layers)
+        if joint <= JOINT_MACS:
+            return LoopPlan("joint", one_thread, "one small network: a product for all updates")
+        return LoopPlan("matrices", one_thread, "one network: a product for each layer")
+    update = UPDATE_CALLS["momentum" if recipe.momentum else recipe.optimizer]
+    alone = layers[1:] if shared else layers
+    # Forward, backward and update: three products of the same size.
+    arrays = CALL_US * (update + sum(2 + k + n + batch for k, n in alone))
+    arrays += members * ARRAY_MAC_US * sum(3 * batch * n * k for k, n in alone)
+    matrices = CALL_US * (update * len(layers) + 5 * len(alone))
+    matrices += members * sum(3 * _stacked_product_us(batch * n * k) for k, n in alone)
+    if arrays < matrices:
+        return LoopPlan("arrays", one_thread, "many members, whose products cost more one by one than their elements")
+    return LoopPlan("matrices", one_thread, "few members or wide layers: stacks of products")
+
+
+def _stacked_product_us(macs: int) -> float:
+    return SMALL_PRODUCT_MAC_US * macs if macs < SMALL_PRODUCT_MACS else PRODUCT_US + PRODUCT_MAC_US * macs
