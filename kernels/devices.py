@@ -22,7 +22,7 @@ def has_triton() -> bool:
 @functools.cache
 def gpu(name: str):
     """The module of that name which holds kernels and their launchers. The first one imports triton."""
-    return importlib.import_module(f".{name}", __package__)
+    return importlib.import_module(f".gpu.{name}", __package__)
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def describe(device: torch.device, interpreted: bool = False) -> Device:
 
 def device_for(device: torch.device, impl: str | None) -> Device:
     # CPU tensors reach the kernels only when asked for, and only under triton's interpreter.
-    return describe(device, device.type == "cpu" and impl == "triton" and gpu("linear").INTERPRETED)
+    return describe(device, device.type == "cpu" and impl == "triton" and gpu("launch").INTERPRETED)
 
 
 def fp32_precision(device: Device) -> str:

@@ -112,7 +112,7 @@ _mode_refusal._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMe
 
 
 def cpu_refusal(device: torch.device) -> str | None:
-    if device.type == "cpu" and not (has_triton() and gpu("linear").INTERPRETED):
+    if device.type == "cpu" and not (has_triton() and gpu("launch").INTERPRETED):
         return "x is on the CPU, which triton reaches only under its interpreter (TRITON_INTERPRET=1)"
     return None
 

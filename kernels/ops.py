@@ -90,7 +90,7 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
 def _layer_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
     if plan.triton:
         x, weight, bias = _stored(x), _stored(weight), _stored(bias)
-    implementation = gpu("wide") if plan.impl == "tma" else gpu("linear") if plan.triton else reference
+    implementation = gpu("wide") if plan.impl == "tma" else gpu("layer") if plan.triton else reference
     return implementation.linear_act_fwd(x, weight, bias, activation, plan)
 
 
@@ -123,7 +123,7 @@ def linear_act_bwd(
     plan = planning.linear_act_bwd(rows, k, n, dtype, fp32_precision(device), device, impl)
     implementation = reference
     if plan.triton:
-        implementation = gpu("linear")
+        implementation = gpu("layer")
         dy, flat_y, x, weight = _stored(dy), _stored(flat_y), _stored(x), _stored(weight)
     dx, dweight, dbias = implementation.linear_act_bwd(dy, flat_y.contiguous(), x, weight, activation, wanted, plan)
     return dx if dx is None or y.dim() == 2 else dx.view(*y.shape[:-1], k), dweight, dbias
@@ -192,7 +192,7 @@ def mlp_fwd(
     x (..., K), weights (N_l, K_l) each, biases (N_l,) each or None, of any strides. hidden, output: activations.
     """
     if plan.impl == "fused":
-        y, saved = gpu("mlp").mlp_fwd(_flat(x), *_dense(weights, biases), hidden, output, plan, save)
+        y, saved = gpu("network").mlp_fwd(_flat(x), *_dense(weights, biases), hidden, output, plan, save)
     elif plan.impl == "stack":
         y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save, _stacked_fwd)
     else:
@@ -221,7 +221,7 @@ def mlp_bwd(
     if plan.impl == "fused":
         inputs = (cast(Tensor, flat_x), cast("tuple[Tensor, ...]", saved))
         parameters = _dense(cast(Sequence[Tensor], weights), biases)
-        gradients = gpu("mlp").mlp_bwd(flat_dy, *inputs, *parameters, *options)
+        gradients = gpu("network").mlp_bwd(flat_dy, *inputs, *parameters, *options)
     else:
         *hs, y = saved
         flat_y = None if y is None else _flat(y)
@@ -252,7 +252,7 @@ def mlp_bce_fwd(
     target (..., N) and pos_weight (N,) or None: any strides and floating dtypes. reduction: "none", "mean", "sum".
     """
     head = (_flat(target), _stored(pos_weight), reduction, dtype)
-    loss, saved = gpu("mlp").mlp_bce_fwd(_flat(x), *_dense(weights, biases), hidden, *head, plan, save)
+    loss, saved = gpu("network").mlp_bce_fwd(_flat(x), *_dense(weights, biases), hidden, *head, plan, save)
     return _led(loss, target.shape) if reduction == "none" else loss, saved
 
 
@@ -272,7 +272,7 @@ def mlp_bce_bwd(
     """(dx, dweights, dbiases) of `mlp_bce_fwd`; dloss has the shape of the loss."""
     options = (hidden, _flat(target), _stored(pos_weight), reduction, wanted, plan)
     dloss = _flat(dloss) if reduction == "none" else _stored(dloss)
-    dx, dweights, dbiases = gpu("mlp").mlp_bce_bwd(dloss, _flat(x), saved, *_dense(weights, biases), *options)
+    dx, dweights, dbiases = gpu("network").mlp_bce_bwd(dloss, _flat(x), saved, *_dense(weights, biases), *options)
     return None if dx is None else dx.view(x.shape), dweights, dbiases
 
 
@@ -299,6 +299,6 @@ def plan_train(
     return plan
 
 
-def training_loop(plan: TrainPlan) -> "type[loop.Loop]":
-    """The implementation of the plan; the others have the signatures of `loop.Loop`."""
-    return loop.Loop if plan.impl in ("torch", "graph") else gpu("training").Loop
+def training_loop(plan: TrainPlan) -> "type[loop.TorchLoop]":
+    """The implementation of the plan; the others have the signatures of `loop.TorchLoop`."""
+    return loop.TorchLoop if plan.impl in ("torch", "graph") else gpu("train").KernelLoop

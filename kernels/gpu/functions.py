@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: each activation as a pair (y from z, dz from dy and y)."""
+"""Device functions that the kernels share: each activation as a pair (y from z, dz from dy and y), and operands."""
 
 import triton
 import triton.language as tl
@@ -70,8 +70,14 @@ def round_tf32(a):
 
 
 @triton.jit
-def operand(a, PRECISION: tl.constexpr):
+def rounded(a, PRECISION: tl.constexpr):
     return round_tf32(a) if PRECISION == "tf32" and a.dtype == tl.float32 else a
+
+
+@triton.jit
+def operand(a, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    r = rounded(a, PRECISION)
+    return r.to(tl.float32) if WIDEN else r
 
 
 ACTIVATIONS = {

@@ -196,9 +196,6 @@ def _cuobjdump(flag: str, path: str) -> str:
     return subprocess.run([_tool(), flag, path], check=True, capture_output=True, text=True).stdout
 
 
-# --- what a compilation hangs on -------------------------------------------------------------------------------------
-
-
 def identity(arch: int, launch: Launch) -> str:
     """The name of what `compiled` would make, found without compiling: another one as soon as anything differs.
 

@@ -1,0 +1,1 @@
+"""Kernels in triton and their launchers. Nothing outside of this folder imports triton, and only `devices.gpu` imports it."""

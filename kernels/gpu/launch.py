@@ -1,0 +1,102 @@
+"""How kernels are launched: on the device of their tensors, past triton's search of the compiled version, and in captures."""
+
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# Launch options (num_warps) and loops over tl.range are not in triton's types.
+import contextlib
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction
+
+from ..records import NotCompiledError
+from .layer_kernels import linear_act_fwd_rows_kernel
+
+INTERPRETED = not isinstance(linear_act_fwd_rows_kernel, JITFunction)
+
+
+def device_of(tensor: Tensor):
+    # Triton launches on the current device, whatever the tensors' own.
+    if not tensor.is_cuda:
+        return contextlib.nullcontext()
+    if torch.cuda.is_current_stream_capturing():
+        return _captured(tensor.device)
+    if tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+# Private: without it, a cold capture ends in triton's own error.
+_compile = getattr(JITFunction, "_do_compile", None)
+_lock = threading.Lock()
+_captures = 0  # launches into captures that are going on, of all threads
+
+
+@contextlib.contextmanager
+def _captured(place: torch.device):
+    # A kernel that had to be compiled and loaded now would spoil the capture, with an error that does not say so.
+    global _captures
+    with torch.cuda.device(place):
+        if _compile is None:
+            yield
+            return
+        with _lock:
+            _captures += 1
+            JITFunction._do_compile = _refuse_to_compile  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield
+        finally:
+            with _lock:
+                _captures -= 1
+                if not _captures:
+                    JITFunction._do_compile = _compile
+
+
+def _refuse_to_compile(kernel, *arguments):
+    # Threads that capture nothing go on compiling.
+    if _compile is not None and not torch.cuda.is_current_stream_capturing():
+        return _compile(kernel, *arguments)
+    raise NotCompiledError(
+        f"{kernel.__name__} is not compiled yet, and cannot be while a CUDA graph is captured: before that, take one "
+        "step with the same shapes, dtypes and strides, or give it to perceptriton.mlp.warmup"
+    )
+
+
+_runners: dict[tuple, tuple[object, int, Callable[..., object]]] = {}
+MAX_RUNNERS = 4096
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether all begin at multiples of 16 bytes, as those that torch allocates do."""
+    addresses = 0
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    return not addresses % 16
+
+
+def launch(kernel, grid: tuple[int, ...], owner: object, known: tuple | None, /, **arguments: object) -> None:
+    """kernel[grid](**arguments), the arguments in the order of the signature and launch options after them.
+
+    At every launch triton looks at each argument in order to find the compiled version for it, which on the host takes
+    longer than everything else that a small layer does. What it found is kept here and called from then on.
+
+    known: all that it depends on (device, dtypes, None or not, every integer, every constant), and the grid does, given
+    that all tensors are `aligned`; None where they are not. owner: kept as long as `known` is, which holds its id.
+    """
+    if known is None:
+        kernel[grid](**arguments)
+        return
+    key = (id(kernel), id(owner), known)
+    if found := _runners.get(key):
+        _, count, run = found
+        run(*list(arguments.values())[:count])
+        return
+    compiled = kernel[grid](**arguments)
+    # The interpreter returns nothing, and what only stands for a kernel, as in tests, wants to see every launch.
+    if isinstance(compiled, CompiledKernel) and isinstance(kernel, JITFunction):
+        if len(_runners) >= MAX_RUNNERS:
+            _runners.clear()
+        _runners[key] = owner, len(kernel.arg_names), compiled[(*grid, 1, 1)[:3]]

@@ -1,0 +1,207 @@
+"""Launchers of the kernels for one layer. Any strides in, fresh contiguous tensors out: shapes as in `layer_kernels.py`."""
+
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# Launch options (num_warps) and loops over tl.range are not in triton's types.
+import torch
+from torch import Tensor
+
+from ..records import Plan
+from .functions import ACTIVATIONS
+from .launch import INTERPRETED, aligned, device_of, launch
+from .layer_kernels import (
+    act_bwd_kernel,
+    linear_act_bwd_rows_kernel,
+    linear_act_fwd_rows_kernel,
+    linear_act_fwd_tiled_kernel,
+    sum_slots_kernel,
+)
+
+
+def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
+    """act(x @ weight.T + bias), (M, N), in the dtype of x; M and N are not 0."""
+    (M, K), N = x.shape, weight.shape[0]
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    tile = plan.tile
+    kernel = linear_act_fwd_rows_kernel if plan.impl == "rows" else linear_act_fwd_tiled_kernel
+    known = None
+    if aligned(x, weight, bias):
+        operands = [t if t is None else (t.device, t.dtype, t.stride()) for t in (x, weight, bias)]
+        known = (activation, M, N, K, *operands)
+    with device_of(x):
+        launch(
+            kernel,
+            (plan.programs,),
+            plan,
+            known,
+            x_ptr=x,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            y_ptr=y,
+            M=M,
+            N=N,
+            K=K,
+            stride_xm=x.stride(0),
+            stride_xk=x.stride(1),
+            stride_wn=weight.stride(0),
+            stride_wk=weight.stride(1),
+            stride_b=1 if bias is None else bias.stride(0),
+            ACT=ACTIVATIONS[activation][0],
+            PRECISION=plan.precision,
+            WIDEN=INTERPRETED,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            STAGES=tile.num_stages,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=True,
+        )
+    return y
+
+
+def linear_act_bwd(
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    activation: str,
+    wanted: tuple[bool, bool, bool],
+    plan: Plan,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias), None where not wanted. x may be None without dweight, weight without dx."""
+    if plan.impl == "rows":
+        return _linear_act_bwd_rows(dy, y, x, weight, activation, wanted, plan)
+    need_dx, need_dweight, need_dbias = wanted
+    dz, dbias = act_bwd(dy, y, activation, need_dbias, plan)
+    dx = torch.mm(dz, weight) if need_dx and weight is not None else None
+    dweight = torch.mm(dz.t(), x) if need_dweight and x is not None else None
+    return dx, dweight, dbias
+
+
+def _linear_act_bwd_rows(
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    activation: str,
+    wanted: tuple[bool, bool, bool],
+    plan: Plan,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """One kernel and, with several programs, one reduction."""
+    M, N = y.shape
+    K = weight.shape[1] if weight is not None else x.shape[1] if x is not None else 1
+    tile = plan.tile
+    need_dx, need_dweight, need_dbias = wanted
+    dx = y.new_empty((M, K)) if need_dx else None
+    dweight = y.new_empty((N, K)) if need_dweight else None
+    dbias = y.new_empty((N,)) if need_dbias else None
+    # One program writes the gradients themselves; several write fp32 slots that are then summed.
+    size = (N * K if need_dweight else 0) + (N if need_dbias else 0)
+    slots = None
+    dweight_slots, dbias_slots = dweight, dbias
+    if plan.programs > 1 and size:
+        slots = torch.empty((plan.programs, size), dtype=torch.float32, device=y.device)
+        dweight_slots = slots if need_dweight else None
+        dbias_slots = slots[:, size - N :] if need_dbias else None
+    known = None
+    if aligned(dy, y, x, weight):
+        operands = [t if t is None else (t.device, t.dtype, t.stride()) for t in (y, dy, x, weight)]
+        known = (activation, M, N, K, *operands, wanted)
+    with device_of(y):
+        launch(
+            linear_act_bwd_rows_kernel,
+            (plan.programs,),
+            plan,
+            known,
+            dy_ptr=dy,
+            y_ptr=y,
+            x_ptr=x if need_dweight else None,
+            weight_ptr=weight if need_dx else None,
+            dx_ptr=dx,
+            dweight_ptr=dweight_slots,
+            dbias_ptr=dbias_slots,
+            M=M,
+            N=N,
+            K=K,
+            stride_dym=dy.stride(0),
+            stride_dyn=dy.stride(1),
+            stride_xm=x.stride(0) if x is not None else 0,
+            stride_xk=x.stride(1) if x is not None else 0,
+            stride_wn=weight.stride(0) if weight is not None else 0,
+            stride_wk=weight.stride(1) if weight is not None else 0,
+            stride_slot=size,
+            ACT_BACKWARD=ACTIVATIONS[activation][1],
+            PRECISION=plan.precision,
+            WIDEN=INTERPRETED,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            STAGES=tile.num_stages,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=True,
+        )
+        if slots is not None:
+            sum_slots(slots, *(g for g in (dweight, dbias) if g is not None))
+    return dx, dweight, dbias
+
+
+def act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """(dz, dbias): dz = dy * act'(y), (M, N), and its column sums, (N,), or None."""
+    M, N = y.shape
+    tile = plan.tile
+    dz = torch.empty((M, N), dtype=y.dtype, device=y.device)
+    grid = (-(-M // tile.block_m), -(-N // tile.block_n))  # triton.cdiv is typed as device code
+    slots = torch.empty((grid[0], N), dtype=torch.float32, device=y.device) if need_dbias else None
+    dbias = torch.empty((N,), dtype=y.dtype, device=y.device) if need_dbias else None
+    known = None
+    if aligned(dy, y):
+        known = (y.device, y.dtype, dy.device, dy.dtype, activation, M, N, dy.stride(), need_dbias)
+    with device_of(y):
+        launch(
+            act_bwd_kernel,
+            grid,
+            plan,
+            known,
+            dy_ptr=dy,
+            y_ptr=y,
+            dz_ptr=dz,
+            dbias_ptr=slots,
+            M=M,
+            N=N,
+            stride_dym=dy.stride(0),
+            stride_dyn=dy.stride(1),
+            ACT_BACKWARD=ACTIVATIONS[activation][1],
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps,
+            enable_fp_fusion=True,
+        )
+        if slots is not None and dbias is not None:
+            sum_slots(slots, dbias, None)
+    return dz, dbias
+
+
+def sum_slots(slots: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+    num_slots, size = slots.shape
+    known = None
+    if aligned(slots, first, second):
+        known = (slots.device, first.dtype, num_slots, size, first.numel(), second is None)
+    launch(
+        sum_slots_kernel,
+        (-(-size // SUM_BLOCK),),
+        None,
+        known,
+        slots_ptr=slots,
+        first_ptr=first,
+        second_ptr=second,
+        num_slots=num_slots,
+        first_size=first.numel(),
+        size=size,
+        BLOCK=SUM_BLOCK,
+        num_warps=SUM_WARPS,
+        enable_fp_fusion=True,
+    )
+
+
+SUM_BLOCK, SUM_WARPS = 64, 2

@@ -1,0 +1,87 @@
+"""Device functions of whole networks: padded layers, and the cross entropy from logits."""
+
+# triton's types know neither launch options nor tl.range.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# triton's types know neither launch options nor tl.range.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
+import triton
+import triton.language as tl
+
+from .functions import sigmoid
+
+
+@triton.jit
+def load_block(ptr, offs_r, offs_c, stride_r, stride_c, mask_r, mask_c):
+    return tl.load(
+        ptr + offs_r[:, None] * stride_r + offs_c[None, :] * stride_c,
+        mask=mask_r[:, None] & mask_c[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def neurons(N: tl.constexpr, BLOCK_N: tl.constexpr):
+    # A neuron that only pads the layer repeats the last one. With weights of 0 it would make NaN of an infinite input,
+    # and the next layer's 0 * NaN would carry that into every result; what is finite where the layer is, 0 takes out.
+    offs_n = tl.arange(0, BLOCK_N)
+    return tl.minimum(offs_n, N - 1) if N < BLOCK_N else offs_n
+
+
+@triton.jit
+def clear_padding(h, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    # 0 does not take out an infinite output, of which unbounded activations are capable. Forward only: the backward
+    # kernel has no register to spare, and may leave more NaN in the gradients of a network that overflows than torch.
+    if N < BLOCK_N:
+        h = tl.where((tl.arange(0, BLOCK_N) < N)[None, :], h, 0.0)
+    return h
+
+
+@triton.jit
+def load_weight(ptr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    offs_n = neurons(N, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    return tl.load(ptr + offs_n[:, None] * K + offs_k[None, :], mask=(offs_k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def load_weight_t(ptr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    offs_n = neurons(N, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    return tl.load(ptr + offs_n[None, :] * K + offs_k[:, None], mask=(offs_k < K)[:, None], other=0.0)
+
+
+@triton.jit
+def load_bias(ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.load(ptr + neurons(N, BLOCK_N)).to(tl.float32)
+
+
+@triton.jit
+def clear_gap(ptr, SIZE: tl.constexpr):
+    # Between this gradient and the next: it is summed with all others, and must not be whatever was in memory.
+    GAP: tl.constexpr = -SIZE % 8
+    if GAP > 0:
+        offs = tl.arange(0, 8)
+        tl.store(ptr + SIZE + offs, tl.zeros((8,), ptr.dtype.element_ty), mask=offs < GAP)
+
+
+@triton.jit
+def log1p_exp(z):
+    """log(1 + e^-|z|), to fp32 accuracy."""
+    e = tl.exp2(tl.abs(z) * -1.4426950408889634)
+    u = 1.0 + e
+    # What the sum 1 + e lost is e - (u - 1), exactly, and it counts 1 / (1 + e), near enough 1 - e.
+    return tl.log(u) + (e - (u - 1.0)) * (1.0 - e)
+
+
+@triton.jit
+def bce_with_logits(z, t, pos_weight):
+    """-(pos_weight t log p + (1 - t) log(1 - p)) with p = sigmoid(z), from z, without cancellation at either end."""
+    log1p = log1p_exp(z)
+    return tl.where(z >= 0, 1.0 - t, -pos_weight * t) * z + (1.0 + (pos_weight - 1.0) * t) * log1p
+
+
+@triton.jit
+def bce_with_logits_dz(z, t, pos_weight):
+    return sigmoid(z) * (1.0 + (pos_weight - 1.0) * t) - pos_weight * t

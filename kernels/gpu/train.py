@@ -1,0 +1,148 @@
+"""Whole training loops in one launch: every step of a small MLP's training, for one network or for many.
+
+A network has layers l = 0 .. L-1 from K_l = widths[l] to N_l = widths[l + 1] features, h_0 = x:
+
+    z_l = h_l @ weight_l.T + bias_l,  h_{l+1} = act_l(z_l),  y = h_L,  loss = sum or mean of loss(z_{L-1}, y, target)
+
+Two kernels, of one signature but for their tiles:
+
+- lane: one network per lane of a warp. Parameters, gradients and optimizer state are tuples of [BLOCK] tensors, one
+  element per network, that never leave the registers; a batch is unrolled, ROWS samples at a time.
+- block: one network per program. Weights are [N, K] tiles, padded to powers of two of at least 16; a batch goes
+  through them in tiles of BLOCK_M samples. Activations are transposed, [width, samples], so that a sum over samples
+  has the gradient of z as its left operand as it is.
+
+Both walk segments of steps. A segment begins with a step whose loss is logged: the loss is computed from a forward pass
+of its own, so that the loop over steps has no store in it. What a step does depends on its number alone, never on where
+a launch began: cutting a run into launches changes no bit of it. Integers are not specialized for the same reason, and
+because each specialization would be compiled anew.
+
+Padding (block): a padded neuron of a sigmoid layer would put out 0.5, and the weights that read it would learn. Outputs
+of padded neurons are set to 0, with which all padded gradients are 0. A padded bias of -1e4 would do the same until
+weight decay has eaten it up.
+"""
+
+# triton's types know neither launch options nor tl.range.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# triton's types know neither launch options nor tl.range.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportPossiblyUnboundVariable=false
+import itertools
+import math
+
+import triton
+from torch import Tensor
+
+from ..records import Recipe, TrainPlan
+from .functions import ACTIVATIONS
+from .launch import device_of
+from .network import padded
+from .train_block import train_block_kernel
+from .train_lane import train_lane_kernel
+from .train_rules import LOSSES, OPTIMIZERS
+
+Tensors = tuple[Tensor, ...]
+
+
+class KernelLoop:
+    """A run of training steps in launches. The arguments are those of `loop.KernelLoop`, in float32 and contiguous."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        parameters: Tensors,
+        first: Tensors,
+        second: Tensors,
+        lr: Tensor,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        taken: int,
+        plan: TrainPlan,
+    ) -> None:
+        self.taken, self.plan = taken, plan
+        widths, members, self.samples = recipe.widths, lr.shape[0], x.shape[1]
+        batch_size = min(batch_size, self.samples)
+        self.batches = -(-self.samples // batch_size)
+        last = self.samples - (self.batches - 1) * batch_size
+        divide = recipe.reduction == "mean"
+        if recipe.optimizer in ("adam", "adamw"):
+            optimizer = "adam"
+            beta1, beta2 = recipe.beta1, recipe.beta2
+            logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
+            hyper = (beta1, 1 - beta1, beta2, 1 - beta2, *logs, recipe.eps)
+        else:
+            optimizer = "sgd" if recipe.momentum == 0 else "nesterov" if recipe.nesterov else "momentum"
+            hyper = (recipe.momentum, 1 - recipe.dampening)
+        sizes = tuple(p[0].numel() for p in parameters)
+        if plan.impl == "lane":
+            self.kernel, self.grid = train_lane_kernel, (triton.cdiv(members, plan.networks),)
+            starts = tuple(itertools.accumulate(sizes, initial=0))[:-1]
+            at = starts[:: len(parameters) // (len(widths) - 1)]
+            tile = {"STARTS": starts, "AT": at, "BLOCK": plan.networks}
+        else:
+            self.kernel, self.grid = train_block_kernel, (members,)
+            tile = {"PADDED": padded(widths), "BLOCK_M": plan.rows}
+        # What no launch changes.
+        self.arguments = {
+            "parameter_ptrs": tuple(parameters),
+            "first_ptrs": tuple(first) or None,
+            "second_ptrs": tuple(second) or None,
+            "lr_ptr": lr,
+            "x_ptr": x,
+            "y_ptr": y,
+            "members": members,
+            "samples": self.samples,
+            "stride_xe": x.stride(0) if x.shape[0] > 1 else 0,
+            "stride_ye": y.stride(0) if y.shape[0] > 1 else 0,
+            "batch_size": batch_size,
+            "batches": self.batches,
+            "scale": 1.0 / (batch_size * widths[-1]) if divide else 1.0,
+            "last_scale": 1.0 / (last * widths[-1]) if divide else 1.0,
+            "weight_decay": recipe.weight_decay or None,
+            "hyper": hyper,
+            "HIDDEN": ACTIVATIONS[recipe.hidden][0],
+            "HIDDEN_BACKWARD": ACTIVATIONS[recipe.hidden][1],
+            "OUTPUT": ACTIVATIONS[recipe.output][0],
+            "OUTPUT_BACKWARD": ACTIVATIONS[recipe.output][1],
+            "LOSS": LOSSES[recipe.loss][0],
+            "DZ": LOSSES[recipe.loss][1],
+            "NUMBERS": OPTIMIZERS[optimizer][0],
+            "UPDATE": OPTIMIZERS[optimizer][1],
+            "DECOUPLED": recipe.optimizer == "adamw",
+            "WIDTHS": widths,
+            "SIZES": sizes,
+            **tile,
+            "num_warps": plan.num_warps,
+            "num_stages": 1,
+            # Said, or the assembler spills a few values in order to stay at 64, 96 or 128.
+            "maxnreg": 255,
+        }
+
+    def run(self, order: Tensor | None, start: int, steps: int, log_every: int, losses: Tensor) -> None:
+        """As `loop.KernelLoop.run`; order is int32, losses float32."""
+        if steps == 0:
+            return
+        # Without a log, one segment that began a step before the launch, where its loss would be due. The kernel is the
+        # one that logs: results have the same bits.
+        offset = start % log_every if log_every else 1
+        resident = order is None and self.batches == 1 and self.samples <= self.plan.rows
+        rows = {"ROWS": self.samples if resident else self.plan.rows} if self.plan.impl == "lane" else {}
+        with device_of(losses):
+            self.kernel[self.grid](
+                order_ptr=order,
+                losses_ptr=losses,
+                batch=start % self.batches,
+                taken=self.taken,
+                steps=steps,
+                offset=offset,
+                # A period longer than the launch would overflow for nothing.
+                period=min(log_every or offset + steps, offset + steps),
+                RESIDENT=resident,
+                **rows,
+                **self.arguments,
+                enable_fp_fusion=True,
+            )
+        self.taken += steps

@@ -1,0 +1,160 @@
+"""What a step of training does: losses, optimizers, the update of a parameter, and where segments begin and end."""
+
+# triton's types know neither launch options nor tl.range.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# triton's types know neither launch options nor tl.range.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportPossiblyUnboundVariable=false
+import triton
+import triton.language as tl
+
+from .functions import sigmoid
+from .network_functions import bce_with_logits, log1p_exp
+
+# Arguments that change from launch to launch of one run, or from one number of networks to another.
+UNSPECIALIZED = (
+    "members",
+    "samples",
+    "stride_xe",
+    "stride_ye",
+    "batch_size",
+    "batches",
+    "batch",
+    "taken",
+    "steps",
+    "offset",
+    "period",
+)
+UNALIGNED = ("order_ptr", "losses_ptr")  # may be rows of longer tensors
+
+
+@triton.jit
+def bce(z, y, t):
+    # From z, where p has lost digits, but cut off where torch's BCELoss is: log 0 counts -100. In torch p is 0 where
+    # e^-z overflows, and 1 where 1 + e^-z rounds to 1, from z = 24 ln 2 on.
+    log1p = log1p_exp(z)
+    minus_log_p = tl.where(z < -88.72284, 100.0, tl.maximum(-z, 0.0) + log1p)
+    minus_log_q = tl.where(z > 16.635532, 100.0, tl.maximum(z, 0.0) + log1p)
+    return t * minus_log_p + (1.0 - t) * minus_log_q
+
+
+@triton.jit
+def bce_dz(z, y, t, BACKWARD):
+    return y - t
+
+
+@triton.jit
+def bce_logits(z, y, t):
+    return bce_with_logits(z, t, 1.0)
+
+
+@triton.jit
+def bce_logits_dz(z, y, t, BACKWARD):
+    return sigmoid(z) - t
+
+
+@triton.jit
+def mse(z, y, t):
+    return (y - t) * (y - t)
+
+
+@triton.jit
+def mse_dz(z, y, t, BACKWARD):
+    return BACKWARD(2.0 * (y - t), y)
+
+
+LOSSES = {"bce": (bce, bce_dz), "bce_logits": (bce_logits, bce_logits_dz), "mse": (mse, mse_dz)}
+
+
+@triton.jit
+def sgd_numbers(t, lr, hyper):
+    return (lr,)
+
+
+@triton.jit
+def sgd(p, g, m, v, numbers, hyper):
+    return p - numbers[0] * g, m, v
+
+
+@triton.jit
+def momentum_numbers(t, lr, hyper):
+    # The first step sets the buffer, which is 0 before it, to the gradient itself, undamped.
+    return lr, tl.where(t == 1, 1.0, hyper[1])
+
+
+@triton.jit
+def momentum(p, g, m, v, numbers, hyper):
+    m = hyper[0] * m + numbers[1] * g
+    return p - numbers[0] * m, m, v
+
+
+@triton.jit
+def nesterov(p, g, m, v, numbers, hyper):
+    m = hyper[0] * m + numbers[1] * g
+    return p - numbers[0] * (g + hyper[0] * m), m, v
+
+
+@triton.jit
+def _one_minus_power(t, log):
+    """1 - e^(t log) for log < 0, to fp32 accuracy: near 0 by its series, where 1 - e^u would cancel."""
+    # Beyond -100 the power is 0 anyway, and the log of a decay of 0 is -inf.
+    u = tl.maximum(t.to(tl.float32) * log, -100.0)
+    series = 1.0 + u * (1.0 / 6) * (1.0 + u * (1.0 / 7) * (1.0 + u * (1.0 / 8)))
+    series = 1.0 + u * (1.0 / 2) * (1.0 + u * (1.0 / 3) * (1.0 + u * (1.0 / 4) * (1.0 + u * (1.0 / 5) * series)))
+    return tl.where(u > -0.5, -u * series, 1.0 - tl.exp2(u * 1.4426950408889634))
+
+
+@triton.jit
+def adam_numbers(t, lr, hyper):
+    # From t itself, not from running products: those would depend on where a launch began.
+    return lr / _one_minus_power(t, hyper[4]), tl.rsqrt(_one_minus_power(t, hyper[5]))
+
+
+@triton.jit
+def adam(p, g, m, v, numbers, hyper):
+    m = hyper[0] * m + hyper[1] * g
+    v = hyper[2] * v + hyper[3] * g * g
+    return p - numbers[0] * (m / (tl.sqrt(v) * numbers[1] + hyper[6])), m, v
+
+
+OPTIMIZERS = {
+    "sgd": (sgd_numbers, sgd),
+    "momentum": (momentum_numbers, momentum),
+    "nesterov": (momentum_numbers, nesterov),
+    "adam": (adam_numbers, adam),
+}
+
+
+@triton.jit
+def update(params, firsts, seconds, grads, lr, weight_decay, t, hyper, NUMBERS, UPDATE, DECOUPLED):
+    """(params, firsts, seconds) after step t; tuples of tensors of any shape, of which grads has the same."""
+    numbers = NUMBERS(t, lr, hyper)
+    new_params = ()
+    new_firsts = ()
+    new_seconds = ()
+    for i in tl.static_range(len(params)):
+        p = params[i]
+        g = grads[i]
+        if weight_decay is not None:
+            if DECOUPLED:
+                p = p * (1.0 - lr * weight_decay)
+            else:
+                g = g + weight_decay * p
+        p, m, v = UPDATE(p, g, firsts[i], seconds[i], numbers, hyper)
+        new_params = new_params + (p,)
+        new_firsts = new_firsts + (m,)
+        new_seconds = new_seconds + (v,)
+    return new_params, new_firsts, new_seconds
+
+
+@triton.jit
+def segment_steps(segment, offset, period, steps):
+    """The first step of a segment and the first one behind it.
+
+    From the segment's number, never handed from one turn of the loop to the next: triton 3.6.0 and 3.7.1 drop what a
+    loop carries if it does nothing but bound a nested loop, and every turn sees the first value (triton PR 9036).
+    """
+    first = segment * period - offset
+    return tl.maximum(first, 0), tl.minimum(first, steps - period) + period

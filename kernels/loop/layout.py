@@ -1,0 +1,175 @@
+"""Where the numbers of a network lie, and the buffers and calls of a step on a batch of one size."""
+
+import itertools
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..activations import ACTIVATIONS, Activation
+from ..records import Recipe
+from .optimizer import Optimizer
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Something for every parameter: the parameters themselves, their gradients, an optimizer's state."""
+
+    whole: Tensor
+    views: list[Tensor]  # one per layer, its weight and bias side by side
+
+
+class Layout(ABC):
+    """Where the numbers of a network, or of a stack of them, lie, and which calls compute with them."""
+
+    axis: int  # of x and y that counts samples
+
+    def __init__(self, recipe: Recipe, parameters: Sequence[Tensor], x: Tensor, y: Tensor) -> None:
+        self.recipe = recipe
+        self.bias = int(recipe.bias)
+        self.layers = list(itertools.pairwise(recipe.widths))  # (inputs, outputs)
+        self.activations = [ACTIVATIONS[recipe.hidden]] * (len(self.layers) - 1) + [ACTIVATIONS[recipe.output]]
+        self.like = parameters[0]
+        self.members = self.like.shape[0]
+        self.shared = x.shape[0] == 1
+        self.x, self.y = self.samples(x, y)
+        self.parameters = self.storage()
+        self.write(self.parameters, parameters)
+
+    @abstractmethod
+    def samples(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """All samples, as batches are taken from them."""
+
+    @abstractmethod
+    def storage(self) -> Storage:
+        """A new storage of zeros."""
+
+    @abstractmethod
+    def blocks(self, view: Tensor, inputs: int) -> tuple[Tensor, Tensor | None]:
+        """The weight (E, N, K) and the bias (E, N) in a layer's view."""
+
+    @abstractmethod
+    def parts(self, storage: Storage) -> list[Tensor]:
+        """The tensors of a storage that elementwise calls take, each of which a rate per member can multiply."""
+
+    @abstractmethod
+    def rates(self, lr: Tensor) -> Tensor:
+        """lr (E,), in the shape that multiplies parts and dz member by member."""
+
+    @abstractmethod
+    def build(self, batch: "Batch") -> None:
+        """Makes the batch's buffers and its calls, as far as the gradients at each layer's output."""
+
+    @abstractmethod
+    def accumulate(self, batch: "Batch", storage: Storage, beta: float, alpha: float) -> list[Call]:
+        """Calls for storage = beta * storage + alpha * (dz times input, summed over the batch)."""
+
+    def load(self, inputs: Tensor, target: Tensor, indices: Tensor | None) -> None:
+        """Copies the samples with these indices, or all of them."""
+        if indices is None:
+            inputs.copy_(self.x)
+            target.copy_(self.y)
+        else:
+            torch.index_select(self.x, self.axis, indices, out=inputs)
+            torch.index_select(self.y, self.axis, indices, out=target)
+
+    def write(self, storage: Storage, tensors: Sequence[Tensor]) -> None:
+        for own, given in zip(self._blocks(storage), tensors, strict=True):
+            own.copy_(given)
+
+    def read(self, storage: Storage, tensors: Sequence[Tensor]) -> None:
+        for own, given in zip(self._blocks(storage), tensors, strict=True):
+            given.copy_(own)
+
+    def _blocks(self, storage: Storage) -> Iterator[Tensor]:
+        for view, (inputs, _) in zip(storage.views, self.layers, strict=True):
+            weight, bias = self.blocks(view, inputs)
+            yield weight
+            if bias is not None:
+                yield bias
+
+
+_streams = threading.local()
+
+
+def _capture_stream(device: torch.device) -> "torch.cuda.Stream":
+    """A stream of this thread on this device. torch's own for captures is one for all, on the device that was first."""
+    own: dict = _streams.__dict__.setdefault("by_device", {})
+    if device not in own:
+        own[device] = torch.cuda.Stream(device)
+    return own[device]
+
+
+class Batch:
+    """The buffers and calls of a step on a batch of one size."""
+
+    inputs: list[Tensor]  # of each layer, with its ones
+    dz: list[Tensor]  # of each layer, but for the factor `scale`
+    output: Tensor  # of the last layer
+    target: Tensor  # broadcasts to it
+    summed: tuple[int, int]  # its dimensions but that of the members
+    load: Callable[[Tensor | None], None]  # fetches the samples with these indices, or all
+    whole_inputs: Tensor  # of a joint layout: those of all layers in one matrix
+    whole_dz: Tensor
+
+    def __init__(self, layout: Layout, optimizer: "Optimizer", size: int) -> None:
+        self.recipe, self.size, self.dz_rates = layout.recipe, size, optimizer.dz_rates
+        self.mean = 1 / (size * self.recipe.widths[-1]) if self.recipe.reduction == "mean" else 1.0
+        self.scale = self.mean * (2 if self.recipe.loss == "mse" else 1)
+        self.forward: list[Call] = []
+        self.backward: list[Call] = []
+        layout.build(self)
+        self.backward += optimizer.calls(self)
+        self.calls = self.forward + self.backward
+        self.ran = self.captured = False
+
+    def capture(self) -> None:
+        """Puts one replay of a CUDA graph in the place of all calls of a step.
+
+        They have run before: libraries set themselves up on their first call, which a capture does not bear. Capturing
+        runs nothing.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=_capture_stream(self.output.device), capture_error_mode="thread_local"):
+            for call in self.calls:
+                call()
+        self.calls = [graph.replay]
+        self.captured = True
+
+    def activate(self, activation: Activation, z: Tensor, out: Tensor) -> None:
+        if z is not out or activation.name != "identity":
+            self.forward.append(partial(activation.forward_into, z, out))
+
+    def start_backward(self) -> None:
+        p, t, dz = self.output, self.target, self.dz[-1]
+        if self.recipe.loss == "bce_logits":
+            self.backward += [partial(torch.sigmoid, p, out=dz), partial(torch.sub, dz, t, out=dz)]
+        else:
+            self.backward.append(partial(torch.sub, p, t, out=dz))
+        if self.recipe.loss == "mse":
+            self.through(ACTIVATIONS[self.recipe.output], dz, p)
+        if self.dz_rates is not None:
+            self.backward.append(partial(dz.mul_, self.dz_rates))
+
+    def through(self, activation: Activation, dz: Tensor, h: Tensor) -> None:
+        """dh in the place of dz becomes dz."""
+        if activation.name != "identity":
+            self.backward.append(partial(activation.backward_into, dz, h, dz))
+
+    def loss(self) -> Tensor:
+        """(E,)"""
+        p, t = self.output, self.target
+        if self.recipe.loss == "mse":
+            values = (p - t).square_()
+        elif self.recipe.loss == "bce":
+            # Written out: torch's function raises at NaN, where a loop reports what it meets.
+            values = -(t * p.log().clamp_min_(-100) + (1 - t) * torch.log1p(-p).clamp_min_(-100))
+        else:
+            values = torch.nn.functional.binary_cross_entropy_with_logits(p, t.expand_as(p), reduction="none")
+        return values.sum(self.summed).mul_(self.mean)

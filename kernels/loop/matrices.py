@@ -1,0 +1,99 @@
+"""Networks whose layers are matrices, or stacks of them."""
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..records import Recipe
+from .layout import Batch, Call, Layout, Storage
+
+
+class Matrices(Layout):
+    """A layer is a matrix (N, K + 1), or a stack of them; its input is (K + 1, B), with ones in the last row.
+
+    joint: one network only, with all layers on the diagonal of one matrix. One product then updates them all; what it
+    leaves off the diagonal is never read.
+    """
+
+    axis = -2
+
+    def __init__(self, recipe: Recipe, parameters: Sequence[Tensor], x: Tensor, y: Tensor, joint: bool) -> None:
+        self.joint = joint
+        super().__init__(recipe, parameters, x, y)
+
+    def samples(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        self.stack = () if self.members == 1 else (self.members,)
+        self.rows = [n for _, n in self.layers]
+        self.columns = [k + self.bias for k, _ in self.layers]
+        return x[0] if self.shared else x, y[0] if y.shape[0] == 1 else y
+
+    def storage(self) -> Storage:
+        sizes = list(zip(self.rows, self.columns, strict=True))
+        if self.joint:
+            whole = self.like.new_zeros(sum(self.rows), sum(self.columns))
+            corners = zip(itertools.accumulate(self.rows), itertools.accumulate(self.columns), strict=True)
+            blocks = [whole[i - n : i, j - k : j] for (i, j), (n, k) in zip(corners, sizes, strict=True)]
+            return Storage(whole, blocks)
+        counts = [self.members * n * k for n, k in sizes]
+        whole = self.like.new_zeros(sum(counts))
+        parts = zip(whole.split(counts), sizes, strict=True)
+        return Storage(whole, [part.view(*self.stack, n, k) for part, (n, k) in parts])
+
+    def blocks(self, view: Tensor, inputs: int) -> tuple[Tensor, Tensor | None]:
+        view = view if self.stack else view[None]
+        return view[..., :inputs], view[..., inputs] if self.bias else None
+
+    def parts(self, storage: Storage) -> list[Tensor]:
+        return storage.views if self.stack else [storage.whole]
+
+    def rates(self, lr: Tensor) -> Tensor:
+        return lr.view(-1, 1, 1)
+
+    def build(self, batch: Batch) -> None:
+        new, ones, size = self.like.new_empty, self.like.new_ones, batch.size
+        if self.joint:
+            batch.whole_inputs, batch.whole_dz = ones(sum(self.columns), size), new(sum(self.rows), size)
+            batch.inputs, batch.dz = list(batch.whole_inputs.split(self.columns)), list(batch.whole_dz.split(self.rows))
+        else:
+            # The first layer's input lies as the samples do.
+            samples = ones(*self.x.shape[:-2], size, self.columns[0])
+            batch.inputs = [samples.mT, *(ones(*self.stack, k, size) for k in self.columns[1:])]
+            batch.dz = [new(*self.stack, n, size) for n in self.rows]
+        batch.output = new(*self.stack, self.rows[-1], size)
+        target = new(*self.y.shape[:-2], size, self.rows[-1])
+        batch.target, batch.summed = target.mT, (-2, -1)
+        batch.load = partial(self.load, batch.inputs[0][..., : self.layers[0][0], :].mT, target)
+
+        outputs = [*(h[..., :n, :] for h, n in zip(batch.inputs[1:], self.rows, strict=False)), batch.output]
+        for l, (weight, h, out) in enumerate(zip(self.parameters.views, batch.inputs, outputs, strict=True)):
+            # A stack of products wants a dense result, which an input beside its ones is not.
+            z = batch.dz[l] if self.stack and l < len(outputs) - 1 else out
+            if self._as_one(l):
+                batch.forward.append(partial(torch.mm, weight.flatten(0, 1), h, out=z.view(-1, size)))
+            else:
+                batch.forward.append(partial(torch.bmm if self.stack else torch.mm, weight, h, out=z))
+            batch.activate(self.activations[l], z, out)
+        batch.start_backward()
+        for l in range(len(self.layers) - 1, 0, -1):
+            dz, weight = batch.dz[l - 1], self.parameters.views[l][..., : self.layers[l][0]]
+            batch.backward.append(partial(torch.bmm if self.stack else torch.mm, weight.mT, batch.dz[l], out=dz))
+            batch.through(self.activations[l - 1], dz, outputs[l - 1])
+
+    def _as_one(self, l: int) -> bool:
+        """Whether the members' first layers are the rows of one matrix: they see the same samples."""
+        return bool(self.stack) and self.shared and l == 0
+
+    def accumulate(self, batch: Batch, storage: Storage, beta: float, alpha: float) -> list[Call]:
+        if self.joint:
+            return [partial(storage.whole.addmm_, batch.whole_dz, batch.whole_inputs.mT, beta=beta, alpha=alpha)]
+        calls: list[Call] = []
+        for l, (view, dz, h) in enumerate(zip(storage.views, batch.dz, batch.inputs, strict=True)):
+            if self._as_one(l):
+                calls.append(partial(view.flatten(0, 1).addmm_, dz.flatten(0, 1), h.mT, beta=beta, alpha=alpha))
+            else:
+                add = view.baddbmm_ if self.stack else view.addmm_
+                calls.append(partial(add, dz, h.mT, beta=beta, alpha=alpha))
+        return calls
