@@ -12,7 +12,7 @@ import timing
 import torch
 from stack_cases import DTYPES, SUITES
 
-from perceptriton.kernels import ops
+from perceptriton.kernels import devices
 
 LIMITS = pytest.StashKey[dict]()
 NOT_REACHED = pytest.StashKey[list[str]]()
@@ -71,7 +71,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda,
     }
-    machine_info["cpu_kind"] = ops.cpu_kind()
+    machine_info["cpu_kind"] = devices.cpu_kind()
     machine_info["threads"] = torch.get_num_threads()
     machine_info["openmp"] = {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_"))}
     machine_info["quick"] = config.getoption("--suite-quick")

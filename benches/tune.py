@@ -31,13 +31,14 @@ import timing
 import torch
 
 from perceptriton.kernels import plan as planning
-from perceptriton.kernels import reference
-from perceptriton.kernels.plan import TABLES, Plan, WideTile
+from perceptriton.kernels import records, reference, tables
+from perceptriton.kernels.records import Plan, WideTile
+from perceptriton.kernels.tables import TABLES
 
 ROOT = Path(__file__).parent.parent
-PRODUCTS = ("half", "tf32", *planning.SPLITS)
+PRODUCTS = ("half", "tf32", *records.SPLITS)
 # Products forward, for dz of the layer below, and for dweight, where the library has none in fp32 on tensor cores.
-KINDS = (*PRODUCTS, *(f"dgrad-{product}" for product in PRODUCTS), *(f"wgrad-{split}" for split in planning.SPLITS))
+KINDS = (*PRODUCTS, *(f"dgrad-{product}" for product in PRODUCTS), *(f"wgrad-{split}" for split in records.SPLITS))
 # rows, in_features, out_features: squares, the layers of the benchmark suite, batches of inference, heads.
 SHAPES = [(s, s, s) for s in (1024, 2048, 4096, 8192)] + [
     (16384, 4096, 4096),
@@ -51,7 +52,7 @@ SHAPES = [(s, s, s) for s in (1024, 2048, 4096, 8192)] + [
 ]
 TOYS = [(70, 264, 72), (130, 40, 136)]
 # The pass that the library's product is followed by has one tile for all chips.
-PASSES = planning.Device("cuda", 90, 132, triton=True)
+PASSES = records.Device("cuda", 90, 132, triton=True)
 # A tile has to win by more than what repeated measurements differ by.
 MARGIN = 1.02
 # What a result may add to twice the library's error: the floors of the tests, and what a short product costs.
@@ -78,7 +79,7 @@ def measure(
     kind: str, shape: tuple[int, int, int], tiles, device: torch.device, units: int, seconds: float, wrong: list[str]
 ) -> dict | None:
     """The row of one shape, or None without a tile to time. Those whose results are wrong are said in `wrong`."""
-    linear, wide = (importlib.import_module(f"perceptriton.kernels.{name}") for name in ("linear", "wide"))
+    linear, wide = (importlib.import_module(f"perceptriton.kernels.gpu.{name}") for name in ("layer", "wide"))
     m, k, n = shape
     cuda = device.type == "cuda"
     of, product = kind.rpartition("-")[::2]
@@ -125,7 +126,7 @@ def measure(
             for splits in sorted(cuts):
                 error = relative_error(step(tile, splits)(), exact)
                 if error <= bound:  # not so a NaN
-                    steps[json.dumps([planning.wide_row(tile), splits])] = step(tile, splits)
+                    steps[json.dumps([tables.wide_row(tile), splits])] = step(tile, splits)
                 else:
                     wrong.append(f"{kind} {shape} {tile} in {splits}: error {error:.2e}, {bound:.2e} are allowed")
         del exact
@@ -161,7 +162,7 @@ def updated(document: dict, name: str, kind: str, row: dict) -> dict:
 
 def write(path: Path, document: dict) -> None:
     """As JSON with a row per line: a table to read and to diff. Checked as a plan will read it."""
-    planning.read_wide(document)
+    tables.read_wide(document)
     indented = json.dumps(document, indent=1)
     flat = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", indented)
     flat = re.sub(r"\{\s+(\"shape\"[^{}]*?)\s+\}", lambda row: "{" + " ".join(row[1].split()) + "}", flat)

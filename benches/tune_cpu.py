@@ -36,8 +36,8 @@ import numpy as np
 import timing
 import torch
 
-from perceptriton.kernels import ops, plan, reference
-from perceptriton.kernels.plan import Device, Plan
+from perceptriton.kernels import crossover, devices, ops, plan, records, reference, tables
+from perceptriton.kernels.records import Device, Plan
 from perceptriton.mlp import linear_sigmoid
 
 ROLES = ("forward", "dx", "dweight")
@@ -149,37 +149,36 @@ def in_force(thresholds: dict) -> Iterator[None]:
     """Inside, the package plans by these thresholds, for every dtype."""
 
     def forget():
-        plan._table.cache_clear()
+        tables.read_table.cache_clear()
         plan.linear_act_fwd.cache_clear()
         plan.linear_act_bwd.cache_clear()
-        ops.small_cpu_products.clear()
-        ops._few_cpu_outputs.cache_clear()
+        crossover.cpu_rows.cache_clear()
 
-    before = plan.TABLES
+    before, question = tables.TABLES, ops.prefers_torch
     with tempfile.TemporaryDirectory() as folder:
-        table = {"thresholds": {"any": dict.fromkeys(plan.DTYPES, thresholds)}}
+        table = {"thresholds": {"any": dict.fromkeys(records.DTYPES, thresholds)}}
         Path(folder, "cpu.json").write_text(json.dumps(table))
-        plan.TABLES = Path(folder)
+        tables.TABLES = Path(folder)
         forget()
         try:
             yield
         finally:
-            plan.TABLES = before
+            tables.TABLES, ops.prefers_torch = before, question
             forget()
 
 
 def small_steps(role: str, tensors: Tensors) -> dict[str, timing.Step]:
     """To be timed inside `in_force` with `small` at 0."""
     x, weight, bias = (t.detach().clone() for t in (tensors.x, tensors.weight, tensors.bias))
-    dy, dtype = tensors.dy, tensors.x.dtype
+    dy = tensors.dy
     leaves = (x, weight, bias)
     training = role == "small_both"
     for leaf in leaves:
         leaf.requires_grad_(training)
 
-    def side(limit: int) -> timing.Step:
+    def side(torch_wins: bool) -> timing.Step:
         def forward():
-            ops.small_cpu_products[dtype] = limit
+            ops.prefers_torch = answers[torch_wins]
             return linear_sigmoid(x, weight, bias)
 
         def both():
@@ -189,7 +188,8 @@ def small_steps(role: str, tensors: Tensors) -> dict[str, timing.Step]:
 
         return both if training else forward
 
-    return {"aten": side(NEVER), "explicit": side(1)}
+    answers = (lambda *_: False), (lambda *_: True)
+    return {"aten": side(True), "explicit": side(False)}
 
 
 def chunk_steps(m: int, k: int, n: int, dtype: str, thresholds: dict, tensors: Tensors) -> dict[str, timing.Step]:
@@ -226,7 +226,7 @@ WORTH = 0.01
 
 
 def fit_rule(rows: list[Row]) -> dict | None:
-    """The rule for taking oneDNN (second) over mm (first): bounds that `plan._within` reads; None: never.
+    """The rule for taking oneDNN (second) over mm (first): bounds that `plan.cpu._within` reads; None: never.
 
     Rules that choose alike in all rows tie, and the most reluctant of them wins.
     """
@@ -301,7 +301,7 @@ def quality(rows: list[Row], takes_second: Callable[[Row], bool]) -> str:
 
 
 def takes(rule: dict | None) -> Callable[[Row], bool]:
-    return lambda row: plan._within(rule, row.m, row.k, row.n)
+    return lambda row: plan.cpu._within(rule, row.m, row.k, row.n)
 
 
 # --- the measurement ---------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def measure(dtype: str, shapes: list[tuple[int, int, int]], progress: Progress) 
 
     thresholds = {"small": 0, **fit_products(0), "chunk_above_bytes": NEVER, "chunk_bytes": MEGABYTE}
     for m, k, n in of_splits(shapes):
-        gemm = "onednn" if plan._within(thresholds["dweight"], m, k, n) else "mm"
+        gemm = "onednn" if plan.cpu._within(thresholds["dweight"], m, k, n) else "mm"
         us = timed(split_steps(gemm, Tensors(m, k, n, torch_dtype)), progress.share())
         rows.append(Row("split", m, k, n, us["product"], us["split"]))
         progress.step(f"{dtype} split {m}x{k}x{n}")
@@ -424,7 +424,7 @@ def merge(document: dict, vendor: str, thresholds: dict[str, dict], facts: dict)
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=plan.TABLES / "cpu.json", help="the table to bring up to date")
+    parser.add_argument("--out", type=Path, default=tables.TABLES / "cpu.json", help="the table to bring up to date")
     parser.add_argument("--rows", type=Path, help="what was measured; default: benches/results/tune-cpu-<kind>.json")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
     parser.add_argument("--quick", action="store_true", help="a coarse grid in a minute, to try the script out")
@@ -432,7 +432,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if binding.LATE:
         parser.error(binding.LATE)
-    vendor = ops.cpu_kind()
+    vendor = devices.cpu_kind()
     if not vendor:
         parser.error("torch does not tell this CPU's name, so the plans could not find the table")
     if reference.onednn_linear() is None:
@@ -452,7 +452,7 @@ def main(arguments: list[str] | None = None) -> int:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "quick": options.quick,
     }
-    base = options.out if options.out.exists() else plan.TABLES / "cpu.json"
+    base = options.out if options.out.exists() else tables.TABLES / "cpu.json"
     thresholds = {dtype: own for dtype, (own, _) in found.items()}
     rows = {dtype: [[*row[:4], round(row[4], 1), round(row[5], 1)] for row in own] for dtype, (_, own) in found.items()}
     kept = options.rows or RESULTS / f"tune-cpu-{vendor.lower().replace(' ', '-')}.json"

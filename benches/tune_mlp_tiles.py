@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 import triton
 
-from perceptriton.kernels import aot, mlp
-from perceptriton.kernels.plan import TABLES, MlpPlan, MlpSegment, MlpTile
+from perceptriton.kernels.gpu import aot, network
+from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile
+from perceptriton.kernels.tables import TABLES
 
 KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
 ARCHS = (80, 90)
@@ -149,12 +150,12 @@ def launch(
     if op == "mlp_bwd":
         if loss:
             arguments = (empty(), x, (), weights, biases, act, y, pos_weight, "mean", wanted, plan)
-            return aot.launches(mlp.mlp_bce_bwd, *arguments)[0]
-        return aot.launches(mlp.mlp_bwd, y, x, (), weights, biases, act, act, wanted, plan)[0]
+            return aot.launches(network.mlp_bce_bwd, *arguments)[0]
+        return aot.launches(network.mlp_bwd, y, x, (), weights, biases, act, act, wanted, plan)[0]
     if loss:
         arguments = (x, weights, biases, act, y, pos_weight, "mean", dtype, plan, save)
-        return aot.launches(mlp.mlp_bce_fwd, *arguments)[0]
-    return aot.launches(mlp.mlp_fwd, x, weights, biases, act, act, plan, save)[0]
+        return aot.launches(network.mlp_bce_fwd, *arguments)[0]
+    return aot.launches(network.mlp_fwd, x, weights, biases, act, act, plan, save)[0]
 
 
 def pick(task) -> list[int] | None:

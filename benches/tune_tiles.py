@@ -25,8 +25,9 @@ import atomic
 import torch
 import triton
 
-from perceptriton.kernels import aot, linear
-from perceptriton.kernels.plan import TABLES, Plan, Tile
+from perceptriton.kernels.gpu import aot, layer
+from perceptriton.kernels.records import Plan, Tile
+from perceptriton.kernels.tables import TABLES
 
 WIDTHS = (16, 32, 64, 128, 256)
 KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
@@ -57,10 +58,10 @@ def launch(op: str, dtype: torch.dtype, precision: str, m: int, k: int, n: int, 
     plan = Plan("rows", "", tile, programs=2, precision=precision)
     if op == "linear_act_fwd":
         # tanh has the longest epilogue
-        return aot.launches(linear.linear_act_fwd, empty(m, k), empty(n, k), empty(n), "tanh", plan)[0]
+        return aot.launches(layer.linear_act_fwd, empty(m, k), empty(n, k), empty(n), "tanh", plan)[0]
     wanted = (True, True, True)
     arguments = (empty(m, n), empty(m, n), empty(m, k), empty(n, k), "sigmoid", wanted, plan)
-    return aot.launches(linear.linear_act_bwd, *arguments)[0]
+    return aot.launches(layer.linear_act_bwd, *arguments)[0]
 
 
 def pick(task: tuple[int, str, str, str, int, int], start: list[int] | None = None) -> list[int] | None:

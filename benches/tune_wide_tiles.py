@@ -23,9 +23,11 @@ import torch
 import triton
 from tune import KINDS, write
 
-from perceptriton.kernels import aot, wide
 from perceptriton.kernels import plan as planning
-from perceptriton.kernels.plan import TABLES, Plan, WideTile
+from perceptriton.kernels import tables
+from perceptriton.kernels.gpu import aot, wide
+from perceptriton.kernels.records import Plan, WideTile
+from perceptriton.kernels.tables import TABLES
 
 SHAPE = (8192, 4096, 4096)
 # Largest first; of one size, the preferred one first. Columns as in the table: blocks of M, N and K, warps, stages,
@@ -87,7 +89,7 @@ def launch(kind: str, tile: WideTile, activation: str, splits: int = 1) -> aot.L
 def programs_per_sm(task: tuple[int, str, list[int]]) -> int | None:
     """How many programs of a clean tile fit on an SM, or None."""
     arch, kind, row = task
-    tile = planning.wide_tile(row)
+    tile = tables.wide_tile(row)
     dgrad = kind.startswith("dgrad")
     launches = [(kind, tile, activation) for activation in (("sigmoid", "tanh") if dgrad else ("tanh",))]
     if not dgrad and planning.wide_splits(1, 1 << 20, 1, tile, 132) > 1:

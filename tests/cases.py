@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from perceptriton.kernels import ops, plan
+from perceptriton.kernels import crossover, plan, tables
 
 # (rows, in_features, out_features): why
 SHAPES = {
@@ -65,17 +65,14 @@ class Spy:
 
 def nothing_is_small(monkeypatch):
     """No call on a CPU stays with plain torch for its size before anything is planned."""
-    monkeypatch.setattr(ops, "few_outputs", lambda *_: False)
-    for dtype in DTYPES:
-        monkeypatch.setitem(ops.small_cpu_products, dtype, 1)
+    monkeypatch.setattr(crossover, "cpu_rows", lambda *_: 0)
 
 
 def forget_plans():
     """Empties what plans, and the door above them, remember of shapes and tables."""
-    for remembering in (*vars(plan).values(), ops._mlp_plans, ops._few_cpu_outputs):
+    for remembering in (*vars(plan).values(), plan.network._mlp_row, crossover.cpu_rows, tables.read_table):
         if hasattr(remembering, "cache_clear"):
             remembering.cache_clear()
-    ops.small_cpu_products.clear()
 
 
 # How the same operand may lie in memory. What lies between and around the values is NaN, so that whoever reads

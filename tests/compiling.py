@@ -16,6 +16,8 @@ import pytest
 import torch
 from machine_code import DOTS, dangerous_dots, lost_bounds, overwritten_operands
 
+from perceptriton.kernels import tables
+
 PRINTED = ("HGMMA", "HMMA", "FFMA", "MUFU")
 PER_PROGRAM = ("registers", "stack", "shared", "num_warps")
 TABLES = Path(__file__).with_name("compiled")
@@ -37,7 +39,7 @@ WRONG = ("dangerous dots", "lost bounds", "overwritten operands")
 
 def compile_for(arch, launch):
     """Resources with these findings, compiled whatever a table says."""
-    from perceptriton.kernels import aot
+    from perceptriton.kernels.gpu import aot
 
     return aot.compile_for(arch, launch, FINDINGS)
 
@@ -62,7 +64,7 @@ def compile_selected(request, cases, launches):
     """
     import triton
 
-    from perceptriton.kernels import aot
+    from perceptriton.kernels.gpu import aot
 
     option = request.config.getoption
     selected = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
@@ -111,7 +113,7 @@ def compile_selected(request, cases, launches):
 
 def _compile(launches, case, index):
     """Resources and cubin of one of the launches of a case."""
-    from perceptriton.kernels import aot
+    from perceptriton.kernels.gpu import aot
 
     compiled = aot.compiled(*launches(case)[index])
     return aot.measure(compiled, FINDINGS), compiled.asm["cubin"]
@@ -148,7 +150,7 @@ def figures(resources):
 
 def resources_of(numbers):
     """The inverse of `figures`. A KeyError names what is missing."""
-    from perceptriton.kernels import aot
+    from perceptriton.kernels.gpu import aot
 
     own, counted = (numbers[name] for name in PER_PROGRAM), (*aot.OPCODES, "all")
     opcodes, loop_opcodes = ({name: numbers[name + where] for name in counted} for where in ("", " in loops"))
@@ -213,11 +215,10 @@ def assert_fits(resources, arch):
     """
     import triton
 
-    from perceptriton.kernels import aot
-    from perceptriton.kernels import plan as planning
+    from perceptriton.kernels.gpu import aot
 
     assert resources.shared <= aot.SHARED_LIMIT[arch]
-    if triton.__version__ not in planning._table("gpu_tiles.json")["triton"] and resources.spills:
+    if triton.__version__ not in tables.read_table("gpu_tiles.json")["triton"] and resources.spills:
         pytest.xfail(f"triton {triton.__version__}, with which no table was made, spills {resources.stack} bytes")
     assert resources.stack == 0, f"{resources.stack} bytes of stack per thread"
     assert not resources.spills

@@ -8,7 +8,7 @@ import compiling
 import pytest
 import torch
 
-from perceptriton.kernels import ops, plan
+from perceptriton.kernels import crossover, plan, records
 
 
 def pytest_addoption(parser):
@@ -81,7 +81,7 @@ def seed():
 def kernels_whatever_the_size(monkeypatch):
     """On a GPU, small eager calls would take plain torch; tests are small, and mean the kernels."""
     if torch.cuda.is_available():
-        monkeypatch.setattr(plan, "LAUNCH_BOUND_BYTES", (0, 0))
+        monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -169,25 +169,25 @@ def force(monkeypatch):
 
             def mlp_plan(m, widths, *_):
                 if own.impl != "explicit" or len(widths) == 2:
-                    return plan.MlpPlan("layers", "the test says so")
+                    return records.MlpPlan("layers", "the test says so")
                 layers = (own,) * (len(widths) - 1)
-                return plan.MlpPlan("explicit", "the test says so", layers=layers, chunk=own.chunk)
+                return records.MlpPlan("explicit", "the test says so", layers=layers, chunk=own.chunk)
 
             return mlp_plan
 
-        ops._mlp_plans.cache_clear()
-        monkeypatch.setattr(plan, "mlp_fwd", network(forward))
-        monkeypatch.setattr(plan, "mlp_bwd", network(backward))
+        plan.mlp_both.cache_clear()
+        monkeypatch.setattr(plan.network, "mlp_fwd", network(forward))
+        monkeypatch.setattr(plan.network, "mlp_bwd", network(backward))
 
     yield force
-    ops._mlp_plans.cache_clear()
+    plan.mlp_both.cache_clear()
 
 
 @pytest.fixture(params=["small", "large"])
 def size(request, force):
     """Each test with the plans for small inputs and with those for large ones, whose autograd nodes are our own."""
     if request.param == "large":
-        explicit = plan.Plan("explicit", "the test says so")
+        explicit = records.Plan("explicit", "the test says so")
         force(explicit, explicit)
     return request.param
 

@@ -873,7 +873,7 @@ import tune
 if (kernel := sys.argv.pop(1)) != "right":
     import os
     os.environ["TRITON_INTERPRET"] = "1"
-    from perceptriton.kernels import wide
+    from perceptriton.kernels.gpu import wide
     first = []
     def off(plan, by):
         first[:] = first or [plan.tile]

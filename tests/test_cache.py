@@ -18,10 +18,10 @@ pytestmark = [
 COMPILE = """
 import hashlib, os, sys
 import torch
-from perceptriton.kernels import aot, linear
+from perceptriton.kernels.gpu import aot, layer
 
 slots, total = torch.empty(8, 64, device="meta"), torch.empty(64, device="meta")
-(launch,) = aot.launches(linear._sum_slots, slots, total)
+(launch,) = aot.launches(layer.sum_slots, slots, total)
 start, go = os.pipe()
 children = []
 for _ in range(int(sys.argv[1])):

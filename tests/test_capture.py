@@ -11,8 +11,7 @@ from cases import kernel_device, make_layer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perceptriton.kernels import Device, explain, ops
-from perceptriton.kernels import plan as planning
+from perceptriton.kernels import Device, crossover, explain, ops, records
 from perceptriton.mlp import MLP, functional, linear_act, mlp_act, mlp_sigmoid_bce, warmup
 
 DEVICE = kernel_device()
@@ -154,29 +153,29 @@ def test_warmup_error():
 def test_small_eager_calls_are_launch_bound(monkeypatch, training):
     streams = {0: 0, 1: 0x7F}
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.get, raising=False)
-    monkeypatch.setattr(planning, "LAUNCH_BOUND_BYTES", (1000, 3000))
+    monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (1000, 3000))
     limit = 500 * (1 + 2 * training)
 
     def x(nbytes, device=0, is_cuda=True):
-        return types.SimpleNamespace(nbytes=nbytes, is_cuda=is_cuda, get_device=lambda: device)
+        return types.SimpleNamespace(nbytes=nbytes, is_cpu=False, is_cuda=is_cuda, get_device=lambda: device)
 
     with torch.set_grad_enabled(training):
-        assert ops.launch_bound(x(limit - 1), 2.0)
-        assert not ops.launch_bound(x(limit), 2.0)
-        assert not ops.launch_bound(x(limit - 1, device=1), 2.0), "where graphs are captured"
-        assert not ops.launch_bound(x(limit - 1, is_cuda=False), 2.0)
+        assert ops.prefers_torch(x(limit - 1), (64, 64))
+        assert not ops.prefers_torch(x(limit), (64, 64))
+        assert not ops.prefers_torch(x(limit - 1, device=1), (64, 64)), "where graphs are captured"
+        assert not ops.prefers_torch(x(limit - 1, is_cuda=False), (64, 64))
 
 
-def test_growth_is_of_the_average_layer():
-    assert ops.growth((64, 64)) == 2
-    assert ops.growth((8, 24)) == 4
-    assert ops.growth((8, 24, 8)) == 4
-    assert ops.growth((10, 20, 30)) == 4
-    assert ops.growth((0, 3)) == 3
+def test_bytes_are_those_of_the_average_layer():
+    assert crossover.layer_bytes(10, (64, 64)) == 20
+    assert crossover.layer_bytes(10, (8, 24)) == 40
+    assert crossover.layer_bytes(10, (8, 24, 8)) == 40
+    assert crossover.layer_bytes(10, (10, 20, 30)) == 40
+    assert crossover.layer_bytes(10, (0, 3)) == 30
 
 
 def test_launch_bound_calls_take_plain_torch(monkeypatch):
-    monkeypatch.setattr(ops, "launch_bound", lambda x, growth: True)
+    monkeypatch.setattr(ops, "prefers_torch", lambda x, widths: True)
 
     def planned(*_, **__):
         raise AssertionError("went on to the kernels")
@@ -198,7 +197,8 @@ def test_networks_too_small_for_a_plan_take_plain_torch(monkeypatch, device):
     weights, biases = [layer.weight for layer in model[::2]], [layer.bias for layer in model[::2]]
     z = F.linear(torch.sigmoid(F.linear(x, weights[0], biases[0])), weights[1], biases[1])
     # The meta device stands for a GPU; a CPU is asked for multiply-adds instead.
-    monkeypatch.setattr(ops, "launch_bound", lambda x, growth: growth == (8 + 2 * 5 + 4) / (8 * 2))
+    if device == "meta":
+        monkeypatch.setattr(ops, "prefers_torch", lambda x, widths: widths == (8, 5, 4))
 
     def planned(*_, **__):
         raise AssertionError("asked for a plan")
@@ -218,16 +218,16 @@ def test_networks_too_small_for_a_plan_take_plain_torch(monkeypatch, device):
 @pytest.mark.parametrize("small", [True, False])
 def test_a_cold_capture_of_a_small_call_takes_plain_torch(monkeypatch, force, small):
     """Warmed up on the default stream, it has met no kernel; torch.nn would be captured."""
-    explicit = planning.Plan("explicit", "the test says so")
+    explicit = records.Plan("explicit", "the test says so")
     force(explicit, explicit)
 
     def cold(*_):
-        raise planning.NotCompiledError("not compiled yet")
+        raise records.NotCompiledError("not compiled yet")
 
     monkeypatch.setattr(ops, "linear_act_fwd", cold)
     monkeypatch.setattr(ops, "mlp_fwd", cold)
     limit = 12 * 4 * 64 if small else 1
-    monkeypatch.setattr(planning, "LAUNCH_BOUND_BYTES", (limit, limit))
+    monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (limit, limit))
     x, weight, bias, _ = make_layer(12, 8, 8, torch.float32)
     y = torch.sigmoid(F.linear(x, weight, bias))
     calls = (lambda: linear_act(x, weight, bias), lambda: mlp_act(x, [weight, weight], [bias, bias]))
@@ -235,9 +235,9 @@ def test_a_cold_capture_of_a_small_call_takes_plain_torch(monkeypatch, force, sm
         if small:
             torch.testing.assert_close(call(), expected)
         else:
-            with pytest.raises(planning.NotCompiledError):
+            with pytest.raises(records.NotCompiledError):
                 call()
-    with pytest.raises((planning.NotCompiledError, NotImplementedError)):
+    with pytest.raises((records.NotCompiledError, NotImplementedError)):
         linear_act(x, weight, bias, impl="torch")
 
 
@@ -256,51 +256,52 @@ def test_explanations_say_what_eager_calls_take():
 
 
 @pytest.fixture
-def linear():
+def layer():
     if DEVICE == "cpu":
         pytest.skip("the interpreter compiles nothing")
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    from perceptriton.kernels import linear
+    from perceptriton.kernels.gpu import layer
 
-    return linear
+    return layer
 
 
 @pytest.fixture
-def h200(linear, absent_h200, monkeypatch):
+def h200(layer, absent_h200, monkeypatch):
     """Tensors on a CPU are launched as if they were on a chip that is not there."""
     monkeypatch.setattr(torch.cuda, "device", lambda place: contextlib.nullcontext())
-    current = linear._current
+    current = layer.device_of
     tensor = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-    monkeypatch.setattr(linear, "_current", lambda _: current(tensor))
+    monkeypatch.setattr(layer, "device_of", lambda _: current(tensor))
     yield
-    linear.linear_act_fwd_rows_kernel.device_caches.clear()
+    layer.linear_act_fwd_rows_kernel.device_caches.clear()
 
 
-def test_a_cold_kernel_is_not_compiled_while_a_graph_is_captured(linear, h200, monkeypatch):
+def test_a_cold_kernel_is_not_compiled_while_a_graph_is_captured(layer, h200, monkeypatch):
     from triton.runtime import JITFunction
 
     from perceptriton.kernels import Plan, Tile
+    from perceptriton.kernels.gpu import launch
 
     compiled = []
     monkeypatch.setattr(JITFunction, "_do_compile", JITFunction._do_compile)  # restored at the end, whatever happens
-    monkeypatch.setattr(linear, "_compile", lambda kernel, *_: compiled.append(kernel.__name__))
+    monkeypatch.setattr(launch, "_compile", lambda kernel, *_: compiled.append(kernel.__name__))
     x, weight, bias, _ = make_layer(16, 16, 16, torch.float32)
     plan = Plan("rows", "the test says so", Tile(16, 16, 16, 4, 1), 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"^linear_act_fwd_rows_kernel is not compiled yet.*captured.*warmup$"):
-        linear.linear_act_fwd(x, weight, bias, "sigmoid", plan)
+        layer.linear_act_fwd(x, weight, bias, "sigmoid", plan)
     assert not compiled
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     # Another thread, which captures nothing, may come by while the first one does.
-    linear._refuse_to_compile(linear.linear_act_fwd_rows_kernel)
+    launch._refuse_to_compile(layer.linear_act_fwd_rows_kernel)
     # Of two captures the first to end leaves the other one its guard.
-    with linear._captured(torch.device("cuda", 0)):
-        with linear._captured(torch.device("cuda", 0)):
+    with launch._captured(torch.device("cuda", 0)):
+        with launch._captured(torch.device("cuda", 0)):
             pass
-        assert JITFunction._do_compile is linear._refuse_to_compile
-    assert JITFunction._do_compile is linear._compile
+        assert JITFunction._do_compile is launch._refuse_to_compile
+    assert JITFunction._do_compile is launch._compile
     # The capture is over.
-    monkeypatch.setattr(linear, "_current", lambda _: contextlib.nullcontext())
-    linear.linear_act_fwd(x, weight, bias, "sigmoid", plan)
+    monkeypatch.setattr(layer, "device_of", lambda _: contextlib.nullcontext())
+    layer.linear_act_fwd(x, weight, bias, "sigmoid", plan)
     assert compiled == ["linear_act_fwd_rows_kernel"] * 2

@@ -14,8 +14,9 @@ pytest.importorskip("triton", reason="triton is not installed: there is nothing 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
 
-from perceptriton.kernels import Device, Plan, Tile, aot, linear
+from perceptriton.kernels import Device, Plan, Tile, tables
 from perceptriton.kernels import plan as planning
+from perceptriton.kernels.gpu import aot, layer
 
 # The dtype and fp32 precision that stand for each kind of product.
 KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
@@ -24,12 +25,12 @@ NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def _forward(m, k, n, dtype, plan):
-    return linear.linear_act_fwd, _empty(dtype, (m, k), (n, k), (n,)), ("tanh", plan)
+    return layer.linear_act_fwd, _empty(dtype, (m, k), (n, k), (n,)), ("tanh", plan)
 
 
 def _backward(m, k, n, dtype, plan):
     tensors = _empty(dtype, (m, n), (m, n), (m, k), (n, k))
-    return linear.linear_act_bwd, tensors, ("sigmoid", (True, True, True), plan)
+    return layer.linear_act_bwd, tensors, ("sigmoid", (True, True, True), plan)
 
 
 def _empty(dtype, *shapes):
@@ -39,7 +40,7 @@ def _empty(dtype, *shapes):
 def _cases():
     """(id, arch, op, kind, shape, plan): every tile of the tables, through the plan of a shape that picks it."""
     ops = {"linear_act_fwd": planning.linear_act_fwd, "linear_act_bwd": planning.linear_act_bwd}
-    table = planning._table("gpu_tiles.json")["tiles"]
+    table = tables.read_table("gpu_tiles.json")["tiles"]
     for arch, (op, plan_for), kind in itertools.product(CHIPS, ops.items(), KINDS):
         dtype, precision = KINDS[kind]
         for layout, sizes in table[f"sm_{arch}"][op][kind].items():

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: there is
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
 
-from perceptriton.kernels import aot, device  # noqa: E402
+from perceptriton.kernels.gpu import aot, functions  # noqa: E402
 
 SOURCE = '''
 import math
@@ -197,7 +197,7 @@ def shipped():
 
 def functions_of_the_package():
     import perceptriton.kernels as package
-    from perceptriton.kernels import linear, mlp, training, wide  # noqa: F401
+    from perceptriton.kernels.gpu import layer, network, train, wide  # noqa: F401
 
     modules = [value for value in vars(package).values() if type(value) is type(package)]
     return {
@@ -244,13 +244,13 @@ def test_an_identity_hangs_on_the_functions_that_triton_s_own_key_hangs_on():
 
 def test_a_change_of_an_activation_changes_what_takes_it(tmp_path):
     own = shipped()["linear_act_fwd_rows_kernel"]
-    (name,) = (name for name, value in own.arguments.items() if value is device.tanh)
+    (name,) = (name for name, value in own.arguments.items() if value is functions.tanh)
     text = (compiling.TABLES.parents[1] / "kernels" / "device.py").read_text()
     copy = load(tmp_path / "copy.py", "# moved\n" + text)
     changed = load(tmp_path / "changed.py", text.replace("a < 0.125", "a < 0.25"))
     as_is, moved, other = (
         aot.identity(90, aot.Launch(own.kernel, own.arguments | {name: module.tanh}, own.options))
-        for module in (device, copy, changed)
+        for module in (functions, copy, changed)
     )
     assert as_is == moved != other
 

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from perceptriton.kernels import Plan, ops, reference
+from perceptriton.kernels import Plan, eligibility, plan, reference
 from perceptriton.mlp import MLP, LinearSigmoid, LinearSigmoidBCELoss, LinearTanh, fuse_, linear_act, mlp_act, unfuse_
 
 # torch itself uses what it deprecates when it compiles, exports and traces.
@@ -127,7 +127,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
 def test_compiles_into_as_few_graphs(kernels, name, dynamic, monkeypatch):
     # As on a GPU the graphs then hold the registered ops, which run in plain torch here.
-    monkeypatch.setattr(ops, "launchable", lambda device, dtype: kernels)
+    monkeypatch.setattr(eligibility, "launchable", lambda device, dtype: kernels)
     counts, held = [], []
     for net in pair(name)[:2]:
         torch._dynamo.reset()
@@ -437,9 +437,7 @@ def test_eight_threads_at_once(name, size):
     model, _, x = pair(name)
     expected = results(model, x)
     # What a first call finds out is found out by eight.
-    if size == "small":
-        ops.small_cpu_products.clear()
-    ops._mlp_plans.cache_clear()
+    plan.mlp_both.cache_clear()
     reference.onednn_linear.cache_clear()
     together = threading.Barrier(8)
 

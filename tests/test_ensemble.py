@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from training_cases import LOSSES, OPTIMIZERS, STATEFUL, make, ordinary, quick, relative, state_of
 
-from perceptriton.kernels import plan
+from perceptriton.kernels import plan, records
 from perceptriton.mlp import MLP, Ensemble, History, fit, fit_sharded, training
 
 EXACT = 1e-10
@@ -30,7 +30,7 @@ def one_thread():
 @pytest.fixture(params=LAYOUTS)
 def layout(request, monkeypatch):
     """Each way in which the loop may lay out several networks, however many."""
-    monkeypatch.setattr(plan, "train_loop", lambda *_: plan.LoopPlan(request.param, True, "the test says so"))
+    monkeypatch.setattr(plan, "train_loop", lambda *_: records.LoopPlan(request.param, True, "the test says so"))
     return request.param
 
 
@@ -387,15 +387,15 @@ def test_any_number_of_members(members):
 
 
 def test_layouts_are_chosen_by_size():
-    xor = plan.Recipe((2, 2, 1))
+    xor = records.Recipe((2, 2, 1))
     assert plan.train_loop(1, 4, xor, True).layout == "joint"
     assert plan.train_loop(8, 4, xor, True).layout == "matrices"
     assert plan.train_loop(1024, 4, xor, True).layout == "arrays"
-    wide = plan.Recipe((32, 64, 5))
+    wide = records.Recipe((32, 64, 5))
     assert plan.train_loop(1, 256, wide, True).layout == "matrices"
     assert plan.train_loop(1024, 64, wide, False).layout == "matrices"
     assert plan.train_loop(1, 4, xor, True).one_thread
-    assert not plan.train_loop(1, 1024, plan.Recipe((784, 512, 10)), True).one_thread
+    assert not plan.train_loop(1, 1024, records.Recipe((784, 512, 10)), True).one_thread
     assert all(plan.train_loop(e, 4, xor, True).reason for e in (1, 8, 1024))
 
 

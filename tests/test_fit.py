@@ -30,7 +30,10 @@ from training_cases import (
     xor,
 )
 
-from perceptriton.kernels import loop, plan
+from perceptriton.kernels import plan, records
+from perceptriton.kernels.loop import TorchLoop
+from perceptriton.kernels.loop import optimizer as optimizers
+from perceptriton.kernels.loop.matrices import Matrices
 from perceptriton.mlp import MLP, Ensemble, History, LinearSigmoid, fit, lessons, training
 
 # Two orders of the same fp64 sums over 100 steps.
@@ -46,7 +49,7 @@ def one_thread():
 @pytest.fixture(params=["joint", "matrices"])
 def layout(request, monkeypatch):
     """Each way in which the loop may lay out one network, whatever its size."""
-    monkeypatch.setattr(plan, "train_loop", lambda *_: plan.LoopPlan(request.param, True, "the test says so"))
+    monkeypatch.setattr(plan, "train_loop", lambda *_: records.LoopPlan(request.param, True, "the test says so"))
     return request.param
 
 
@@ -107,12 +110,12 @@ def test_losses(loss, steps, layout):
 
 @pytest.mark.parametrize("optimizer", ["adam", "adam-decay", "adamw"])
 def test_adam_without_torchs_own_function(optimizer, monkeypatch):
-    monkeypatch.setattr(loop, "_fused_adam", dict)
+    monkeypatch.setattr(optimizers, "_fused_adam", dict)
     test_trajectory("tanh", optimizer)
 
 
 def test_torchs_own_function_is_tried_first(monkeypatch):
-    try_again = loop._fused_adam.__wrapped__
+    try_again = optimizers._fused_adam.__wrapped__
     assert list(try_again()) == ["adam", "adamw"]
     right = torch._fused_adam_
 
@@ -414,8 +417,8 @@ def test_the_size_of_a_chunk_changes_no_bit(optimizer, batch_size, layout, monke
 def test_chunks_share_their_buffers(batch_size, sizes, monkeypatch):
     # Made anew, they would take their time out of every chunk, and chunks of a model whose set-up takes longer than a
     # chunk would shrink to one step.
-    built, build = [], loop._Matrices.build
-    monkeypatch.setattr(loop._Matrices, "build", lambda own, batch: (built.append(batch.size), build(own, batch)))
+    built, build = [], Matrices.build
+    monkeypatch.setattr(Matrices, "build", lambda own, batch: (built.append(batch.size), build(own, batch)))
     monkeypatch.setattr(training, "_chunks", chunks_of(2))
     model, x, y = make((3, 5, 2), "sigmoid", "sigmoid", True, 10, torch.float32)
     fit(model, x, y, criterion=nn.BCELoss(), optimizer=sgd(model), steps=9, batch_size=batch_size)
@@ -438,7 +441,7 @@ def test_chunks_cover_all_steps_by_time(monkeypatch):
 @pytest.mark.parametrize("optimizer", ["sgd", *STATEFUL])
 def test_an_interrupted_chunk_leaves_the_one_before(optimizer, monkeypatch):
     monkeypatch.setattr(training, "_chunks", chunks_of(10))
-    run, calls = loop.Loop.run, []
+    run, calls = TorchLoop.run, []
 
     def interrupted(*arguments):
         run(*arguments)
@@ -448,7 +451,7 @@ def test_an_interrupted_chunk_leaves_the_one_before(optimizer, monkeypatch):
 
     model, twin, x, y = twins("tanh")
     own, other = OPTIMIZERS[optimizer](model.parameters()), OPTIMIZERS[optimizer](twin.parameters())
-    monkeypatch.setattr(loop.Loop, "run", interrupted)
+    monkeypatch.setattr(TorchLoop, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=100)
     ordinary(twin, x, y, nn.BCELoss(), other, 20)
@@ -471,8 +474,8 @@ def test_an_interrupt_waits_for_its_chunk(path, monkeypatch):
 
     criterion = nn.BCELoss()
     if path == "torch":
-        run = loop.Loop.run
-        monkeypatch.setattr(loop.Loop, "run", lambda *arguments: (press(), run(*arguments)))
+        run = TorchLoop.run
+        monkeypatch.setattr(TorchLoop, "run", lambda *arguments: (press(), run(*arguments)))
     else:
         criterion.register_forward_hook(press)
     with pytest.raises(KeyboardInterrupt):

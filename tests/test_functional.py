@@ -21,6 +21,7 @@ from cases import (
     SHAPES,
     WRONG,
     assert_as_good_as_torch,
+    forget_plans,
     join,
     lay_out,
     make_layer,
@@ -34,7 +35,7 @@ from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perceptriton.kernels import Device, Plan, explain, ops, reference
+from perceptriton.kernels import Device, Plan, crossover, devices, eligibility, explain, ops, records, reference, tables
 from perceptriton.kernels import plan as planning
 from perceptriton.mlp import MLP, linear_act, linear_sigmoid
 from perceptriton.mlp.functional import LinearActFunction
@@ -161,7 +162,7 @@ def test_without_bias(path, take):
 def test_crossover_of_this_machine(dtype, fused):
     # Nothing forced: one row less stays with plain operations, one more takes the plan for large layers.
     k, n = 32, 64  # narrow, so that multiply-adds decide and not the number of outputs
-    m = -(-ops.small_cpu_product(dtype) // (k * n))
+    m = -(-tables.cpu_thresholds(str(dtype)[6:], devices.cpu_kind())["small"] // (k * n))
     for rows, large in ((m - 1, False), (m, True)):
         fused.clear()
         assert explain((rows, k), (n, k), dtype).forward.impl == ("explicit" if large else "aten")
@@ -171,8 +172,8 @@ def test_crossover_of_this_machine(dtype, fused):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_few_outputs_stay_with_plain_operations(training, monkeypatch):
-    monkeypatch.setitem(ops.small_cpu_products, torch.float32, 1)
-    monkeypatch.setattr(ops, "_few_cpu_outputs", lambda dtype: (2**19, 2**20))
+    monkeypatch.setattr(crossover, "cpu_thresholds", lambda *_: {"small": 1, "few_outputs": (2**19, 2**20)})
+    forget_plans()
     called = []
     monkeypatch.setattr("perceptriton.mlp.functional._planned", lambda *_: called.append(1))
     rows = 2 ** (13 + training)
@@ -936,7 +937,7 @@ def traced(monkeypatch):
 
     As on a GPU with kernels; the ops themselves run in plain torch.
     """
-    monkeypatch.setattr(ops, "launchable", lambda device, dtype: True)
+    monkeypatch.setattr(eligibility, "launchable", lambda device, dtype: True)
 
     def traced(function, *inputs, backend=AotEagerAndRecordGraphs, **options):
         torch._dynamo.reset()
@@ -1090,8 +1091,8 @@ WRONG_CALLS = {
 
 @pytest.mark.parametrize(("changes", "error", "message"), WRONG_CALLS.values(), ids=WRONG_CALLS)
 def test_compiled_calls_raise_what_eager_ones_do(changes, error, message, monkeypatch):
-    monkeypatch.setattr(ops, "launchable", lambda device, dtype: True)
-    monkeypatch.setattr(ops, "_cpu_refusal", lambda device: None)  # as under the interpreter
+    monkeypatch.setattr(eligibility, "launchable", lambda device, dtype: True)
+    monkeypatch.setattr(eligibility, "cpu_refusal", lambda device: None)  # as under the interpreter
     torch._dynamo.reset()
     inputs = operands_for("forward") | changes
     if inputs["x"] is changes.get("x") and isinstance(inputs["x"], torch.Tensor):
@@ -1317,7 +1318,7 @@ def pretend(monkeypatch):
             return types.SimpleNamespace(major=pair[0], minor=pair[1], multi_processor_count=40, name="a GPU")
 
         monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-        monkeypatch.setattr(ops, "has_triton", lambda: triton)
+        monkeypatch.setattr(devices, "has_triton", lambda: triton)
         return torch.device("cuda", 0)
 
     forget_devices()
@@ -1333,18 +1334,18 @@ def pretend(monkeypatch):
 def test_unusable_gpus_are_named_once(capability, triton, reason, pretend):
     device = pretend(*capability, triton)
     with pytest.warns(UserWarning, match=f"^perceptriton runs as plain torch on cuda:0: {reason}$"):
-        described = ops._describe(device)
+        described = devices.describe(device)
     # From here on warnings are errors.
-    assert ops._describe(device) == described
-    assert not ops.launchable(device, torch.float32)
+    assert devices.describe(device) == described
+    assert not eligibility.launchable(device, torch.float32)
     assert planning.linear_act_fwd(4, 2, 1, "float32", "ieee", described).impl == "aten"
 
 
 def test_usable_gpus_need_no_warning(pretend):
     device = pretend(9, 0, True)
-    assert ops._describe(device) == Device("cuda", 90, 40, triton=True, name="a GPU")
-    assert ops.launchable(device, torch.bfloat16)
-    assert not ops.launchable(device, torch.float64)
+    assert devices.describe(device) == Device("cuda", 90, 40, triton=True, name="a GPU")
+    assert eligibility.launchable(device, torch.bfloat16)
+    assert not eligibility.launchable(device, torch.float64)
 
 
 def held_in_a_program_on(device):
@@ -1379,11 +1380,11 @@ def test_each_gpu_of_a_process_has_plans_of_its_own(pretend, monkeypatch):
     pretend(capabilities=CAPABILITIES)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     devices = [torch.device("cuda", index) for index in range(len(CAPABILITIES))]
-    recipe = planning.Recipe((64, 32, 8))
+    recipe = records.Recipe((64, 32, 8))
     for _ in range(2):  # found, and found again
         for device, (major, minor) in zip(devices, CAPABILITIES, strict=True):
             chip = Device("cuda", 10 * major + minor, 40, triton=True, name="a GPU")
-            assert ops._describe(device) == chip
+            assert devices.describe(device) == chip
             assert explain((4096, 64), (64, 64), device=device) == explain((4096, 64), (64, 64), device=chip)
             with FakeTensorMode():
                 x, weight = torch.empty(4096, 64, device=device), torch.empty(64, 64, device=device)
@@ -1392,7 +1393,7 @@ def test_each_gpu_of_a_process_has_plans_of_its_own(pretend, monkeypatch):
             assert plans.backward == planning.mlp_bwd(*args)
             train = ops.plan_train(1, 1000, 10, recipe, torch.float32, device)
             assert train == planning.train(1, 1000, 10, recipe, "float32", chip)
-    usable = [ops.launchable(device, torch.float32) for device in devices]
+    usable = [eligibility.launchable(device, torch.float32) for device in devices]
     assert usable == [True, True, False, True, False]
     # Tiles of two generations, and plain torch: nothing here is the same for all.
     assert len({explain((4096, 256), (256, 256), torch.bfloat16, device).forward for device in devices}) > 2
@@ -1427,7 +1428,7 @@ def test_rocm_takes_plain_torch(pretend, monkeypatch):
         warnings.simplefilter("always")
         assert not held_in_a_program_on("cuda")
         assert not said, "a warning in a traced program would be an error"
-        described = [ops._describe(device) for _ in range(2)]
+        described = [devices.describe(device) for _ in range(2)]
     assert [str(warning.message) for warning in said] == [
         "perceptriton runs as plain torch on cuda:0: no kernels for ROCm devices"
     ]
@@ -1437,11 +1438,11 @@ def test_rocm_takes_plain_torch(pretend, monkeypatch):
         planning.linear_act_bwd(4096, 64, 64, "float32", "ieee", described[0]),
         planning.mlp_fwd(4096, (64, 64, 64), "float32", "ieee", described[0], True),
         planning.mlp_bwd(4096, (64, 64, 64), "float32", "ieee", described[0]),
-        ops.plan_train(1, 4, None, planning.Recipe((2, 2, 1)), torch.float32, device),
+        ops.plan_train(1, 4, None, records.Recipe((2, 2, 1)), torch.float32, device),
     )
     assert {plan.impl for plan in plans} <= {"aten", "layers", "torch"}
     for call in (
-        lambda: ops.plan_train(1, 4, None, planning.Recipe((2, 2, 1)), torch.float32, device, "lane"),
+        lambda: ops.plan_train(1, 4, None, records.Recipe((2, 2, 1)), torch.float32, device, "lane"),
         lambda: explain((4096, 64), (64, 64), device=described[0], impl="triton"),
     ):
         with pytest.raises(NotImplementedError, match="no kernels for ROCm devices"):
@@ -1451,15 +1452,15 @@ def test_rocm_takes_plain_torch(pretend, monkeypatch):
 def test_exported_programs_hold_no_kernels(pretend, monkeypatch):
     device = pretend(9, 0, True)
     monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
-    assert not ops.launchable(device, torch.float32)
+    assert not eligibility.launchable(device, torch.float32)
 
 
 def test_the_warning_waits_for_eager_code(pretend):
     # What a traced forward asks must neither warn, which is an error there, nor use the warning up.
     device = pretend(7, 0, True)
-    assert not ops.launchable(device, torch.float32)
+    assert not eligibility.launchable(device, torch.float32)
     with pytest.warns(UserWarning, match=r"compute capability 7\.0"):
-        ops._describe(device)
+        devices.describe(device)
 
 
 # --- training -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
 
-from perceptriton.kernels import Device, explain, ops, plan
+from perceptriton.kernels import Device, explain, plan, records
 from perceptriton.mlp import MLP, LinearSigmoid, linear_act, linear_sigmoid_bce, mlp_act
 
 KINDS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -314,7 +314,7 @@ def cpu_table(name):
         return
     own = {"small": 1, "chunk_above_bytes": 1 << 30, "chunk_bytes": 1 << 30}
     # oneDNN takes no float16; neither do the tables that were measured send it there.
-    tables = {dtype: own | TABLES["explicit" if dtype == "float16" else name] for dtype in plan.DTYPES}
+    tables = {dtype: own | TABLES["explicit" if dtype == "float16" else name] for dtype in records.DTYPES}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "_cpu_table", lambda dtype, vendor: tables.get(dtype, own | TABLES["explicit"]))
         cases.forget_plans()
@@ -573,7 +573,7 @@ def fits(x_shape, weight_shape):
 def test_explain(shapes, dtype, device, impl):
     found, error = outcome(lambda: explain(*shapes, dtype, device, impl=impl))
     _, misfit = outcome(lambda: fits(*shapes))
-    wrong = misfit is not None or impl not in ops.IMPLS or not isinstance(dtype, torch.dtype)
+    wrong = misfit is not None or impl not in records.IMPLS or not isinstance(dtype, torch.dtype)
     wrong = wrong or device in ("nowhere", None, 7.5)
     if wrong:
         assert type(error) in (TypeError, ValueError), f"{found or repr(error)} where torch has: {misfit!r}"

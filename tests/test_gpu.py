@@ -11,7 +11,7 @@ from cases import kernel_device, make_layer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from perceptriton.kernels import plan as planning
+from perceptriton.kernels import crossover
 from perceptriton.mlp import MLP, LinearSigmoid, linear_sigmoid, warmup
 
 if kernel_device() != "cuda":
@@ -19,7 +19,8 @@ if kernel_device() != "cuda":
 
 from triton.runtime import JITFunction
 
-from perceptriton.kernels import linear, mlp
+from perceptriton.kernels.gpu import launch, network
+from perceptriton.kernels.gpu import layer as layers
 
 MODELS = {
     "layer": (lambda: LinearSigmoid(32, 16), 32),
@@ -51,8 +52,8 @@ forgotten = []
 
 
 def forget_kernels():
-    linear._runners.clear()
-    for kernel in (*vars(linear).values(), *vars(mlp).values()):
+    launch._runners.clear()
+    for kernel in (*vars(layers).values(), *vars(network).values()):
         if isinstance(kernel, JITFunction):
             forgotten.append(dict(kernel.device_caches))
             kernel.device_caches.clear()
@@ -132,7 +133,7 @@ def test_small_eager_calls_are_those_of_torch(name, training, monkeypatch):
     with torch.set_grad_enabled(training), torch.cuda.stream(side):
         fused = gradients(model, x) if training else [model(x)]
     torch.cuda.current_stream().wait_stream(side)
-    monkeypatch.setattr(planning, "LAUNCH_BOUND_BYTES", (1 << 25, 1 << 27))
+    monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (1 << 25, 1 << 27))
     with torch.set_grad_enabled(training):
         eager, expected = (gradients(net, x) if training else [net(x)] for net in (model, plain))
     assert all(map(torch.equal, eager, expected))
@@ -140,7 +141,7 @@ def test_small_eager_calls_are_those_of_torch(name, training, monkeypatch):
 
 
 def test_a_capture_after_a_warm_up_on_the_default_stream(monkeypatch):
-    monkeypatch.setattr(planning, "LAUNCH_BOUND_BYTES", (1 << 25, 1 << 27))
+    monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (1 << 25, 1 << 27))
     model, x = make("network")
     forget_kernels()
     expected = gradients(model, x)

@@ -11,8 +11,8 @@ import torch
 from cases import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perceptriton.kernels import loop
-from perceptriton.kernels.plan import Recipe, TrainPlan
+from perceptriton.kernels.loop import TorchLoop, layout
+from perceptriton.kernels.records import Recipe, TrainPlan
 
 
 class Recorder(TorchDispatchMode):
@@ -81,7 +81,7 @@ def train(impl, recipe, members, batch_size, chunks, every=5):
     lr = torch.linspace(0.02, 0.2, members, dtype=torch.float64)
     epochs = [torch.randperm(10, generator=generator) for _ in range(40)]
     data = (recipe, parameters, first, second, lr, x, y, batch_size or 10)
-    run = loop.Loop(*data, 0, TrainPlan(impl, "the test says so"))
+    run = TorchLoop(*data, 0, TrainPlan(impl, "the test says so"))
     start, losses = 0, []
     for steps in chunks:
         per_epoch = -(-10 // (batch_size or 10))
@@ -134,10 +134,10 @@ def test_steps_that_log_are_replayed_too():
 
 def test_captures_have_a_stream_per_device_and_thread():
     one, other = torch.device("cuda", 0), torch.device("cuda", 1)
-    streams = {device: loop._capture_stream(device) for device in (one, other)}
+    streams = {device: layout._capture_stream(device) for device in (one, other)}
     assert streams == {one: "a stream on cuda:0", other: "a stream on cuda:1"}
-    assert loop._capture_stream(one) is streams[one]
-    loop._streams.__dict__.clear()
+    assert layout._capture_stream(one) is streams[one]
+    layout._streams.__dict__.clear()
 
 
 def test_a_step_that_is_captured_is_not_lost():

@@ -39,7 +39,7 @@ DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip(NO_KERNELS, allow_module_level=True)
 
-linear = pytest.importorskip("perceptriton.kernels.linear")
+layer = pytest.importorskip("perceptriton.kernels.gpu.layer")
 pytestmark = pytest.mark.usefixtures("device")
 
 IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -78,9 +78,9 @@ def same_bits(actual, expected):
 @pytest.fixture
 def launches(monkeypatch):
     """{kernel name: [arguments of each launch]}"""
-    spies = {name: Spy(getattr(linear, name)) for name in KERNELS}
+    spies = {name: Spy(getattr(layer, name)) for name in KERNELS}
     for name, spy in spies.items():
-        monkeypatch.setattr(linear, name, spy)
+        monkeypatch.setattr(layer, name, spy)
     return {name: spy.launches for name, spy in spies.items()}
 
 
@@ -189,7 +189,7 @@ def test_sum_of_slots(num_slots, first, second):
     generator = torch.Generator().manual_seed(0)
     slots = torch.randn(num_slots, first + second, generator=generator).to(DEVICE)
     outputs = [torch.full((size,), torch.nan, device=DEVICE) for size in (first, second) if size]
-    linear._sum_slots(slots, outputs[0], outputs[1] if second else None)
+    layer.sum_slots(slots, outputs[0], outputs[1] if second else None)
     assert relative_error(torch.cat(outputs), slots.double().sum(0)) < 2e-7
 
 
@@ -400,8 +400,8 @@ def test_writes_everything_and_nothing_else(path, dtype, force, guarded):
     shape, forward, backward = PATHS[path]
     force(forward, backward)
     tensors = make_layer(*shape, dtype, DEVICE)
-    y = linear.linear_act_fwd(*tensors[:3], "sigmoid", forward)
-    gradients = linear.linear_act_bwd(tensors[3], y, *tensors[:2], "sigmoid", (True, True, True), backward)
+    y = layer.linear_act_fwd(*tensors[:3], "sigmoid", forward)
+    gradients = layer.linear_act_bwd(tensors[3], y, *tensors[:2], "sigmoid", (True, True, True), backward)
     # y, dx, dweight, dbias; instead of dx and dweight the two passes make dz; and slots.
     assert len(guarded) >= (4 if backward.impl == "rows" else 3)
     for buffer in guarded:
@@ -618,12 +618,12 @@ def test_tf32_operands_are_rounded_to_nearest(path):
     shape, *plans = PATHS[path]
     forward, backward = (dataclasses.replace(plan, precision="tf32") for plan in plans)
     x, weight, bias, dy = make_layer(*shape, torch.float32, DEVICE)
-    y = linear.linear_act_fwd(x, weight, bias, "identity", forward)
+    y = layer.linear_act_fwd(x, weight, bias, "identity", forward)
     short = {name: round_tf32(t.contiguous()).double() for name, t in (("x", x), ("weight", weight), ("dy", dy))}
     assert relative_error(y, short["x"] @ short["weight"].t() + bias.double()) < FLOOR[torch.float32]
     assert 1e-4 < relative_error(y, x.double() @ weight.double().t() + bias.double()) < TF32
     if backward.impl == "rows":
-        dx, dweight, dbias = linear.linear_act_bwd(dy, y, x, weight, "identity", (True, True, True), backward)
+        dx, dweight, dbias = layer.linear_act_bwd(dy, y, x, weight, "identity", (True, True, True), backward)
         assert relative_error(dx, short["dy"] @ short["weight"]) < FLOOR[torch.float32]
         assert relative_error(dweight, short["dy"].t() @ short["x"]) < FLOOR[torch.float32]
         assert relative_error(dbias, dy.double().sum(0)) < FLOOR[torch.float32]
@@ -634,9 +634,9 @@ def test_tf32_keeps_nan_and_inf(bits):
     x, weight, _, _ = make_layer(20, 16, 16, torch.float32, DEVICE)
     x.view(torch.int32)[0, 0] = bits
     x[1, 1], x[2, 2] = torch.inf, -torch.inf
-    y = linear.linear_act_fwd(x, weight, None, "identity", rows(16, 16, 1, 32))
+    y = layer.linear_act_fwd(x, weight, None, "identity", rows(16, 16, 1, 32))
     plan = dataclasses.replace(rows(16, 16, 1, 32), precision="tf32")
-    short = linear.linear_act_fwd(x, weight, None, "identity", plan)
+    short = layer.linear_act_fwd(x, weight, None, "identity", plan)
     assert y[0].isnan().all()
     assert torch.equal(y.isnan(), short.isnan())
     assert torch.equal(y.isposinf(), short.isposinf())

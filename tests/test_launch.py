@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import kernel_device
 
-from perceptriton.kernels import Device
+from perceptriton.kernels import Device, records
 from perceptriton.kernels import plan as planning
 
 if importlib.util.find_spec("triton") is None:
@@ -21,7 +21,7 @@ if kernel_device() == "cpu":
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
-from perceptriton.kernels import linear, mlp, wide
+from perceptriton.kernels.gpu import launch, layer, network, wide
 
 H200 = Device("cuda", 90, 132, triton=True)
 
@@ -49,14 +49,14 @@ def launches(absent_h200, monkeypatch):
     """(way, version, grid, arguments) of every launch."""
 
     def forget():
-        for kernel in (*vars(linear).values(), *vars(mlp).values(), *vars(wide).values()):
+        for kernel in (*vars(layer).values(), *vars(network).values(), *vars(wide).values()):
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()
 
     found = []
     forget()
     monkeypatch.setattr(JITFunction, "_do_compile", lambda kernel, key, *_: Version((kernel.__name__, key), found))
-    monkeypatch.setattr(linear, "_runners", {})
+    monkeypatch.setattr(launch, "_runners", {})
     yield found
     forget()
 
@@ -72,8 +72,8 @@ def lay(rows, columns, layout, dtype):
     return torch.empty(rows, columns, dtype=dtype)
 
 
-TILED = planning.Plan("tiled", "", planning.Tile(32, 32, 16, 4, 2), 3)
-PASSES = planning.Plan("passes", "", planning.Tile(32, 32, 16, 4, 1))
+TILED = records.Plan("tiled", "", records.Tile(32, 32, 16, 4, 2), 3)
+PASSES = records.Plan("passes", "", records.Tile(32, 32, 16, 4, 1))
 LAYOUTS = ("dense", "transposed", "pitch", "shifted")
 ROWS, DTYPES = (1, 15, 16, 33), (torch.float32, torch.bfloat16)
 
@@ -87,21 +87,21 @@ def layers():
         x, weight, dy, y = (lay(*shape, layout, dtype) for shape in ((m, k), (n, k), (m, n), (m, n)))
         for activation, bias in itertools.product(("sigmoid", "tanh"), (None, torch.empty(n, dtype=dtype))):
             for plan in forwards:
-                linear.linear_act_fwd(x, weight, bias, activation, plan)
+                layer.linear_act_fwd(x, weight, bias, activation, plan)
         for wanted in itertools.product((False, True), repeat=3):
             for plan in backwards:
-                linear.linear_act_bwd(dy, y.contiguous(), x, weight, "sigmoid", wanted, plan)
-            linear.act_bwd(dy, y.contiguous(), "sigmoid", wanted[2], PASSES)
+                layer.linear_act_bwd(dy, y.contiguous(), x, weight, "sigmoid", wanted, plan)
+            layer.act_bwd(dy, y.contiguous(), "sigmoid", wanted[2], PASSES)
         if layout == "dense":
             # The door lets no operands of several dtypes in, but the key does not rely on that.
             other = torch.float16
             for plan in forwards:
-                linear.linear_act_fwd(x, weight.to(other), None, "sigmoid", plan)
-                linear.linear_act_fwd(x, weight, torch.empty(n, dtype=other), "sigmoid", plan)
+                layer.linear_act_fwd(x, weight.to(other), None, "sigmoid", plan)
+                layer.linear_act_fwd(x, weight, torch.empty(n, dtype=other), "sigmoid", plan)
             for plan in backwards:
                 for operands in ((dy.to(other), x, weight), (dy, x.to(other), weight), (dy, x, weight.to(other))):
-                    linear.linear_act_bwd(operands[0], y, *operands[1:], "sigmoid", (True, True, True), plan)
-            linear.act_bwd(dy.to(other), y, "sigmoid", True, PASSES)
+                    layer.linear_act_bwd(operands[0], y, *operands[1:], "sigmoid", (True, True, True), plan)
+            layer.act_bwd(dy.to(other), y, "sigmoid", True, PASSES)
 
 
 def networks():
@@ -116,15 +116,15 @@ def networks():
             biases = tuple(torch.empty(n, dtype=dtype) for _, n in layers) if bias else None
             common, pos_weight = (weights, biases, "sigmoid"), torch.empty(widths[-1])
             for backward in both:
-                mlp.mlp_fwd(x, *common, "sigmoid", forward)
-                _, saved = mlp.mlp_fwd(x, *common, "sigmoid", forward, backward.boundaries)
+                network.mlp_fwd(x, *common, "sigmoid", forward)
+                _, saved = network.mlp_fwd(x, *common, "sigmoid", forward, backward.boundaries)
                 for wanted in ((False, every, every), (True, (*every[:-1], False), (False,) * len(every))):
-                    mlp.mlp_bwd(target, x, saved, *common, "sigmoid", wanted, backward)
+                    network.mlp_bwd(target, x, saved, *common, "sigmoid", wanted, backward)
                     for weight, reduction in itertools.product((None, pos_weight), ("none", "mean")):
                         for t in (target, target.float()):
-                            mlp.mlp_bce_fwd(x, *common, t, weight, reduction, torch.float32, forward)
+                            network.mlp_bce_fwd(x, *common, t, weight, reduction, torch.float32, forward)
                         dloss = target.float() if reduction == "none" else torch.empty(())
-                        mlp.mlp_bce_bwd(dloss, x, saved, *common, target, weight, reduction, wanted, backward)
+                        network.mlp_bce_bwd(dloss, x, saved, *common, target, weight, reduction, wanted, backward)
 
 
 @pytest.mark.parametrize("run", [layers, networks])
@@ -142,7 +142,7 @@ def test_what_is_known_of_a_launch_decides_its_version(run, launches, monkeypatc
         repeated += way in versions
         assert versions.setdefault(way, (launches[-1][1], grid)) == (launches[-1][1], grid)
 
-    for module in (linear, mlp):
+    for module in (layer, network):
         monkeypatch.setattr(module, "launch", launch)
     run()
     run()
@@ -157,7 +157,7 @@ def test_a_ragged_last_batch_compiles_nothing(batch, last, dtype, launches):
     name, widths, half = str(dtype)[6:], (32, 64, 16), dtype == torch.bfloat16
     every = (True, True)
     tma = next(iter(planning.wide_candidates("half" if half else "tf32x3", 90)))
-    sums = planning.Plan("tma", "", tma, 8, "ieee" if half else "tf32x3")
+    sums = records.Plan("tma", "", tma, 8, "ieee" if half else "tf32x3")
 
     def step(rows):
         x, h, y = (torch.empty(rows, width, dtype=dtype) for width in widths)
@@ -165,16 +165,16 @@ def test_a_ragged_last_batch_compiles_nothing(batch, last, dtype, launches):
         biases = tuple(torch.empty(n, dtype=dtype) for n in widths[1:])
         forwards = [planning.linear_act_fwd(rows, 32, 64, name, "ieee", H200), TILED]
         for plan in forwards:
-            linear.linear_act_fwd(x, weights[0], biases[0], "sigmoid", plan)
+            layer.linear_act_fwd(x, weights[0], biases[0], "sigmoid", plan)
         backward = planning.linear_act_bwd(rows, 32, 64, name, "ieee", H200)
-        linear.linear_act_bwd(h, h, x, weights[0], "sigmoid", (True, True, True), backward)
-        linear.act_bwd(h, h, "sigmoid", True, PASSES)
+        layer.linear_act_bwd(h, h, x, weights[0], "sigmoid", (True, True, True), backward)
+        layer.act_bwd(h, h, "sigmoid", True, PASSES)
         whole = planning.mlp_bwd(rows, widths, name, "ieee", H200)
         forward = planning.mlp_fwd(rows, widths, name, "ieee", H200, True)
         common = (weights, biases, "sigmoid")
-        _, saved = mlp.mlp_fwd(x, *common, "sigmoid", forward, whole.boundaries)
-        mlp.mlp_bwd(y, x, saved, *common, "sigmoid", (True, every, every), whole)
-        mlp.mlp_bce_fwd(x, *common, y, None, "mean", dtype, forward)
+        _, saved = network.mlp_fwd(x, *common, "sigmoid", forward, whole.boundaries)
+        network.mlp_bwd(y, x, saved, *common, "sigmoid", (True, every, every), whole)
+        network.mlp_bce_fwd(x, *common, y, None, "mean", dtype, forward)
         wide.linear_act_fwd(h, torch.empty(64, 64, dtype=dtype), biases[0], "sigmoid", sums)
         wide.linear_act_dgrad(h, torch.empty(64, 32, dtype=dtype), x, "sigmoid", True, sums)
 
@@ -202,12 +202,12 @@ def test_the_short_way_stays_on_its_device(launches):
         x, weight, dy, y = (torch.empty(shape, device=device) for shape in ((64, 32), (16, 32), (64, 16), (64, 16)))
         bias = torch.empty(16, device=device)
         for plan in forwards:
-            linear.linear_act_fwd(x, weight, bias, "sigmoid", plan)
-        linear.linear_act_bwd(dy, y, x, weight, "sigmoid", (True, True, True), several)
-        linear.act_bwd(dy, y, "sigmoid", True, PASSES)
+            layer.linear_act_fwd(x, weight, bias, "sigmoid", plan)
+        layer.linear_act_bwd(dy, y, x, weight, "sigmoid", (True, True, True), several)
+        layer.act_bwd(dy, y, "sigmoid", True, PASSES)
         parameters = (weight, torch.empty(16, 16, device=device)), (bias, bias)
-        _, saved = mlp.mlp_fwd(x, *parameters, "sigmoid", "sigmoid", forward, backward.boundaries)
-        mlp.mlp_bwd(dy, x, saved, *parameters, "sigmoid", "sigmoid", wanted, backward)
+        _, saved = network.mlp_fwd(x, *parameters, "sigmoid", "sigmoid", forward, backward.boundaries)
+        network.mlp_bwd(dy, x, saved, *parameters, "sigmoid", "sigmoid", wanted, backward)
 
     ways = []
     for device in ("cpu", "meta", "cpu", "meta"):
@@ -221,13 +221,13 @@ def test_the_second_launch_is_short(launches):
     plan = planning.linear_act_fwd(64, 32, 16, "float32", "ieee", H200)
     x, weight, bias = torch.empty(64, 32), torch.empty(16, 32), torch.empty(16)
     for _ in range(2):
-        linear.linear_act_fwd(x, weight, bias, "sigmoid", plan)
+        layer.linear_act_fwd(x, weight, bias, "sigmoid", plan)
     (first, version, grid, arguments), (second, *others) = launches
     assert (first, second) == ("long", "short")
     assert others[:2] == [version, grid]
     # All but y, which is fresh.
     assert [a is b for a, b in zip(arguments, others[2], strict=True)].count(False) == 1
     # What does not begin at a multiple of 16 bytes has another version.
-    linear.linear_act_fwd(lay(64, 32, "shifted", torch.float32), weight, bias, "sigmoid", plan)
+    layer.linear_act_fwd(lay(64, 32, "shifted", torch.float32), weight, bias, "sigmoid", plan)
     assert launches[-1][0] == "long"
     assert launches[-1][1] != version

@@ -18,17 +18,18 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import triton.language as tl  # noqa: E402
 
-from perceptriton.kernels import Device, aot, mlp  # noqa: E402
+from perceptriton.kernels import Device, tables  # noqa: E402
 from perceptriton.kernels import plan as planning  # noqa: E402
-from perceptriton.kernels.plan import MlpPlan, MlpSegment, MlpTile  # noqa: E402
+from perceptriton.kernels.gpu import aot, network  # noqa: E402
+from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile  # noqa: E402
 
-if not (planning.TABLES / "mlp_tiles.json").exists():
+if not (tables.TABLES / "mlp_tiles.json").exists():
     pytest.skip("no tile table yet: python benches/tune_mlp_tiles.py writes it", allow_module_level=True)
 
 KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 CHIPS = {80: Device("cuda", 80, 108, triton=True), 90: Device("cuda", 90, 132, triton=True)}
-TABLE = planning._table("mlp_tiles.json")["tiles"]
+TABLE = tables.read_table("mlp_tiles.json")["tiles"]
 
 # Nets that take the tiles of wider chains, as most nets do.
 EXAMPLES = {
@@ -64,13 +65,13 @@ def _recorded(op, kind, widths, rows, plan, act="sigmoid", loss=False):
     if op != "mlp_bwd":
         save = tuple(range(1, layers)) if op == "mlp_fwd" else ()
         if loss:
-            return aot.launches(mlp.mlp_bce_fwd, x, *net, y, empty(widths[-1]), "mean", dtype, plan, save)
-        return aot.launches(mlp.mlp_fwd, x, *net, act, plan, save)
+            return aot.launches(network.mlp_bce_fwd, x, *net, y, empty(widths[-1]), "mean", dtype, plan, save)
+        return aot.launches(network.mlp_fwd, x, *net, act, plan, save)
     saved = tuple(empty(rows, -(-widths[l] // 16) * 16) for l in plan.boundaries)
     if loss:
         head = (y, empty(widths[-1]), "mean")
-        return aot.launches(mlp.mlp_bce_bwd, empty(), x, saved, *net, *head, wanted, plan)
-    return aot.launches(mlp.mlp_bwd, y, x, saved, *net, act, wanted, plan)
+        return aot.launches(network.mlp_bce_bwd, empty(), x, saved, *net, *head, wanted, plan)
+    return aot.launches(network.mlp_bwd, y, x, saved, *net, act, wanted, plan)
 
 
 def _cases():
@@ -111,7 +112,7 @@ SM_100 = {
 def _launches(case):
     """The launches of the network's kernels, with the chip that they are compiled for."""
     arch, *rest = case
-    kernels = (mlp.mlp_fwd_kernel, mlp.mlp_bwd_kernel)
+    kernels = (network.mlp_fwd_kernel, network.mlp_bwd_kernel)
     return [(arch, launch) for launch in _recorded(*rest) if launch.kernel in kernels]
 
 

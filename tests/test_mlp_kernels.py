@@ -23,13 +23,13 @@ from cases import (
 )
 from emulation import round_tf32
 
-from perceptriton.kernels.plan import MlpPlan, MlpSegment, MlpTile
+from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile
 
 DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip(NO_KERNELS, allow_module_level=True)
 
-mlp = pytest.importorskip("perceptriton.kernels.mlp")
+network = pytest.importorskip("perceptriton.kernels.gpu.network")
 pytestmark = pytest.mark.usefixtures("device")
 
 IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -77,8 +77,8 @@ class Net:
         forward, wanted = forward or plan, wanted or self.everything()
         parameters = (self.weights, self.biases, self.hidden, self.output)
         with poisoned():
-            y, saved = mlp.mlp_fwd(self.x, *parameters, forward, plan.boundaries)
-            dx, dweights, dbiases = mlp.mlp_bwd(self.dy, self.x, saved, *parameters, wanted, plan)
+            y, saved = network.mlp_fwd(self.x, *parameters, forward, plan.boundaries)
+            dx, dweights, dbiases = network.mlp_bwd(self.dy, self.x, saved, *parameters, wanted, plan)
         return y, saved, dx, dweights, dbiases
 
     def torch(self, dtype=None, loss=None):
@@ -231,7 +231,7 @@ def test_weights_loaded_for_every_tile():
 
 def test_inference_stores_the_output_only(monkeypatch):
     stored = []
-    kernel = mlp.mlp_fwd_kernel
+    kernel = network.mlp_fwd_kernel
 
     class Spy:
         def __getitem__(self, grid):
@@ -241,9 +241,9 @@ def test_inference_stores_the_output_only(monkeypatch):
 
             return launch
 
-    monkeypatch.setattr(mlp, "mlp_fwd_kernel", Spy())
+    monkeypatch.setattr(network, "mlp_fwd_kernel", Spy())
     net = Net((7, 20, 33, 3))
-    y, saved = mlp.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "sigmoid", fused(3))
+    y, saved = network.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "sigmoid", fused(3))
     assert saved == ()
     assert stored == [[False, False, True]]
     assert relative_error(y, net.torch(torch.float64)[0][-1]) < 1e-6
@@ -290,17 +290,19 @@ def test_two_forwards_then_a_joint_backward():
     first, second = Net((7, 20, 33, 3), seed=1), Net((7, 20, 33, 3), seed=2)
     plan, results = fused(3, 1), []
     for net in (first, second):
-        results.append(mlp.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "sigmoid", plan, plan.boundaries))
+        results.append(network.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "sigmoid", plan, plan.boundaries))
     for net, (y, saved) in zip((first, second), results, strict=True):
         parameters = (net.weights, net.biases, "sigmoid", "sigmoid")
-        check(net, (y, saved, *mlp.mlp_bwd(net.dy, net.x, saved, *parameters, net.everything(), plan)))
+        check(net, (y, saved, *network.mlp_bwd(net.dy, net.x, saved, *parameters, net.everything(), plan)))
 
 
 def test_slots_hold_nothing_that_was_in_memory(monkeypatch):
     # Gradients are aligned to 16 bytes; what lies between them is summed like everything else.
     summed = []
-    sum_slots = mlp._sum_slots
-    monkeypatch.setattr(mlp, "_sum_slots", lambda slots, *out: summed.append(slots.clone()) or sum_slots(slots, *out))
+    sum_slots = network.sum_slots
+    monkeypatch.setattr(
+        network, "sum_slots", lambda slots, *out: summed.append(slots.clone()) or sum_slots(slots, *out)
+    )
     net = Net((7, 21, 33, 3))
     net.run(fused(3))
     assert len(summed) == 1
@@ -313,12 +315,12 @@ def test_inputs_are_left_alone():
     inputs = [net.x, net.dy, *net.weights, *net.biases, target, pos_weight]
     before = [t.clone() for t in inputs]
     plan = fused(2, 1)
-    y, saved = mlp.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "tanh", plan, plan.boundaries)
+    y, saved = network.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "tanh", plan, plan.boundaries)
     inputs, before = [*inputs, y, *saved], [*before, y.clone(), *(s.clone() for s in saved)]
-    mlp.mlp_bwd(net.dy, net.x, saved, net.weights, net.biases, "sigmoid", "tanh", net.everything(), plan)
+    network.mlp_bwd(net.dy, net.x, saved, net.weights, net.biases, "sigmoid", "tanh", net.everything(), plan)
     head = (target, pos_weight, "none")
-    mlp.mlp_bce_fwd(net.x, net.weights, net.biases, "sigmoid", *head, torch.float32, plan, plan.boundaries)
-    mlp.mlp_bce_bwd(net.dy, net.x, saved, net.weights, net.biases, "sigmoid", *head, net.everything(), plan)
+    network.mlp_bce_fwd(net.x, net.weights, net.biases, "sigmoid", *head, torch.float32, plan, plan.boundaries)
+    network.mlp_bce_bwd(net.dy, net.x, saved, net.weights, net.biases, "sigmoid", *head, net.everything(), plan)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
@@ -384,7 +386,7 @@ def test_only_what_is_wanted(wanted, cuts, programs):
 
 def test_no_launch_below_the_first_layer_that_is_wanted(monkeypatch):
     launches = []
-    kernel = mlp.mlp_bwd_kernel
+    kernel = network.mlp_bwd_kernel
 
     class Spy:
         def __getitem__(self, grid):
@@ -394,7 +396,7 @@ def test_no_launch_below_the_first_layer_that_is_wanted(monkeypatch):
 
             return launch
 
-    monkeypatch.setattr(mlp, "mlp_bwd_kernel", Spy())
+    monkeypatch.setattr(network, "mlp_bwd_kernel", Spy())
     net = Net((7, 20, 33, 3))
     net.run(fused(3, 1, 2), wanted=WANTED["last-layer"])
     assert len(launches) == 1
@@ -426,7 +428,7 @@ def test_strides_of_dy(layout):
 def bce(net, target, pos_weight, reduction, plan, dloss, dtype=None):
     dtype = dtype or net.dtype
     with poisoned():
-        loss, saved = mlp.mlp_bce_fwd(
+        loss, saved = network.mlp_bce_fwd(
             net.x,
             net.weights,
             net.biases,
@@ -438,7 +440,7 @@ def bce(net, target, pos_weight, reduction, plan, dloss, dtype=None):
             plan,
             plan.boundaries,
         )
-        gradients = mlp.mlp_bce_bwd(
+        gradients = network.mlp_bce_bwd(
             dloss,
             net.x,
             saved,

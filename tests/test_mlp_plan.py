@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from perceptriton.kernels import Device
+from perceptriton.kernels import Device, records, tables
 from perceptriton.kernels import plan as planning
 
-if not (planning.TABLES / "mlp_tiles.json").exists():
+if not (tables.TABLES / "mlp_tiles.json").exists():
     pytest.skip("no tile table yet: python benches/tune_mlp_tiles.py writes it", allow_module_level=True)
 
 H200 = Device("cuda", 90, 132, triton=True)
@@ -83,7 +83,7 @@ def test_known_networks(widths, segments, device):
 def test_segments_follow_each_other():
     for widths, dtype in itertools.product(
         ((2, 2, 1), (7, 33, 20, 16, 3, 9, 17, 2, 40), uniform(64, 11), (3, 128, 128, 64, 1), uniform(16, 30)),
-        planning.DTYPES,
+        records.DTYPES,
     ):
         for plan in plans(widths, dtype, rows=1000):
             if plan.impl == "layers":

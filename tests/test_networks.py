@@ -25,9 +25,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from perceptriton.kernels import Device, MlpExplanation, explain, ops, reference
+from perceptriton.kernels import Device, MlpExplanation, eligibility, explain, ops, reference
 from perceptriton.kernels import plan as planning
-from perceptriton.kernels.plan import MlpPlan, MlpSegment, MlpTile, Plan
+from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile, Plan
 from perceptriton.mlp import MLP, LinearSigmoidBCELoss, linear_sigmoid_bce, mlp_act, mlp_sigmoid_bce
 
 KERNELS = kernel_device()
@@ -51,7 +51,7 @@ def rounding(request):
 def explicit(chunk):
     def plans(layers):
         own = (Plan("explicit", "the test says so"),) * layers
-        return ops.MlpPlans(MlpPlan("explicit", "", layers=own), MlpPlan("explicit", "", layers=own, chunk=chunk))
+        return planning.MlpPlans(MlpPlan("explicit", "", layers=own), MlpPlan("explicit", "", layers=own, chunk=chunk))
 
     return plans
 
@@ -61,17 +61,17 @@ def fused(cuts):
         ends = (0, *range(1, layers), layers) if cuts else (0, layers)
         tile = MlpTile(16, 4, 1)
         plan = MlpPlan("fused", "", tuple(MlpSegment(*pair, tile, 3) for pair in itertools.pairwise(ends)))
-        return ops.MlpPlans(plan, plan)
+        return planning.MlpPlans(plan, plan)
 
     return plans
 
 
 def aten(layers):
-    return ops.MlpPlans(MlpPlan("aten", ""), MlpPlan("aten", ""))
+    return planning.MlpPlans(MlpPlan("aten", ""), MlpPlan("aten", ""))
 
 
 def layers_alone(layers):
-    return ops.MlpPlans(MlpPlan("layers", ""), MlpPlan("layers", ""))
+    return planning.MlpPlans(MlpPlan("layers", ""), MlpPlan("layers", ""))
 
 
 PATHS = {
@@ -101,7 +101,7 @@ def take(monkeypatch):
 
         def plans(x, weights, training, loss=False, impl=None):
             forward, backward = make(len(weights))
-            return ops.MlpPlans(forward, backward if training else None)
+            return planning.MlpPlans(forward, backward if training else None)
 
         monkeypatch.setattr(ops, "mlp_plans", plans)
         nothing_is_small(monkeypatch)
@@ -681,7 +681,7 @@ def test_a_bias_that_torch_broadcasts(path, shape, take, monkeypatch):
 @pytest.mark.filterwarnings("default")  # the compiler itself uses what torch deprecates
 @pytest.mark.parametrize("shape", BROADCAST.values(), ids=BROADCAST)
 def test_a_compiled_network_broadcasts_a_bias(shape, monkeypatch):
-    monkeypatch.setattr(ops, "launchable", lambda device, dtype: True)
+    monkeypatch.setattr(eligibility, "launchable", lambda device, dtype: True)
     torch.compiler.reset()
     net = Net((7, 20, 3))
     net.biases[0] = torch.full(shape, 0.5, device=DEVICE)

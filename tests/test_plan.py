@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from perceptriton.kernels import Device, explain, ops
+from perceptriton.kernels import Device, devices, explain, records, tables
 from perceptriton.kernels import plan as planning
 
 H100 = Device("cuda", 90, 132, triton=True)
@@ -76,7 +76,7 @@ def test_unsupported_devices_say_why(device, reason):
 
 
 def test_cpu_regimes():
-    small = planning.cpu_small("float32", "AMD")
+    small = tables.cpu_thresholds("float32", "AMD")["small"]
     assert planning.linear_act_fwd(4, 2, 2, "float32", "ieee", CPU).impl == "aten"
     wide = planning.linear_act_fwd(1024, 1024, 1024, "float32", "ieee", CPU)
     assert small < 1024**3
@@ -121,7 +121,7 @@ def test_few_outputs():
         backward = planning.mlp_bwd(m, (784, 128, 128), "float32", "ieee", unknown)
         taken[m] = [plan.impl == "explicit" for plan in (*layer, forward, backward)]
     assert taken == {1024: [False] * 4, 4096: [True, False, True, False], 12_288: [True] * 4}
-    assert planning.cpu_few_outputs("float32", "AMD") == (0, 0), "not measured there"
+    assert "few_outputs" not in tables.cpu_thresholds("float32", "AMD"), "not measured there"
 
 
 @pytest.mark.parametrize(
@@ -143,10 +143,12 @@ def test_kinds_of_cpus(monkeypatch, capabilities, kind):
         return capabilities
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", asked)
-    assert ops.cpu_kind.__wrapped__() == kind
+    assert devices.cpu_kind.__wrapped__() == kind
     # Whoever is not in the table gets the row for any.
-    known = planning._table("cpu.json")["thresholds"]
-    assert planning.cpu_small("float32", kind) == known[kind if kind in known else "any"]["float32"]["small"]
+    known = tables.read_table("cpu.json")["thresholds"]
+    assert (
+        tables.cpu_thresholds("float32", kind)["small"] == known[kind if kind in known else "any"]["float32"]["small"]
+    )
 
 
 def test_every_plan_gives_a_reason():
@@ -157,7 +159,7 @@ def test_every_plan_gives_a_reason():
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_tile_table_is_well_formed(arch):
-    for op, kinds in planning._table("gpu_tiles.json")["tiles"][arch].items():
+    for op, kinds in tables.read_table("gpu_tiles.json")["tiles"][arch].items():
         assert op in ("linear_act_fwd", "linear_act_bwd")
         for (kind, layouts), layout in itertools.product(kinds.items(), ("aligned", "ragged")):
             assert kind in ("half", "tf32", "ieee")
@@ -177,7 +179,7 @@ WIDE = (4096, 1024, 1024)
 
 def wide_document(rows, name="NVIDIA H100*", kind="half"):
     """The table as it ships, with measurements of one device."""
-    document = json.loads((planning.TABLES / "wide.json").read_text())
+    document = json.loads((tables.TABLES / "wide.json").read_text())
     measured = {"torch": "2.11.0", "triton": "3.6.0", "date": "2026-01-01", "rows": {kind: rows}}
     return document | {"devices": {name: measured}}
 
@@ -191,8 +193,8 @@ def measured(monkeypatch):
     """measured(rows, ...): plans see these measurements instead of the table that ships."""
 
     def measured(*arguments):
-        table = planning.read_wide(wide_document(*arguments))
-        monkeypatch.setattr(planning, "_wide_table", lambda: table)
+        table = tables.read_wide(wide_document(*arguments))
+        monkeypatch.setattr(planning.wide, "read_table", lambda _: table)
         forget()
 
     def forget():
@@ -219,7 +221,7 @@ def test_measured_shapes_speak_for_their_neighbours(measured):
         return planning.linear_act_fwd(m, k, n, "bfloat16", "ieee", device, asked).impl
 
     plan = planning.linear_act_fwd(*WIDE, "bfloat16", "ieee", NAMED)
-    assert (plan.impl, planning.wide_row(plan.tile), plan.programs) == ("tma", TILE, 132)
+    assert (plan.impl, tables.wide_row(plan.tile), plan.programs) == ("tma", TILE, 132)
     assert plan.reason == "measured at 4096x1024x1024 on NVIDIA H100*: 1.20x the library and a pass"
     assert impl(3000, 1100, 2048) == "tma"
     assert impl(4096, 4096, 4096) == impl(3000, 3000, 3000) == "library"  # the library was measured to win
@@ -243,7 +245,7 @@ def test_wide_needs_rows_of_sixteen_bytes():
 
 
 def test_splits_are_taken_by_permission_alone():
-    for impl, split in itertools.product((None, "triton"), (None, *planning.SPLITS)):
+    for impl, split in itertools.product((None, "triton"), (None, *records.SPLITS)):
         plan = planning.linear_act_fwd(*WIDE, "float32", "ieee", H100, impl, split)
         assert plan.precision == (split or "ieee")
         assert plan.impl == ("tma" if split else "library" if impl is None else "tiled")
@@ -289,7 +291,7 @@ def test_wide_networks_are_nodes_where_that_was_measured(measured):
     forward, backward = plans()
     assert (forward.impl, backward.impl) == ("stack", "stack")
     assert [own.impl for own in forward.layers] == ["library", "library", "library"]
-    assert [own and own.tile for own in backward.dgrads] == [None, planning.WideTile(*TILE[:7]), None]
+    assert [own and own.tile for own in backward.dgrads] == [None, records.WideTile(*TILE[:7]), None]
     assert [plan.impl for plan in plans(loss=True)] == ["layers", "layers"]
 
 
@@ -301,7 +303,7 @@ def test_wide_fp32_networks_are_nodes_where_a_split_is_allowed():
             planning.mlp_bwd(*arguments, False, impl, split),
         )
 
-    for split in planning.SPLITS:
+    for split in records.SPLITS:
         forward, backward = plans(4096, split)
         assert (forward.impl, backward.impl) == ("stack", "stack")
         assert [(own.impl, own.precision) for own in forward.layers] == [("tma", split)] * 3
@@ -337,8 +339,8 @@ def test_unmeasured_tiles_waste_little():
     for m, n in itertools.product((128, 1024, 4096, 16384), (128, 1024, 4096, 8192)):
         plan = planning.linear_act_fwd(m, 1024, n, "bfloat16", "ieee", H100, "triton")
         assert plan.tile in planning.wide_candidates("half", 90)
-        least = min(planning._waste(m, n, tile, 132) for tile in planning.wide_candidates("half", 90))
-        assert planning._waste(m, n, plan.tile, 132) <= planning.WIDE_WASTE * least
+        least = min(planning.wide.wave_waste(m, n, tile, 132) for tile in planning.wide_candidates("half", 90))
+        assert planning.wide.wave_waste(m, n, plan.tile, 132) <= planning.wide.WIDE_WASTE * least
     assert plan.tile.block_m * plan.tile.block_n == 128 * 256
 
 
@@ -368,10 +370,10 @@ def test_unmeasured_tiles_waste_little():
 )
 def test_tables_are_checked_when_they_are_read(change, message):
     document = wide_document([wide_row(WIDE, TILE)])
-    planning.read_wide(document)
+    tables.read_wide(document)
     change(document)
     with pytest.raises(ValueError, match=message):
-        planning.read_wide(document)
+        tables.read_wide(document)
 
 
 # rows, in_features, out_features, dtype, precision: microseconds at the least, and of a library product and a pass,
@@ -390,7 +392,7 @@ LIMITS = [
 
 @pytest.mark.parametrize(("shape", "dtype", "precision", "limit", "library"), LIMITS)
 def test_limits_of_an_h200(shape, dtype, precision, limit, library):
-    found = planning.predict(*shape, dtype, planning.Plan("library", "", precision=precision))
+    found = planning.predict(*shape, dtype, records.Plan("library", "", precision=precision))
     assert found.limit_us == pytest.approx(limit, rel=0.01)
     assert library is None or found.plan_us == pytest.approx(library, rel=0.01)
     assert "a model" in str(found)
@@ -400,7 +402,7 @@ def test_predictions_count_idle_multiprocessors():
     # 133 tiles take two waves of 132, and nearly as long as 264.
     tile = next(iter(planning.wide_candidates("half", 90)))
     one, two, full = (
-        planning.predict(tiles * tile.block_m, 4096, tile.block_n, "bfloat16", planning.Plan("tma", "", tile)).plan_us
+        planning.predict(tiles * tile.block_m, 4096, tile.block_n, "bfloat16", records.Plan("tma", "", tile)).plan_us
         for tiles in (132, 133, 264)
     )
     assert two == pytest.approx(2 * one, rel=0.01)
@@ -413,7 +415,7 @@ def test_predictions_count_idle_multiprocessors():
     ("impl", "dz_at_hand", "us"), [("passes", False, 267.3), ("library", False, 270.8), ("passes", True, 260.3)]
 )
 def test_predictions_of_a_wide_backward_pass(impl, dz_at_hand, us):
-    plan = planning.Plan(impl, "")
+    plan = records.Plan(impl, "")
     found = planning.predict_bwd(4096, 1024, 1024, "float32", plan, dz_at_hand=dz_at_hand)
     assert found.plan_us == pytest.approx(us, rel=1e-3)
     assert found.limit_us == pytest.approx(256.8, rel=1e-3)
@@ -423,7 +425,7 @@ def test_predictions_of_a_wide_backward_pass(impl, dz_at_hand, us):
 def test_predictions_of_a_narrow_backward_pass():
     # dy, y, x and dx of 134 MB each, 111.9 us; 132 slots of 64 x 65 sums in fp32, written and read, 0.9 us.
     one, many = (
-        planning.predict_bwd(1 << 20, 64, 64, "bfloat16", planning.Plan("rows", "", programs=programs))
+        planning.predict_bwd(1 << 20, 64, 64, "bfloat16", records.Plan("rows", "", programs=programs))
         for programs in (1, 132)
     )
     assert one.plan_us == one.limit_us == pytest.approx(111.9, rel=1e-3)

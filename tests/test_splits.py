@@ -9,7 +9,7 @@ import torch
 from cases import FLOOR, relative_error
 from emulation import product, sigmoid
 
-from perceptriton.kernels.plan import SPLITS
+from perceptriton.kernels.records import SPLITS
 
 KS = (1, 32, 1024, 8192, 32768)
 KINDS = ("tf32x3", "bf16x6", "bf16x3", "tf32")

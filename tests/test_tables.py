@@ -9,10 +9,9 @@ import cases
 import pytest
 import torch
 
-from perceptriton.kernels import Device, explain
-from perceptriton.kernels import plan as planning
+from perceptriton.kernels import Device, explain, tables
 
-NAMES = tuple(planning.READERS)
+NAMES = tuple(tables.READERS)
 H100 = Device("cuda", arch=90, units=132, triton=True)
 # A layer with a tile, one for the wide kernel, one for a CPU, and a network.
 CALLS = (
@@ -24,11 +23,11 @@ CALLS = (
 
 
 @pytest.fixture
-def tables(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     """A copy of the tables that plans read from now on."""
     for name in NAMES:
-        (tmp_path / name).write_text((planning.TABLES / name).read_text())
-    monkeypatch.setattr(planning, "TABLES", tmp_path)
+        (tmp_path / name).write_text((tables.TABLES / name).read_text())
+    monkeypatch.setattr(tables, "TABLES", tmp_path)
     cases.forget_plans()
     yield tmp_path
     cases.forget_plans()
@@ -38,7 +37,7 @@ def choices():
     return [explain(x, weight, torch.bfloat16, device) for x, weight, device in CALLS]
 
 
-def test_the_tables_that_ship_are_whole(tables):
+def test_the_tables_that_ship_are_whole(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer, wide, cpu, network = choices()
@@ -69,24 +68,24 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 @pytest.mark.parametrize("name", NAMES)
-def test_damaged_tables_are_ignored_and_named(tables, name, damage):
-    damaged = damage((tables / name).read_text())
-    (tables / name).write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+def test_damaged_tables_are_ignored_and_named(folder, name, damage):
+    damaged = damage((folder / name).read_text())
+    (folder / name).write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
     with pytest.warns(UserWarning, match="^perceptriton ignores ") as said:
         layer, wide, cpu, network = (choices(), choices())[1]
-    assert [str(tables / name) in str(warning.message) for warning in said] == [True], "said once"
+    assert [str(folder / name) in str(warning.message) for warning in said] == [True], "said once"
     found = (layer.forward.impl, layer.backward.impl, cpu.forward.impl, network.forward.impl)
     assert found == INSTEAD[name]
     assert wide.forward.impl == "library"
 
 
-def test_missing_tables_are_as_good_as_damaged_ones(tables):
+def test_missing_tables_are_as_good_as_damaged_ones(folder):
     for name in NAMES:
-        (tables / name).unlink()
+        (folder / name).unlink()
     with pytest.warns(UserWarning, match="FileNotFoundError") as said:
         layer, wide, cpu, network = choices()
     named = {str(warning.message).partition(": ")[0] for warning in said}
-    assert named == {f"perceptriton ignores {tables / name}" for name in NAMES}
+    assert named == {f"perceptriton ignores {folder / name}" for name in NAMES}
     assert (layer.forward.impl, cpu.forward.impl, network.forward.impl) == ("tiled", "aten", "layers")
     assert wide.forward.impl == "library"
     assert explain((4096, 1024), (1024, 1024), torch.bfloat16, H100, impl="triton").forward.impl == "tiled"
@@ -152,21 +151,21 @@ ABSURD = {
 
 
 @pytest.mark.parametrize(("name", "place", "key", "value"), ABSURD.values(), ids=ABSURD)
-def test_absurd_entries_are_not_believed(tables, name, place, key, value):
-    document = json.loads((tables / name).read_text())
+def test_absurd_entries_are_not_believed(folder, name, place, key, value):
+    document = json.loads((folder / name).read_text())
     place(document)[key] = value
-    (tables / name).write_text(json.dumps(document))
+    (folder / name).write_text(json.dumps(document))
     with pytest.warns(UserWarning, match=name):
-        planning._table(name)
-    assert planning._table(name) is planning.READERS[name][1]
+        tables.read_table(name)
+    assert tables.read_table(name) is tables.READERS[name][1]
 
 
-def test_results_do_not_depend_on_tables(tables):
+def test_results_do_not_depend_on_tables(folder):
     """Layers large enough that the table of the CPU is asked."""
     from perceptriton.mlp import linear_act
 
     x, weight = torch.randn(512, 128), torch.randn(256, 128)
-    (tables / "cpu.json").write_text("{")
+    (folder / "cpu.json").write_text("{")
     with pytest.warns(UserWarning, match=r"cpu\.json"):
         y = linear_act(x, weight)
     assert torch.equal(y, torch.sigmoid(x @ weight.t()))
@@ -176,7 +175,7 @@ def test_import_reads_no_table():
     """What is damaged is found by those who ask for a plan, not by everyone who imports the package."""
     code = (
         "import json, perceptriton.mlp\n"
-        "from perceptriton.kernels import plan\n"
-        "assert plan._table.cache_info().currsize == 0\n"
+        "from perceptriton.kernels import tables\n"
+        "assert tables.read_table.cache_info().currsize == 0\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd="/", timeout=120)

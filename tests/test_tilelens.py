@@ -20,10 +20,10 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from perceptriton.kernels import linear, mlp, training, wide
-from perceptriton.kernels.plan import MlpPlan, MlpSegment, MlpTile, Plan, Recipe, Tile, TrainPlan, WideTile
+from perceptriton.kernels.gpu import layer, network, train, wide
+from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile, Plan, Recipe, Tile, TrainPlan, WideTile
 
-MODULES = (linear, mlp, training, wide)
+MODULES = (layer, network, train, wide)
 KERNELS = {
     name: kernel
     for module in MODULES
@@ -50,8 +50,8 @@ def layer(impl, tile, programs, backward):
     # Nothing is contiguous: addresses between the elements are stray ones too.
     x, dy = (cases.every_other(torch.randn(m, size)) for size in (k, n))
     weight, bias = cases.transposed(torch.randn(n, k)), cases.every_other(torch.randn(n))
-    y = linear.linear_act_fwd(x, weight, bias, "sigmoid", Plan(impl, "", tile, programs))
-    linear.linear_act_bwd(dy, y, x, weight, "sigmoid", (True, True, True), backward)
+    y = layer.linear_act_fwd(x, weight, bias, "sigmoid", Plan(impl, "", tile, programs))
+    layer.linear_act_bwd(dy, y, x, weight, "sigmoid", (True, True, True), backward)
 
 
 def rows():
@@ -70,11 +70,11 @@ def network():
     plan = MlpPlan("fused", "", segments)
     x, target = cases.every_other(torch.randn(m, 3)), torch.rand(m, 2)
     wanted = (True, (True,) * 3, (True,) * 3)
-    y, saved = mlp.mlp_fwd(x, weights, biases, "tanh", "sigmoid", plan, plan.boundaries)
-    mlp.mlp_bwd(torch.randn_like(y), x, saved, weights, biases, "tanh", "sigmoid", wanted, plan)
+    y, saved = network.mlp_fwd(x, weights, biases, "tanh", "sigmoid", plan, plan.boundaries)
+    network.mlp_bwd(torch.randn_like(y), x, saved, weights, biases, "tanh", "sigmoid", wanted, plan)
     head = (target, torch.rand(2), "mean")
-    loss, saved = mlp.mlp_bce_fwd(x, weights, biases, "tanh", *head, torch.float32, plan, plan.boundaries)
-    mlp.mlp_bce_bwd(torch.ones_like(loss), x, saved, weights, biases, "tanh", *head, wanted, plan)
+    loss, saved = network.mlp_bce_fwd(x, weights, biases, "tanh", *head, torch.float32, plan, plan.boundaries)
+    network.mlp_bce_bwd(torch.ones_like(loss), x, saved, weights, biases, "tanh", *head, wanted, plan)
 
 
 def loop(plan):
@@ -84,7 +84,7 @@ def loop(plan):
     parameters, first = (tuple(torch.randn(s) for s in shapes) for _ in range(2))
     x, y = torch.randn(members, samples, 2), torch.rand(members, samples, 1)
     recipe = Recipe(widths, momentum=0.9)
-    run = training.Loop(recipe, parameters, first, (), torch.rand(members), x, y, 3, 1, plan)
+    run = train.KernelLoop(recipe, parameters, first, (), torch.rand(members), x, y, 3, 1, plan)
     run.run(torch.randperm(samples).int()[None], 0, 2, 1, torch.empty(2, members))
 
 

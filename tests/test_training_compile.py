@@ -18,9 +18,10 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import triton.language as tl  # noqa: E402
 
-from perceptriton.kernels import Device, aot, training  # noqa: E402
+from perceptriton.kernels import Device  # noqa: E402
 from perceptriton.kernels import plan as planning  # noqa: E402
-from perceptriton.kernels.plan import Recipe, TrainPlan  # noqa: E402
+from perceptriton.kernels.gpu import aot, train  # noqa: E402
+from perceptriton.kernels.records import Recipe, TrainPlan  # noqa: E402
 
 CHIPS = {
     arch: Device("cuda", arch, multiprocessors, triton=True)
@@ -104,7 +105,7 @@ def _launch(case, plan=None, steps=(0, 0, 1000, 10)):
     order = empty(50, samples, dtype=torch.int32) if ordered else None
     start, taken, count, log_every = steps
     arguments = (recipe, parameters, first, second, empty(members), *data, batch_size, taken, plan or _plan(case))
-    (launch,) = aot.launches(training.Loop(*arguments).run, order, start, count, log_every, empty(100, members))
+    (launch,) = aot.launches(train.KernelLoop(*arguments).run, order, start, count, log_every, empty(100, members))
     return launch
 
 

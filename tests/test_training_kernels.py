@@ -9,13 +9,13 @@ import torch
 from cases import ACTIVATIONS, FLOOR, NO_KERNELS, kernel_device, relative_error
 from torch import nn
 
-from perceptriton.kernels.plan import Recipe, TrainPlan
+from perceptriton.kernels.records import Recipe, TrainPlan
 
 DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip(NO_KERNELS, allow_module_level=True)
 
-training = pytest.importorskip("perceptriton.kernels.training")
+train = pytest.importorskip("perceptriton.kernels.gpu.train")
 pytestmark = pytest.mark.usefixtures("device")
 
 MODULES = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}
@@ -150,7 +150,7 @@ class Run:
         buffers = tuple(s for s, _ in state_pairs)
         lr, x, y = (t.to(DEVICE) for t in (self.lr, self.x, self.y))
         split = (buffers[:count], buffers[count:])
-        run = training.Loop(self.recipe, written, *split, lr, x, y, self.batch_size, taken, plan)
+        run = train.KernelLoop(self.recipe, written, *split, lr, x, y, self.batch_size, taken, plan)
         results, losses, done = [], [], 0
         for end in steps:
             logged = [s for s in range(start + done, start + end) if log_every and s % log_every == 0]

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from perceptriton.kernels import Device
-from perceptriton.kernels.plan import EMPTY, Recipe, TrainPlan, train
+from perceptriton.kernels.plan import train
+from perceptriton.kernels.records import EMPTY, Recipe, TrainPlan
 
 H200 = Device("cuda", 90, 132, triton=True)
 A100 = Device("cuda", 80, 108, triton=True)

@@ -26,9 +26,9 @@ from cases import (
     transposed,
 )
 
-from perceptriton.kernels import activations, allow_fp32_split, ops
+from perceptriton.kernels import activations, allow_fp32_split, devices, ops, records, tables
 from perceptriton.kernels import plan as planning
-from perceptriton.kernels.plan import Plan, WideTile
+from perceptriton.kernels.records import Plan, WideTile
 from perceptriton.mlp import linear_act, mlp_act
 
 DEVICE = kernel_device()
@@ -38,8 +38,8 @@ if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("TMA needs compute capability 9.0", allow_module_level=True)
 ARCH = 90 if DEVICE == "cpu" else 10 * torch.cuda.get_device_capability()[0]
 
-wide = pytest.importorskip("perceptriton.kernels.wide")
-linear = pytest.importorskip("perceptriton.kernels.linear")
+wide = pytest.importorskip("perceptriton.kernels.gpu.wide")
+layer = pytest.importorskip("perceptriton.kernels.gpu.layer")
 pytestmark = pytest.mark.usefixtures("device")
 
 IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -224,8 +224,8 @@ def test_yardstick_fails_wrong_weight_gradients(wrong):
 
 # The kinds of product that the chip has tiles for, with every one of them.
 CANDIDATES = {
-    f"{kind}-{'-'.join(map(str, planning.wide_row(tile)))}": (kind, tile)
-    for product in ("half", "tf32", *planning.SPLITS)
+    f"{kind}-{'-'.join(map(str, tables.wide_row(tile)))}": (kind, tile)
+    for product in ("half", "tf32", *records.SPLITS)
     for kind in (product, f"dgrad-{product}", f"wgrad-{product}")
     for tile in planning.wide_candidates(kind, ARCH)
 }
@@ -419,7 +419,7 @@ def test_networks(net, dtype, bias, monkeypatch):
     assert_as_good_as_torch(actual, expected, exact, dtype, names, allowance=FLOOR[dtype])
 
 
-@pytest.mark.parametrize("split", [*planning.SPLITS, "torch says tf32"])
+@pytest.mark.parametrize("split", [*records.SPLITS, "torch says tf32"])
 def test_fp32_networks(split, monkeypatch, allowed):
     """One node where a split is allowed or torch's setting lets products be TF32's, and no pass between its layers."""
     spies = [Spy(wide.linear_act_dgrad_tma_kernel), Spy(wide.linear_act_fwd_tma_kernel)]
@@ -428,16 +428,16 @@ def test_fp32_networks(split, monkeypatch, allowed):
     x, weights, biases, dy = network(NETS["wide"], torch.float32)
     with pytest.raises(NotImplementedError, match="networks stay on chip up to 128"):
         mlp_act(x, weights, biases, "tanh", impl="triton")
-    if split in planning.SPLITS:
+    if split in records.SPLITS:
         allowed(split)
     else:
-        monkeypatch.setattr(ops, "_precision", lambda _: "tf32")
+        monkeypatch.setattr(devices, "fp32_precision", lambda _: "tf32")
     y = mlp_act(x, weights, biases, "tanh", impl="triton")
     assert y.grad_fn.name() == "MlpFunctionBackward"
     actual = (y.detach(), *torch.autograd.grad(y, (x, *weights, *biases), dy))
-    precision = split if split in planning.SPLITS else "tf32"
+    precision = split if split in records.SPLITS else "tf32"
     # Split, the gradients of weights are forward products too.
-    for spy, launches in zip(spies, (2, 6 if split in planning.SPLITS else 3), strict=True):
+    for spy, launches in zip(spies, (2, 6 if split in records.SPLITS else 3), strict=True):
         assert [launch["PRECISION"] for launch in spy.launches] == [precision] * launches
     expected, exact = (torch_network(x, weights, biases, dy, "tanh", own) for own in (None, torch.float64))
     names = ["y", "dx", *(f"dweight {l}" for l in range(3)), *(f"dbias {l}" for l in range(3))]
@@ -558,7 +558,7 @@ def test_networks_without_gradients():
 def fired(monkeypatch):
     """The kernels that ran since the last call."""
     spies = {}
-    for module, name in ((wide, "linear_act_fwd_tma_kernel"), (linear, "linear_act_fwd_tiled_kernel")):
+    for module, name in ((wide, "linear_act_fwd_tma_kernel"), (layer, "linear_act_fwd_tiled_kernel")):
         spies[name] = Spy(getattr(module, name))
         monkeypatch.setattr(module, name, spies[name])
 
@@ -611,7 +611,7 @@ def test_fp32_keeps_to_fp32_until_a_split_is_allowed(fired, allowed):
     tensors = make_layer(20, 264, 40, torch.float32, DEVICE)[:3]
     y = linear_act(*tensors, impl="triton")
     assert fired() == ["tiled"]
-    for mode in planning.SPLITS:
+    for mode in records.SPLITS:
         allowed(mode)
         split = linear_act(*tensors, impl="triton")
         assert fired() == ["tma"]
@@ -628,10 +628,10 @@ def test_a_split_is_named_to_the_kernel(allowed, monkeypatch):
     spy = Spy(wide.linear_act_fwd_tma_kernel)
     monkeypatch.setattr(wide, "linear_act_fwd_tma_kernel", spy)
     tensors = make_layer(20, 264, 40, torch.float32, DEVICE)[:3]
-    for before, mode in itertools.pairwise((None, *planning.SPLITS)):
+    for before, mode in itertools.pairwise((None, *records.SPLITS)):
         assert allowed(mode) == before
         linear_act(*tensors, impl="triton")
-    assert [launch["PRECISION"] for launch in spy.launches] == list(planning.SPLITS)
+    assert [launch["PRECISION"] for launch in spy.launches] == list(records.SPLITS)
 
 
 def test_unknown_splits_are_refused():

@@ -14,23 +14,24 @@ pytest.importorskip("triton", reason="triton is not installed: there is nothing 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
 
-from perceptriton.kernels import Plan, aot, wide
+from perceptriton.kernels import Plan, records, tables
 from perceptriton.kernels import plan as planning
-from perceptriton.kernels.plan import WideTile
+from perceptriton.kernels.gpu import aot, wide
+from perceptriton.kernels.records import WideTile
 
 SHAPE = (8192, 4096, 4096)
-PRODUCTS = ("half", "tf32", *planning.SPLITS)
+PRODUCTS = ("half", "tf32", *records.SPLITS)
 KINDS = (
     *PRODUCTS,
     *(f"dgrad-{product}" for product in PRODUCTS),
-    *(f"wgrad-{product}" for product in planning.SPLITS),
+    *(f"wgrad-{product}" for product in records.SPLITS),
 )
 # Products of tensor cores for each product, and the depth of one instruction.
 DOTS = {"half": (1, 16), "tf32": (1, 8), "tf32x3": (3, 8), "bf16x6": (6, 16), "bf16x3": (3, 16)}
 
 # id: (arch, kind, tile, dtype of 16-bit products, splits)
 CASES = {
-    f"sm_{arch}-{kind}-{'-'.join(map(str, planning.wide_row(tile)))}{'-split' * (splits > 1)}": (
+    f"sm_{arch}-{kind}-{'-'.join(map(str, tables.wide_row(tile)))}{'-split' * (splits > 1)}": (
         *(arch, kind, tile, torch.bfloat16),
         splits,
     )

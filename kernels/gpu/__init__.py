@@ -1,1 +1,1 @@
-"""Kernels in triton and their launchers. Nothing outside of this folder imports triton, and only `devices.gpu` imports it."""
+"""Kernels in triton and their launchers: the only folder that imports triton. `devices.gpu` imports its modules."""

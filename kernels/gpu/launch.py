@@ -1,4 +1,4 @@
-"""How kernels are launched: on the device of their tensors, past triton's search of the compiled version, and in captures."""
+"""How kernels are launched: on their tensors' device, past triton's search of the compiled version, and in captures."""
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # Launch options (num_warps) and loops over tl.range are not in triton's types.

@@ -1,4 +1,4 @@
-"""Launchers of the kernels for one layer. Any strides in, fresh contiguous tensors out: shapes as in `layer_kernels.py`."""
+"""Launchers of the kernels for one layer: shapes as in `layer_kernels.py`, any strides in, fresh tensors out."""
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # Launch options (num_warps) and loops over tl.range are not in triton's types.

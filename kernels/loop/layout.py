@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, Activation
 from ..records import Recipe
-from .optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from .optimizer import Optimizer
 
 Call = Callable[[], object]
 
