@@ -90,12 +90,12 @@ clean: ## remove everything that make made
 # --- tests -------------------------------------------------------------------------------------------------
 
 # On a GPU `make cuda` runs them.
-SANITIZED := $(addprefix tests/,test_kernels.py test_mlp_kernels.py test_training_kernels.py test_wide.py test_memory.py)
-NETWORK_TESTS := $(addprefix tests/,test_networks.py test_fit.py::test_kernels_train_alike test_fuzz.py::test_kernels)
+SANITIZED := $(addprefix tests/kernels/,test_kernels.py test_mlp_kernels.py test_training_kernels.py test_wide.py test_memory.py)
+NETWORK_TESTS := $(addprefix tests/mlp/,test_networks.py test_fit.py::test_kernels_train_alike test_fuzz.py::test_kernels)
 KERNEL_TESTS := $(SANITIZED) $(NETWORK_TESTS)
-TILES := $(addprefix tests/,test_compile.py test_wide_compile.py test_mlp_compile.py test_training_compile.py)
+TILES := $(addprefix tests/kernels/,test_compile.py test_wide_compile.py test_mlp_compile.py test_training_compile.py)
 # What tests/compiled has no row for, and a part of the rest: tests/compiling.py says how.
-COMPILE_TESTS := tests/test_compiled.py $(TILES)
+COMPILE_TESTS := tests/kernels/test_compiled.py $(TILES)
 
 # $(call parts,targets): two at a time, each on a core of its own, then what came of each. The longest come first.
 define parts
@@ -162,15 +162,15 @@ test-tiles: $(OVERLAY)/.ready $(NEW_OVERLAY)/.ready ## compile every tile on eac
 .PHONY: sanitize
 sanitize: $(READY) $(LENS)/.ready ## every kernel under the interpreter, watched for stray addresses and races (minutes)
 	$(call step,kernels watched,TRITON_INTERPRET=1 $(PYTEST) --watch-memory $(SANITIZED))
-	$(call step,kernels followed by tilelens,TRITON_INTERPRET=1 PYTHONPATH=$(LENS) $(PYTEST) tests/test_tilelens.py)
+	$(call step,kernels followed by tilelens,TRITON_INTERPRET=1 PYTHONPATH=$(LENS) $(PYTEST) tests/kernels/test_tilelens.py)
 
 .PHONY: test-long
 test-long: $(READY) ## 10,001 steps of the training kernels under the interpreter, against torch (minutes)
-	$(call step,10001 steps under the interpreter,TRITON_INTERPRET=1 $(PYTEST) --long tests/test_training_kernels.py -k long)
+	$(call step,10001 steps under the interpreter,TRITON_INTERPRET=1 $(PYTEST) --long tests/kernels/test_training_kernels.py -k long)
 
 test-deterministic: $(READY)
-	$(call step,deterministic: kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) --deterministic tests/test_kernels.py)
-	$(call step,deterministic: layers and networks,$(PYTEST) --deterministic tests/test_functional.py tests/test_networks.py)
+	$(call step,deterministic: kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) --deterministic tests/kernels/test_kernels.py)
+	$(call step,deterministic: layers and networks,$(PYTEST) --deterministic tests/mlp/test_functional.py tests/mlp/test_networks.py)
 
 test-benches: $(READY)
 	$(call step,benchmarks run once: layers,$(PYTEST) benches/bench_stacks.py --benchmark-disable)

@@ -27,7 +27,7 @@ EMPTY_SHAPES = {
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# What tests/test_fuzz.py draws its cases from.
+# What tests/mlp/test_fuzz.py draws its cases from.
 FUZZ_SEED = int(os.environ.get("FUZZ_SEED", "0"))
 
 # What a dtype's own rounding may add to twice torch's error, as a relative norm.

@@ -3,7 +3,7 @@
 First fp32 products as tensor cores compute them.
 
 Follows the operations that triton 3.6.0 and 3.7.1 compile a dot of that input precision to (see them in the TTGIR of
-`tests/test_wide_compile.py`): operands split into short numbers, the small products first, their NaN replaced by 0, the
+`test_wide_compile.py`): operands split into short numbers, the small products first, their NaN replaced by 0, the
 large product on top, the sum added to the accumulator. Sums are taken in fp32 here; that tensor cores cut off low bits
 while they sum is not modelled. Triton's interpreter computes every one of these in plain fp32.
 """

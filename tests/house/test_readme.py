@@ -8,7 +8,7 @@ import pytest
 
 from perceptriton.mlp import __main__ as command_line
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

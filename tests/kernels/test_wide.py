@@ -237,7 +237,7 @@ def test_every_candidate(kind, tile):
     shape = (tile.block_m + 9, 2 * tile.block_k + 8, tile.block_n + 24)
     of, product = kind.rpartition("-")[::2]
     dtype, precision = (torch.bfloat16, "ieee") if product == "half" else (torch.float32, product)
-    # tests/test_splits.py knows what each kind of product costs. The interpreter splits no operands.
+    # tests/kernels/test_splits.py knows what each kind of product costs. The interpreter splits no operands.
     allowance = {"tf32": TF32, "bf16x3": 2e-5}.get(product, 0.0)
     if of == "wgrad":
         m, k, n = shape

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("kernels", "mlp")
 DATA = ("py.typed", "tuned/*.json", "reference/*.json")
 

@@ -1,6 +1,6 @@
 """What watches the kernels' memory finds what it is there for; `make sanitize` runs every kernel under it.
 
-What tilelens (formerly triton-viz) does by a solver, at one small launch of each kernel (tests/test_tilelens.py), this
+What tilelens (formerly triton-viz) does by a solver, at one small launch of each kernel (test_tilelens.py), this
 does by addresses, at every launch of the tests, and for what a program loads after it has stored it.
 """
 

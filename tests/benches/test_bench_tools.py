@@ -22,7 +22,7 @@ import torch
 
 from perceptriton import kernels
 
-BENCHES = Path(__file__).parents[1] / "benches"
+BENCHES = Path(__file__).parents[2] / "benches"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = [*sorted((ROOT / "kernels").glob("**/*.py")), *sorted((ROOT / "mlp").glob("**/*.py"))]
 TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 BENCHES = sorted((ROOT / "benches").glob("**/*.py"))
