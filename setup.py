@@ -13,7 +13,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     package_dir={"perceptriton.kernels": "kernels", "perceptriton.mlp": "mlp"},
-    packages=["perceptriton.kernels", "perceptriton.mlp"],
+    packages=[
+        ".".join(("perceptriton", *found.parent.parts))
+        for folder in ("kernels", "mlp")
+        for found in sorted(Path(folder).rglob("__init__.py"))
+    ],
     package_data={
         "perceptriton.kernels": ["py.typed", "tuned/*.json"],
         "perceptriton.mlp": ["py.typed", "reference/*.json"],

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.activations import ACTIVATIONS
+from .as_network import as_network
 from .model import MLP
-from .network import describe
 
 if TYPE_CHECKING:
     from .training import History
@@ -66,7 +66,7 @@ class Ensemble(nn.Module):
         """
         networks = []
         for i, model in enumerate(models):
-            network = describe(model)
+            network = as_network(model)
             if isinstance(network, str):
                 raise TypeError(f"models[{i}] cannot be a member: {network}")
             networks.append(network)

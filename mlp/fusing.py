@@ -8,7 +8,7 @@ import torch.fx
 from torch import nn
 
 from .layers import LinearReLU, LinearSigmoid, LinearTanh
-from .model import FusedSequential
+from .sequential import FusedSequential
 
 __all__ = ["fuse_", "unfuse_"]
 
@@ -62,7 +62,7 @@ def fuse_(model: nn.Module, refused: dict[str, str] | None = None) -> list[str]:
         for first, second in _pairs(module):
             linear, activation = (module.get_submodule(child) for child in (first, second))
             full = f"{name}.{first}" if name else first
-            if (reason := _why_not(linear, activation, uses)) is None:
+            if (reason := _pair_refusal(linear, activation, uses)) is None:
                 here.append(full)
                 _become(linear, FUSED[type(activation)])
                 _become(activation, Applied)
@@ -157,7 +157,7 @@ def _below(modules: list[nn.Module]) -> Iterator[nn.Module]:
 # --- what must stay as it is -------------------------------------------------------------------------------
 
 
-def _why_not(linear: nn.Module, activation: nn.Module, uses: Counter) -> str | None:
+def _pair_refusal(linear: nn.Module, activation: nn.Module, uses: Counter) -> str | None:
     """Why this pair cannot be fused, or None."""
     for what, module, kinds in (("it", linear, (nn.Linear,)), ("the activation", activation, tuple(FUSED))):
         if type(module) not in kinds:

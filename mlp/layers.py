@@ -5,7 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .functional import REDUCTIONS, linear_act, linear_sigmoid_bce
+from .functional import linear_act, linear_sigmoid_bce
+from .functional.checks import REDUCTIONS
 
 __all__ = ["LAYERS", "LinearAct", "LinearReLU", "LinearSigmoid", "LinearSigmoidBCELoss", "LinearTanh"]
 

@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perceptriton.kernels import Device, Plan, crossover, devices, eligibility, explain, ops, records, reference, tables
 from perceptriton.kernels import plan as planning
 from perceptriton.mlp import MLP, linear_act, linear_sigmoid
-from perceptriton.mlp.functional import LinearActFunction
+from perceptriton.mlp.functional.functions import LinearActFunction
 
 # torch itself uses what it deprecates when it differentiates forward, compiles or traces.
 pytestmark = [
@@ -175,7 +175,7 @@ def test_few_outputs_stay_with_plain_operations(training, monkeypatch):
     monkeypatch.setattr(crossover, "cpu_thresholds", lambda *_: {"small": 1, "few_outputs": (2**19, 2**20)})
     forget_plans()
     called = []
-    monkeypatch.setattr("perceptriton.mlp.functional._planned", lambda *_: called.append(1))
+    monkeypatch.setattr("perceptriton.mlp.functional.layer._planned", lambda *_: called.append(1))
     rows = 2 ** (13 + training)
     with torch.set_grad_enabled(training):
         for m in (rows - 1, rows):

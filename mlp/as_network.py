@@ -11,9 +11,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels.reference import shares_nothing
 from .layers import LAYERS, LinearAct
-from .model import MLP, FusedSequential, does_nothing
-
-__all__ = ["Network", "apart", "describe", "hooked", "why_not_trainable"]
+from .model import MLP
+from .sequential import FusedSequential, does_nothing
 
 _ACTIVATIONS = {nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.ReLU: "relu"}
 
@@ -30,17 +29,17 @@ class Network:
     members: int | None = None  # of a stack, whose parameters have a leading dimension; None for one network
 
 
-def hooked(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module may do more than its class says."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__ or bool(_has_any_global_hook())
 
 
-def describe(model: nn.Module) -> Network | str:
+def as_network(model: nn.Module) -> Network | str:
     """The network that an `MLP` or an `nn.Sequential` is, or the reason why it is none."""
     if not isinstance(model, nn.Sequential) or type(model) not in (MLP, FusedSequential, nn.Sequential):
         return f"{type(model).__name__} is neither an MLP nor an nn.Sequential"
-    if found := next((name or "the model" for name, module in model.named_modules() if hooked(module)), None):
+    if found := next((name or "the model" for name, module in model.named_modules() if has_hooks(module)), None):
         return f"{found} has hooks or a forward of its own"
     layers: list[nn.Linear] = []
     names: list[str] = []
@@ -79,7 +78,7 @@ def describe(model: nn.Module) -> Network | str:
     )
 
 
-def why_not_trainable(network: Network) -> str | None:
+def training_refusal(network: Network) -> str | None:
     """What keeps the network's parameters from being trained as plain tensors, or None."""
     for p in network.parameters:
         if type(p) is not nn.Parameter:

@@ -1,4 +1,4 @@
-"""One ensemble, trained by many processes."""
+"""A sweep over ranks: each trains its share of the members."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .ensemble import Ensemble
-from .training import History, _prepare, fit
+from ..ensemble import Ensemble
+from .history import History
+from .run import fit, prepare
 
 __all__ = ["fit_sharded"]
 
@@ -52,7 +53,7 @@ def fit_sharded(
     began = time.perf_counter()
     # The whole is checked by everyone: an error in one share alone would leave the other ranks waiting for it.
     whole = optimizer(ensemble.parameters())
-    _prepare(ensemble, x, y, criterion, whole, steps, batch_size, log_every, lr, generator, impl)
+    prepare(ensemble, x, y, criterion, whole, steps, batch_size, log_every, lr, generator, impl)
     many = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if many else (0, 1)
     # Rank 0 always has members; the last ranks have none if there are more processes than members.

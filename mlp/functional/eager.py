@@ -1,0 +1,51 @@
+"""Networks in torch's own operations, and the dtypes and circumstances under which those run."""
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels.activations import ACTIVATIONS
+from ...kernels.crossover import launch_bound
+from ...kernels.records import IMPLS, NotCompiledError
+
+
+def torch_network(x, weights, biases, hidden, output) -> Tensor:
+    """The network in torch's own operations."""
+    for l, weight in enumerate(weights):
+        act = ACTIVATIONS[output if l == len(weights) - 1 else hidden]
+        x = act.forward(F.linear(x, weight, None if biases is None else biases[l]))
+    return x
+
+
+def torch_bce(z, target, pos_weight, reduction) -> Tensor:
+    return F.binary_cross_entropy_with_logits(z, target, pos_weight=pos_weight, reduction=reduction)
+
+
+def product_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
+    """The dtype in which torch would multiply x, and whether that is autocast's."""
+    kind = x.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(kind), True
+    return x.dtype, False
+
+
+def captured_cold(error: Exception, x, weights, impl) -> bool:
+    """Whether the kernels of a CUDA graph being captured are missing because eager calls of this size need none.
+
+    A caller who has warmed up on the default stream has done all that `torch.nn` asks for.
+    """
+    cold = isinstance(error, NotCompiledError) and impl is None
+    widths = (x.shape[-1], *(weight.shape[0] for weight in weights))
+    return cold and launch_bound(x.nbytes, widths, torch.is_grad_enabled())
+
+
+def symbolic(x, activations, impl) -> bool:
+    """Whether x is a symbol that torch.fx traces with, which has no shape to plan with or to check."""
+    if not isinstance(x, torch.fx.Proxy):
+        return False
+    if impl not in IMPLS or not all(act in ACTIVATIONS for act in activations):
+        return False
+    if impl == "triton":
+        raise NotImplementedError('impl="triton": torch.fx is tracing') from None
+    return True

@@ -1,0 +1,95 @@
+"""One layer as a function of tensors."""
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels import eligibility, ops
+from ...kernels.activations import ACTIVATIONS
+from ...kernels.records import IMPLS
+from .checks import check_layer
+from .eager import captured_cold, product_dtype, symbolic, torch_network
+from .functions import LinearActFunction
+
+
+def linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "sigmoid", *, impl: str | None = None
+) -> Tensor:
+    """act(x @ weight.T + bias), differentiable to any order.
+
+    x: (..., in_features), any strides. weight: (out_features, in_features). bias: (out_features,) or None.
+    activation: "sigmoid", "tanh", "relu" or "identity". Returns (..., out_features), contiguous.
+
+    float32, bfloat16 and float16 run fused; under autocast the result has autocast's dtype, as that of `F.linear`
+    has. Everything else that torch can multiply (float64, a bias to broadcast, tensor subclasses, torch.func
+    transforms, forward-mode duals, dispatch modes, export) runs as `F.linear` and the activation, compiled or not.
+
+    impl: None chooses by shape (`perceptriton.kernels.explain` says what and why); "triton" and "torch" are obeyed,
+    or refused with NotImplementedError and the reason. CPU tensors reach triton only under its interpreter.
+
+    The backward pass uses the saved output, as torch does: sigmoid' = y (1 - y), tanh' = 1 - y^2. In bfloat16 and
+    float16, y rounds to 1 from z = 6.2 and z = 8.3 on, and the gradient is 0 from there.
+
+    Raises ValueError for shapes, dtypes and devices that do not fit and for an unknown activation or impl, TypeError
+    for arguments that are no tensors; the message names the argument and both values.
+    """
+    if torch.compiler.is_compiling():
+        return _traced(x, weight, bias, activation, impl)
+    try:
+        # torch's product does not notice a weight on the meta device, and reads memory that is not the weight's.
+        if impl is None and (weight.is_cpu if x.is_cpu else weight.device == x.device):
+            n, k = weight.shape
+            if ops.prefers_torch(x, (k, n)):
+                return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
+        return _planned(x, weight, bias, activation, impl)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        if captured_cold(error, x, (weight,), impl) or symbolic(x, (activation,), impl):
+            return torch_network(x, (weight,), None if bias is None else (bias,), activation, activation)
+        check_layer(x, weight, bias, activation, impl)
+        raise
+
+
+def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str | None = None) -> Tensor:
+    """sigmoid(x @ weight.T + bias); see `linear_act`."""
+    return linear_act(x, weight, bias, "sigmoid", impl=impl)
+
+
+def _planned(x, weight, bias, activation, impl):
+    if activation not in ACTIVATIONS or impl not in IMPLS:
+        raise ValueError
+    dtype, autocast = product_dtype(x)
+    if refused := eligibility.refusal(x, weight, bias, dtype, autocast, impl):
+        if impl == "triton":
+            check_layer(x, weight, bias, activation, impl)
+            raise NotImplementedError(f'impl="triton": {refused}')
+        if weight.device != x.device:
+            raise ValueError
+        return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
+    if autocast:
+        # Cast here, not inside the Function, so that the casts are differentiated and gradients keep their dtypes.
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        if impl is None and x.is_cpu and ops.trains_plainly(x, weight):
+            # In place: autograd keeps y, not z, and a fresh large tensor costs more than the sigmoid.
+            return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias))
+        return LinearActFunction.apply(x, weight, bias, activation, impl)
+    return ops.linear_act_fwd(x, weight, bias, activation, impl)
+
+
+def _traced(x, weight, bias, activation, impl):
+    # Nothing here looks at the number of rows, so that a dynamic batch compiles once. On the CPU and under export plain
+    # operations are traced: the compiler fuses them, and an exported graph needs no op of ours.
+    tensors = all(isinstance(tensor, Tensor) for tensor in ((x, weight) if bias is None else (x, weight, bias)))
+    if not tensors or activation not in ACTIVATIONS or impl not in IMPLS:
+        check_layer(x, weight, bias, activation, impl)
+    dtype, autocast = product_dtype(x)
+    if refused := eligibility.traced_refusal(x, weight, bias, dtype, autocast, impl):
+        if impl == "triton":
+            raise NotImplementedError(f'impl="triton": {refused}')
+        return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
+    if autocast:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return LinearActFunction.apply(x, weight, bias, activation, impl)

@@ -1,0 +1,99 @@
+"""The binary cross entropy of layers and networks that end in a sigmoid."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from ...kernels import ops
+from .checks import REDUCTIONS, check_loss, check_network, loss_refusal
+from .eager import captured_cold, product_dtype, symbolic, torch_bce, torch_network
+from .functions import MlpBceFunction
+from .network import mlp_act, network_plans, torch_is_best
+
+
+def linear_sigmoid_bce(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+    impl: str | None = None,
+) -> Tensor:
+    """The binary cross entropy of sigmoid(x @ weight.T + bias) against target, from the logit z.
+
+    x: (..., in_features). weight: (out_features, in_features). bias: (out_features,) or None. target:
+    (..., out_features), floating, values in [0, 1]. pos_weight: (out_features,) or None. reduction: "mean" and "sum"
+    give a scalar, "none" (..., out_features). See `mlp_sigmoid_bce`, of which this is the case of one layer.
+    """
+    biases = None if bias is None else (bias,)
+    options = {"pos_weight": pos_weight, "reduction": reduction, "impl": impl}
+    try:
+        return mlp_sigmoid_bce(x, (weight,), biases, target, **options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("weights[0]", "weight").replace("biases[0]", "bias")) from None
+
+
+def mlp_sigmoid_bce(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    target: Tensor,
+    activation: str = "sigmoid",
+    *,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+    impl: str | None = None,
+) -> Tensor:
+    """The binary cross entropy of a network that ends in a sigmoid, differentiable to any order.
+
+    With z the output of the last layer before its sigmoid, p = sigmoid(z), and w = pos_weight or 1:
+
+        loss = -(w t log p + (1 - t) log(1 - p)) = (1 - t) z + (1 + (w - 1) t) log(1 + e^-z)
+
+    target: (..., N), floating; soft targets in [0, 1] are fine. pos_weight: (N,) or None. reduction: "mean" over all
+    elements, "sum", or "none" for the shape of target. The rest as for `mlp_act`.
+
+    It equals `torch.nn.BCEWithLogitsLoss` of the logits, the dtype of the result included: that of target, fp32 under
+    autocast, where `torch.nn.BCELoss` refuses to run on a GPU. `nn.Sigmoid` followed by `nn.BCELoss` differs from both
+    where p rounds to 0 or 1: in fp32 from |z| = 16 on its gradient (p - t) / (p (1 - p)) * p (1 - p) loses digits and
+    from z = 17 on vanishes, and it cuts log p off at -100. Here the gradient is p - t everywhere.
+
+    On a GPU a network of one segment takes two launches for loss and gradients when one program covers the batch;
+    predictions are never written to memory. Gradients reach x and the parameters; where target wants one too, the
+    network runs as `mlp_act` and torch's loss, as it does on a CPU. pos_weight may want none: torch has none for it.
+    """
+    try:
+        n = weights[-1].shape[0]
+        if (
+            reduction not in REDUCTIONS
+            or not target.is_floating_point()
+            or target.shape != (*x.shape[:-1], n)
+            or not (pos_weight is None or pos_weight.is_floating_point())
+        ):
+            raise ValueError
+        if torch_is_best(x, weights, biases, (activation,), impl):
+            return torch_bce(torch_network(x, weights, biases, activation, "identity"), target, pos_weight, reduction)
+        refused = loss_refusal(x, target, pos_weight, n)
+        if refused and impl == "triton":
+            raise NotImplementedError(f'impl="triton": {refused}')
+        found = None if refused else network_plans(x, weights, biases, impl, loss=True)
+        if found is None or not found[1].forward.triton:
+            z = mlp_act(x, weights, biases, activation, "identity", impl=impl)
+            return torch_bce(z, target, pos_weight, reduction)
+        dtype = torch.float32 if product_dtype(x)[1] else target.dtype
+        (x, weights, biases), plans = found
+        head = (target, None if pos_weight is None else pos_weight.expand(n), reduction, dtype)
+        if plans.backward is None:
+            return ops.mlp_bce_fwd(x, weights, biases, activation, *head, plans.forward)[0]
+        parameters = (*weights, *(biases or ()))
+        return MlpBceFunction.apply(x, *head, activation, plans, len(weights), *parameters)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        if captured_cold(error, x, weights, impl) or symbolic(x, (activation,), impl):
+            return torch_bce(torch_network(x, weights, biases, activation, "identity"), target, pos_weight, reduction)
+        check_network(x, weights, biases, (activation, "identity"), impl)
+        check_loss(x, weights, target, pos_weight, reduction)
+        raise

@@ -1,0 +1,97 @@
+"""Whole networks as functions of tensors."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from ...kernels import eligibility, ops
+from ...kernels.activations import ACTIVATIONS
+from ...kernels.records import IMPLS
+from .checks import check_network, fit_together
+from .eager import captured_cold, product_dtype, symbolic, torch_network
+from .functions import FusedMlpFunction, MlpFunction, split_parameters
+from .layer import linear_act
+
+
+def mlp_act(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    activation: str = "sigmoid",
+    output_activation: str | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """A whole network: `linear_act` for each weight in turn, differentiable to any order.
+
+    x: (..., K_0), any strides. weights: (N_l, K_l) each, with K_{l+1} = N_l. biases: (N_l,) each, or None for none.
+    activation: of the hidden layers; output_activation: of the last one, the same unless told otherwise. Returns
+    (..., N) of the last layer, contiguous.
+
+    On a GPU, networks whose widths are at most 128 run as one kernel forward, which leaves only y in memory, and as
+    few as registers allow back, which compute the activations once more; on a CPU, networks that are not small run as
+    one autograd node. `perceptriton.kernels.explain` says what and why. torch.compile sees a chain of layers. dtypes,
+    autocast, impl and errors are those of `linear_act`; impl="triton" asks for the whole network in kernels of its own.
+    """
+    output = activation if output_activation is None else output_activation
+    try:
+        if torch_is_best(x, weights, biases, (activation, output), impl):
+            return torch_network(x, weights, biases, activation, output)
+        if (plans := network_plans(x, weights, biases, impl)) is None:
+            return _layers(x, weights, biases, activation, output, impl)
+        (x, weights, biases), plans = plans
+        if plans.forward.impl == "aten":
+            return torch_network(x, weights, biases, activation, output)
+        if plans.backward is None:
+            return ops.mlp_fwd(x, weights, biases, activation, output, plans.forward)[0]
+        arguments = (x, activation, output, plans, len(weights), *weights, *(biases or ()))
+        return FusedMlpFunction.apply(*arguments) if plans.backward.segments else MlpFunction.apply(*arguments)[0]
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        if captured_cold(error, x, weights, impl) or symbolic(x, (activation, output), impl):
+            return torch_network(x, weights, biases, activation, output)
+        check_network(x, weights, biases, (activation, output), impl)
+        raise
+
+
+def _layers(x, weights, biases, hidden, output, impl) -> Tensor:
+    for l, weight in enumerate(weights):
+        act = output if l == len(weights) - 1 else hidden
+        x = linear_act(x, weight, None if biases is None else biases[l], act, impl=impl)
+    return x
+
+
+def torch_is_best(x, weights, biases, activations, impl) -> bool:
+    """Whether plain operations cost least, whatever a plan would say. Raises for what does not fit together."""
+    if impl not in IMPLS or not all(act in ACTIVATIONS for act in activations):
+        raise ValueError
+    if torch.compiler.is_compiling():
+        return False  # who looks at sizes has a dynamic batch compiled once for each
+    if (misfit := fit_together(x, weights, biases)) is not None:
+        if not isinstance(biases, Sequence) or any(tensor.device != x.device for tensor in (*weights, *biases)):
+            raise ValueError
+        if impl == "triton":
+            refused = eligibility.bias_refusal(f"biases[{misfit}]", biases[misfit], weights[misfit])
+            raise NotImplementedError(f'impl="triton": {refused}')
+        return True  # torch broadcasts it
+    return impl is None and ops.network_prefers_torch(x, weights)
+
+
+def network_plans(x, weights, biases, impl, loss: bool = False):
+    """((x, weights, biases) in the dtype of the products, plans), or None: layer by layer."""
+    if torch.compiler.is_compiling():
+        return None
+    dtype, autocast = product_dtype(x)
+    if refused := eligibility.mlp_refusal(x, weights, biases, dtype, autocast, impl):
+        if impl == "triton":
+            raise NotImplementedError(f'impl="triton": {refused}')
+        return None
+    tensors = (x, *weights, *(biases or ()))
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if autocast:
+        # Cast here, not inside a Function, so that the casts are differentiated and gradients keep their dtypes.
+        x, *parameters = (tensor.to(dtype) for tensor in tensors)
+        weights, biases = split_parameters(parameters, len(weights))
+    plans = ops.mlp_plans(x, weights, training, loss, impl)
+    return None if plans.forward.impl == "layers" else ((x, weights, biases), plans)

@@ -1,0 +1,83 @@
+"""Errors at the door of `fit`."""
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.records import TRAIN_IMPLS, Recipe
+from ..as_network import Network
+from ..ensemble import Ensemble
+
+
+def check(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl) -> None:
+    kinds = {
+        "model": (model, nn.Module),
+        "x": (x, Tensor),
+        "y": (y, Tensor),
+        "optimizer": (optimizer, torch.optim.Optimizer),
+        **({} if lr is None else {"lr": (lr, Tensor)}),
+        **({} if generator is None else {"generator": (generator, torch.Generator)}),
+    }
+    for name, (value, kind) in kinds.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")
+    if not callable(criterion):
+        raise TypeError(f"criterion must be callable, not {type(criterion).__name__}")
+    counts = {"steps": (steps, 0), "log_every": (log_every, 0)}
+    for name, (value, least) in (counts if batch_size is None else counts | {"batch_size": (batch_size, 1)}).items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, not {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+    if impl not in TRAIN_IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, TRAIN_IMPLS))}, not {impl!r}")
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"generator must be one of the cpu, where the order is drawn, not of {generator.device}")
+    own = {id(p) for p in model.parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) not in own:
+                raise ValueError(f"optimizer holds a parameter {tuple(p.shape)} that is none of the model's {len(own)}")
+    if isinstance(model, Ensemble):
+        _check_ensemble(model, x, y, lr)
+    elif lr is not None:
+        raise ValueError(f"lr is for an Ensemble; the model is a {type(model).__name__}, whose optimizer has its own")
+    elif not x.dim() or not y.dim() or x.shape[0] != y.shape[0]:
+        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
+    if 0 in x.shape[:1] or (isinstance(model, Ensemble) and not x.shape[-2]):
+        raise ValueError(f"x {tuple(x.shape)} holds no samples")
+
+
+def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, lr: Tensor | None) -> None:
+    members = len(model)
+    for name, tensor, width in (("x", x, model.sizes[0]), ("y", y, model.sizes[-1])):
+        fits = tensor.dim() == 2 or (tensor.dim() == 3 and tensor.shape[0] == members)
+        if not fits or tensor.shape[-1] != width:
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} is neither (samples, {width}) nor ({members}, samples, {width})"
+            )
+    if x.shape[-2] != y.shape[-2]:
+        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
+    if lr is None:
+        return
+    if lr.shape != (members,):
+        raise ValueError(f"lr {tuple(lr.shape)} is not one rate for each of {members} members")
+    if not lr.is_floating_point():
+        raise TypeError(f"lr must be a floating point tensor, not {lr.dtype}")
+    if not bool((lr >= 0).all()):
+        raise ValueError(f"lr must not be negative, but its least is {lr.min().item()}")
+
+
+def check_data(network: Network, recipe: Recipe, x: Tensor, y: Tensor) -> None:
+    """What would only fail inside the loop, or broadcast there."""
+    p = network.parameters[0]
+    for name, tensor, width in (("x", x, network.widths[0]), ("y", y, network.widths[-1])):
+        if tensor.shape[-1] != width or (network.members is None and tensor.dim() != 2):
+            raise ValueError(f"{name} {tuple(tensor.shape)} is not ({x.shape[0]}, {width})")
+        # Of the criteria, BCELoss does not promote its target, and only MSELoss takes whole numbers.
+        promoted = tensor is y and (recipe.loss == "mse" or (recipe.loss == "bce_logits" and y.is_floating_point()))
+        if tensor.dtype != p.dtype and not promoted:
+            raise ValueError(f"{name} is {tensor.dtype}, but the model's parameters {p.dtype}")
+        if tensor.device != p.device:
+            raise ValueError(f"{name} is on {tensor.device}, but the model on {p.device}")
+    if recipe.loss == "bce" and bool(((y < 0) | (y > 1)).any()):
+        raise ValueError(f"y must lie in [0, 1] for BCELoss, not in [{y.min().item()}, {y.max().item()}]")

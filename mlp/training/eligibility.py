@@ -1,0 +1,110 @@
+"""What may be trained without autograd, and the reasons of what may not."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from ...kernels.records import Recipe
+from ..as_network import Network, apart, as_network, has_hooks, training_refusal
+from ..ensemble import Ensemble
+from .checks import check_data
+from .jobs import FastJob
+from .state import State
+
+
+def fast_job(model, x, y, criterion, optimizer, lr) -> FastJob | str:
+    """The loop without autograd, or the reason why there is none. Raises ValueError for data that do not fit it."""
+    network = _network(model)
+    if isinstance(network, str):
+        return network
+    if reason := training_refusal(network):
+        return reason
+    loss = _loss_of(criterion, network)
+    if isinstance(loss, str):
+        return loss
+    steps = _optimizer_of(optimizer, network)
+    if isinstance(steps, str):
+        return steps
+    fields, rate = steps
+    p = network.parameters[0]
+    if p.dtype not in (torch.float32, torch.float64):
+        return f"parameters are {p.dtype}"
+    if torch.is_autocast_enabled(p.device.type):
+        return "autocast is on"
+    if any(type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided for t in (x, y)):
+        return "x or y is a subclass of Tensor, or not dense"
+    if network.members is None and x.dim() != 2:
+        return f"x {tuple(x.shape)} is not (samples, {network.widths[0]})"
+    recipe = Recipe(network.widths, network.hidden, network.output, network.bias, **loss, **fields)
+    state = State.read(optimizer, network, recipe)
+    if isinstance(state, str):
+        return state
+    check_data(network, recipe, x, y)
+    if y.dtype != p.dtype:
+        return f"y is {y.dtype}, the parameters {p.dtype}"
+    if not all(apart(t, p) for t in (x, y) for p in network.parameters):
+        return "x or y shares memory with a parameter"
+    rates = p.new_full((network.members or 1,), rate) if lr is None else lr.detach().to(p.device, p.dtype)
+    return FastJob(network, recipe, state, x, y, rates.detach())
+
+
+def _network(model: nn.Module) -> Network | str:
+    if type(model) is not Ensemble:
+        return as_network(model)
+    if has_hooks(model):
+        return "the model has hooks or a forward of its own"
+    parameters = tuple(model._in_order())
+    return Network(
+        model.sizes, model.activation, model.output_activation, len(model.biases) > 0, parameters, len(model)
+    )
+
+
+def _loss_of(criterion: object, network: Network) -> dict[str, str] | str:
+    names = {nn.BCELoss: "bce", nn.BCEWithLogitsLoss: "bce_logits", nn.MSELoss: "mse"}
+    kind = type(criterion)
+    if kind not in names or not isinstance(criterion, nn.Module):
+        return f"the criterion is a {kind.__name__}"
+    if has_hooks(criterion):
+        return "the criterion has hooks or a forward of its own"
+    if getattr(criterion, "weight", None) is not None or getattr(criterion, "pos_weight", None) is not None:
+        return "the criterion has weights"
+    if criterion.reduction not in ("mean", "sum"):
+        return f"the criterion's reduction is {criterion.reduction!r}"
+    wanted = {"bce": "sigmoid", "bce_logits": "identity"}.get(names[kind], network.output)
+    if network.output != wanted:
+        return f"{kind.__name__} on an output activation of {network.output}, not {wanted}"
+    return {"loss": names[kind], "reduction": str(criterion.reduction)}
+
+
+def _optimizer_of(optimizer: torch.optim.Optimizer, network: Network) -> tuple[dict[str, Any], float] | str:
+    """The recipe's fields and the learning rate."""
+    kind = type(optimizer)
+    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        return f"the optimizer is a {kind.__name__}"
+    if len(optimizer.param_groups) != 1:
+        return f"the optimizer has {len(optimizer.param_groups)} parameter groups"
+    (group,) = optimizer.param_groups
+    if {id(p) for p in group["params"]} != {id(p) for p in network.parameters}:
+        return "the optimizer does not have all parameters of the model"
+    own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        return "the optimizer has hooks"
+    # A learning rate scheduler replaces `step` by one that only takes note that it was called.
+    if "step" in optimizer.__dict__ and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        return "the optimizer has a step of its own"
+    for flag in ("amsgrad", "maximize", "differentiable", "capturable"):
+        if group.get(flag):
+            return f"the optimizer has {flag}=True"
+    rate = group["lr"].item() if isinstance(group["lr"], Tensor) else float(group["lr"])
+    if kind is torch.optim.SGD:
+        numbers = {name: group[name] for name in ("momentum", "dampening", "weight_decay")}
+        fields = {"optimizer": "sgd", "nesterov": bool(group["nesterov"])}
+    else:
+        numbers = dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+        numbers |= {"eps": group["eps"], "weight_decay": group["weight_decay"]}
+        fields = {"optimizer": "adamw" if group.get("decoupled_weight_decay", kind is torch.optim.AdamW) else "adam"}
+    if any(isinstance(value, Tensor) for value in numbers.values()):
+        return "the optimizer has tensors for numbers"
+    return fields | {name: float(value) for name, value in numbers.items()}, rate

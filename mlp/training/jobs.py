@@ -1,0 +1,115 @@
+"""A chunk of steps, without autograd or in the loop that everyone writes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import ops
+from ...kernels.records import Recipe
+from ..as_network import Network
+from ..ensemble import Ensemble
+from .pacing import Order, finish, logged_steps
+from .state import State
+
+
+class FastJob:
+    """Steps on copies of the parameters and of the optimizer's state, written back after every chunk."""
+
+    def __init__(self, network: Network, recipe: Recipe, state: "State", x: Tensor, y: Tensor, lr: Tensor) -> None:
+        self.network, self.recipe, self.state, self.x, self.y, self.lr = network, recipe, state, x, y, lr
+        self.columns, self.samples = network.members or 1, x.shape[-2]
+        self.loop: Any = None
+
+    def choose(self, batch_size: int | None, impl: str | None) -> None:
+        p = self.network.parameters[0]
+        self.plan = ops.plan_train(self.columns, self.samples, batch_size, self.recipe, p.dtype, p.device, impl)
+        self.path = self.plan.impl
+
+    def _set_up(self, batch: int) -> Any:
+        self.parameters, self.first, self.second = map(self._copies, (self.network.parameters, *self.state.tensors()))
+        # Kernels read memory, which holds the negative of a view like z.conj().imag.
+        x, y, lr = (t.resolve_neg().contiguous() for t in (self.x, self.y, self.lr))
+        x, y = (t if t.dim() == 3 else t[None] for t in (x, y))
+        arguments = (self.parameters, self.first, self.second, lr, x, y, batch, self.state.taken, self.plan)
+        return ops.training_loop(self.plan)(self.recipe, *arguments)
+
+    def _copies(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        copies = (t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
+        return tuple(copy if self.network.members else copy[None] for copy in copies)
+
+    def run(self, start: int, steps: int, order: "Order | None", log_every: int) -> Tensor:
+        p = self.network.parameters[0]
+        if self.loop is None:
+            self.loop = self._set_up(self.samples if order is None else order.batch)
+        losses = p.new_empty(logged_steps(start, steps, log_every), self.columns)
+        rows = None if order is None else order.rows(start, steps).to(p.device)
+        self.loop.run(rows, start, steps, log_every, losses)
+        finish(p.device)
+        with torch.no_grad():
+            for own, copy in zip(self.network.parameters, self.parameters, strict=True):
+                own.copy_(copy.view(own.shape))
+            self.state.write(steps, self.first, self.second)
+        return losses
+
+
+class GeneralJob:
+    """The loop that everyone writes."""
+
+    path = "general"
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, criterion, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.x, self.y, self.criterion, self.optimizer = model, x, y, criterion, optimizer
+        many = isinstance(model, Ensemble)
+        self.columns, self.samples = (len(model), x.shape[-2]) if many else (1, x.shape[0])
+
+    def run(self, start: int, steps: int, order: "Order | None", log_every: int) -> Tensor:
+        batches = None if order is None else order.batches(start, steps)
+        losses = []
+        for step in range(start, start + steps):
+            x, y = self.x, self.y
+            if batches is not None:
+                indices = next(batches)
+                x, y = self._take(x, indices), self._take(y, indices)
+            logged = None
+
+            def closure(x=x, y=y):
+                nonlocal logged
+                self.optimizer.zero_grad()
+                values = self._losses(x, y)
+                logged = values.detach() if logged is None else logged
+                loss = values.sum()
+                loss.backward()
+                return loss
+
+            with torch.enable_grad():
+                if isinstance(self.optimizer, torch.optim.LBFGS):
+                    self.optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+                else:
+                    closure()
+                    self.optimizer.step()
+            if log_every and step % log_every == 0 and logged is not None:
+                losses.append(logged)
+        finish(self.x.device)
+        return torch.stack(losses) if losses else torch.empty(0, self.columns, device="cpu")
+
+    def _take(self, data: Tensor, indices: Tensor) -> Tensor:
+        dimension = 1 if isinstance(self.model, Ensemble) and data.dim() == 3 else 0
+        return data.index_select(dimension, indices.to(data.device))
+
+    def _losses(self, x: Tensor, y: Tensor) -> Tensor:
+        """(1,), of an Ensemble (E,)"""
+        output = self.model(x)
+        if not isinstance(self.model, Ensemble):
+            return self._loss(output, y).reshape(1)
+        targets = y if y.dim() == 3 else y.expand(len(output), *y.shape)
+        return torch.stack([self._loss(p, t).reshape(()) for p, t in zip(output, targets, strict=True)])
+
+    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+        loss = self.criterion(output, target)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"criterion must return a tensor with one number, not a {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(f"criterion must return a tensor with one number, not one of shape {tuple(loss.shape)}")
+        return loss

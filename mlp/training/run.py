@@ -1,0 +1,104 @@
+"""Whole training loops in one call."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..ensemble import Ensemble
+from .checks import check
+from .eligibility import fast_job
+from .history import History
+from .jobs import FastJob, GeneralJob
+from .pacing import Bar, Interrupts, Order, chunks
+
+
+def fit(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    batch_size: int | None = None,
+    log_every: int = 0,
+    lr: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+    impl: str | None = None,
+) -> History:
+    """Trains the model in place for `steps` steps of the optimizer, and leaves both as an ordinary loop would.
+
+    x: the samples, (samples, ...). y: their targets, (samples, ...). batch_size: samples per step, None for all of
+    them at once. Each epoch takes the order of one `torch.randperm(samples, generator=generator)` on the CPU, in
+    consecutive batches, the last one smaller if it must be; each call begins a new epoch.
+
+    log_every: the loss before the update is logged at the steps 0, log_every, 2 * log_every, ...; 0 for never. NaN
+    and inf are logged like any loss, and stop nothing. progress: a bar at once and not after two seconds, where stderr
+    is a terminal and tqdm is installed.
+
+    An `MLP`, an `Ensemble` or an `nn.Sequential` of linear layers and activations in float32 or float64, under SGD,
+    Adam or AdamW with one group of all its parameters, with BCELoss, BCEWithLogitsLoss or MSELoss, trains without
+    autograd: all steps of a chunk in one kernel or one loop. Everything else (other modules, criteria and optimizers,
+    amsgrad, maximize, parameters that are frozen, tied or share memory, hooks, autocast, other dtypes) trains in an
+    ordinary loop. With BCELoss the gradient at the logit is p - t; torch's differs from it only where
+    p (1 - p) < 1e-12. `criterion` is called as criterion(model(x), y).
+
+    An Ensemble's members see the same samples, x (samples, I) and y (samples, O), or each its own, (E, samples, I)
+    and (E, samples, O), in the same order. The criterion applies to each member, and the losses are summed. lr, for an
+    Ensemble only: (E,), a learning rate per member in place of the optimizer's own, which stays as it is.
+
+    impl: None chooses; "lane", "block", "graph" and "torch" are obeyed, or refused with NotImplementedError and the
+    reason. `History.path` says what ran.
+
+    Steps run in chunks of about 0.2 s, whose size does not change the result. KeyboardInterrupt leaves model and
+    optimizer at the end of a chunk. The gradients of all parameters are None afterwards. x and y are not written to.
+
+    Raises TypeError and ValueError for arguments that do not fit, which leaves the model as it was, TypeError too for
+    a criterion that returns no tensor.
+    """
+    began = time.perf_counter()
+    job = prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
+    order = None if batch_size is None else Order(job.samples, batch_size, generator)
+    bar = Bar(steps, progress, began)
+    rows: list[Tensor] = []
+    try:
+        # Of a state made in inference mode, no ordinary step could go on.
+        with Interrupts() as interrupts, torch.inference_mode(False):
+            for start, count in chunks(steps):
+                rows.append(job.run(start, count, order, log_every).cpu())
+                bar.show(start + count)
+                interrupts.raise_pending()
+    finally:
+        bar.close()
+        for p in model.parameters():
+            p.grad = None
+    rows = [row for row in rows if len(row)]
+    # Without a row, that of the losses there would have been.
+    empty = torch.empty(0, job.columns, device="cpu", dtype=next(model.parameters(), x).dtype)
+    loss = torch.cat(rows) if rows else empty
+    return History(
+        list(range(0, steps, log_every)) if log_every else [],
+        loss if isinstance(model, Ensemble) else loss.squeeze(1),
+        time.perf_counter() - began,
+        job.path,
+    )
+
+
+def prepare(
+    model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl
+) -> "FastJob | GeneralJob":
+    """Raises whatever may be refused; has trained nothing, and copied nothing."""
+    check(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
+    x, y = x.detach(), y.detach()
+    job = fast_job(model, x, y, criterion, optimizer, lr)
+    if isinstance(job, str):
+        if impl is not None:
+            raise NotImplementedError(f"impl={impl!r}: {job}")
+        if lr is not None:
+            raise NotImplementedError(f"lr needs a loop without autograd: {job}")
+        return GeneralJob(model, x, y, criterion, optimizer)
+    job.choose(batch_size, impl)
+    return job

@@ -1,0 +1,72 @@
+"""The state that an optimizer of torch keeps, taken over and handed back."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...kernels.records import Recipe
+from ..as_network import Network
+
+
+class State:
+    """The optimizer's state of each parameter: found as earlier steps left it, and left as ordinary steps would."""
+
+    def __init__(self, optimizer, network: Network, names: tuple[str, ...], taken: int) -> None:
+        self.optimizer, self.network, self.names = optimizer, network, names
+        self.taken = taken  # by the steps that the state has seen
+
+    @classmethod
+    def read(cls, optimizer: torch.optim.Optimizer, network: Network, recipe: Recipe) -> "State | str":
+        """The state, or the reason why it is not that of ordinary steps."""
+        if recipe.optimizer == "sgd":
+            names = ("momentum_buffer",) if recipe.momentum else ()
+        else:
+            names = ("exp_avg", "exp_avg_sq")
+        entries = [optimizer.state.get(p, {}) for p in network.parameters]
+        found = [tuple(entry.get(name) for name in names) for entry in entries]
+        missing = [all(value is None for value in values) for values in found]
+        if all(missing):
+            return cls(optimizer, network, names, 0)
+        for p, values in zip(network.parameters, found, strict=True):
+            if any(not isinstance(v, Tensor) or (v.shape, v.dtype) != (p.shape, p.dtype) for v in values):
+                return "the optimizer's state does not fit the parameters, or is there for some only"
+        taken = 1  # momentum knows a first step and others
+        if recipe.optimizer != "sgd":
+            counts = {float(entry.get("step", 0)) for entry in entries}
+            if len(counts) > 1 or min(counts) < 1:
+                return "the optimizer has taken different numbers of steps for different parameters"
+            taken = int(counts.pop())
+        return cls(optimizer, network, names, taken)
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The recipe's `first` and `second`."""
+        lists: list[list[Tensor]] = [[], []]
+        for index, name in enumerate(self.names):
+            for p in self.network.parameters:
+                found = self.optimizer.state.get(p, {}).get(name)
+                lists[index].append(torch.zeros_like(p) if found is None else found)
+        return lists[0], lists[1]
+
+    def write(self, steps: int, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+        """Takes over what `steps` more steps have made of the state."""
+        self.taken += steps
+        (group,) = self.optimizer.param_groups
+        for name, tensors in zip(self.names, (first, second), strict=False):
+            for p, tensor in zip(self.network.parameters, tensors, strict=True):
+                entry = self.optimizer.state[p]
+                if entry.get(name) is None:
+                    if name == "exp_avg":
+                        entry["step"] = _step_counter(p, bool(group.get("fused")))
+                    entry[name] = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
+                entry[name].copy_(tensor.view(p.shape))
+        for p in self.network.parameters if "exp_avg" in self.names else ():
+            self.optimizer.state[p]["step"].fill_(self.taken)
+        if hasattr(self.optimizer.step, "_wrapped_by_lr_sched"):
+            self.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _step_counter(p: Tensor, fused: bool) -> Tensor:
+    # As torch.optim.Adam makes it.
+    double = torch.get_default_dtype() == torch.float64 and not fused
+    return torch.zeros((), dtype=torch.float64 if double else torch.float32, device=p.device if fused else "cpu")
