@@ -35,9 +35,10 @@ def captured_cold(error: Exception, x, weights, impl) -> bool:
 
     A caller who has warmed up on the default stream has done all that `torch.nn` asks for.
     """
-    cold = isinstance(error, NotCompiledError) and impl is None
+    if not isinstance(error, NotCompiledError) or impl is not None:
+        return False
     widths = (x.shape[-1], *(weight.shape[0] for weight in weights))
-    return cold and launch_bound(x.nbytes, widths, torch.is_grad_enabled())
+    return launch_bound(x.nbytes, widths, torch.is_grad_enabled())
 
 
 def symbolic(x, activations, impl) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from training_cases import LOSSES, OPTIMIZERS, STATEFUL, make, ordinary, quick, relative, state_of
 
 from perceptriton.kernels import plan, records
-from perceptriton.mlp import MLP, Ensemble, History, fit, fit_sharded, training
+from perceptriton.mlp import MLP, Ensemble, History, fit, fit_sharded
 
 EXACT = 1e-10
 LAYOUTS = ("matrices", "arrays")
@@ -351,7 +351,8 @@ def test_the_size_of_a_chunk_changes_no_bit(optimizer, batch_size, layout, monke
     results = []
     for size in (1, 7, 40):
         monkeypatch.setattr(
-            training, "_chunks", lambda steps, size=size: ((i, min(size, steps - i)) for i in range(0, steps, size))
+            "perceptriton.mlp.training.run.chunks",
+            lambda steps, size=size: ((i, min(size, steps - i)) for i in range(0, steps, size)),
         )
         models, x, y = networks(5, dtype=torch.float32)
         ensemble = Ensemble.from_models(models)

@@ -37,7 +37,7 @@ from perceptriton.kernels.loop import optimizer as optimizers
 from perceptriton.kernels.loop.matrices import Matrices
 from perceptriton.mlp import MLP, Ensemble, History, LinearSigmoid, fit, lessons
 from perceptriton.mlp.as_network import as_network
-from perceptriton.mlp.training import pacing, run
+from perceptriton.mlp.training import pacing
 
 # Two orders of the same fp64 sums over 100 steps.
 EXACT = 1e-10
@@ -307,7 +307,7 @@ def test_state_is_of_the_same_kind(options):
 
 
 def test_what_is_left_behind(monkeypatch):
-    monkeypatch.setattr(run, "chunks", chunks_of(2))
+    monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks_of(2))
     model, x, y = make_net("tanh")
     parameters = list(model.parameters())
     inputs = x.clone(), y.clone()
@@ -397,7 +397,7 @@ def test_strided_parameters_and_data():
 def test_the_size_of_a_chunk_changes_no_bit(optimizer, batch_size, layout, monkeypatch):
     results = []
     for sizes in ((1,), (2, 3, 1), (50,)):
-        monkeypatch.setattr(run, "chunks", chunks_of(*sizes))
+        monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks_of(*sizes))
         model, x, y = make((3, 7, 5, 2), "sigmoid", "sigmoid", True, 10, torch.float32)
         own = OPTIMIZERS[optimizer](model.parameters())
         history = fit(
@@ -422,7 +422,7 @@ def test_chunks_share_their_buffers(batch_size, sizes, monkeypatch):
     # chunk would shrink to one step.
     built, build = [], Matrices.build
     monkeypatch.setattr(Matrices, "build", lambda own, batch: (built.append(batch.size), build(own, batch)))
-    monkeypatch.setattr(run, "chunks", chunks_of(2))
+    monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks_of(2))
     model, x, y = make((3, 5, 2), "sigmoid", "sigmoid", True, 10, torch.float32)
     fit(model, x, y, criterion=nn.BCELoss(), optimizer=sgd(model), steps=9, batch_size=batch_size)
     assert built == sizes
@@ -432,7 +432,7 @@ def test_chunks_cover_all_steps_by_time(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     sizes = []
-    for start, count in run.chunks(10_000):
+    for start, count in pacing.chunks(10_000):
         assert start == sum(sizes)
         sizes.append(count)
         now[0] += count / 1024  # seconds
@@ -443,7 +443,7 @@ def test_chunks_cover_all_steps_by_time(monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["sgd", *STATEFUL])
 def test_an_interrupted_chunk_leaves_the_one_before(optimizer, monkeypatch):
-    monkeypatch.setattr(run, "chunks", chunks_of(10))
+    monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks_of(10))
     run, calls = TorchLoop.run, []
 
     def interrupted(*arguments):
@@ -465,7 +465,7 @@ def test_an_interrupted_chunk_leaves_the_one_before(optimizer, monkeypatch):
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("path", ["torch", "general"])
 def test_an_interrupt_waits_for_its_chunk(path, monkeypatch):
-    monkeypatch.setattr(run, "chunks", chunks_of(10))
+    monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks_of(10))
     model, twin, x, y = twins("tanh")
     own, other = (torch.optim.SGD(m.parameters(), lr=0.5, momentum=0.9) for m in (model, twin))
     calls = []
@@ -940,7 +940,7 @@ def test_progress(terminal, progress, seconds_per_chunk, shown, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
     monkeypatch.setattr(sys, "stderr", Terminal(terminal))
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(run, "chunks", chunks)
+    monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks)
     given = arguments(steps=100)
     fit(given.pop("model"), given.pop("x"), given.pop("y"), **given, progress=progress)
     assert len(bars) == shown
@@ -953,7 +953,7 @@ def test_a_model_that_draws_numbers_finds_them_in_the_same_order_whatever_the_ch
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Dropout(0.5), nn.Linear(4, 1))
         x, y = torch.randn(8, 3), torch.rand(8, 1)
-        monkeypatch.setattr(run, "chunks", lambda _, chunks=chunks: iter(chunks))
+        monkeypatch.setattr("perceptriton.mlp.training.run.chunks", lambda _, chunks=chunks: iter(chunks))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         fit(model, x, y, criterion=nn.MSELoss(), optimizer=optimizer, steps=6, batch_size=4)
         results.append([p.detach() for p in model.parameters()])

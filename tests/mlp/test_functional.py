@@ -35,7 +35,8 @@ from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perceptriton.kernels import Device, Plan, crossover, devices, eligibility, explain, ops, records, reference, tables
+from perceptriton.kernels import Device, Plan, crossover, eligibility, explain, ops, records, reference, tables
+from perceptriton.kernels import devices as device_questions
 from perceptriton.kernels import plan as planning
 from perceptriton.mlp import MLP, linear_act, linear_sigmoid
 from perceptriton.mlp.functional.functions import LinearActFunction
@@ -162,7 +163,7 @@ def test_without_bias(path, take):
 def test_crossover_of_this_machine(dtype, fused):
     # Nothing forced: one row less stays with plain operations, one more takes the plan for large layers.
     k, n = 32, 64  # narrow, so that multiply-adds decide and not the number of outputs
-    m = -(-tables.cpu_thresholds(str(dtype)[6:], devices.cpu_kind())["small"] // (k * n))
+    m = -(-tables.cpu_thresholds(str(dtype)[6:], device_questions.cpu_kind())["small"] // (k * n))
     for rows, large in ((m - 1, False), (m, True)):
         fused.clear()
         assert explain((rows, k), (n, k), dtype).forward.impl == ("explicit" if large else "aten")
@@ -1300,7 +1301,7 @@ def test_explain_of_an_absent_gpu():
 
 
 def forget_devices():
-    for function in list(vars(ops).values()):
+    for function in list(vars(device_questions).values()):
         if hasattr(function, "cache_clear"):
             function.cache_clear()
 
@@ -1318,7 +1319,7 @@ def pretend(monkeypatch):
             return types.SimpleNamespace(major=pair[0], minor=pair[1], multi_processor_count=40, name="a GPU")
 
         monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-        monkeypatch.setattr(devices, "has_triton", lambda: triton)
+        monkeypatch.setattr(device_questions, "has_triton", lambda: triton)
         return torch.device("cuda", 0)
 
     forget_devices()
@@ -1334,16 +1335,16 @@ def pretend(monkeypatch):
 def test_unusable_gpus_are_named_once(capability, triton, reason, pretend):
     device = pretend(*capability, triton)
     with pytest.warns(UserWarning, match=f"^perceptriton runs as plain torch on cuda:0: {reason}$"):
-        described = devices.describe(device)
+        described = device_questions.describe(device)
     # From here on warnings are errors.
-    assert devices.describe(device) == described
+    assert device_questions.describe(device) == described
     assert not eligibility.launchable(device, torch.float32)
     assert planning.linear_act_fwd(4, 2, 1, "float32", "ieee", described).impl == "aten"
 
 
 def test_usable_gpus_need_no_warning(pretend):
     device = pretend(9, 0, True)
-    assert devices.describe(device) == Device("cuda", 90, 40, triton=True, name="a GPU")
+    assert device_questions.describe(device) == Device("cuda", 90, 40, triton=True, name="a GPU")
     assert eligibility.launchable(device, torch.bfloat16)
     assert not eligibility.launchable(device, torch.float64)
 
@@ -1384,7 +1385,7 @@ def test_each_gpu_of_a_process_has_plans_of_its_own(pretend, monkeypatch):
     for _ in range(2):  # found, and found again
         for device, (major, minor) in zip(devices, CAPABILITIES, strict=True):
             chip = Device("cuda", 10 * major + minor, 40, triton=True, name="a GPU")
-            assert devices.describe(device) == chip
+            assert device_questions.describe(device) == chip
             assert explain((4096, 64), (64, 64), device=device) == explain((4096, 64), (64, 64), device=chip)
             with FakeTensorMode():
                 x, weight = torch.empty(4096, 64, device=device), torch.empty(64, 64, device=device)
@@ -1428,7 +1429,7 @@ def test_rocm_takes_plain_torch(pretend, monkeypatch):
         warnings.simplefilter("always")
         assert not held_in_a_program_on("cuda")
         assert not said, "a warning in a traced program would be an error"
-        described = [devices.describe(device) for _ in range(2)]
+        described = [device_questions.describe(device) for _ in range(2)]
     assert [str(warning.message) for warning in said] == [
         "perceptriton runs as plain torch on cuda:0: no kernels for ROCm devices"
     ]
@@ -1460,7 +1461,7 @@ def test_the_warning_waits_for_eager_code(pretend):
     device = pretend(7, 0, True)
     assert not eligibility.launchable(device, torch.float32)
     with pytest.warns(UserWarning, match=r"compute capability 7\.0"):
-        devices.describe(device)
+        device_questions.describe(device)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
