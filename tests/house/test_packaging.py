@@ -86,7 +86,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         assert "perceptriton = perceptriton.mlp.__main__:main" in archive.read(entry_points).decode()
     assert names == shipped()
     # The list of what has to be there is not empty by mistake.
-    for kind in ("kernels/py.typed", "mlp/py.typed", "kernels/plan.py", "kernels/tuned/cpu.json", "mlp/layers.py"):
+    for kind in ("kernels/py.typed", "mlp/py.typed", "kernels/plan/layer.py", "kernels/tuned/cpu.json", "mlp/layers.py"):
         assert f"perceptriton/{kind}" in names
 
 
