@@ -13,10 +13,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     package_dir={"perceptriton.kernels": "kernels", "perceptriton.mlp": "mlp"},
-    packages=["perceptriton.kernels", "perceptriton.mlp"],
+    packages=["perceptriton.kernels", "perceptriton.mlp", "perceptriton.mlp.lessons"],
     package_data={
         "perceptriton.kernels": ["py.typed", "tuned/*.json"],
-        "perceptriton.mlp": ["py.typed", "reference/*.json"],
+        "perceptriton.mlp": ["py.typed"],
+        "perceptriton.mlp.lessons": ["tables/*.json"],
     },
     install_requires=[
         "torch>=2.11",
