@@ -110,9 +110,8 @@ def plot_blobs(result: Trajectory) -> tuple[Figure, BlobsPicture]:
         draw_classes(axes, result, size=6, edge=0.8)
         star = {"mfc": "white", "mec": INK, "markersize": 15, "label": "test point"}
         axes.plot(*result.points.T.tolist(), "*", **star)
-        for (x1, x2), p in zip(
-            result.points.tolist(), outputs(models[name], result.points).flatten().tolist(), strict=True
-        ):
+        found = outputs(models[name], result.points).flatten().tolist()
+        for (x1, x2), p in zip(result.points.tolist(), found, strict=True):
             outwards = (16 * x1, 30 * x2)
             axes.annotate(
                 f"p = {p:.3f}", (x1, x2), outwards, textcoords="offset points", ha="center", va="center", color=INK

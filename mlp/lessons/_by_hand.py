@@ -47,10 +47,8 @@ class ByHand(Result):
         """What does not follow the loop by hand, one phrase for each, and whether that has converged."""
         trajectory = self.trajectory
         loss, step = trajectory.runs[0].losses[-1], trajectory.steps[-1]
-        stuck = (
-            [] if self.converged else [f"not converged: a loss of {loss:.4f} at step {step}, not below {SOLVED:.4f}"]
-        )
-        return stuck + trajectory.misses
+        stuck = f"not converged: a loss of {loss:.4f} at step {step}, not below {SOLVED:.4f}"
+        return [stuck] * (not self.converged) + trajectory.misses
 
 
 def by_hand(

@@ -30,7 +30,7 @@ def xor_deep(
     ways: Sequence[str] = WAYS,
     progress: bool = False,
 ) -> Trajectory:
-    """The same on a 2-10-10-10-1 network, which stays near ln 2, the loss of a guess, until it drops all at once.
+    """Trains a 2-10-10-10-1 network as `xor` does. Its loss stays near ln 2, that of a guess, then drops all at once.
 
     draws: 1 or 2, how often the network is drawn after the 2-2-1 network of `xor`; the last draw is trained. The
     table has both. The other arguments and errors are those of `xor`, ValueError too for other draws.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .pictures import Figure
 from .values import Result
 
 
@@ -27,5 +28,5 @@ class Lesson:
     intro: Callable[..., str]  # of the counts: what the lesson teaches
     report: Callable[[Any], str]  # of the result
     counts: tuple[Count, ...] = ()
-    plot: Callable[[Any], tuple[Any, Any]] | None = None  # of the result: the figure, and the data in it
+    plot: Callable[[Any], tuple[Figure, Any]] | None = None  # of the result: the figure, and the data in it
     picture: str = ""  # what the figure shows

@@ -16,7 +16,7 @@ from .trajectory import Trajectory, outputs
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 else:
-    Figure = object
+    Figure = object  # in annotations alone, for which matplotlib is not imported
 
 # Okabe and Ito's colours, which remain apart under every common colour blindness.
 BLUE, VERMILION, INK = "#0072B2", "#D55E00", "#222222"
