@@ -20,7 +20,8 @@ setup(
     ],
     package_data={
         "perceptriton.kernels": ["py.typed", "tuned/*.json"],
-        "perceptriton.mlp": ["py.typed", "reference/*.json"],
+        "perceptriton.mlp": ["py.typed"],
+        "perceptriton.mlp.lessons": ["tables/*.json"],
     },
     install_requires=[
         "torch>=2.11",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perceptriton.mlp import __main__ as command_line
+from perceptriton.mlp.lessons.catalogue import LESSONS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,10 +60,10 @@ def test_lessons_are_those_of_the_command_line():
         name: options.split()
         for name, options in re.findall(r"^\| `([a-z-]+)` \|[^|]*\| `?((?:--\w+ ?)*)`? ?\|$", README, re.MULTILINE)
     }
-    assert list(listed) == list(command_line.LESSONS)
-    for name, lesson in command_line.LESSONS.items():
-        assert listed[name] == [*(f"--{count}" for count in lesson.counts), *["--plot"] * bool(lesson.plot)], name
-    assert set(re.findall(r"perceptriton lesson ([a-z-]+)", README)) - {"NAME"} <= set(command_line.LESSONS)
+    assert list(listed) == list(LESSONS)
+    for name, lesson in LESSONS.items():
+        assert listed[name] == [*(f"--{count.name}" for count in lesson.counts), *["--plot"] * bool(lesson.plot)], name
+    assert set(re.findall(r"perceptriton lesson ([a-z-]+)", README)) - {"NAME"} <= set(LESSONS)
 
 
 def test_targets_of_make_exist():

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, and its exit codes."""
 
+import dataclasses
 import errno
 import functools
 import importlib.util
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 from perceptriton.kernels import explain
-from perceptriton.mlp import __main__ as command_line
-from perceptriton.mlp import lesson_race, lessons, plotting
-from perceptriton.mlp.__main__ import SHAPES, main
+from perceptriton.mlp import doctor, lessons
+from perceptriton.mlp.__main__ import main
+from perceptriton.mlp.lessons import pictures, problem
+from perceptriton.mlp.lessons.catalogue import LESSONS as CATALOGUE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
@@ -43,6 +45,11 @@ def needs_images(name):
         pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
 
 
+def run_instead(name, run, monkeypatch):
+    """Gives a lesson of the catalogue another function."""
+    monkeypatch.setitem(CATALOGUE, name, dataclasses.replace(CATALOGUE[name], run=run))
+
+
 @pytest.mark.parametrize("name", LESSONS)
 def test_lesson_prints_its_page(name, capsys):
     needs_images(name)
@@ -63,7 +70,7 @@ def test_every_lesson_has_a_page_and_is_named_in_the_help(capsys):
         main(["lesson", "--help"])
     assert exit.value.code == 0
     out = capsys.readouterr().out
-    assert re.findall(r"^    ([a-z]\S*)", out, re.MULTILINE) == list(LESSONS) == list(command_line.LESSONS)
+    assert re.findall(r"^    ([a-z]\S*)", out, re.MULTILINE) == list(LESSONS) == list(CATALOGUE)
 
 
 def test_lesson_xor_prints_the_table(capsys):
@@ -86,7 +93,7 @@ def test_lesson_xor_prints_the_table(capsys):
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("name", [name for name, lesson in command_line.LESSONS.items() if lesson.plot])
+@pytest.mark.parametrize("name", [name for name, lesson in CATALOGUE.items() if lesson.plot])
 def test_lesson_writes_its_picture_and_nothing_else(name, tmp_path, capsys):
     needs_images(name)
     target = tmp_path / "picture.png"
@@ -97,17 +104,17 @@ def test_lesson_writes_its_picture_and_nothing_else(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "function", "wrong"),
+    ("name", "wrong"),
     [
-        ("xor", "xor", {"seed": 778}),
-        ("xor-deep", "xor_deep", {"seed": 778}),
-        ("blobs", "blobs", {"seed": 3}),
-        ("sweep", "sweep", {"first_seed": 778}),
+        ("xor", {"seed": 778}),
+        ("xor-deep", {"seed": 778}),
+        ("blobs", {"seed": 3}),
+        ("sweep", {"first_seed": 778}),
     ],
     ids=["xor", "xor-deep", "blobs", "sweep"],
 )
-def test_lesson_that_misses_the_table_is_a_failure(name, function, wrong, monkeypatch, capsys):
-    monkeypatch.setattr(lessons, function, functools.partial(getattr(lessons, function), **wrong))
+def test_lesson_that_misses_the_table_is_a_failure(name, wrong, monkeypatch, capsys):
+    run_instead(name, functools.partial(CATALOGUE[name].run, **wrong), monkeypatch)
     options = ["--seeds", "2"] if name == "sweep" else []
     assert main(["lesson", name, "--steps", "10", *options]) == 1
     out, err = capsys.readouterr()
@@ -130,7 +137,8 @@ def test_by_hand_that_has_not_converged_is_a_failure(capsys):
     ("name", "change"), [("chain-rule", {"x": 4}), ("worked-step", {"W_output": [[0.45, 0.7], [0.4, 0.6]]})]
 )
 def test_gradients_that_miss_the_table_are_a_failure(name, change, monkeypatch, capsys):
-    monkeypatch.setattr("perceptriton.mlp.lesson_gradients.table", lambda name: lesson_race.table(name) | change)
+    file = f"_{name.replace('-', '_')}"
+    monkeypatch.setattr(f"perceptriton.mlp.lessons.{file}.table", lambda name: problem.table(name) | change)
     assert main(["lesson", name, *LESSONS[name][0]]) == 1
     out, err = capsys.readouterr()
     assert "the reference." not in " ".join(out.split())
@@ -158,7 +166,7 @@ def test_a_picture_that_cannot_be_written_is_a_failure(tmp_path, monkeypatch, ca
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(plotting, "save", full)
+    monkeypatch.setattr(pictures, "save", full)
     assert main(["lesson", "xor", "--steps", "1", "--plot", str(tmp_path / "xor.png")]) == 1
     assert re.fullmatch(r"perceptriton: .* could not be written: No space left on device\n", capsys.readouterr().err)
 
@@ -212,8 +220,8 @@ def assert_refused(argv, message, monkeypatch, capsys):
     def train(*_, **__):
         raise AssertionError("training started")
 
-    for lesson in command_line.LESSONS.values():
-        monkeypatch.setattr(lessons, lesson.function, train)
+    for name in CATALOGUE:
+        run_instead(name, train, monkeypatch)
     with pytest.raises(SystemExit) as exit:
         main(argv)
     assert exit.value.code == 2
@@ -234,7 +242,7 @@ def test_interrupt(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lessons, "xor", interrupted)
+    run_instead("xor", interrupted, monkeypatch)
     assert main(["lesson", "xor"]) == 130
     assert capsys.readouterr().err == "perceptriton: interrupted\n"
 
@@ -247,8 +255,8 @@ def test_doctor_explains_every_shape(capsys):
         assert re.search(rf"^{name} +{re.escape(version)}", out, re.MULTILINE)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = re.split(r"^ *(\d+ +\d+(?:-\d+)+) ", out, flags=re.MULTILINE)[1:]
-    assert [tuple(map(int, re.findall(r"\d+", shape))) for shape in rows[::2]] == list(SHAPES)
-    for (m, *widths), text in zip(SHAPES, rows[1::2], strict=True):
+    assert [tuple(map(int, re.findall(r"\d+", shape))) for shape in rows[::2]] == list(doctor.SHAPES)
+    for (m, *widths), text in zip(doctor.SHAPES, rows[1::2], strict=True):
         words = " ".join(text.split())
         shapes = [(n, k) for k, n in itertools.pairwise(widths)]
         for plan in explain((m, widths[0]), shapes if len(shapes) > 1 else shapes[0], device=device):
@@ -273,7 +281,7 @@ def test_doctor_says_whether_kernels_can_be_cached(error, tmp_path, monkeypatch,
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "not" / "yet"))
     if error:
-        monkeypatch.setattr(command_line.tempfile, "TemporaryFile", refused)
+        monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refused)
     assert main(["doctor"]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("triton's cache"))
     state = f"cannot be written ({os.strerror(error)}): new kernels will fail" if error else "writable"
@@ -294,7 +302,7 @@ def test_doctor_looks_at_the_cache_where_triton_does(unset, tmp_path, monkeypatc
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
     ).stdout.strip()
     assert expected.startswith(str(tmp_path))
-    assert command_line._triton_cache() == f"{expected}, writable"
+    assert doctor.triton_cache() == f"{expected}, writable"
 
 
 def test_doctor_runs_anywhere_and_imports_neither_triton_nor_matplotlib(tmp_path):

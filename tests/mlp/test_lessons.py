@@ -13,8 +13,15 @@ import pytest
 import torch
 
 from perceptriton.kernels import explain
-from perceptriton.mlp import MLP, lesson_race, lesson_training, lessons, plotting
-from perceptriton.mlp.lesson_race import REFERENCE, FitCalls, Loop, Task, race
+from perceptriton.mlp import MLP, lessons
+from perceptriton.mlp.lessons import pictures
+from perceptriton.mlp.lessons import race as racing
+from perceptriton.mlp.lessons._blobs import plot_blobs
+from perceptriton.mlp.lessons._by_hand import plot_by_hand
+from perceptriton.mlp.lessons._digits import plot_digits
+from perceptriton.mlp.lessons._sweep import plot_sweep
+from perceptriton.mlp.lessons._xor import xor_data
+from perceptriton.mlp.lessons.race import FitCalls, Loop, Task, race
 
 # The largest difference between nine ways of rounding the same 10,001 steps, relative.
 BAND = 6e-5
@@ -30,7 +37,7 @@ WAYS = (lessons.NN, lessons.FUSED, FIT)
 
 
 def read(name):
-    return json.loads((REFERENCE / f"{name}.json").read_text())
+    return json.loads((lessons.REFERENCE / f"{name}.json").read_text())
 
 
 TABLE, DEEP, BLOBS, WORKED, HAND = map(
@@ -264,7 +271,7 @@ def test_chain_rule_is_exact_every_way():
 
 
 def test_chain_rule_at_another_weight_does_not_match(monkeypatch):
-    monkeypatch.setattr("perceptriton.mlp.lesson_gradients.table", lambda name: read(name) | {"w": -3})
+    monkeypatch.setattr("perceptriton.mlp.lessons._chain_rule.table", lambda name: read(name) | {"w": -3})
     result = lessons.chain_rule()
     assert not result.matches
     for way in result.ways:  # each computes, none recites
@@ -297,7 +304,7 @@ def test_worked_step_is_that_of_the_table_every_way(worked):
 @pytest.mark.parametrize("key", ["W_hidden", "W_output"])
 def test_worked_step_with_a_transposed_weight_does_not_match(monkeypatch, key):
     transposed = {key: [list(row) for row in zip(*WORKED[key], strict=True)]}
-    monkeypatch.setattr("perceptriton.mlp.lesson_gradients.table", lambda name: read(name) | transposed)
+    monkeypatch.setattr("perceptriton.mlp.lessons._worked_step.table", lambda name: read(name) | transposed)
     result = lessons.worked_step(1)
     assert not result.matches
     for name, dtype in itertools.product(("by hand", *WAYS), ("float64", "float32")):
@@ -334,7 +341,7 @@ def test_by_hand_says_how_its_gradients_differ(by_hand):
 
 
 def test_gradients_by_hand_are_summed_for_weights_and_averaged_for_biases():
-    x, target = lesson_training.xor_data()
+    x, target = xor_data()
     x, target = x.double(), target.double()
     parameters = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 2), 2, (1, 2), 1)]
     y, gradients = lessons.hand_gradients(x, target, *parameters)
@@ -454,7 +461,7 @@ def test_sweep_counts_success(sweep):
 def test_members_of_a_sweep_are_the_networks_of_their_seeds(sweep, seed, rate):
     torch.manual_seed(seed)
     model = MLP([2, 2, 1])
-    x, y = lesson_training.xor_data()
+    x, y = xor_data()
     optimizer = torch.optim.SGD(model.parameters(), lr=sweep.rates[rate])
     found = sweep.losses[:, rate, seed - 777]
     for step in range(101):
@@ -581,7 +588,7 @@ class Recording(Loop):
 
 @pytest.mark.parametrize(("steps", "turns"), [(1, 1), (99, 1), (250, 2), (1001, 10)])
 def test_contenders_take_turns(steps, turns):
-    x, y = lesson_training.xor_data()
+    x, y = xor_data()
     task = Task(x, y, torch.nn.BCELoss(), lambda p: torch.optim.SGD(p, lr=1.0), steps, 100)
     notes = []
     model = MLP([2, 2, 1])
@@ -593,7 +600,7 @@ def test_contenders_take_turns(steps, turns):
     for name in "ab":
         assert [step for own, part in notes if own == name for step in part] == list(range(steps))
     assert [len(run.losses) for run in runs] == [len(range(0, steps, 100))] * 3
-    assert len(calls.clock.seconds) == min(turns, lesson_race.FIT_CALLS)
+    assert len(calls.clock.seconds) == min(turns, racing.FIT_CALLS)
     for parameter, old, trained in zip(model.parameters(), before, runs[-1].model.parameters(), strict=True):
         assert torch.equal(parameter, old)
         assert not torch.equal(trained, old)
@@ -629,8 +636,8 @@ class CompiledOnce(FitCalls):
 
 def test_units_of_a_race(monkeypatch):
     now = [0.0]  # a clock that no other process on this machine can hold up
-    monkeypatch.setattr(lesson_race, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-    x, y = lesson_training.xor_data()
+    monkeypatch.setattr(racing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    x, y = xor_data()
     task = Task(x, y, torch.nn.BCELoss(), lambda p: torch.optim.SGD(p, lr=1.0), 500, 100)
     a, b, c = race(
         task, [SlowOnce("a", task, now, 20, 1), SlowOnce("b", task, now, 10, 3), CompiledOnce(task, now)], False
@@ -645,7 +652,7 @@ def test_units_of_a_race(monkeypatch):
 
 def test_xor_picture_shows_the_result(xor):
     pytest.importorskip("matplotlib")
-    figure, data = plotting.plot_training(xor)
+    figure, data = pictures.plot_training(xor)
     run = xor.runs[-1]
     assert data.steps.tolist() == data.reference_steps.tolist() == xor.steps
     assert data.losses.tolist() == run.losses
@@ -677,7 +684,7 @@ def test_xor_picture_shows_the_result(xor):
 
 def test_by_hand_picture_shows_the_loop_by_hand_and_the_textbook(by_hand):
     pytest.importorskip("matplotlib")
-    figure, data = plotting.plot_by_hand(by_hand)
+    figure, data = plot_by_hand(by_hand)
     assert data.losses.tolist() == by_hand.trajectory.runs[0].losses
     assert data.reference_losses.tolist() == [loss for _, loss in HAND["loss"]]
     assert "textbook" in figure.axes[0].lines[1].get_label()
@@ -685,7 +692,7 @@ def test_by_hand_picture_shows_the_loop_by_hand_and_the_textbook(by_hand):
 
 def test_blobs_picture_shows_the_line_before_and_after(blobs):
     pytest.importorskip("matplotlib")
-    figure, data = plotting.plot_blobs(blobs)
+    figure, data = plot_blobs(blobs)
     run = blobs.runs[-1]
     for name, model, surface in (("before", blobs.initial, data.before), ("after", run.model, data.after)):
         with torch.no_grad():
@@ -712,7 +719,7 @@ def test_blobs_picture_shows_the_line_before_and_after(blobs):
 
 def test_sweep_picture_is_the_map_of_success(sweep):
     pytest.importorskip("matplotlib")
-    figure, data = plotting.plot_sweep(sweep)
+    figure, data = plot_sweep(sweep)
     assert (data.rates.tolist(), data.steps.tolist()) == (sweep.rates, sweep.steps)
     assert data.success.tolist() == sweep.success.tolist()
     axes = figure.axes[0]
@@ -725,7 +732,7 @@ def test_sweep_picture_is_the_map_of_success(sweep):
 
 def test_digits_picture_shows_three_curves_and_the_surest_mistakes(digits):
     pytest.importorskip("matplotlib")
-    figure, data = plotting.plot_digits(digits)
+    figure, data = plot_digits(digits)
     curves, *cells = (axes for part in figure.subfigs for axes in part.axes)
     lines = dict(zip(WAYS, curves.lines, strict=True))
     for run in digits.trajectory.runs:
@@ -754,18 +761,18 @@ def test_a_surface_on_one_side_of_one_half_has_no_contour(short, tmp_path):
     torch.nn.init.zeros_(model[0].weight)
     torch.nn.init.ones_(model[0].bias)
     runs = (*short.runs[:-1], dataclasses.replace(short.runs[-1], model=model))
-    figure, data = plotting.plot_training(dataclasses.replace(short, runs=runs))
+    figure, data = pictures.plot_training(dataclasses.replace(short, runs=runs))
     assert data.probability.min() > 0.5
-    plotting.save(figure, tmp_path / "flat.png")  # matplotlib warns of an empty contour, here an error
+    pictures.save(figure, tmp_path / "flat.png")  # matplotlib warns of an empty contour, here an error
 
 
 @pytest.mark.parametrize(("name", "magic"), [("xor.png", b"\x89PNG\r\n"), ("xor.SVG", b"<?xml"), ("a b.pdf", b"%PDF")])
 def test_save_writes_one_file_in_the_format_of_its_suffix(figure, tmp_path, name, magic):
     target = tmp_path / name
     target.write_text("old")
-    plotting.check_target(target)
+    pictures.check_target(target)
     assert target.read_text() == "old"
-    plotting.save(figure, target)
+    pictures.save(figure, target)
     assert target.read_bytes().startswith(magic)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -774,7 +781,7 @@ def test_save_follows_a_link(figure, tmp_path):
     link, target = tmp_path / "link.png", tmp_path / "elsewhere" / "real.png"
     target.parent.mkdir()
     link.symlink_to(target)
-    plotting.save(figure, link)
+    pictures.save(figure, link)
     assert link.is_symlink()
     assert target.read_bytes().startswith(b"\x89PNG")
 
@@ -789,7 +796,7 @@ def test_a_save_that_fails_leaves_what_was_there(figure, tmp_path, monkeypatch):
 
     monkeypatch.setattr(figure, "savefig", half)
     with pytest.raises(OSError, match="No space left"):
-        plotting.save(figure, target)
+        pictures.save(figure, target)
     assert [path.name for path in tmp_path.iterdir()] == ["xor.png"]
     assert target.read_text() == "old"
 
@@ -797,4 +804,4 @@ def test_a_save_that_fails_leaves_what_was_there(figure, tmp_path, monkeypatch):
 def test_without_matplotlib_the_error_says_what_to_install(short, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"install perceptriton\[cli\]"):
-        plotting.plot_training(short)
+        pictures.plot_training(short)

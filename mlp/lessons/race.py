@@ -1,45 +1,18 @@
-"""Training one task several ways at once: in turns, with a clock, beside a table of losses."""
+"""Training one task several ways at once: in turns, with a clock."""
 
 import copy
-import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Explanation, MlpExplanation, explain
-from .ensemble import Ensemble
-from .training import History, fit
-
-__all__ = [
-    "FUSED",
-    "HAND",
-    "NN",
-    "REFERENCE",
-    "FitCalls",
-    "Loop",
-    "Run",
-    "Task",
-    "Trajectory",
-    "check_steps",
-    "draw",
-    "explained",
-    "fits",
-    "race",
-    "table",
-]
-
-_Made = TypeVar("_Made")
-
-REFERENCE = Path(__file__).parent / "reference"
+from ..ensemble import Ensemble
+from ..training import History, fit
 
 NN, FUSED, HAND = "nn.Linear + nn.Sigmoid", "fused layers", "by hand"
 
@@ -49,36 +22,15 @@ TURN = 100
 FIT_CALLS = 3  # all steps each, spread over the turns of the loops
 
 
-def table(name: str) -> dict:
-    """One of the tables in `reference/`."""
-    return json.loads((REFERENCE / f"{name}.json").read_text())
-
-
-def draw(seed: int, make: Callable[[], _Made]) -> _Made:
-    """make() with torch's CPU generator seeded for it alone; the caller's random numbers are left as they were."""
-    # The generator is seeded directly: torch.manual_seed would also reseed those of the GPUs, which are not restored.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return make()
-
-
 def check_steps(steps: int) -> None:
     """Raises ValueError for steps below 1."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
 
 
-def explained(sizes: Sequence[int], x: Tensor) -> Explanation | MlpExplanation:
-    """Which implementation fused layers of these widths take for x."""
-    shapes = [(n, k) for k, n in pairwise(sizes)]
-    if len(shapes) == 1:
-        return explain(x.shape, shapes[0], x.dtype, x.device)
-    return explain(x.shape, shapes, x.dtype, x.device)
-
-
 @dataclass(frozen=True)
 class Task:
-    """What all contenders train: the same samples, loss and optimizer, for the same number of steps."""
+    """What all contenders train: the same samples, loss and optimizer, for the same number of steps, at least 1."""
 
     x: Tensor  # (samples, inputs)
     y: Tensor  # (samples, outputs)
@@ -88,6 +40,9 @@ class Task:
     log_every: int
     batch_size: int | None = None  # samples per step; None: all of them
     order_seed: int = 0  # of the order of the samples
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
 
     @property
     def logged(self) -> range:
@@ -119,75 +74,6 @@ class Run:
     seconds: float  # all steps once, the first one's compilation included where there is one
     us_per_step: float  # microseconds, of an Ensemble per member; median over turns or calls
     ratio: float  # the first contender's time per step over this one's; of loops the median over turns
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """What the lessons that train return: every contender's losses beside those of the reference."""
-
-    device: str
-    sizes: list[int]  # widths of the network
-    steps: list[int]  # at which the loss was logged
-    reference: list[float | None]  # the loss at that step; None where the table has none
-    bands: list[float | None]  # relative, of each loss in the reference
-    initial: nn.Module  # the network before its first step
-    runs: tuple[Run, ...]  # the first is what the others are timed against
-    samples: Tensor  # (samples, inputs), on the CPU
-    targets: Tensor  # (samples,), 0 or 1; of digits 0 to 9
-    points: Tensor  # (P, inputs), where `predictions` looks
-    expected: list[float] | None  # the table's p at the points; None if the table is of another number of steps
-    prediction_band: float  # relative
-    explanation: Explanation | MlpExplanation  # how the fused layers run
-
-    def run(self, name: str) -> Run:
-        """The contender of that name. Raises KeyError if there is none."""
-        found = {run.name: run for run in self.runs}
-        return found[name]
-
-    def differences(self, run: Run) -> list[float | None]:
-        """|loss - reference| / reference at each logged step, None where the reference has no loss."""
-        return [None if r is None else abs(loss - r) / r for loss, r in zip(run.losses, self.reference, strict=True)]
-
-    def largest_difference(self, run: Run) -> tuple[float, int, float]:
-        """(difference, its step, the band there) where the difference is the largest part of its band; NaN is larger.
-
-        Raises ValueError if no logged step is in the reference.
-        """
-        rows = zip(self.differences(run), self.steps, self.bands, strict=True)
-        compared = [(d, step, band) for d, step, band in rows if d is not None and band is not None]
-        return max(compared, key=lambda row: math.inf if math.isnan(row[0]) else row[0] / row[2])
-
-    @torch.no_grad()
-    def predictions(self, run: Run) -> list[float]:
-        """The p of class 1 at each of `points`."""
-        parameter = next(run.model.parameters())
-        return run.model(self.points.to(parameter.device, parameter.dtype)).flatten().tolist()
-
-    def accuracy(self, run: Run) -> float:
-        """The share of samples whose p is on the target's side of 0.5."""
-        with torch.no_grad():
-            parameter = next(run.model.parameters())
-            p = run.model(self.samples.to(parameter.device, parameter.dtype)).flatten().cpu()
-        return ((p > 0.5) == (self.targets > 0.5)).double().mean().item()
-
-    @property
-    def misses(self) -> list[str]:
-        """What does not match the reference, one phrase for each; empty if all contenders do."""
-        found = []
-        for run in self.runs:
-            difference, step, band = self.largest_difference(run)
-            if not difference <= band:
-                found.append(f"{run.name}: {difference:.1e} relative at step {step}, outside the band of {band:.0e}")
-            band = self.prediction_band
-            for p, e in zip(self.predictions(run), self.expected, strict=True) if self.expected else ():
-                if not abs(p - e) <= band * e:
-                    found.append(f"{run.name}: p = {p:.8f} and not {e:.8f}, outside the band of {band:.0e}")
-        return found
-
-    @property
-    def matches(self) -> bool:
-        """Whether every loss and every p of every contender lies within its band."""
-        return not self.misses
 
 
 class Loop:
@@ -345,10 +231,10 @@ class _Clock:
 
 
 def _bar(steps: int, wanted: bool):
-    if wanted:
-        try:
+    with suppress(ImportError):
+        if wanted:
             from tqdm import tqdm
-        except ImportError:
-            return nullcontext()
-        return tqdm(total=steps, unit="step", delay=2, leave=False, disable=None)  # None: unless stderr is a terminal
+
+            # None: unless stderr is a terminal.
+            return tqdm(total=steps, unit="step", delay=2, leave=False, disable=None)
     return nullcontext()

@@ -1,18 +1,21 @@
 """The lesson that writes backpropagation out and trains by it."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from .lesson_race import FUSED, HAND, NN, Loop, Task, Trajectory, check_steps, draw, explained, fits, race, table
-from .lesson_training import unfused, xor_data
-from .model import MLP
-
-__all__ = ["HAND_BAND", "HAND_SEED", "HAND_STEPS", "SOLVED", "ByHand", "by_hand", "hand_gradients"]
+from ..model import MLP
+from ._xor import xor_task
+from .lesson import Count, Lesson
+from .pictures import Figure, TrainingPicture, plot_training
+from .problem import contenders, drawn, table
+from .race import HAND, Loop, Task, race
+from .text import comparison, fill, losses, page, predictions, row
+from .trajectory import Trajectory, followed
+from .values import Result
 
 HAND_SEED = 3
 HAND_STEPS = 3801
@@ -25,7 +28,7 @@ SOLVED = math.log(2) / 4
 
 
 @dataclass(frozen=True)
-class ByHand:
+class ByHand(Result):
     """What `by_hand` returns."""
 
     trajectory: Trajectory  # the reference is the loss of the loop by hand, the first of the runs
@@ -44,14 +47,8 @@ class ByHand:
         """What does not follow the loop by hand, one phrase for each, and whether that has converged."""
         trajectory = self.trajectory
         loss, step = trajectory.runs[0].losses[-1], trajectory.steps[-1]
-        stuck = (
-            [] if self.converged else [f"not converged: a loss of {loss:.4f} at step {step}, not below {SOLVED:.4f}"]
-        )
-        return stuck + trajectory.misses
-
-    @property
-    def matches(self) -> bool:
-        return not self.misses
+        stuck = f"not converged: a loss of {loss:.4f} at step {step}, not below {SOLVED:.4f}"
+        return [stuck] * (not self.converged) + trajectory.misses
 
 
 def by_hand(
@@ -67,36 +64,17 @@ def by_hand(
 
     Raises ValueError for steps below 1.
     """
-    check_steps(steps)
-    x, y = (t.to(device) for t in xor_data())
-    task = Task(x, y, nn.BCELoss(), _two_rates, steps, log_every=100)
-
-    def network(build: Callable[..., nn.Sequential]) -> nn.Module:
-        return draw(seed, partial(build, [2, 2, 1])).to(device)
-
+    task, sizes = replace(xor_task(steps, device), optimizer=_two_rates), [2, 2, 1]
+    network = drawn(seed, device, sizes)
     hand = _HandLoop(network(MLP), task)
-    names, ratios = _compared(hand.model, x, y)
-    loops = [Loop(NN, network(unfused), task), Loop(FUSED, network(MLP), task)]
-    runs = race(task, [hand, *loops, *fits(network(MLP), task, calls=1)], progress)
-    losses = dict(table("xor_by_hand")["loss"])
+    ratios = _ratios(hand.model, task)
     groups = task.optimizer(hand.model.parameters()).param_groups
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
-    trajectory = Trajectory(
-        device=str(device),
-        sizes=[2, 2, 1],
-        steps=list(task.logged),
-        reference=list(runs[0].losses),
-        bands=[HAND_BAND] * len(task.logged),
-        initial=network(MLP),
-        runs=runs,
-        samples=x.cpu(),
-        targets=y.flatten().cpu(),
-        points=x.cpu(),
-        expected=None,
-        prediction_band=HAND_BAND,
-        explanation=explained([2, 2, 1], x),
-    )
-    textbook = [losses.get(step) for step in task.logged]
+    runs = race(task, [hand, *contenders(task, network, calls=1)], progress)
+    trajectory = followed(task, device, sizes, network(MLP), runs, lambda loss: HAND_BAND, prediction_band=HAND_BAND)
+    given = dict(table("xor_by_hand")["loss"])
+    textbook = [given.get(step) for step in task.logged]
+    names = ["weight1", "bias1", "weight2", "bias2"]
     return ByHand(trajectory, textbook, names, ratios, [rates[id(p)] for p in hand.model.parameters()])
 
 
@@ -143,11 +121,70 @@ def _two_rates(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD([{"params": weights, "lr": 4 * 0.5}, {"params": biases, "lr": 0.5}])
 
 
-def _compared(model: nn.Module, x: Tensor, y: Tensor) -> tuple[list[str], list[float]]:
-    """The parameters' names, and the ratios of `ByHand`."""
+def _ratios(model: nn.Module, task: Task) -> list[float]:
+    """The ratios of `ByHand`."""
     parameters = list(model.parameters())
-    loss = nn.BCELoss()(model(x), y)
-    own = torch.autograd.grad(loss, parameters)
-    _, hand = hand_gradients(x, y, *(p.detach() for p in parameters))
-    names = ["weight1", "bias1", "weight2", "bias2"]
-    return names, [(h / o).median().item() for h, o in zip(hand, own, strict=True)]
+    own = torch.autograd.grad(task.criterion(model(task.x), task.y), parameters)
+    _, hand = hand_gradients(task.x, task.y, *(p.detach() for p in parameters))
+    return [(h / o).median().item() for h, o in zip(hand, own, strict=True)]
+
+
+def _intro(steps: int) -> str:
+    return page(
+        "Backpropagation written out, without autograd: a 2-2-1 sigmoid network, XOR, binary cross-entropy, all four "
+        f"samples at each of {steps:,} steps of size 0.5.",
+        """
+        dy  = (y - t) / (y (1 - y) + 1e-7)        the loss, kept finite
+        dz2 = dy y (1 - y)                        the output's sigmoid: almost y - t
+        dz1 = (dz2 W2) h (1 - h)                  back through the weights and the hidden sigmoid
+        dW  = dz' (the layer's input)             SUMMED over the four samples
+        db  = mean of dz                          AVERAGED over the four samples
+        """,
+        "A mean loss would average both. So the weights learn four times as fast as the biases: autograd takes the "
+        "same steps with a learning rate of 2 for weights and 0.5 for biases, and nn.Linear + nn.Sigmoid, the fused "
+        "layers and `fit` do just that. For two groups of parameters `fit` runs an ordinary loop.",
+    )
+
+
+def _report(result: ByHand) -> str:
+    trajectory = result.trajectory
+    return "\n".join(
+        [
+            row(f"  {'at the first step':28}", result.names, 12),
+            row(f"  {'gradient by hand / autograd':28}", result.ratios, 12, ".7f"),
+            row(f"  {'learning rate for autograd':28}", result.rates, 12, "g"),
+            "",
+            *losses(trajectory, "textbook", result.textbook),
+            "",
+            *comparison(trajectory, "the loop by hand", "the 1e-7 and the order of rounding"),
+            fill(
+                "The textbook's weights came from uninitialized memory, so its losses show the form, not the numbers. "
+                f"Converged means a loss below ln 2 / 4 = {SOLVED:.4f}, which proves all four answers right."
+                + (" It has converged." if result.converged else "")
+            ),
+            "",
+            *predictions(trajectory),
+        ]
+    )
+
+
+def plot_by_hand(result: ByHand) -> tuple[Figure, TrainingPicture]:
+    """The loss by hand with the textbook's, which is that of other weights, and the network's output over the plane.
+
+    Raises ImportError if matplotlib is missing.
+    """
+    title, label = "Loss by hand-written backpropagation on XOR", "textbook, from other weights"
+    trajectory = result.trajectory
+    return plot_training(trajectory, trajectory.runs[0], result.textbook, title=title, label=label)
+
+
+BY_HAND = Lesson(
+    name="by-hand",
+    summary="backpropagation written out without autograd learns exclusive or",
+    run=by_hand,
+    intro=_intro,
+    report=_report,
+    counts=(Count("steps", HAND_STEPS),),
+    plot=plot_by_hand,
+    picture="the loss and the decision surface",
+)

@@ -1,0 +1,145 @@
+"""The lesson in which a perceptron separates two blobs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..model import MLP
+from .lesson import Count, Lesson
+from .pictures import INK, Curve, Figure, curve, draw_classes, draw_losses, draw_probability, new_figure, surface
+from .problem import WAYS, contenders, drawn, table
+from .race import Task, race
+from .text import TURNS, page, training_report
+from .trajectory import Trajectory, followed, outputs
+
+BLOBS_SEED = 2
+BLOBS_STEPS = 1000
+# Relative. A mean over 100 losses near 0.5 that is off by a few units in the last place of fp32, 6e-8 each.
+BLOBS_BAND = 1e-6
+
+
+def blobs(
+    steps: int = BLOBS_STEPS,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int = BLOBS_SEED,
+    ways: Sequence[str] = WAYS,
+    progress: bool = False,
+) -> Trajectory:
+    """Trains a perceptron, one layer 2-1 with a sigmoid, on two blobs of 50 points each: SGD with lr 0.01, full batch.
+
+    The loss, a mean binary cross-entropy, is logged at every step; the table has the first ten and two of the last.
+    `points` are (1, -1) and (-1, 1), which lie beyond the centres of class 1 and class 0. The arguments and errors
+    are those of `xor`.
+    """
+    given, sizes = table("blobs_2-1"), [2, 1]
+    x, y = (t.to(device) for t in blobs_data())
+    task = Task(x, y, nn.BCELoss(), partial(torch.optim.SGD, lr=0.01), steps, log_every=1)
+    network = drawn(seed, device, sizes)
+    return followed(
+        task,
+        device,
+        sizes,
+        network(MLP),
+        race(task, contenders(task, network, ways), progress),
+        lambda loss: BLOBS_BAND,
+        dict(enumerate(given["loss_first"])) | {int(step): loss for step, loss in given["loss_last"].items()},
+        points=torch.tensor([[1.0, -1.0], [-1.0, 1.0]]),
+        expected=list(given["probability"].values()) if steps == BLOBS_STEPS else None,
+        prediction_band=BLOBS_BAND,
+    )
+
+
+def blobs_data() -> tuple[Tensor, Tensor]:
+    """(100, 2) points and (100, 1) classes: 50 points of standard deviation 0.4 around each of two centres, shuffled.
+
+    The bits are those of sklearn.datasets.make_blobs(n_samples=100, random_state=123, centers=[[-0.5, 0.5],
+    [0.5, -0.5]], cluster_std=0.4), in float32.
+    """
+    random = np.random.RandomState(123)
+    x = np.concatenate([random.normal(centre, 0.4, (50, 2)) for centre in ((-0.5, 0.5), (0.5, -0.5))])
+    y = np.repeat((0, 1), 50)
+    order = np.arange(100)
+    random.shuffle(order)
+    return torch.tensor(x[order], dtype=torch.float32), torch.tensor(y[order, None], dtype=torch.float32)
+
+
+def _intro(steps: int) -> str:
+    return page(
+        "A perceptron: one layer, one output. It draws one line through the plane, and learns where.",
+        """
+        p = sigmoid(w1 x1 + w2 x2 + b)      p = 1/2 on the line w1 x1 + w2 x2 + b = 0
+        dloss/dw = mean of (p - t) x        dloss/db = mean of (p - t)
+        """,
+        "Fifty points around (-0.5, 0.5) are class 0, fifty around (0.5, -0.5) are class 1. "
+        f"{steps:,} steps of size 0.01 over all hundred, weights drawn with seed {BLOBS_SEED}. {TURNS}",
+    )
+
+
+@dataclass(frozen=True)
+class BlobsPicture(Curve):
+    """What `plot_blobs` draws."""
+
+    axis: np.ndarray  # (G,), the values of x1 and of x2 on the grid
+    before: np.ndarray  # (G, G), p of class 1 before training, as in TrainingPicture
+    after: np.ndarray  # (G, G), the same after it
+    lines: dict[str, np.ndarray]  # "before", "after": (2, 2), two points (x1, x2) of the line p = 0.5
+
+
+def plot_blobs(result: Trajectory) -> tuple[Figure, BlobsPicture]:
+    """The points with the decision line before and after training, and the loss against the step.
+
+    Raises ImportError if matplotlib is missing.
+    """
+    figure = new_figure(14, 4.6)
+    run = result.runs[-1]
+    axis = np.linspace(-2, 2, 201)
+    models = {"before": result.initial, "after": run.model}
+    surfaces = {name: surface(model, axis) for name, model in models.items()}
+    lines = {name: _decision_line(model) for name, model in models.items()}
+    data = BlobsPicture(**curve(result, run), axis=axis, **surfaces, lines=lines)
+    loss_axes, before, after = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
+    plane = None
+    for axes, name in ((before, "before"), (after, "after")):
+        plane = draw_probability(axes, axis, getattr(data, name))
+        axes.axline(*data.lines[name], color=INK, linewidth=1.8, label="p = 0.5")
+        draw_classes(axes, result, size=6, edge=0.8)
+        star = {"mfc": "white", "mec": INK, "markersize": 15, "label": "test point"}
+        axes.plot(*result.points.T.tolist(), "*", **star)
+        found = outputs(models[name], result.points).flatten().tolist()
+        for (x1, x2), p in zip(result.points.tolist(), found, strict=True):
+            outwards = (16 * x1, 30 * x2)
+            axes.annotate(
+                f"p = {p:.3f}", (x1, x2), outwards, textcoords="offset points", ha="center", va="center", color=INK
+            )
+        axes.set(xlim=(-2, 2), ylim=(-2, 2), xticks=range(-2, 3), yticks=range(-2, 3), aspect="equal")
+        axes.set(xlabel="$x_1$", ylabel="$x_2$", title=f"The perceptron {name} training")
+    before.legend(loc="upper right", facecolor="white", framealpha=0.9, edgecolor="none", fontsize=9)
+    figure.colorbar(plane, ax=after, label="p, the output for class 1")
+    draw_losses(loss_axes, data, run.name, "reference")
+    loss_axes.set(title="Loss of a 2-1 perceptron on two blobs", yscale="linear", ylim=(0, None))
+    return figure, data
+
+
+def _decision_line(model: torch.nn.Module) -> np.ndarray:
+    """(2, 2): two points (x1, x2) with w1 x1 + w2 x2 + b = 0, one length of w apart."""
+    weight, bias = (p.detach().cpu().double().numpy() for p in model.parameters())
+    (w,), (b,) = weight, bias
+    foot = -b * w / (w @ w)  # the line's point nearest to the origin
+    return np.stack([foot, foot + np.array([-w[1], w[0]])])
+
+
+BLOBS = Lesson(
+    name="blobs",
+    summary="a perceptron separates two blobs",
+    run=blobs,
+    intro=_intro,
+    report=training_report,
+    counts=(Count("steps", BLOBS_STEPS),),
+    plot=plot_blobs,
+    picture="the decision line before and after training, and the loss",
+)
