@@ -10,12 +10,11 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from . import crossover, loop, reference
+from . import crossover, reference
 from . import plan as planning
 from .devices import DTYPE_NAMES, cpu_kind, describe, device_for, fp32_precision, fp32_split, gpu
-from .eligibility import cpu_refusal
 from .plan import MlpPlans
-from .records import EMPTY, MlpPlan, Plan, Recipe, TrainPlan
+from .records import EMPTY, MlpPlan, Plan
 from .reference import Maybe, Wanted
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias
@@ -274,31 +273,3 @@ def mlp_bce_bwd(
     dloss = _flat(dloss) if reduction == "none" else _stored(dloss)
     dx, dweights, dbiases = gpu("network").mlp_bce_bwd(dloss, _flat(x), saved, *_dense(weights, biases), *options)
     return None if dx is None else dx.view(x.shape), dweights, dbiases
-
-
-def plan_train(
-    members: int,
-    samples: int,
-    batch_size: int | None,
-    recipe: Recipe,
-    dtype: torch.dtype,
-    device: torch.device,
-    impl: str | None = None,
-) -> TrainPlan:
-    """Which implementation trains `members` networks on `samples` samples each, and why. batch_size: None for all.
-
-    Raises NotImplementedError with the reason where `impl` cannot be obeyed.
-    """
-    kernels = impl in ("lane", "block")
-    if kernels and (reason := cpu_refusal(device)):
-        raise NotImplementedError(f"impl={impl!r}: {reason}")
-    described = describe(device, kernels and device.type == "cpu")
-    plan = planning.train(members, samples, batch_size, recipe, DTYPE_NAMES.get(dtype, str(dtype)), described, impl)
-    if impl is not None and plan.impl != impl:
-        raise NotImplementedError(f"impl={impl!r}: {plan.reason}")
-    return plan
-
-
-def training_loop(plan: TrainPlan) -> "type[loop.TorchLoop]":
-    """The implementation of the plan; the others have the signatures of `loop.TorchLoop`."""
-    return loop.TorchLoop if plan.impl in ("torch", "graph") else gpu("train").KernelLoop

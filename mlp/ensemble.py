@@ -12,7 +12,7 @@ from .as_network import as_network
 from .model import MLP
 
 if TYPE_CHECKING:
-    from .training import History
+    from .history import History
 
 __all__ = ["Ensemble"]
 

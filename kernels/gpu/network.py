@@ -1,11 +1,7 @@
 """Launchers of whole networks: shapes as in `network_kernels.py`, a launch for each segment of a plan."""
 
-# triton's types know neither launch options nor tl.range.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
-# triton's types know neither launch options nor tl.range.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# The head is there or not, as a whole, which types do not say.
+# pyright: reportArgumentType=false, reportReturnType=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false
 import itertools
 
 import torch
@@ -89,6 +85,7 @@ def _mlp_fwd(x, weights, biases, hidden, output, plan, save, head=None):
     for l in {*save, *plan.boundaries, *(() if head else (len(weights),))}:
         out[l - 1] = torch.empty((M, columns[l]), dtype=x.dtype, device=x.device)
     target, pos_weight, reduction, dtype = head or (None, None, "", None)
+    stride_tm, stride_tn = (0, 0) if target is None else target.stride()
     scale = 1.0 / target.numel() if reduction == "mean" else 1.0
     loss = sums = None
     if head:
@@ -123,8 +120,8 @@ def _mlp_fwd(x, weights, biases, hidden, output, plan, save, head=None):
                 M=M,
                 stride_xm=h.stride(0),
                 stride_xk=h.stride(1),
-                stride_tm=target.stride(0) if target is not None else 0,
-                stride_tn=target.stride(1) if target is not None else 0,
+                stride_tm=stride_tm,
+                stride_tn=stride_tn,
                 stride_p=pos_weight.stride(0) if pos_weight is not None else 0,
                 scale=scale,
                 HIDDEN=ACTIVATIONS[hidden][0],
@@ -216,25 +213,21 @@ def _slots(widths, wanted):
 
 def _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head=None):
     M, widths = x.shape[0], _widths(weights)
-    need_dx = wanted[0]
     target, pos_weight, reduction = head or (None, None, "")
-    factor, scale = None, 1.0
-    if reduction in ("mean", "sum"):
-        dy, factor = None, dy
-        scale = 1.0 / target.numel() if reduction == "mean" else 1.0
+    stride_tm, stride_tn = (0, 0) if target is None else target.stride()
+    dy, factor = (None, dy) if reduction in ("mean", "sum") else (dy, None)
+    scale = 1.0 / target.numel() if reduction == "mean" else 1.0
     columns = mlp_columns(widths)
     at_weights, at_biases, size = _slots(widths, wanted)
     inputs = dict(zip(plan.boundaries, saved, strict=True)) | {0: x}
     # Below the first layer of which anything is wanted, dz need not be known.
-    first = next((l for l in range(len(weights)) if need_dx or wanted[1][l] or wanted[2][l]), len(weights))
+    first = next((l for l in range(len(weights)) if wanted[0] or wanted[1][l] or wanted[2][l]), len(weights))
     # One program writes the gradients themselves; several write fp32 slots that are then summed.
     programs = plan.segments[0].programs
-    flat = x.new_empty((size,)) if size else None
-    slots = flat
+    flat = slots = x.new_empty((size,)) if size else None
     if size and programs > 1:
         slots = torch.empty((programs, size), dtype=torch.float32, device=x.device)
-    dx = None
-    common = None
+    dx = common = None
     if aligned(dy, factor, x, *saved, *weights, *(biases or ()), target, pos_weight):
         upstream = [None if g is None else (g.dtype, g.stride()) for g in (dy, factor)]
         strides = (x.stride(), *(h.stride() for h in saved))
@@ -247,7 +240,7 @@ def _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head=N
             known = common and (segment.first, *common)
             layers, tile = slice(segment.first, segment.last), segment.tile
             h = inputs[segment.first]
-            dx = x.new_empty(h.shape) if need_dx or first < segment.first else None
+            dx = x.new_empty(h.shape) if wanted[0] or first < segment.first else None
             # Offsets count from the first one of the segment, so that equal segments share one compiled kernel.
             at = at_weights[layers] + at_biases[layers]
             base = min((a for a in at if a >= 0), default=-1)
@@ -272,8 +265,8 @@ def _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head=N
                 stride_xm=h.stride(0),
                 stride_xk=h.stride(1),
                 stride_slot=size,
-                stride_tm=target.stride(0) if last and head else 0,
-                stride_tn=target.stride(1) if last and head else 0,
+                stride_tm=stride_tm if last else 0,
+                stride_tn=stride_tn if last else 0,
                 stride_p=pos_weight.stride(0) if last and pos_weight is not None else 0,
                 scale=scale,
                 HIDDEN=ACTIVATIONS[hidden][0],
@@ -303,4 +296,4 @@ def _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head=N
         None if a < 0 else flat[a : a + w.numel()].view(w.shape) for a, w in zip(at_weights, weights, strict=True)
     )
     dbiases = tuple(None if a < 0 else flat[a : a + w.shape[0]] for a, w in zip(at_biases, weights, strict=True))
-    return dx if need_dx else None, dweights, dbiases
+    return dx if wanted[0] else None, dweights, dbiases

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels import ops
+from ...kernels import train
 from ...kernels.records import Recipe
 from ..as_network import Network
 from ..ensemble import Ensemble
@@ -24,7 +24,7 @@ class FastJob:
 
     def choose(self, batch_size: int | None, impl: str | None) -> None:
         p = self.network.parameters[0]
-        self.plan = ops.plan_train(self.columns, self.samples, batch_size, self.recipe, p.dtype, p.device, impl)
+        self.plan = train.plan_train(self.columns, self.samples, batch_size, self.recipe, p.dtype, p.device, impl)
         self.path = self.plan.impl
 
     def _set_up(self, batch: int) -> Any:
@@ -33,7 +33,7 @@ class FastJob:
         x, y, lr = (t.resolve_neg().contiguous() for t in (self.x, self.y, self.lr))
         x, y = (t if t.dim() == 3 else t[None] for t in (x, y))
         arguments = (self.parameters, self.first, self.second, lr, x, y, batch, self.state.taken, self.plan)
-        return ops.training_loop(self.plan)(self.recipe, *arguments)
+        return train.training_loop(self.plan)(self.recipe, *arguments)
 
     def _copies(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         copies = (t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble import Ensemble
+from ..history import History
 from .checks import check
 from .eligibility import fast_job
-from .history import History
 from .jobs import FastJob, GeneralJob
 from .pacing import Bar, Interrupts, Order, chunks
 

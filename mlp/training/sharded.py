@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ensemble import Ensemble
-from .history import History
+from ..history import History
 from .run import fit, prepare
 
 __all__ = ["fit_sharded"]

@@ -11,9 +11,29 @@ PACKAGE = [*sorted((ROOT / "kernels").glob("**/*.py")), *sorted((ROOT / "mlp").g
 TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 BENCHES = sorted((ROOT / "benches").glob("**/*.py"))
 
-# What a call passes through on its way to a kernel works without triton; aot.py holds no kernel but reads their code.
-WITHOUT_TRITON = {"__init__.py", "activations.py", "loop.py", "ops.py", "plan.py", "reference.py"}
-WITHOUT_KERNELS = {"aot.py"}
+# Rooms by floor, the lowest first. A room is a file or a folder; it may import itself and what lies below its floor.
+FLOORS = [
+    {"kernels.records", "kernels.activations"},
+    {"kernels.tables"},
+    {"kernels.crossover"},
+    {"kernels.plan"},
+    {"kernels.reference", "kernels.loop", "kernels.gpu", "kernels.devices"},
+    {"kernels.eligibility"},
+    {"kernels.ops", "kernels.train"},
+    {"kernels.explain", "kernels.registration"},
+    {"kernels"},
+    {"mlp.functional", "mlp.capturing", "mlp.history"},
+    {"mlp.layers", "mlp.hub_layers"},
+    {"mlp.sequential"},
+    {"mlp.model", "mlp.fusing"},
+    {"mlp.as_network"},
+    {"mlp.ensemble"},
+    {"mlp.training"},
+    {"mlp.estimator", "mlp.lessons"},
+    {"mlp"},
+    {"mlp.doctor", "mlp.hub"},
+    {"mlp.__main__"},
+]
 
 
 def name(path):
@@ -37,9 +57,47 @@ def imported(source, package=""):
     return names
 
 
-def imports_of(path):
+def home_of(path):
     folder = ".".join(path.relative_to(ROOT).parent.parts)
-    return imported(path.read_text(), f"perceptriton.{folder}" if path in PACKAGE else folder)
+    return f"perceptriton.{folder}" if path in PACKAGE else folder
+
+
+def imports_of(path):
+    return imported(path.read_text(), home_of(path))
+
+
+def dotted(path):
+    """The name of a file of the package as a module, of an `__init__.py` that of its folder."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("perceptriton", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+MODULES = {dotted(path) for path in PACKAGE}
+
+
+def rooms_met(source, module, folder):
+    """The other rooms that a source text of this module imports from; of a folder's face, that folder."""
+    home = module if folder else module.rpartition(".")[0]
+    names = imported(source, home) & MODULES
+    # Of "a.b" and "a", which both stand for `from .a import b`, the longer one is meant if b is a module.
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            here = imported(ast.unparse(node), home)
+            base = min(here, key=len)
+            if all(f"{base}.{alias.name}" in MODULES for alias in node.names):
+                names.discard(base)
+    return {room_of(name) for name in names} - {room_of(module)}
+
+
+def room_of(module):
+    """The room in which a module lies: "mlp.lessons" for "perceptriton.mlp.lessons.race"."""
+    return ".".join(module.split(".")[1:3])
+
+
+def climbs(source, module, folder=False):
+    """The rooms that a source text imports although they do not lie below its own."""
+    floor = next(i for i, rooms in enumerate(FLOORS) if room_of(module) in rooms)
+    return sorted(rooms_met(source, module, folder) - set().union(*FLOORS[:floor]))
 
 
 def under(names, *roots):
@@ -64,54 +122,75 @@ def test_imported_sees_every_form():
 # --- which way imports run ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name)
-def test_only_files_of_kernels_import_triton(path):
-    if not under(imports_of(path), "triton"):
-        return
-    assert path.parent.name == "kernels", "mlp/ knows nothing of triton"
-    assert path.name not in WITHOUT_TRITON
-    assert jitted(ast.parse(path.read_text())) or path.name in WITHOUT_KERNELS, "imports triton, but holds no kernel"
+def test_every_room_has_a_floor():
+    assert {room_of(module) for module in MODULES} == set().union(*FLOORS)
+    assert sum(map(len, FLOORS)) == len(set().union(*FLOORS)), "on two floors"
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name)
-def test_package_imports_run_one_way(path):
-    names = imports_of(path)
-    if path.parent.name == "kernels":
-        assert under(names, "perceptriton.mlp") == []
+def test_imports_go_downstairs(path):
+    assert climbs(path.read_text(), dotted(path), path.name == "__init__.py") == []
     # Our own names are relative in the package: only those resolve alike on disk, installed and in a type checker.
     ours = {p.stem for p in (*TESTS, *BENCHES)} | {"tests", "benches", "kernels", "mlp", "perceptriton"}
-    folder = ".".join(path.relative_to(ROOT).parent.parts)
-    assert under(imported(path.read_text(), f"some.{folder}"), *ours) == []
+    assert under(imported(path.read_text(), "some.deep.package"), *ours) == []
 
 
-def test_mlp_reaches_no_kernel_but_through_ops():
-    files = {p.stem for p in PACKAGE if p.parent.name == "kernels" and p.name not in WITHOUT_TRITON}
+@pytest.mark.parametrize(
+    ("source", "module", "rooms"),
+    [
+        ("from .. import ops", "kernels.plan.layer", ["kernels.ops"]),
+        ("from ..loop import TorchLoop", "kernels.gpu.train", ["kernels.loop"]),
+        ("def f():\n    from . import gpu", "kernels.devices", ["kernels.gpu"]),
+        ("from ..mlp import MLP", "kernels.ops", ["mlp"]),
+        ("from .training import fit", "mlp.ensemble", ["mlp.training"]),
+        ("from ..kernels import explain", "mlp.functional.layer", []),
+        ("from ..records import Plan\nfrom .wide import wide_fwd", "kernels.plan.layer", []),
+        ("from ...kernels import ops, reference", "mlp.functional.layer", []),
+    ],
+)
+def test_planted_imports_are_found(source, module, rooms):
+    assert climbs(source, f"perceptriton.{module}") == rooms
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_only_the_gpu_room_imports_triton(path):
+    assert path.parent.name == "gpu" or under(imports_of(path), "triton") == []
+
+
+def private_names(source, home):
+    """Names with an underscore that a source text takes from other files of the package, by import or as attributes."""
+    tree, taken, modules = ast.parse(source), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("perceptriton")):
+            taken |= {alias.name for alias in node.names}
+            modules |= {alias.asname or alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            taken.add(node.attr)
+    return sorted(own for own in taken if own.startswith("_") and not own.startswith("__"))
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_no_private_name_leaves_its_file(path):
+    found = [own for own in private_names(path.read_text(), home_of(path)) if not (path.parent / f"{own}.py").exists()]
+    assert found == []
+
+
+def test_private_names_are_found():
+    source = "from .a import _b, c\nfrom . import d\nd._e()\nself._f\nfrom os import _exit"
+    assert private_names(source, "perceptriton.mlp") == ["_b", "_e"]
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_files_have_300_lines_at_most(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_plans_are_numbers_and_names():
     for path in PACKAGE:
-        if path.relative_to(ROOT).parts[0] == "mlp":
-            assert under(imports_of(path), *(f"perceptriton.kernels.{stem}" for stem in files)) == [], name(path)
-
-
-def test_reference_and_kernels_do_not_meet():
-    with_triton = {p for p in PACKAGE if under(imports_of(p), "triton")}
-    assert with_triton, "nothing was checked"
-    modules = [f"perceptriton.kernels.{p.stem}" for p in with_triton]
-    for free in ("reference.py", "activations.py", "loop.py", "plan.py"):
-        assert under(imports_of(ROOT / "kernels" / free), *modules) == [], free
-    for path in with_triton:
-        assert under(imports_of(path), "perceptriton.kernels.reference", "perceptriton.kernels.ops") == [], name(path)
-
-
-def test_ops_imports_kernels_only_when_one_is_used():
-    modules = [f"perceptriton.kernels.{p.stem}" for p in PACKAGE if under(imports_of(p), "triton")]
-    tree = ast.parse((ROOT / "kernels" / "ops.py").read_text())
-    at_import = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    source = "\n".join(ast.unparse(node) for node in at_import)
-    assert under(imported(source, "perceptriton.kernels"), *modules) == []
-
-
-def test_plan_is_pure():
-    tops = {n.partition(".")[0] for n in imports_of(ROOT / "kernels" / "plan.py")}
-    assert tops - sys.stdlib_module_names == set()
+        if room_of(dotted(path)) in ("kernels.plan", "kernels.crossover", "kernels.tables", "kernels.records"):
+            tops = {n.partition(".")[0] for n in imports_of(path)}
+            assert tops - sys.stdlib_module_names <= {"perceptriton"}, name(path)
 
 
 def test_tests_and_benches_do_not_import_each_other():
@@ -337,7 +416,8 @@ def test_the_check_of_offsets_lets_pass(body):
 
 # --- what a kernel may do ----------------------------------------------------------------------------------
 
-KERNEL_FILES = [p for p in PACKAGE if jitted(ast.parse(p.read_text()))]
+GPU = [p for p in PACKAGE if p.parent.name == "gpu"]
+KERNEL_FILES = [p for p in GPU if jitted(ast.parse(p.read_text()))]
 
 
 def attributes(tree):
@@ -364,14 +444,14 @@ def kernel_launches(source):
 
 # What is fp32 whatever the dtype of the tensors is.
 FP32 = {"slots_ptr", "sums_ptr"}
-LOADS = {"tl.load", "_load_block", "_load_weight", "_load_weight_t"}
+LOADS = {"tl.load", "load_block", "load_weight", "load_weight_t"}
 
 
 def narrow_arithmetic(source):
     """Lines of kernels that compute with what was loaded, in whatever type it was stored.
 
     In 16 bits the interpreter's arithmetic is silently wrong, and the hardware's rounds at every step. Between a load
-    and arithmetic stands `.to(...)` or `_operand(...)`, which widens where the interpreter asks for it.
+    and arithmetic stands `.to(...)` or `operand(...)`, which widens where the interpreter asks for it.
     """
 
     def loads(node):
@@ -386,7 +466,7 @@ def narrow_arithmetic(source):
         assigned = [(ast.unparse(n.targets[0]), n.value) for n in ast.walk(kernel) if isinstance(n, ast.Assign)]
         raw = {target for target, value in assigned if loads(value)}
         # Widened under its own name.
-        raw -= {t for t, value in assigned if ast.unparse(value).startswith((f"_operand({t}, ", f"{t}.to("))}
+        raw -= {t for t, value in assigned if ast.unparse(value).startswith((f"operand({t}, ", f"{t}.to("))}
         for node in ast.walk(kernel):
             computes = isinstance(node, ast.BinOp | ast.UnaryOp | ast.AugAssign)
             if isinstance(node, ast.Call):
@@ -398,7 +478,7 @@ def narrow_arithmetic(source):
 
 
 # The loops train fp32 alone.
-@pytest.mark.parametrize("path", [p for p in KERNEL_FILES if p.name != "training.py"], ids=name)
+@pytest.mark.parametrize("path", [p for p in KERNEL_FILES if not p.name.startswith("train")], ids=name)
 def test_nothing_is_computed_in_sixteen_bits(path):
     assert narrow_arithmetic(path.read_text()) == []
 
@@ -410,13 +490,13 @@ def test_nothing_is_computed_in_sixteen_bits(path):
         "y = -tl.load(x_ptr)",
         "acc = 0.0\n    acc += tl.load(x_ptr)",
         "x = x_desc.load([0, 0])\n    y = tl.dot(x, x)",
-        "x = _load_block(x_ptr, 0)\n    y = tl.sum(x)",
+        "x = load_block(x_ptr, 0)\n    y = tl.sum(x)",
     ],
 )
 def test_the_check_of_sixteen_bits_finds(body):
     assert narrow_arithmetic(kernel_source(body)) != []
     assert narrow_arithmetic(kernel_source("x = tl.load(x_ptr).to(tl.float32)\n    y = x * 2")) == []
-    assert narrow_arithmetic(kernel_source("x = tl.load(x_ptr)\n    y = tl.dot(_operand(x, 1), _operand(x, 1))")) == []
+    assert narrow_arithmetic(kernel_source("x = tl.load(x_ptr)\n    y = tl.dot(operand(x, 1), operand(x, 1))")) == []
 
 
 @pytest.mark.parametrize("path", KERNEL_FILES, ids=name)
@@ -431,7 +511,7 @@ def test_results_are_written_without_atomics(path):
 SUMS = {"sum_slots_kernel", "sum_losses_kernel"}
 
 
-@pytest.mark.parametrize("path", KERNEL_FILES, ids=name)
+@pytest.mark.parametrize("path", GPU, ids=name)
 def test_launches_say_whether_products_are_fused_with_sums(path):
     # The compiler's own choice changes between versions, and with it the last bits of results.
     for call in ("f_kernel[(1,)](x, enable_fp_fusion=True)", "launch(f_kernel, (1,), x, enable_fp_fusion=True)"):
@@ -441,7 +521,7 @@ def test_launches_say_whether_products_are_fused_with_sums(path):
 
 
 def test_every_launch_is_looked_at():
-    launched = {launch[1] for path in KERNEL_FILES for launch in kernel_launches(path.read_text())}
+    launched = {launch[1] for path in GPU for launch in kernel_launches(path.read_text())}
     kernels = {
         f.name for path in KERNEL_FILES for f in jitted(ast.parse(path.read_text())) if f.name.endswith("_kernel")
     }

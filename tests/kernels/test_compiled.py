@@ -196,7 +196,7 @@ def shipped():
 
 
 def functions_of_the_package():
-    import perceptriton.kernels as package
+    import perceptriton.kernels.gpu as package
     from perceptriton.kernels.gpu import layer, network, train, wide  # noqa: F401
 
     modules = [value for value in vars(package).values() if type(value) is type(package)]
@@ -245,7 +245,7 @@ def test_an_identity_hangs_on_the_functions_that_triton_s_own_key_hangs_on():
 def test_a_change_of_an_activation_changes_what_takes_it(tmp_path):
     own = shipped()["linear_act_fwd_rows_kernel"]
     (name,) = (name for name, value in own.arguments.items() if value is functions.tanh)
-    text = (compiling.TABLES.parents[1] / "kernels" / "device.py").read_text()
+    text = (compiling.TABLES.parents[1] / "kernels" / "gpu" / "functions.py").read_text()
     copy = load(tmp_path / "copy.py", "# moved\n" + text)
     changed = load(tmp_path / "changed.py", text.replace("a < 0.125", "a < 0.25"))
     as_is, moved, other = (

@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perceptriton.kernels import Device, Plan, crossover, eligibility, explain, ops, records, reference, tables
 from perceptriton.kernels import devices as device_questions
 from perceptriton.kernels import plan as planning
+from perceptriton.kernels.train import plan_train
 from perceptriton.mlp import MLP, linear_act, linear_sigmoid
 from perceptriton.mlp.functional.functions import LinearActFunction
 
@@ -1392,7 +1393,7 @@ def test_each_gpu_of_a_process_has_plans_of_its_own(pretend, monkeypatch):
                 plans = ops.mlp_plans(x, [weight, weight], training=True)
             args = (4096, (64, 64, 64), "float32", "ieee", chip)
             assert plans.backward == planning.mlp_bwd(*args)
-            train = ops.plan_train(1, 1000, 10, recipe, torch.float32, device)
+            train = plan_train(1, 1000, 10, recipe, torch.float32, device)
             assert train == planning.train(1, 1000, 10, recipe, "float32", chip)
     usable = [eligibility.launchable(device, torch.float32) for device in devices]
     assert usable == [True, True, False, True, False]
@@ -1439,11 +1440,11 @@ def test_rocm_takes_plain_torch(pretend, monkeypatch):
         planning.linear_act_bwd(4096, 64, 64, "float32", "ieee", described[0]),
         planning.mlp_fwd(4096, (64, 64, 64), "float32", "ieee", described[0], True),
         planning.mlp_bwd(4096, (64, 64, 64), "float32", "ieee", described[0]),
-        ops.plan_train(1, 4, None, records.Recipe((2, 2, 1)), torch.float32, device),
+        plan_train(1, 4, None, records.Recipe((2, 2, 1)), torch.float32, device),
     )
     assert {plan.impl for plan in plans} <= {"aten", "layers", "torch"}
     for call in (
-        lambda: ops.plan_train(1, 4, None, records.Recipe((2, 2, 1)), torch.float32, device, "lane"),
+        lambda: plan_train(1, 4, None, records.Recipe((2, 2, 1)), torch.float32, device, "lane"),
         lambda: explain((4096, 64), (64, 64), device=described[0], impl="triton"),
     ):
         with pytest.raises(NotImplementedError, match="no kernels for ROCm devices"):

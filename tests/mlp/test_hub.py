@@ -59,7 +59,7 @@ def test_a_copy_holds_every_file_of_the_package(exported):
         for suffix in ("py", "json")
         for path in (root / folder).rglob(f"*.{suffix}")
     }
-    assert {"kernels/tuned/cpu.json", "mlp/lessons/tables/blobs_2-1.json", "kernels/linear.py"} <= set(expected)
+    assert {"kernels/tuned/cpu.json", "mlp/lessons/tables/blobs_2-1.json", "kernels/gpu/layer.py"} <= set(expected)
     source = files(exported / "torch-ext" / "perceptriton")
     assert {name: source[name] for name in expected} == expected
     assert set(source) - set(expected) == {"__init__.py", "layers.py"}
