@@ -1,8 +1,10 @@
 """The cases that every op is tested with, each with its reason, and the yardstick that they are measured by."""
 
+import contextlib
 import importlib.util
 import os
 
+import pytest
 import torch
 
 from perceptriton.kernels import ops, plan
@@ -27,8 +29,15 @@ EMPTY_SHAPES = {
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# What tests/mlp/test_fuzz.py draws its cases from.
+# What tests/mlp/test_fuzz.py draws its cases from, and which part of them it draws.
 FUZZ_SEED = int(os.environ.get("FUZZ_SEED", "0"))
+FUZZ_BUDGET = float(os.environ.get("FUZZ_BUDGET", "0.25"))
+
+
+# What `make check` runs of a table under the interpreter: parameters by name.
+def core(names, *own):
+    return [pytest.param(name, marks=pytest.mark.core if name in own else ()) for name in names]
+
 
 # What a dtype's own rounding may add to twice torch's error, as a relative norm.
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 4e-4}
@@ -47,6 +56,18 @@ def kernel_device():
 
 
 NO_KERNELS = "needs a GPU or TRITON_INTERPRET=1; make test runs it under the interpreter"
+
+
+@contextlib.contextmanager
+def poisoned():
+    """torch.empty gives NaN: torch's deterministic mode."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class Spy:

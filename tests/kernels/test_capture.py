@@ -15,6 +15,7 @@ from perceptriton.kernels import Device, explain, ops
 from perceptriton.kernels import plan as planning
 from perceptriton.mlp import MLP, functional, linear_act, mlp_act, mlp_sigmoid_bce, warmup
 
+pytestmark = pytest.mark.gpu
 DEVICE = kernel_device()
 
 

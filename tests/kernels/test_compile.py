@@ -17,6 +17,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from perceptriton.kernels import Device, Plan, Tile, aot, linear
 from perceptriton.kernels import plan as planning
 
+pytestmark = pytest.mark.compiles
+
 # The dtype and fp32 precision that stand for each kind of product.
 KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
 CHIPS = {80: Device("cuda", 80, 108, triton=True), 90: Device("cuda", 90, 132, triton=True)}

@@ -18,6 +18,8 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 from perceptriton.kernels import aot, device  # noqa: E402
 
+pytestmark = pytest.mark.compiles
+
 SOURCE = '''
 import math
 

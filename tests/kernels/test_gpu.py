@@ -21,6 +21,7 @@ from triton.runtime import JITFunction
 
 from perceptriton.kernels import linear, mlp
 
+pytestmark = pytest.mark.gpu
 MODELS = {
     "layer": (lambda: LinearSigmoid(32, 16), 32),
     "network": (lambda: MLP([16, 32, 8], "tanh", "sigmoid"), 16),

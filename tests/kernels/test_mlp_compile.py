@@ -22,6 +22,8 @@ from perceptriton.kernels import Device, aot, mlp  # noqa: E402
 from perceptriton.kernels import plan as planning  # noqa: E402
 from perceptriton.kernels.plan import MlpPlan, MlpSegment, MlpTile  # noqa: E402
 
+pytestmark = pytest.mark.compiles
+
 if not (planning.TABLES / "mlp_tiles.json").exists():
     pytest.skip("no tile table yet: python benches/tune_mlp_tiles.py writes it", allow_module_level=True)
 

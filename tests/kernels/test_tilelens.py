@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from perceptriton.kernels import linear, mlp, training, wide
 from perceptriton.kernels.plan import MlpPlan, MlpSegment, MlpTile, Plan, Recipe, Tile, TrainPlan, WideTile
 
+pytestmark = pytest.mark.tilelens
 MODULES = (linear, mlp, training, wide)
 KERNELS = {
     name: kernel

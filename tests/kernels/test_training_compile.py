@@ -22,6 +22,8 @@ from perceptriton.kernels import Device, aot, training  # noqa: E402
 from perceptriton.kernels import plan as planning  # noqa: E402
 from perceptriton.kernels.plan import Recipe, TrainPlan  # noqa: E402
 
+pytestmark = pytest.mark.compiles
+
 CHIPS = {
     arch: Device("cuda", arch, multiprocessors, triton=True)
     for arch, multiprocessors in ((80, 108), (90, 132), (100, 148))

@@ -18,6 +18,8 @@ from perceptriton.kernels import Plan, aot, wide
 from perceptriton.kernels import plan as planning
 from perceptriton.kernels.plan import WideTile
 
+pytestmark = pytest.mark.compiles
+
 SHAPE = (8192, 4096, 4096)
 PRODUCTS = ("half", "tf32", *planning.SPLITS)
 KINDS = (

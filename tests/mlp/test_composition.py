@@ -122,6 +122,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 # --- compilers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("name", ["fused", "loss"])
 @pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
@@ -144,6 +145,7 @@ def test_compiles_into_as_few_graphs(kernels, name, dynamic, monkeypatch):
     assert held == [kernels, False]
 
 
+@pytest.mark.slow
 @COMPILER
 def test_inductor():
     model, twin, x = pair("fused")
@@ -162,6 +164,7 @@ def test_exports_as_plain_operations(name, strict, size):
     torch.testing.assert_close(program.module()(x), twin(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fused", "loss"])
 def test_onnx(name):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -177,6 +180,7 @@ def test_onnx(name):
     torch.testing.assert_close(torch.from_numpy(y), twin(x).detach())
 
 
+@pytest.mark.more
 @COMPILER
 def test_aot_inductor(tmp_path):
     model, twin, x = pair("fused")
@@ -452,6 +456,7 @@ def test_eight_threads_at_once(name, size):
             assert same_bits(found, expected)
 
 
+@pytest.mark.slow
 def test_spawned_process():
     pairs = {name: pair(name) for name in MODELS}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -473,6 +478,7 @@ class Gradients(Dataset):
 
 
 # Python 3.12 warns of every fork in a process that has threads.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @every_model
 def test_loader_workers_after_a_fork(name, size):

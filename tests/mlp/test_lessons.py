@@ -106,6 +106,7 @@ def spoilt(result, name, index, factor):
 # --- xor ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_xor_follows_the_table_all_three_ways(xor):
     assert xor.steps == list(range(0, 10_001, 100))
     assert [run.name for run in xor.runs] == list(WAYS)
@@ -197,6 +198,7 @@ def test_deep_xor_follows_the_table_in_one_call_of_fit(draws):
         assert_follows(result, run, other, deep_band)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("draws", "steps", "rows"), [(1, 2001, 3), (2, 701, 8)])
 def test_deep_xor_follows_the_table_in_loops(draws, steps, rows):
     result = lessons.xor_deep(steps, draws=draws, ways=["nn", "fused"])
@@ -312,6 +314,7 @@ def test_worked_step_trains_on_all_three_ways(worked):
         assert run.losses == pytest.approx(worked.runs[0].losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_by_hand_converges_and_the_others_follow(by_hand):
     trajectory = by_hand.trajectory
     hand, *others = trajectory.runs
@@ -348,6 +351,7 @@ def test_gradients_by_hand_are_summed_for_weights_and_averaged_for_biases():
         assert own.norm() > 1e-3
 
 
+@pytest.mark.slow
 def test_by_hand_from_a_seed_that_stays_in_a_local_minimum_is_a_miss():
     result = lessons.by_hand(1501, seed=5)
     assert not result.converged
@@ -426,6 +430,7 @@ def test_loops_see_the_batches_of_fit(batch_size):
 # --- sweep -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sweep_holds_the_network_of_the_table(sweep):
     early = [(step, loss) for step, loss in TABLE["loss"] if step < 2501]
     runs = sweep.trajectory.runs

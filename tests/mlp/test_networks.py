@@ -11,6 +11,7 @@ from cases import (
     DTYPES,
     FLOOR,
     conjugated,
+    core,
     every_other,
     inside,
     kernel_device,
@@ -34,6 +35,8 @@ KERNELS = kernel_device()
 DEVICE = KERNELS or "cpu"
 # torch itself uses what it deprecates when it differentiates forward.
 pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.gpu,
     pytest.mark.usefixtures("rounding"),
     pytest.mark.filterwarnings(r"ignore:.*torch\.jit\."),
 ]
@@ -44,8 +47,7 @@ WIDTHS = {"xor": (2, 2, 1), "deep": (7, 33, 20, 16, 3), "wide": (20, 40, 40)}
 
 @pytest.fixture
 def rounding(request):
-    if KERNELS:
-        request.getfixturevalue("device")
+    request.getfixturevalue("device" if KERNELS else "poisoned")
 
 
 def explicit(chunk):
@@ -173,11 +175,11 @@ def check(net, ours, theirs=plain, dy=None):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
-@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("widths", core(WIDTHS, "deep"))
 @pytest.mark.parametrize("path", PATHS)
 def test_as_good_as_torch(path, widths, dtype, bias, take):
     impl = take(path)
-    check(Net(widths, dtype=dtype, bias=bias), lambda *net: mlp_act(*net, impl=impl))
+    check(Net(WIDTHS[widths], dtype=dtype, bias=bias), lambda *net: mlp_act(*net, impl=impl))
 
 
 @pytest.mark.parametrize(("hidden", "output"), [*itertools.product(ACTIVATIONS, ACTIVATIONS)], ids=str)
