@@ -108,10 +108,10 @@ check: $(READY) ## while you work: lint, types, the fast tests and the core of t
 	$(call parts,check-fast lint check-core)
 
 test: $(READY) ## everything that needs no GPU, but for what takes long
-	$(call parts,test-all test-kernels test-compile test-old-triton test-networks test-benches)
+	$(call parts,test-all test-kernels test-compile test-networks test-benches)
 
 test-more: $(READY) ## what CI runs besides: what takes long, sanitize, test-long and test-matrix (many minutes)
-	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-slowest test-fuzz)
+	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-old-triton test-slowest test-fuzz)
 
 .PHONY: check-fast check-core
 check-fast: $(READY)

@@ -28,6 +28,8 @@ EMPTY_SHAPES = {
 }
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # What tests/mlp/test_fuzz.py draws its cases from, and which part of them it draws.
 FUZZ_SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -216,6 +218,13 @@ def torch_layer(x, weight, bias, dy, activation, dtype=None):
     z = torch.nn.functional.linear(*inputs)
     y = z if activation == "identity" else getattr(torch, activation)(z)
     return (y.detach(), *torch.autograd.grad(y, inputs, dy))
+
+
+def same_bits(actual, expected):
+    """Whether two tensors, or sequences of them, are the same to the bit, NaN and the sign of zero included."""
+    if isinstance(actual, torch.Tensor):
+        return torch.equal(*(t.detach().contiguous().view(BITS[t.element_size()]) for t in (actual, expected)))
+    return all(same_bits(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 def relative_error(actual, truth):

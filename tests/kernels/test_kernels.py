@@ -12,6 +12,7 @@ from cases import (
     DTYPES,
     EMPTY_SHAPES,
     FLOOR,
+    IDS,
     LAYOUTS,
     LOSSES,
     NO_KERNELS,
@@ -27,6 +28,7 @@ from cases import (
     make_layer,
     make_layers,
     relative_error,
+    same_bits,
     torch_layer,
     transposed,
 )
@@ -42,8 +44,6 @@ if DEVICE is None:
 linear = pytest.importorskip("perceptriton.kernels.linear")
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.interpreter, pytest.mark.gpu]
 
-IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 KERNELS = (
     "linear_act_fwd_rows_kernel",
     "linear_act_fwd_tiled_kernel",
@@ -69,10 +69,6 @@ def check(x, weight, bias, dy, activation="sigmoid", actual=None):
         assert result.dtype is x.dtype, name
         assert result.is_contiguous(), name
     assert_as_good_as_torch(actual, expected, exact, x.dtype, names)
-
-
-def same_bits(actual, expected):
-    return all(torch.equal(a.view(BITS[a.dtype]), e.view(BITS[e.dtype])) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.fixture

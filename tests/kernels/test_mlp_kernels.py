@@ -10,7 +10,9 @@ from cases import (
     ACTIVATIONS,
     DTYPES,
     FLOOR,
+    IDS,
     NO_KERNELS,
+    Spy,
     core,
     every_other,
     inside,
@@ -33,7 +35,6 @@ if DEVICE is None:
 mlp = pytest.importorskip("perceptriton.kernels.mlp")
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.interpreter, pytest.mark.gpu]
 
-IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 NETS = {
     "xor": (2, 2, 1),
     "xor-deep": (2, 10, 10, 10, 1),
@@ -226,22 +227,14 @@ def test_weights_loaded_for_every_tile():
 
 @pytest.mark.core
 def test_inference_stores_the_output_only(monkeypatch):
-    stored = []
-    kernel = mlp.mlp_fwd_kernel
-
-    class Spy:
-        def __getitem__(self, grid):
-            def launch(**arguments):
-                stored.append([pointer is not None for pointer in arguments["out_ptrs"]])
-                return kernel[grid](**arguments)
-
-            return launch
-
-    monkeypatch.setattr(mlp, "mlp_fwd_kernel", Spy())
+    spy = Spy(mlp.mlp_fwd_kernel)
+    monkeypatch.setattr(mlp, "mlp_fwd_kernel", spy)
     net = Net((7, 20, 33, 3))
     y, saved = mlp.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "sigmoid", fused(3))
     assert saved == ()
-    assert stored == [[False, False, True]]
+    assert [[pointer is not None for pointer in launch["out_ptrs"]] for launch in spy.launches] == [
+        [False, False, True]
+    ]
     assert relative_error(y, net.torch(torch.float64)[0][-1]) < 1e-6
 
 
@@ -382,24 +375,14 @@ def test_only_what_is_wanted(wanted, cuts, programs):
 
 
 def test_no_launch_below_the_first_layer_that_is_wanted(monkeypatch):
-    launches = []
-    kernel = mlp.mlp_bwd_kernel
-
-    class Spy:
-        def __getitem__(self, grid):
-            def launch(**arguments):
-                launches.append(arguments)
-                return kernel[grid](**arguments)
-
-            return launch
-
-    monkeypatch.setattr(mlp, "mlp_bwd_kernel", Spy())
+    spy = Spy(mlp.mlp_bwd_kernel)
+    monkeypatch.setattr(mlp, "mlp_bwd_kernel", spy)
     net = Net((7, 20, 33, 3))
     net.run(fused(3, 1, 2), wanted=WANTED["last-layer"])
-    assert len(launches) == 1
-    assert launches[0]["dx_ptr"] is None
+    (launch,) = spy.launches
+    assert launch["dx_ptr"] is None
     net.run(fused(3, 1, 2), wanted=WANTED["nothing"])
-    assert len(launches) == 1
+    assert len(spy.launches) == 1
 
 
 # --- any strides --------------------------------------------------------------------------------------------------

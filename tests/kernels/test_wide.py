@@ -10,6 +10,7 @@ from cases import (
     ACTIVATIONS,
     DTYPES,
     FLOOR,
+    IDS,
     NO_KERNELS,
     TF32,
     Spy,
@@ -23,6 +24,7 @@ from cases import (
     negated,
     off_by_one,
     relative_error,
+    same_bits,
     torch_layer,
     transposed,
 )
@@ -43,8 +45,6 @@ wide = pytest.importorskip("perceptriton.kernels.wide")
 linear = pytest.importorskip("perceptriton.kernels.linear")
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.interpreter, pytest.mark.gpu]
 
-IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 SMALL = WideTile(64, 64, 32, 4, 3, group_m=2)
 HALVES = WideTile(64, 64, 32, 4, 3, group_m=2, subtiles=2)
 
@@ -73,10 +73,6 @@ def check(x, weight, bias, activation="sigmoid", actual=None, allowance=0.0):
     assert y.dtype is x.dtype
     assert y.is_contiguous()
     assert_as_good_as_torch([y], expected, exact, x.dtype, ["y"], allowance)
-
-
-def same_bits(a, b):
-    return torch.equal(a.view(BITS[a.dtype]), b.view(BITS[b.dtype]))
 
 
 # --- numbers ------------------------------------------------------------------------------------------------

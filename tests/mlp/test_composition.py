@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import relative_error
+from cases import relative_error, same_bits
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -101,10 +101,6 @@ def results(model, x):
     x = x.detach().clone().requires_grad_()
     y = model(x)
     return (y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *model.parameters()]))
-
-
-def same_bits(actual, expected):
-    return all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 def sgd(model, x, steps=3):

@@ -16,6 +16,7 @@ from cases import (
     ACTIVATIONS,
     DTYPES,
     EMPTY_SHAPES,
+    IDS,
     LAYOUTS,
     LOSSES,
     SHAPES,
@@ -25,6 +26,7 @@ from cases import (
     lay_out,
     make_layer,
     make_layers,
+    same_bits,
     torch_layer,
 )
 from torch import nn
@@ -46,8 +48,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd is returning a function:UserWarning"),
 ]
 
-IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 ALL = (True, True, True)
 
 
@@ -120,13 +120,6 @@ def check(x, weight, bias, dy, activation="sigmoid", actual=None):
     for name, result in zip(names, actual, strict=True):
         assert result.dtype is x.dtype, name
     assert_as_good_as_torch(actual, expected, exact, x.dtype, names)
-
-
-def same_bits(actual, expected):
-    def bits(t):
-        return t.detach().contiguous().view(BITS[t.element_size()])
-
-    return all(torch.equal(bits(a), bits(e)) for a, e in zip(actual, expected, strict=True))
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from cases import (
     ACTIVATIONS,
     DTYPES,
     FLOOR,
+    IDS,
     conjugated,
     core,
     every_other,
@@ -41,7 +42,6 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.*torch\.jit\."),
 ]
 
-IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 WIDTHS = {"xor": (2, 2, 1), "deep": (7, 33, 20, 16, 3), "wide": (20, 40, 40)}
 
 
