@@ -108,14 +108,14 @@ check: $(READY) ## while you work: lint, types, the fast tests and the core of t
 	$(call parts,check-fast lint check-core)
 
 test: $(READY) ## everything that needs no GPU, but for what takes long
-	$(call parts,test-all test-kernels test-compile test-networks test-benches)
+	$(call parts,test-all test-kernels test-compile)
 
 test-more: $(READY) ## what CI runs besides: what takes long, sanitize, test-long and test-matrix (many minutes)
-	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-old-triton test-slowest test-fuzz)
+	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-old-triton test-networks test-benches test-slowest test-fuzz)
 
 .PHONY: check-fast check-core
 check-fast: $(READY)
-	$(call step,fast tests,FUZZ_BUDGET=0.03 $(PYTEST) -m 'not (slow or more or compiles)')
+	$(call step,fast tests,FUZZ_BUDGET=0.02 $(PYTEST) -m 'not (slow or more or compiles)')
 
 check-core: $(READY)
 	$(call step,core of the kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) -m core)
@@ -131,13 +131,13 @@ test-fuzz: $(READY)
 	$(call step,random arguments,FUZZ_BUDGET=1 $(PYTEST) -m fuzz)
 
 test-compile: $(READY)
-	$(call step,compile-only,$(PYTEST) -m compiles)
+	$(call step,compile-only,$(PYTEST) -m 'compiles and not more')
 
 test-kernels: $(READY)
 	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) -m 'interpreter and not long and not more' tests/kernels)
 
 test-networks: $(READY)
-	$(call step,networks under the interpreter,TRITON_INTERPRET=1 $(PYTEST) -m 'interpreter and not more' tests/mlp)
+	$(call step,networks under the interpreter,TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/mlp)
 
 test-old-triton: $(READY)
 	@# A package index without this version must not hide the other tests, but nobody may overlook it either.

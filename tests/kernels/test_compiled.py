@@ -210,6 +210,7 @@ def functions_of_the_package():
     }
 
 
+@pytest.mark.more
 def test_an_identity_hangs_on_the_functions_that_triton_s_own_key_hangs_on():
     functions, launches = functions_of_the_package(), shipped()
     assert len(functions) > 20

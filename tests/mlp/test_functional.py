@@ -959,6 +959,7 @@ ORDINARY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("case", ORDINARY.values(), ids=ORDINARY)
 def test_ordinary_calls_are_compiled_into_the_registered_op(case, autocast, traced):
@@ -1032,6 +1033,7 @@ UNUSUAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unusual", UNUSUAL.values(), ids=UNUSUAL)
 def test_unusual_calls_are_compiled_into_plain_operations(unusual, traced):
     x, weight, bias, _ = make_layer(6, 5, 3, torch.float32)
@@ -1094,6 +1096,7 @@ def test_compiled_calls_raise_what_eager_ones_do(changes, error, message, monkey
             call(**inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 def test_kernels_see_dynamic_batches_compiled_once(dynamic, traced):
     counts = []
@@ -1163,6 +1166,7 @@ def test_compiled_parity(autocast, take):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
 def test_inductor_parity():
     model, sequential = pair(2, 3, 1)
@@ -1170,6 +1174,7 @@ def test_inductor_parity():
     torch.testing.assert_close(train_step(torch.compile(model, fullgraph=True), x), train_step(sequential, x))
 
 
+@pytest.mark.slow
 def test_dynamic_batches_make_no_more_graphs():
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -1472,6 +1477,7 @@ def train_xor(models, steps=500):
     return losses.detach()
 
 
+@pytest.mark.slow
 def test_xor_is_learned_from_the_same_seeds(take):
     # 2-2-1 is the smallest net that can, and gets stuck for some seeds: both must happen to the same ones.
     take("mm")

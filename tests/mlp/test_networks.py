@@ -12,7 +12,6 @@ from cases import (
     FLOOR,
     IDS,
     conjugated,
-    core,
     every_other,
     inside,
     kernel_device,
@@ -175,7 +174,7 @@ def check(net, ours, theirs=plain, dy=None):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
-@pytest.mark.parametrize("widths", core(WIDTHS, "deep"))
+@pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("path", PATHS)
 def test_as_good_as_torch(path, widths, dtype, bias, take):
     impl = take(path)
@@ -183,6 +182,7 @@ def test_as_good_as_torch(path, widths, dtype, bias, take):
 
 
 @pytest.mark.parametrize(("hidden", "output"), [*itertools.product(ACTIVATIONS, ACTIVATIONS)], ids=str)
+@pytest.mark.core
 @pytest.mark.parametrize("path", paths("chunked", "segments"))
 def test_activations(path, hidden, output, take):
     impl = take(path)
@@ -680,6 +680,7 @@ def test_a_bias_that_torch_broadcasts(path, shape, take, monkeypatch):
             mlp_act(net.x, net.weights, net.biases, impl=impl)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler itself uses what torch deprecates
 @pytest.mark.parametrize("shape", BROADCAST.values(), ids=BROADCAST)
 def test_a_compiled_network_broadcasts_a_bias(shape, monkeypatch):
