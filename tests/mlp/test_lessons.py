@@ -121,6 +121,7 @@ def test_xor_follows_the_table_all_three_ways(xor):
     assert xor.reference == [reference for _, reference in TABLE["loss"]]
 
 
+@pytest.mark.slow
 def test_xor_predicts_the_table(xor):
     for run in xor.runs:
         predictions = xor.predictions(run)
@@ -130,6 +131,7 @@ def test_xor_predicts_the_table(xor):
         assert run.model(xor.samples).flatten().tolist() == predictions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1 + 2 * BAND, math.nan], ids=["twice-the-band", "nan"])
 @pytest.mark.parametrize("name", WAYS)
 def test_one_wrong_loss_of_any_run_does_not_match(xor, name, factor):
@@ -141,11 +143,13 @@ def test_one_wrong_loss_of_any_run_does_not_match(xor, name, factor):
     assert miss.endswith("at step 5000, outside the band of 6e-05")
 
 
+@pytest.mark.slow
 def test_one_wrong_prediction_does_not_match(xor):
     expected = [*xor.expected[:3], xor.expected[3] * (1 + 3e-4)]
     assert len(dataclasses.replace(xor, expected=expected).misses) == len(WAYS)
 
 
+@pytest.mark.slow
 def test_steps_beyond_the_table_are_not_compared(xor):
     runs = tuple(dataclasses.replace(run, losses=[*run.losses, 1.0]) for run in xor.runs)
     longer = dataclasses.replace(
@@ -155,10 +159,12 @@ def test_steps_beyond_the_table_are_not_compared(xor):
     assert longer.differences(runs[0])[:-1] == xor.differences(xor.runs[0])
 
 
+@pytest.mark.slow
 def test_xor_names_the_implementation_of_the_fused_layers(xor):
     assert xor.explanation == explain((4, 2), [(2, 2), (1, 2)])
 
 
+@pytest.mark.slow
 def test_xor_times_every_way(xor):
     assert all(run.seconds > 0 and run.us_per_step > 0 for run in xor.runs)
     assert xor.run(lessons.NN).ratio == 1
@@ -330,6 +336,7 @@ def test_by_hand_converges_and_the_others_follow(by_hand):
     assert not dataclasses.replace(by_hand, trajectory=spoilt(trajectory, FIT, 20, 1.001)).matches
 
 
+@pytest.mark.slow
 def test_by_hand_says_how_its_gradients_differ(by_hand):
     assert by_hand.names == ["weight1", "bias1", "weight2", "bias2"]
     assert by_hand.ratios == pytest.approx([4, 1, 4, 1], rel=1e-5)
@@ -648,6 +655,7 @@ def test_units_of_a_race(monkeypatch):
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_xor_picture_shows_the_result(xor):
     pytest.importorskip("matplotlib")
     figure, data = plotting.plot_training(xor)
@@ -680,6 +688,7 @@ def test_xor_picture_shows_the_result(xor):
     assert marked == {"class 0": [[0, 0], [1, 1]], "class 1": [[0, 1], [1, 0]]}
 
 
+@pytest.mark.slow
 def test_by_hand_picture_shows_the_loop_by_hand_and_the_textbook(by_hand):
     pytest.importorskip("matplotlib")
     figure, data = plotting.plot_by_hand(by_hand)
