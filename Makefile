@@ -89,43 +89,55 @@ clean: ## remove everything that make made
 
 # --- tests -------------------------------------------------------------------------------------------------
 
-# On a GPU `make cuda` runs them.
-SANITIZED := $(addprefix tests/kernels/,test_kernels.py test_mlp_kernels.py test_training_kernels.py test_wide.py test_memory.py)
-NETWORK_TESTS := $(addprefix tests/mlp/,test_networks.py test_fit.py::test_kernels_train_alike test_fuzz.py::test_kernels)
-KERNEL_TESTS := $(SANITIZED) $(NETWORK_TESTS)
-TILES := $(addprefix tests/kernels/,test_compile.py test_wide_compile.py test_mlp_compile.py test_training_compile.py)
-# What tests/compiled has no row for, and a part of the rest: tests/compiling.py says how.
-COMPILE_TESTS := tests/kernels/test_compiled.py $(TILES)
+# Markers say which tests are which (pyproject.toml has them), and tests/house/test_tiers.py that a target of CI runs each.
+TILES := tests/kernels/test_*compile.py
 
 # $(call parts,targets): two at a time, each on a core of its own, then what came of each. The longest come first.
 define parts
 	@mkdir -p .build
 	@: > $(SUMMARY)
 	@echo 'two parts at a time; each is printed when it has ended: $(1)'
-	@$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(1)
-	@printf '\n== all passed\n'
+	@began=$$SECONDS; \
+	$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(1); \
+	printf '\n== all passed in %s s\n' $$((SECONDS - began))
 	@cat $(SUMMARY)
 endef
 
-.PHONY: test test-more
-test: $(READY) ## everything that needs no GPU
-	$(call parts,test-all test-kernels test-networks test-deterministic test-benches test-old-triton test-compile)
+.PHONY: check test test-more
+check: $(READY) ## while you work: lint, types, the fast tests and the core of the interpreter's (under two minutes)
+	$(call parts,check-fast lint check-core)
 
-test-more: $(READY) ## what CI runs besides: lint, sanitize, test-long and test-matrix (many minutes)
-	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile lint)
+test: $(READY) ## everything that needs no GPU, but for what takes long
+	$(call parts,test-all test-kernels test-compile)
 
-.PHONY: test-all test-compile test-kernels test-networks test-old-triton test-deterministic test-benches
+test-more: $(READY) ## what CI runs besides: what takes long, sanitize, test-long and test-matrix (many minutes)
+	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-old-triton test-networks test-benches test-slowest test-fuzz)
+
+.PHONY: check-fast check-core
+check-fast: $(READY)
+	$(call step,fast tests,FUZZ_BUDGET=0.02 $(PYTEST) -m 'not (slow or more or compiles)')
+
+check-core: $(READY)
+	$(call step,core of the kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) -m core)
+
+.PHONY: test-all test-compile test-kernels test-networks test-old-triton test-benches test-slowest test-fuzz
 test-all: $(READY)
-	$(call step,everything on the CPU,$(PYTEST) $(COMPILE_TESTS:%=--ignore %))
+	$(call step,everything on the CPU,$(PYTEST) -m 'not (more or compiles)')
+
+test-slowest: $(READY)
+	$(call step,the slowest on the CPU,$(PYTEST) -m more)
+
+test-fuzz: $(READY)
+	$(call step,random arguments,FUZZ_BUDGET=1 $(PYTEST) -m fuzz)
 
 test-compile: $(READY)
-	$(call step,compile-only,$(PYTEST) $(COMPILE_TESTS))
+	$(call step,compile-only,$(PYTEST) -m 'compiles and not more')
 
 test-kernels: $(READY)
-	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) $(SANITIZED))
+	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) -m 'interpreter and not long and not more' tests/kernels)
 
 test-networks: $(READY)
-	$(call step,networks under the interpreter,TRITON_INTERPRET=1 $(PYTEST) $(NETWORK_TESTS))
+	$(call step,networks under the interpreter,TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/mlp)
 
 test-old-triton: $(READY)
 	@# A package index without this version must not hide the other tests, but nobody may overlook it either.
@@ -137,7 +149,7 @@ test-old-triton: $(READY)
 
 .PHONY: test-old-triton-compile
 test-old-triton-compile: $(OVERLAY)/.ready
-	$(call step,compile-only on triton $(OLD_TRITON),PYTHONPATH=$(OVERLAY) $(PYTEST) $(COMPILE_TESTS))
+	$(call step,compile-only on triton $(OLD_TRITON),PYTHONPATH=$(OVERLAY) $(PYTEST) -m compiles)
 
 # The interpreter of the oldest and of the newest triton, and the newest compiler. No tile was picked with that: one that
 # spills there is an expected failure, and any other failure is one.
@@ -145,13 +157,13 @@ test-old-triton-compile: $(OVERLAY)/.ready
 test-matrix: test-matrix-old test-matrix-new test-matrix-compile ## all kernels under the interpreter of the oldest and the newest triton, the tiles by the newest compiler (minutes; -j 2 helps)
 
 test-matrix-old: $(OVERLAY)/.ready
-	$(call step,kernels interpreted by triton $(OLD_TRITON),TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) $(KERNEL_TESTS))
+	$(call step,kernels interpreted by triton $(OLD_TRITON),TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) -m 'interpreter and not long')
 
 test-matrix-new: $(NEW_OVERLAY)/.ready
-	$(call step,kernels interpreted by triton $(NEW_TRITON),TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) $(KERNEL_TESTS))
+	$(call step,kernels interpreted by triton $(NEW_TRITON),TRITON_INTERPRET=1 PYTHONPATH=$(<D) $(PYTEST) -m 'interpreter and not long')
 
 test-matrix-compile: $(NEW_OVERLAY)/.ready
-	$(call step,compile-only on triton $(NEW_TRITON),PYTHONPATH=$(<D) $(PYTEST) $(COMPILE_TESTS))
+	$(call step,compile-only on triton $(NEW_TRITON),PYTHONPATH=$(<D) $(PYTEST) -m compiles)
 
 .PHONY: test-tiles
 test-tiles: $(OVERLAY)/.ready $(NEW_OVERLAY)/.ready ## compile every tile on each triton and write tests/compiled (many minutes)
@@ -161,16 +173,12 @@ test-tiles: $(OVERLAY)/.ready $(NEW_OVERLAY)/.ready ## compile every tile on eac
 
 .PHONY: sanitize
 sanitize: $(READY) $(LENS)/.ready ## every kernel under the interpreter, watched for stray addresses and races (minutes)
-	$(call step,kernels watched,TRITON_INTERPRET=1 $(PYTEST) --watch-memory $(SANITIZED))
-	$(call step,kernels followed by tilelens,TRITON_INTERPRET=1 PYTHONPATH=$(LENS) $(PYTEST) tests/kernels/test_tilelens.py)
+	$(call step,kernels watched,TRITON_INTERPRET=1 $(PYTEST) --watch-memory -m 'interpreter and not long' tests/kernels)
+	$(call step,kernels followed by tilelens,TRITON_INTERPRET=1 PYTHONPATH=$(LENS) $(PYTEST) -m tilelens)
 
 .PHONY: test-long
 test-long: $(READY) ## 10,001 steps of the training kernels under the interpreter, against torch (minutes)
-	$(call step,10001 steps under the interpreter,TRITON_INTERPRET=1 $(PYTEST) --long tests/kernels/test_training_kernels.py -k long)
-
-test-deterministic: $(READY)
-	$(call step,deterministic: kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) --deterministic tests/kernels/test_kernels.py)
-	$(call step,deterministic: layers and networks,$(PYTEST) --deterministic tests/mlp/test_functional.py tests/mlp/test_networks.py)
+	$(call step,10001 steps under the interpreter,TRITON_INTERPRET=1 $(PYTEST) -m long)
 
 test-benches: $(READY)
 	$(call step,benchmarks run once: layers,$(PYTEST) benches/bench_stacks.py --benchmark-disable)

@@ -1,8 +1,10 @@
 """The cases that every op is tested with, each with its reason, and the yardstick that they are measured by."""
 
+import contextlib
 import importlib.util
 import os
 
+import pytest
 import torch
 
 from perceptriton.kernels import crossover, ops, plan, tables
@@ -26,9 +28,18 @@ EMPTY_SHAPES = {
 }
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# What tests/mlp/test_fuzz.py draws its cases from.
+# What tests/mlp/test_fuzz.py draws its cases from, and which part of them it draws.
 FUZZ_SEED = int(os.environ.get("FUZZ_SEED", "0"))
+FUZZ_BUDGET = float(os.environ.get("FUZZ_BUDGET", "0.15"))
+
+
+def core(names, *own):
+    """Parameters by name: `make check` runs those of its own under the interpreter, `make test-more` the others."""
+    return [pytest.param(name, marks=pytest.mark.core if name in own else pytest.mark.more) for name in names]
+
 
 # What a dtype's own rounding may add to twice torch's error, as a relative norm.
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 4e-4}
@@ -47,6 +58,18 @@ def kernel_device():
 
 
 NO_KERNELS = "needs a GPU or TRITON_INTERPRET=1; make test runs it under the interpreter"
+
+
+@contextlib.contextmanager
+def poisoned():
+    """torch.empty gives NaN: torch's deterministic mode."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class Spy:
@@ -192,6 +215,13 @@ def torch_layer(x, weight, bias, dy, activation, dtype=None):
     z = torch.nn.functional.linear(*inputs)
     y = z if activation == "identity" else getattr(torch, activation)(z)
     return (y.detach(), *torch.autograd.grad(y, inputs, dy))
+
+
+def same_bits(actual, expected):
+    """Whether two tensors, or sequences of them, are the same to the bit, NaN and the sign of zero included."""
+    if isinstance(actual, torch.Tensor):
+        return torch.equal(*(t.detach().contiguous().view(BITS[t.element_size()]) for t in (actual, expected)))
+    return all(same_bits(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 def relative_error(actual, truth):

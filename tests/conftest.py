@@ -1,3 +1,4 @@
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -12,11 +13,9 @@ from perceptriton.kernels import crossover, plan, records
 
 
 def pytest_addoption(parser):
-    parser.addoption("--deterministic", action="store_true", help="torch's deterministic mode: NaN in fresh tensors")
     parser.addoption("--deadline", type=float, metavar="SECONDS", help="start no test after this many: skip it")
     parser.addoption("--shard", metavar="I/N", help="of N processes that deal the tests out, this is number I from 0")
     parser.addoption("--watch-memory", action="store_true", help="kernels under the interpreter: see tests/watching.py")
-    parser.addoption("--long", action="store_true", help="trajectories of 10,001 steps under the interpreter: minutes")
     parser.addoption("--cubins", metavar="DIR", help="keep what the compile-only tests compile there")
     parser.addoption("--all-tiles", action="store_true", help="compile what tests/compiled has a row for too")
     parser.addoption("--write-tiles", action="store_true", help="compile all tiles and write tests/compiled")
@@ -29,6 +28,16 @@ def pytest_report_header():
 def pytest_terminal_summary(terminalreporter, config):
     for line in config.stash.get(compiling.REPORT, []):
         terminalreporter.write_line(line)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves out, unread, the files that never name a marker which -m asks for: to import them all takes seconds."""
+    expression = config.getoption("markexpr")
+    asked = [] if " or " in expression else [term for term in expression.split(" and ") if term.isidentifier()]
+    if asked and collection_path.suffix == ".py":
+        source = collection_path.read_text()
+        return any(name not in source for name in asked) or None
+    return None
 
 
 BEGAN = time.monotonic()
@@ -49,11 +58,6 @@ def pytest_collection_modifyitems(config, items):
     owners = [0 if "wide_memory" in item.fixturenames else index % count for index, item in enumerate(items)]
     config.hook.pytest_deselected(items=[item for item, owner in zip(items, owners, strict=True) if owner != mine])
     items[:] = [item for item, owner in zip(items, owners, strict=True) if owner == mine]
-
-
-def pytest_configure(config):
-    if config.getoption("--deterministic"):
-        torch.use_deterministic_algorithms(True)
 
 
 def _round_bfloat16(monkeypatch):
@@ -117,14 +121,27 @@ def watched_memory(request):
 
 @pytest.fixture(scope="session")
 def device():
-    """Where kernels run: "cuda", or "cpu" in triton's interpreter, which then rounds as the hardware does."""
+    """Where kernels run: "cuda", or "cpu" in triton's interpreter, which then rounds as the hardware does.
+
+    On a CPU fresh memory is NaN as well. On a GPU some of torch's own operations refuse the mode that makes it so.
+    """
     found = cases.kernel_device()
     if found is None:
         pytest.skip(cases.NO_KERNELS)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        if found == "cpu":
-            _round_bfloat16(monkeypatch)
-        yield found
+        if found == "cuda":
+            yield found
+            return
+        _round_bfloat16(monkeypatch)
+        with cases.poisoned():
+            yield found
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory is NaN, in tests that run on the CPU without kernels too."""
+    with cases.poisoned() if not torch.cuda.is_available() else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

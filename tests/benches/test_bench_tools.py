@@ -618,6 +618,7 @@ def test_limits_that_say_nothing_are_left_out(bench):
     assert least(10**5, 100, "float32", limits) == (None, ""), "under a microsecond launches decide"
 
 
+@pytest.mark.slow
 def test_report_writes_pictures(bench, tmp_path):
     pytest.importorskip("matplotlib")
     source = tmp_path / "tiny.json"
@@ -692,6 +693,7 @@ def test_report_of_kernelbench(bench, tmp_path):
     assert "worst element" not in bench("report").markdown(TINY)
 
 
+@pytest.mark.slow
 def test_pictures_of_networks_and_of_training_loops(bench, tmp_path):
     pytest.importorskip("matplotlib")
     report = bench("report")
@@ -844,6 +846,7 @@ def test_measured_rows_join_the_table(bench, tmp_path):
     assert json.loads(copy.read_text()) == document
 
 
+@pytest.mark.slow
 def test_tiles_of_the_tma_kernels_are_found_by_compiling(bench):
     triton = pytest.importorskip("triton")
     tool = bench("tune_wide_tiles")
@@ -887,6 +890,7 @@ tune.main()
 """
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kind", ["bf16x6", "dgrad-half", "wgrad-tf32x3"])
 @pytest.mark.parametrize("kernel", ["right", "wrong", "one-wrong"])
 def test_tuning_rehearsed(kernel, kind, tmp_path):

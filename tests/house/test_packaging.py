@@ -79,6 +79,7 @@ def installed(wheel):
 # --- what is in it -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -96,6 +97,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         assert f"perceptriton/{kind}" in names
 
 
+@pytest.mark.slow
 def test_requirements_of_users_hold_no_test_tools(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
@@ -144,6 +146,7 @@ def assert_used(result, folder):
         assert origin is None or Path(origin).parent.parent != folder, "a top-level name that is not ours to take"
 
 
+@pytest.mark.slow
 def test_installed_package_works_from_anywhere(installed):
     result = python_json(USE, installed)
     assert_used(result, installed / "perceptriton")
@@ -160,6 +163,7 @@ def test_editable_install_works_from_anywhere():
     assert_used(python_json(USE), ROOT)
 
 
+@pytest.mark.slow
 def test_works_without_triton(installed):
     # None in sys.modules: `import triton` raises and find_spec finds nothing, as if it were not installed.
     result = python_json(f"import sys\nsys.modules['triton'] = None\n{USE}", installed)
@@ -167,6 +171,7 @@ def test_works_without_triton(installed):
     assert result["on a chip"] == ["aten", "aten"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "mlp" / "__main__.py").exists(), reason="there is no command line yet")
 def test_command_line_of_the_installed_package(installed):
     assert "torch" in python("-m", "perceptriton.mlp", "doctor", path=installed)
@@ -221,6 +226,7 @@ result = {{
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_hub_export_of_the_installed_package_runs_beside_it(installed, tmp_path):
     pytest.importorskip("kernels._rust", reason="the package kernels is not installed")
@@ -257,6 +263,7 @@ result = {
 """
 
 
+@pytest.mark.slow
 def test_import_is_light(installed):
     for _ in range(3):  # the best of three, for machines that do other things too
         result = python_json(IMPORT, installed)

@@ -62,6 +62,7 @@ def digests(tmp_path_factory):
     return folder, compiled(folder, 8)
 
 
+@pytest.mark.slow
 def test_eight_processes_share_a_cold_cache(digests):
     folder, found = digests
     assert len(found) == 8
@@ -82,6 +83,7 @@ def test_a_cache_that_cannot_be_made_is_an_error_that_says_so(tmp_path):
     assert str(tmp_path / "file") in found
 
 
+@pytest.mark.slow
 def test_a_full_cache_is_an_error_that_says_so(tmp_path):
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", tmp_path], capture_output=True, text=True
@@ -96,6 +98,7 @@ def test_a_full_cache_is_an_error_that_says_so(tmp_path):
     assert "No space left on device" in found
 
 
+@pytest.mark.slow
 def test_the_cpu_does_without_a_cache(tmp_path):
     (tmp_path / "file").write_text("")
     code = """

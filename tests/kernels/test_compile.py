@@ -18,6 +18,8 @@ from perceptriton.kernels import Device, Plan, Tile, tables
 from perceptriton.kernels import plan as planning
 from perceptriton.kernels.gpu import aot, layer
 
+pytestmark = pytest.mark.compiles
+
 # The dtype and fp32 precision that stand for each kind of product.
 KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
 CHIPS = {80: Device("cuda", 80, 108, triton=True), 90: Device("cuda", 90, 132, triton=True)}

@@ -18,6 +18,8 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 from perceptriton.kernels.gpu import aot, functions  # noqa: E402
 
+pytestmark = pytest.mark.compiles
+
 SOURCE = '''
 import math
 
@@ -208,6 +210,7 @@ def functions_of_the_package():
     }
 
 
+@pytest.mark.more
 def test_an_identity_hangs_on_the_functions_that_triton_s_own_key_hangs_on():
     functions, launches = functions_of_the_package(), shipped()
     assert len(functions) > 20

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perceptriton.kernels.loop import TorchLoop, layout
 from perceptriton.kernels.records import Recipe, TrainPlan
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 
 class Recorder(TorchDispatchMode):
     def __init__(self, graph, stream=None, capture_error_mode=None):

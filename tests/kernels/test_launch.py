@@ -127,6 +127,7 @@ def networks():
                         network.mlp_bce_bwd(dloss, x, saved, *common, target, weight, reduction, wanted, backward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [layers, networks])
 def test_what_is_known_of_a_launch_decides_its_version(run, launches, monkeypatch):
     versions, repeated = {}, 0

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+pytestmark = [pytest.mark.interpreter, pytest.mark.core]
+
 
 @triton.jit
 def copy_kernel(x_ptr, y_ptr, size, stride_x, BLOCK: tl.constexpr, LIMIT: tl.constexpr):

@@ -23,6 +23,8 @@ from perceptriton.kernels import plan as planning  # noqa: E402
 from perceptriton.kernels.gpu import aot, network  # noqa: E402
 from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile  # noqa: E402
 
+pytestmark = pytest.mark.compiles
+
 if not (tables.TABLES / "mlp_tiles.json").exists():
     pytest.skip("no tile table yet: python benches/tune_mlp_tiles.py writes it", allow_module_level=True)
 

@@ -1,6 +1,5 @@
 """The whole-network kernels against fp64: on a GPU, or on the CPU in triton's interpreter."""
 
-import contextlib
 import dataclasses
 import itertools
 
@@ -11,13 +10,17 @@ from cases import (
     ACTIVATIONS,
     DTYPES,
     FLOOR,
+    IDS,
     NO_KERNELS,
+    Spy,
+    core,
     every_other,
     inside,
     kernel_device,
     off_by_one,
     one_row,
     one_value,
+    poisoned,
     relative_error,
     transposed,
 )
@@ -30,9 +33,8 @@ if DEVICE is None:
     pytest.skip(NO_KERNELS, allow_module_level=True)
 
 network = pytest.importorskip("perceptriton.kernels.gpu.network")
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.interpreter, pytest.mark.gpu]
 
-IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 NETS = {
     "xor": (2, 2, 1),
     "xor-deep": (2, 10, 10, 10, 1),
@@ -96,18 +98,6 @@ class Net:
         return [h.detach() for h in hs[1:-1]] + [y.detach()], dx, gradients[: self.layers], gradients[self.layers :]
 
 
-@contextlib.contextmanager
-def poisoned():
-    """torch.empty gives NaN. Around the launchers only: some of torch's own operations refuse this mode on a GPU."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1, device=DEVICE).isnan().all()
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 def fused(layers, *cuts, programs=3, block_m=16, resident=True, num_warps=4):
     """A plan with a new segment at each of the cuts."""
     ends = (0, *cuts, layers)
@@ -149,12 +139,15 @@ def flat(actual):
 # --- against fp64 -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
-@pytest.mark.parametrize("widths", NETS.values(), ids=NETS)
-def test_as_good_as_torch(widths, dtype, bias):
+@pytest.mark.parametrize(
+    ("dtype", "bias"),
+    [*((dtype, True) for dtype in DTYPES), (torch.float32, False)],
+    ids=["fp32", "bf16", "fp16", "no-bias"],
+)
+@pytest.mark.parametrize("name", core(NETS, "policy", "exact-deep", "ragged-deep"))
+def test_as_good_as_torch(name, dtype, bias):
     # 70 rows are 5 tiles over 3 programs, the last tile partly filled.
-    net = Net(widths, dtype=dtype, bias=bias)
+    net = Net(NETS[name], dtype=dtype, bias=bias)
     actual = net.run(fused(net.layers))
     for name, tensor in zip(("y", "dx"), (actual[0], actual[2]), strict=True):
         assert tensor.dtype is dtype, name
@@ -173,12 +166,14 @@ def test_activations(hidden, output):
     check(net, net.run(fused(3, 1)))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("m", [1, 15, 16, 17, 64])
 def test_row_counts(m):
     net = Net((7, 20, 3), m=m)
     check(net, net.run(fused(2)))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 @pytest.mark.parametrize("cuts", [(1,), (4,), (2, 5), tuple(range(1, 8))], ids=str)
 def test_segments_change_nothing(cuts, dtype):
@@ -218,6 +213,7 @@ def test_tf32_operands_are_rounded_and_derivatives_are_not(cuts):
     assert relative_error(net.run(fused(3, *cuts))[0], y) > 1e-5
 
 
+@pytest.mark.core
 def test_forward_segments_need_not_be_those_of_backward():
     net = Net(NETS["ragged-deep"], m=40)
     check(net, net.run(fused(8, 3), forward=fused(8, 2, 6)))
@@ -229,23 +225,16 @@ def test_weights_loaded_for_every_tile():
     check(net, net.run(fused(2), forward=fused(2, resident=False)))
 
 
+@pytest.mark.core
 def test_inference_stores_the_output_only(monkeypatch):
-    stored = []
-    kernel = network.mlp_fwd_kernel
-
-    class Spy:
-        def __getitem__(self, grid):
-            def launch(**arguments):
-                stored.append([pointer is not None for pointer in arguments["out_ptrs"]])
-                return kernel[grid](**arguments)
-
-            return launch
-
-    monkeypatch.setattr(network, "mlp_fwd_kernel", Spy())
+    spy = Spy(network.mlp_fwd_kernel)
+    monkeypatch.setattr(network, "mlp_fwd_kernel", spy)
     net = Net((7, 20, 33, 3))
     y, saved = network.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "sigmoid", fused(3))
     assert saved == ()
-    assert stored == [[False, False, True]]
+    assert [[pointer is not None for pointer in launch["out_ptrs"]] for launch in spy.launches] == [
+        [False, False, True]
+    ]
     assert relative_error(y, net.torch(torch.float64)[0][-1]) < 1e-6
 
 
@@ -296,6 +285,7 @@ def test_two_forwards_then_a_joint_backward():
         check(net, (y, saved, *network.mlp_bwd(net.dy, net.x, saved, *parameters, net.everything(), plan)))
 
 
+@pytest.mark.core
 def test_slots_hold_nothing_that_was_in_memory(monkeypatch):
     # Gradients are aligned to 16 bytes; what lies between them is summed like everything else.
     summed = []
@@ -309,6 +299,7 @@ def test_slots_hold_nothing_that_was_in_memory(monkeypatch):
     assert not summed[0].isnan().any()
 
 
+@pytest.mark.core
 def test_inputs_are_left_alone():
     net = Net((7, 20, 3))
     target, pos_weight = torch.rand(70, 3, device=DEVICE), torch.rand(3, device=DEVICE)
@@ -370,6 +361,7 @@ WANTED = {
 }
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("cuts", "programs"), [((), 1), ((1,), 2), ((1, 2), 2)], ids=str)
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
 def test_only_what_is_wanted(wanted, cuts, programs):
@@ -385,24 +377,14 @@ def test_only_what_is_wanted(wanted, cuts, programs):
 
 
 def test_no_launch_below_the_first_layer_that_is_wanted(monkeypatch):
-    launches = []
-    kernel = network.mlp_bwd_kernel
-
-    class Spy:
-        def __getitem__(self, grid):
-            def launch(**arguments):
-                launches.append(arguments)
-                return kernel[grid](**arguments)
-
-            return launch
-
-    monkeypatch.setattr(network, "mlp_bwd_kernel", Spy())
+    spy = Spy(network.mlp_bwd_kernel)
+    monkeypatch.setattr(network, "mlp_bwd_kernel", spy)
     net = Net((7, 20, 33, 3))
     net.run(fused(3, 1, 2), wanted=WANTED["last-layer"])
-    assert len(launches) == 1
-    assert launches[0]["dx_ptr"] is None
+    (launch,) = spy.launches
+    assert launch["dx_ptr"] is None
     net.run(fused(3, 1, 2), wanted=WANTED["nothing"])
-    assert len(launches) == 1
+    assert len(spy.launches) == 1
 
 
 # --- any strides --------------------------------------------------------------------------------------------------
@@ -464,10 +446,17 @@ def torch_bce(target, pos_weight, reduction):
     return loss
 
 
-@pytest.mark.parametrize(("cuts", "programs"), [((), 1), ((), 7), ((1, 2), 3)], ids=str)
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "pos_weight"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
+@pytest.mark.parametrize("weighted", core(["", "pos_weight"], "pos_weight"))
+# Every pair of a dtype, a reduction and a way through the network.
+@pytest.mark.parametrize(
+    ("dtype", "reduction", "cuts", "programs"),
+    [
+        (dtype, reduction, *(((), 1), ((), 7), ((1, 2), 3))[(i + j) % 3])
+        for i, dtype in enumerate(DTYPES)
+        for j, reduction in enumerate(("mean", "sum", "none"))
+    ],
+    ids=lambda value: IDS.get(value, str(value)),
+)
 def test_bce(dtype, reduction, weighted, cuts, programs):
     net = Net((7, 20, 33, 3), dtype=dtype)
     # soft targets, in another dtype than x
@@ -535,6 +524,7 @@ def test_bce_loss_in_another_dtype():
 # --- the yardstick itself -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("which", ["y", "dx", "dweight", "dbias"])
 @pytest.mark.parametrize(
     "wrong",
@@ -556,6 +546,7 @@ def test_wrong_results_are_refused(which, wrong):
         check(net, (y, saved, dx, dweights, dbiases))
 
 
+@pytest.mark.core
 def test_transposed_weight_is_refused():
     net = Net((20, 20, 3))
     weights = net.weights

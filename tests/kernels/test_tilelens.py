@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from perceptriton.kernels.gpu import layer, network, train, wide
 from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile, Plan, Recipe, Tile, TrainPlan, WideTile
 
+pytestmark = pytest.mark.tilelens
 MODULES = (layer, network, train, wide)
 KERNELS = {
     name: kernel

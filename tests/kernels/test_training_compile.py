@@ -23,6 +23,8 @@ from perceptriton.kernels import plan as planning  # noqa: E402
 from perceptriton.kernels.gpu import aot, train  # noqa: E402
 from perceptriton.kernels.records import Recipe, TrainPlan  # noqa: E402
 
+pytestmark = pytest.mark.compiles
+
 CHIPS = {
     arch: Device("cuda", arch, multiprocessors, triton=True)
     for arch, multiprocessors in ((80, 108), (90, 132), (100, 148))

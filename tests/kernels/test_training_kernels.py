@@ -1,12 +1,11 @@
 """The training loops in one launch against torch.optim in fp64: on a GPU, or on the CPU in triton's interpreter."""
 
-import contextlib
 import dataclasses
 import itertools
 
 import pytest
 import torch
-from cases import ACTIVATIONS, FLOOR, NO_KERNELS, kernel_device, relative_error
+from cases import ACTIVATIONS, FLOOR, NO_KERNELS, core, kernel_device, poisoned, relative_error
 from torch import nn
 
 from perceptriton.kernels.records import Recipe, TrainPlan
@@ -16,7 +15,7 @@ if DEVICE is None:
     pytest.skip(NO_KERNELS, allow_module_level=True)
 
 train = pytest.importorskip("perceptriton.kernels.gpu.train")
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.interpreter, pytest.mark.gpu]
 
 MODULES = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}
 CRITERIA = {"bce": nn.BCELoss, "bce_logits": nn.BCEWithLogitsLoss, "mse": nn.MSELoss}
@@ -169,18 +168,6 @@ class Run:
         return results
 
 
-@contextlib.contextmanager
-def poisoned():
-    """torch.empty gives NaN. Around the launcher only: some of torch's own operations refuse this mode on a GPU."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1, device=DEVICE).isnan().all()
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 def check(run, actual, steps, log_every=0):
     """Every tensor is as near the truth as the worst of its kind that torch computes in fp32, twice.
 
@@ -236,8 +223,11 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(("plan", "recipe", "data"), RUNS.values(), ids=RUNS)
-def test_trajectories(plan, recipe, data):
+@pytest.mark.parametrize(
+    "name", core(RUNS, "lane-xor", "lane-minibatches", "block-padded", "block-minibatches", "block-exact-tile")
+)
+def test_trajectories(name):
+    plan, recipe, data = RUNS[name]
     run = Run(recipe, **data)
     steps = (1, 2, 30)
     check(run, run.kernel(plan, steps, log_every=4), steps, log_every=4)
@@ -247,20 +237,20 @@ def test_trajectories(plan, recipe, data):
 BAND = 6e-5
 
 
+# The interpreter takes minutes for the longer one.
+@pytest.mark.parametrize("steps", [(100,), pytest.param((10_001,), marks=pytest.mark.long)], ids=["100", "10001"])
 @pytest.mark.parametrize("plan", [RUNS["lane-xor"][0], BLOCK], ids=["lane", "block"])
-def test_long_trajectories(plan, request):
-    # The interpreter takes minutes for the longer one: `make test-long`.
-    long = DEVICE == "cuda" or request.config.getoption("--long")
-    run, steps = Run(XOR, members=1), (100, 10_001) if long else (100,)
+def test_long_trajectories(plan, steps):
+    run = Run(XOR, members=1)
     for actual, exact in zip(run.kernel(plan, steps, 100), run.torch(steps, torch.float64, 100), strict=True):
         for ours, truth in zip((*actual[0], actual[2]), (*exact[0], exact[2]), strict=True):
             assert relative_error(ours, truth) <= BAND
 
 
-@pytest.mark.parametrize("variant", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("variant", core(OPTIMIZERS, "nesterov", "adamw"))
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_optimizers(plan, variant):
-    run = Run(Recipe((3, 2, 2), **variant), samples=3, members=2)
+    run = Run(Recipe((3, 2, 2), **OPTIMIZERS[variant]), samples=3, members=2)
     steps = (1, 2, 12)
     check(run, run.kernel(plan, steps), steps)
 
@@ -331,16 +321,17 @@ BITS = {
 }
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("plan", "data", "variant"), BITS.values(), ids=BITS)
 def test_the_size_of_a_launch_changes_no_bit(plan, data, variant):
     run = Run(dataclasses.replace(XOR, **OPTIMIZERS[variant]), **data)
-    once = run.kernel(plan, (60,), log_every=7)
-    assert len(once[0][2]) == 9
-    thrice = run.kernel(plan, (20, 40, 60), log_every=7)
+    once = run.kernel(plan, (24,), log_every=7)
+    assert len(once[0][2]) == 4
+    thrice = run.kernel(plan, (9, 16, 24), log_every=7)
     assert same_bits(once, thrice)
-    assert same_bits(once, run.kernel(plan, range(1, 61), log_every=7))
+    assert same_bits(once, run.kernel(plan, range(1, 25), log_every=7))
     # Logging changes none either.
-    parameters, states, _ = run.kernel(plan, (20,))[0]
+    parameters, states, _ = run.kernel(plan, (9,))[0]
     assert same_bits([(parameters, states, thrice[0][2])], thrice[:1])
 
 
@@ -390,6 +381,7 @@ def test_losses_are_those_of_the_steps_that_are_due(plan):
         assert torch.equal(losses, every[::log_every]), (log_every, launches)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_no_steps_change_nothing(plan):
     run = Run(XOR, members=2)
@@ -441,6 +433,7 @@ WRONG = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_wrong_runs_are_refused(plan, wrong):

@@ -10,11 +10,13 @@ from cases import (
     ACTIVATIONS,
     DTYPES,
     FLOOR,
+    IDS,
     NO_KERNELS,
     TF32,
     Spy,
     assert_as_good_as_torch,
     conjugated,
+    core,
     join,
     kernel_device,
     make_layer,
@@ -22,6 +24,7 @@ from cases import (
     negated,
     off_by_one,
     relative_error,
+    same_bits,
     torch_layer,
     transposed,
 )
@@ -40,10 +43,8 @@ ARCH = 90 if DEVICE == "cpu" else 10 * torch.cuda.get_device_capability()[0]
 
 wide = pytest.importorskip("perceptriton.kernels.gpu.wide")
 layer = pytest.importorskip("perceptriton.kernels.gpu.layer")
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.interpreter, pytest.mark.gpu]
 
-IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 SMALL = WideTile(64, 64, 32, 4, 3, group_m=2)
 HALVES = WideTile(64, 64, 32, 4, 3, group_m=2, subtiles=2)
 
@@ -74,16 +75,12 @@ def check(x, weight, bias, activation="sigmoid", actual=None, allowance=0.0):
     assert_as_good_as_torch([y], expected, exact, x.dtype, ["y"], allowance)
 
 
-def same_bits(a, b):
-    return torch.equal(a.view(BITS[a.dtype]), b.view(BITS[b.dtype]))
-
-
 # --- numbers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 @pytest.mark.parametrize("tile", [SMALL, HALVES], ids=["whole", "halves"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", core(SHAPES, "exact", "ragged"))
 def test_shapes(shape, tile, dtype):
     layers = make_layers(*SHAPES[shape], dtype, DEVICE)
     actual = join([(run(*layer[:3], tile=tile),) for layer in layers])
@@ -149,7 +146,7 @@ def check_dgrad(dz, weight, h, activation, tile=SMALL, programs=3, actual=None, 
     [(SMALL, torch.bfloat16), (HALVES, torch.float16), (HALVES, torch.float32)],
     ids=["whole", "halves", "fp32"],
 )
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", core(SHAPES, "exact", "ragged"))
 def test_dgrad_shapes(shape, tile, dtype):
     m, k, n = SHAPES[shape]
     check_dgrad(*make_dgrad(m, k, n, dtype), "sigmoid", tile)
@@ -168,6 +165,7 @@ def test_dgrad_activations(activation):
     assert same_bits(without[0], first[0])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("wrong", [torch.zeros_like, lambda y: torch.full_like(y, y.mean().item()), torch.flipud])
 def test_yardstick_fails_wrong_gradients(wrong):
     tensors = make_dgrad(*SHAPES["ragged"], torch.bfloat16)
@@ -202,7 +200,7 @@ def make_wgrad(m, k, n):
 
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("tile", [SMALL, HALVES], ids=["whole", "halves"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", core(SHAPES, "exact", "ragged"))
 def test_wgrad_shapes(shape, tile, splits):
     check_wgrad(*make_wgrad(*SHAPES[shape]), tile, splits)
 
@@ -215,6 +213,7 @@ def test_wgrad_of_rows_inside_a_larger_matrix():
     assert all(map(same_bits, tensors, before))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("wrong", [torch.zeros_like, lambda y: torch.full_like(y, y.mean().item()), torch.flipud])
 def test_yardstick_fails_wrong_weight_gradients(wrong):
     tensors = make_wgrad(*SHAPES["ragged"])
@@ -231,6 +230,7 @@ CANDIDATES = {
 }
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("kind", "tile"), CANDIDATES.values(), ids=CANDIDATES)
 def test_every_candidate(kind, tile):
     # A second tile of every size, cut; two programs for four tiles.
@@ -257,6 +257,7 @@ def test_there_are_candidates():
     assert len(CANDIDATES) > 10
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("wrong", [torch.zeros_like, lambda y: torch.full_like(y, y.mean().item()), torch.flipud])
 def test_yardstick_fails_wrong_results(wrong):
     x, weight, bias, _ = make_layer(*SHAPES["ragged"], torch.bfloat16, DEVICE)
@@ -265,6 +266,7 @@ def test_yardstick_fails_wrong_results(wrong):
 
 
 # numpy warns where the interpreter overflows as the hardware does.
+@pytest.mark.core
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 def test_nan_and_inf_stay_in_their_rows(dtype):
@@ -287,6 +289,7 @@ def pitched(t, gap=16):
     return view.copy_(t)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 def test_rows_inside_a_larger_matrix(dtype):
     # 70 columns are no whole number of 16 bytes; their pitch is one. What lies between the rows is not theirs.
@@ -305,6 +308,7 @@ def test_bias(bias):
     check(x, weight, {"none": None, "every-other": b, "one-value": b[:1].expand_as(b)}[bias])
 
 
+@pytest.mark.core
 def test_readable():
     x = torch.empty(8, 32, dtype=torch.float16, device=DEVICE)
     assert wide.readable(x)
@@ -446,6 +450,7 @@ def test_fp32_networks(split, monkeypatch, allowed):
     assert_as_good_as_torch(actual, expected, exact, torch.float32, names, allowance=FLOOR[torch.float32] + short)
 
 
+@pytest.mark.more
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("layout", [negated, conjugated], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("operand", ["x", "weight", "bias", "dy"])
@@ -571,6 +576,7 @@ def fired(monkeypatch):
     return fired
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("layout", "expected"),
     [

@@ -19,6 +19,8 @@ from perceptriton.kernels import plan as planning
 from perceptriton.kernels.gpu import aot, wide
 from perceptriton.kernels.records import WideTile
 
+pytestmark = pytest.mark.compiles
+
 SHAPE = (8192, 4096, 4096)
 PRODUCTS = ("half", "tf32", *records.SPLITS)
 KINDS = (

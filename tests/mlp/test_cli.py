@@ -50,6 +50,7 @@ def run_instead(name, run, monkeypatch):
     monkeypatch.setitem(CATALOGUE, name, dataclasses.replace(CATALOGUE[name], run=run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LESSONS)
 def test_lesson_prints_its_page(name, capsys):
     needs_images(name)
@@ -92,6 +93,7 @@ def test_lesson_xor_prints_the_table(capsys):
     assert len(re.findall(r"^  (?:inference|forward  |backward ) aten ", out, re.MULTILINE)) == 3
 
 
+@pytest.mark.slow
 @needs_matplotlib
 @pytest.mark.parametrize("name", [name for name, lesson in CATALOGUE.items() if lesson.plot])
 def test_lesson_writes_its_picture_and_nothing_else(name, tmp_path, capsys):
@@ -322,6 +324,7 @@ def test_doctor_runs_anywhere_and_imports_neither_triton_nor_matplotlib(tmp_path
     assert not {"triton", "matplotlib"} & imported
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 def test_output_onto_a_full_disk_is_a_failure():
     with open("/dev/full", "w") as stdout:

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import relative_error
+from cases import relative_error, same_bits
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -103,10 +103,6 @@ def results(model, x):
     return (y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *model.parameters()]))
 
 
-def same_bits(actual, expected):
-    return all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-
-
 def sgd(model, x, steps=3):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(steps):
@@ -122,6 +118,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 # --- compilers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("name", ["fused", "loss"])
 @pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
@@ -144,6 +141,7 @@ def test_compiles_into_as_few_graphs(kernels, name, dynamic, monkeypatch):
     assert held == [kernels, False]
 
 
+@pytest.mark.slow
 @COMPILER
 def test_inductor():
     model, twin, x = pair("fused")
@@ -162,6 +160,7 @@ def test_exports_as_plain_operations(name, strict, size):
     torch.testing.assert_close(program.module()(x), twin(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fused", "loss"])
 def test_onnx(name):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -177,6 +176,7 @@ def test_onnx(name):
     torch.testing.assert_close(torch.from_numpy(y), twin(x).detach())
 
 
+@pytest.mark.more
 @COMPILER
 def test_aot_inductor(tmp_path):
     model, twin, x = pair("fused")
@@ -450,6 +450,7 @@ def test_eight_threads_at_once(name, size):
             assert same_bits(found, expected)
 
 
+@pytest.mark.slow
 def test_spawned_process():
     pairs = {name: pair(name) for name in MODELS}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -471,6 +472,7 @@ class Gradients(Dataset):
 
 
 # Python 3.12 warns of every fork in a process that has threads.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @every_model
 def test_loader_workers_after_a_fork(name, size):

@@ -50,6 +50,7 @@ def alone(size):
     return gloo_composition.train(gloo_composition.sequential(size), size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("case", [*DATA_PARALLEL, *TENSOR_PARALLEL])

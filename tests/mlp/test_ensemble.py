@@ -464,6 +464,7 @@ def test_errors_leave_the_ensemble(case):
 # --- several processes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     alone = [
         gloo_sweep.sweep(),

@@ -228,6 +228,7 @@ def test_targets_beyond_fp32_are_refused():
         FusedMLPRegressor().fit(X, [1.0, 1e39])
 
 
+@pytest.mark.slow
 def test_without_scikit_learn_the_error_says_what_to_install():
     code = "import sys; sys.modules['sklearn'] = None\nimport perceptriton.mlp\nimport perceptriton.mlp.estimator"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

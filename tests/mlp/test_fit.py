@@ -39,14 +39,9 @@ from perceptriton.mlp import MLP, Ensemble, History, LinearSigmoid, fit, lessons
 from perceptriton.mlp.as_network import as_network
 from perceptriton.mlp.training import pacing
 
+pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
 # Two orders of the same fp64 sums over 100 steps.
 EXACT = 1e-10
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quick():
-        yield
 
 
 @pytest.fixture(params=["joint", "matrices"])
@@ -152,6 +147,7 @@ def xor_model(dtype=torch.float32):
     return MLP([2, 2, 1]).to(dtype)
 
 
+@pytest.mark.slow
 def test_xor_for_10001_steps():
     errors = []
     exact = xor_model(torch.float64)
@@ -1038,8 +1034,11 @@ def test_infinite_targets_of_dead_outputs(impl, request):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [None, 3], ids=["full", "minibatches"])
-@pytest.mark.parametrize("optimizer", ["sgd-decay", "dampening", "adam", "adamw"])
+@pytest.mark.interpreter
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("optimizer", "batch_size"), [("sgd-decay", 3), ("dampening", None), ("adam", None), ("adamw", 3)]
+)
 @pytest.mark.parametrize("impl", ["lane", "block"])
 def test_kernels_train_alike(impl, optimizer, batch_size, device):
     errors, results = [], []

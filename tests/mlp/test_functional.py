@@ -16,6 +16,7 @@ from cases import (
     ACTIVATIONS,
     DTYPES,
     EMPTY_SHAPES,
+    IDS,
     LAYOUTS,
     LOSSES,
     SHAPES,
@@ -26,6 +27,7 @@ from cases import (
     lay_out,
     make_layer,
     make_layers,
+    same_bits,
     torch_layer,
 )
 from torch import nn
@@ -49,8 +51,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd is returning a function:UserWarning"),
 ]
 
-IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 ALL = (True, True, True)
 
 
@@ -123,13 +123,6 @@ def check(x, weight, bias, dy, activation="sigmoid", actual=None):
     for name, result in zip(names, actual, strict=True):
         assert result.dtype is x.dtype, name
     assert_as_good_as_torch(actual, expected, exact, x.dtype, names)
-
-
-def same_bits(actual, expected):
-    def bits(t):
-        return t.detach().contiguous().view(BITS[t.element_size()])
-
-    return all(torch.equal(bits(a), bits(e)) for a, e in zip(actual, expected, strict=True))
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
@@ -969,6 +962,7 @@ ORDINARY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("case", ORDINARY.values(), ids=ORDINARY)
 def test_ordinary_calls_are_compiled_into_the_registered_op(case, autocast, traced):
@@ -1042,6 +1036,7 @@ UNUSUAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unusual", UNUSUAL.values(), ids=UNUSUAL)
 def test_unusual_calls_are_compiled_into_plain_operations(unusual, traced):
     x, weight, bias, _ = make_layer(6, 5, 3, torch.float32)
@@ -1104,6 +1099,7 @@ def test_compiled_calls_raise_what_eager_ones_do(changes, error, message, monkey
             call(**inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 def test_kernels_see_dynamic_batches_compiled_once(dynamic, traced):
     counts = []
@@ -1173,6 +1169,7 @@ def test_compiled_parity(autocast, take):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
 def test_inductor_parity():
     model, sequential = pair(2, 3, 1)
@@ -1180,6 +1177,7 @@ def test_inductor_parity():
     torch.testing.assert_close(train_step(torch.compile(model, fullgraph=True), x), train_step(sequential, x))
 
 
+@pytest.mark.slow
 def test_dynamic_batches_make_no_more_graphs():
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -1482,6 +1480,7 @@ def train_xor(models, steps=500):
     return losses.detach()
 
 
+@pytest.mark.slow
 def test_xor_is_learned_from_the_same_seeds(take):
     # 2-2-1 is the smallest net that can, and gets stuck for some seeds: both must happen to the same ones.
     take("mm")

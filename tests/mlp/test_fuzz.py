@@ -1,6 +1,6 @@
 """The doors under random arguments: what torch answers to the plain formula, or a TypeError or ValueError.
 
-Every run draws the same cases; FUZZ_SEED=n draws others.
+Every run draws the same cases; FUZZ_SEED=n draws others, FUZZ_BUDGET=1 all of them.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ LEADING = ((4,), (), (1,), (0,), (2, 3), (1, 33), (2, 0), (1, 2, 2))
 
 def budget(examples):
     return settings(
-        max_examples=examples,
+        max_examples=max(1, int(cases.FUZZ_BUDGET * examples)),
         deadline=None,
         database=None,
         # The tables that the fixture swaps are the same for all cases of a test.
@@ -303,7 +303,7 @@ TABLES = {
 
 
 # Tensors of a few numbers: threads would only wait for each other.
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.fuzz]
 
 
 @contextlib.contextmanager
@@ -353,6 +353,7 @@ def test_layer(table, arguments):
     check(linear_act, plain_layer, arguments, ("x", "weight", "bias"), narrower_than_torch)
 
 
+@pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @seed(cases.FUZZ_SEED)
 @budget(250)

@@ -113,6 +113,7 @@ def spoilt(result, name, index, factor):
 # --- xor ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_xor_follows_the_table_all_three_ways(xor):
     assert xor.steps == list(range(0, 10_001, 100))
     assert [run.name for run in xor.runs] == list(WAYS)
@@ -127,6 +128,7 @@ def test_xor_follows_the_table_all_three_ways(xor):
     assert xor.reference == [reference for _, reference in TABLE["loss"]]
 
 
+@pytest.mark.slow
 def test_xor_predicts_the_table(xor):
     for run in xor.runs:
         predictions = xor.predictions(run)
@@ -136,6 +138,7 @@ def test_xor_predicts_the_table(xor):
         assert run.model(xor.samples).flatten().tolist() == predictions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1 + 2 * BAND, math.nan], ids=["twice-the-band", "nan"])
 @pytest.mark.parametrize("name", WAYS)
 def test_one_wrong_loss_of_any_run_does_not_match(xor, name, factor):
@@ -147,11 +150,13 @@ def test_one_wrong_loss_of_any_run_does_not_match(xor, name, factor):
     assert miss.endswith("at step 5000, outside the band of 6e-05")
 
 
+@pytest.mark.slow
 def test_one_wrong_prediction_does_not_match(xor):
     expected = [*xor.expected[:3], xor.expected[3] * (1 + 3e-4)]
     assert len(dataclasses.replace(xor, expected=expected).misses) == len(WAYS)
 
 
+@pytest.mark.slow
 def test_steps_beyond_the_table_are_not_compared(xor):
     runs = tuple(dataclasses.replace(run, losses=[*run.losses, 1.0]) for run in xor.runs)
     longer = dataclasses.replace(
@@ -161,10 +166,12 @@ def test_steps_beyond_the_table_are_not_compared(xor):
     assert longer.differences(runs[0])[:-1] == xor.differences(xor.runs[0])
 
 
+@pytest.mark.slow
 def test_xor_names_the_implementation_of_the_fused_layers(xor):
     assert xor.explanation == explain((4, 2), [(2, 2), (1, 2)])
 
 
+@pytest.mark.slow
 def test_xor_times_every_way(xor):
     assert all(run.seconds > 0 and run.us_per_step > 0 for run in xor.runs)
     assert xor.run(lessons.NN).ratio == 1
@@ -204,6 +211,7 @@ def test_deep_xor_follows_the_table_in_one_call_of_fit(draws):
         assert_follows(result, run, other, deep_band)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("draws", "steps", "rows"), [(1, 2001, 3), (2, 701, 8)])
 def test_deep_xor_follows_the_table_in_loops(draws, steps, rows):
     result = lessons.xor_deep(steps, draws=draws, ways=["nn", "fused"])
@@ -319,6 +327,7 @@ def test_worked_step_trains_on_all_three_ways(worked):
         assert run.losses == pytest.approx(worked.runs[0].losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_by_hand_converges_and_the_others_follow(by_hand):
     trajectory = by_hand.trajectory
     hand, *others = trajectory.runs
@@ -334,6 +343,7 @@ def test_by_hand_converges_and_the_others_follow(by_hand):
     assert not dataclasses.replace(by_hand, trajectory=spoilt(trajectory, FIT, 20, 1.001)).matches
 
 
+@pytest.mark.slow
 def test_by_hand_says_how_its_gradients_differ(by_hand):
     assert by_hand.names == ["weight1", "bias1", "weight2", "bias2"]
     assert by_hand.ratios == pytest.approx([4, 1, 4, 1], rel=1e-5)
@@ -355,6 +365,7 @@ def test_gradients_by_hand_are_summed_for_weights_and_averaged_for_biases():
         assert own.norm() > 1e-3
 
 
+@pytest.mark.slow
 def test_by_hand_from_a_seed_that_stays_in_a_local_minimum_is_a_miss():
     result = lessons.by_hand(1501, seed=5)
     assert not result.converged
@@ -433,6 +444,7 @@ def test_loops_see_the_batches_of_fit(batch_size):
 # --- sweep -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sweep_holds_the_network_of_the_table(sweep):
     early = [(step, loss) for step, loss in TABLE["loss"] if step < 2501]
     runs = sweep.trajectory.runs
@@ -650,6 +662,7 @@ def test_units_of_a_race(monkeypatch):
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_xor_picture_shows_the_result(xor):
     pytest.importorskip("matplotlib")
     figure, data = pictures.plot_training(xor)
@@ -682,6 +695,7 @@ def test_xor_picture_shows_the_result(xor):
     assert marked == {"class 0": [[0, 0], [1, 1]], "class 1": [[0, 1], [1, 0]]}
 
 
+@pytest.mark.slow
 def test_by_hand_picture_shows_the_loop_by_hand_and_the_textbook(by_hand):
     pytest.importorskip("matplotlib")
     figure, data = plot_by_hand(by_hand)

@@ -10,6 +10,7 @@ from cases import (
     ACTIVATIONS,
     DTYPES,
     FLOOR,
+    IDS,
     conjugated,
     every_other,
     inside,
@@ -34,18 +35,18 @@ KERNELS = kernel_device()
 DEVICE = KERNELS or "cpu"
 # torch itself uses what it deprecates when it differentiates forward.
 pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.gpu,
     pytest.mark.usefixtures("rounding"),
     pytest.mark.filterwarnings(r"ignore:.*torch\.jit\."),
 ]
 
-IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 WIDTHS = {"xor": (2, 2, 1), "deep": (7, 33, 20, 16, 3), "wide": (20, 40, 40)}
 
 
 @pytest.fixture
 def rounding(request):
-    if KERNELS:
-        request.getfixturevalue("device")
+    request.getfixturevalue("device" if KERNELS else "poisoned")
 
 
 def explicit(chunk):
@@ -173,14 +174,15 @@ def check(net, ours, theirs=plain, dy=None):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
-@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("path", PATHS)
 def test_as_good_as_torch(path, widths, dtype, bias, take):
     impl = take(path)
-    check(Net(widths, dtype=dtype, bias=bias), lambda *net: mlp_act(*net, impl=impl))
+    check(Net(WIDTHS[widths], dtype=dtype, bias=bias), lambda *net: mlp_act(*net, impl=impl))
 
 
 @pytest.mark.parametrize(("hidden", "output"), [*itertools.product(ACTIVATIONS, ACTIVATIONS)], ids=str)
+@pytest.mark.core
 @pytest.mark.parametrize("path", paths("chunked", "segments"))
 def test_activations(path, hidden, output, take):
     impl = take(path)
@@ -678,6 +680,7 @@ def test_a_bias_that_torch_broadcasts(path, shape, take, monkeypatch):
             mlp_act(net.x, net.weights, net.biases, impl=impl)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler itself uses what torch deprecates
 @pytest.mark.parametrize("shape", BROADCAST.values(), ids=BROADCAST)
 def test_a_compiled_network_broadcasts_a_bias(shape, monkeypatch):
