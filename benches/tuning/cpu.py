@@ -1,6 +1,6 @@
-"""Measures torch's two CPU matrix libraries against each other and fits the thresholds that kernels/plan.py reads.
+"""Measures torch's two CPU matrix libraries against each other and fits the thresholds that plans read.
 
-usage: python benches/tune_cpu.py [--quick] [--dtypes float32,bfloat16] [--out kernels/tuned/cpu.json]
+usage: python benches/tune.py cpu [--quick] [--dtypes float32,bfloat16] [--out kernels/tuned/cpu.json]
 
 For this CPU's vendor and each dtype, over a grid of shapes and with both sides of every comparison timed in turn:
 
@@ -22,7 +22,6 @@ import datetime
 import itertools
 import json
 import math
-import re
 import sys
 import tempfile
 import time
@@ -30,7 +29,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import atomic
 import binding  # before torch
 import numpy as np
 import timing
@@ -40,8 +38,10 @@ from perceptriton.kernels import crossover, devices, ops, plan, records, referen
 from perceptriton.kernels.records import Device, Plan
 from perceptriton.mlp import linear_sigmoid
 
+from . import common
+
 ROLES = ("forward", "dx", "dweight")
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 NEVER = 1 << 62
 MEGABYTE = 1 << 20
 
@@ -404,15 +404,6 @@ def count(shapes: list[tuple[int, int, int]], dtypes: list[str]) -> int:
     return len(dtypes) * whole + chunks
 
 
-def text(document: dict) -> str:
-    """JSON with each innermost list on one line."""
-
-    def joined(found: re.Match) -> str:
-        return "[" + re.sub(r"\s*\n\s*", " ", found[1]) + "]"
-
-    return re.sub(r"\[\s+([^][{}]*?)\s+\]", joined, json.dumps(document, indent=1)) + "\n"
-
-
 def merge(document: dict, vendor: str, thresholds: dict[str, dict], facts: dict) -> dict:
     """The document with this vendor's entries for the dtypes that were measured, and everything else as it was."""
     known = document["thresholds"]
@@ -422,8 +413,8 @@ def merge(document: dict, vendor: str, thresholds: dict[str, dict], facts: dict)
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tune.py cpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=tables.TABLES / "cpu.json", help="the table to bring up to date")
     parser.add_argument("--rows", type=Path, help="what was measured; default: benches/results/tune-cpu-<kind>.json")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
@@ -452,15 +443,9 @@ def main(arguments: list[str] | None = None) -> int:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "quick": options.quick,
     }
-    base = options.out if options.out.exists() else tables.TABLES / "cpu.json"
     thresholds = {dtype: own for dtype, (own, _) in found.items()}
     rows = {dtype: [[*row[:4], round(row[4], 1), round(row[5], 1)] for row in own] for dtype, (_, own) in found.items()}
     kept = options.rows or RESULTS / f"tune-cpu-{vendor.lower().replace(' ', '-')}.json"
-    atomic.write(kept, text(facts | {"vendor": vendor, "rows": rows}))
-    atomic.write(options.out, text(merge(json.loads(base.read_text()), vendor, thresholds, facts)))
+    common.write(kept, facts | {"vendor": vendor, "rows": rows})
+    common.write(options.out, merge(common.load("cpu.json", options.out), vendor, thresholds, facts), "cpu.json")
     print("written:", options.out, kept)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
