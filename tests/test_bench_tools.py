@@ -600,7 +600,7 @@ TINY = document(
 
 
 def test_report(bench):
-    report = bench("report")
+    report = bench("report_tables")
     rows, labels = report.read(TINY)
     assert labels == {"eager": "EAGER", "fused": "FUSED", "compiled": "COMPILED"}
     assert report.means(rows) == pytest.approx({"forward": 2, "forward+backward": 8, "all rows": 4})
@@ -613,7 +613,7 @@ def test_report(bench):
 
 
 def test_limits_that_say_nothing_are_left_out(bench):
-    least = bench("report").least_us
+    least = bench("report_tables").least_us
     limits = TINY["machine_info"]["limits"]
     assert least(10**9, 10**7, "float32", None) == (None, "")
     assert least(10**9, 10**5, "float32", limits) == (1000, "arithmetic")
@@ -680,7 +680,7 @@ def kernelbench_document():
 
 
 def test_report_of_kernelbench(bench, tmp_path):
-    text = bench("report").markdown(kernelbench_document())
+    text = bench("report_tables").markdown(kernelbench_document())
     assert text.startswith("# KernelBench: ")
     cells = ["one", "8 x 64 (12 times)", "float32", "forward", "200", "100", "**2.00x**", ""]
     cells += ["20.0 (10.00x)", "25.0 (8.00x)", "80.2", "160"]
@@ -692,8 +692,8 @@ def test_report_of_kernelbench(bench, tmp_path):
     assert "torch operations behind the layers" in text
     assert "neither is an fp32 product" in text
     # Without a model's word, and without a tolerance, there are no columns for them.
-    assert "H200" not in bench("report").markdown(TINY)
-    assert "worst element" not in bench("report").markdown(TINY)
+    assert "H200" not in bench("report_tables").markdown(TINY)
+    assert "worst element" not in bench("report_tables").markdown(TINY)
 
 
 def test_pictures_of_networks_and_of_training_loops(bench, tmp_path):
@@ -716,6 +716,39 @@ def test_pictures_of_networks_and_of_training_loops(bench, tmp_path):
         written = {path.name: path.read_bytes() for path in report.write(source)}
         for picture in pictures:
             assert written[f"{name}-{picture}.png"].startswith(b"\x89PNG"), picture
+
+
+def test_texts_hold_what_the_results_say(bench):
+    report = bench("report")
+    held = list(report.holders())
+    assert report.ROOT / "README.md" in held
+    for path in held:
+        text = path.read_text(encoding="utf-8")
+        assert text == report.with_tables(text), f"{path}: python benches/report.py"
+    readme = (report.ROOT / "README.md").read_text(encoding="utf-8")
+    assert [found[2] for found in report.HELD.finditer(readme)] == list(report.TABLES)
+    # A figure that somebody types in does not stay, and no other text is touched.
+    for typed in ("| 1.24x |", "| 20.1 |", "| 6,029x |"):
+        assert readme.count(typed) >= 1
+        assert report.with_tables(readme.replace(typed, "| 9.99x |", 1)) == readme
+    assert report.with_tables("1.24x") == "1.24x"
+    with pytest.raises(KeyError, match="none"):
+        report.with_tables("<!-- table none begin -->\n<!-- table none end -->\n")
+
+
+def test_texts_are_rewritten(bench, tmp_path, monkeypatch, capsys):
+    report = bench("report")
+    text = "Before.\n<!-- table training begin -->\n| old |\n<!-- table training end -->\nAfter.\n"
+    (tmp_path / "docs").mkdir()
+    for name in ("docs/a.md", "docs/a.txt", "b.md"):
+        (tmp_path / name).write_text(text if name != "b.md" else "Nothing to write.\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.main([]) == 0
+    assert capsys.readouterr().out == f"written: {tmp_path / 'docs/a.md'}\n"
+    written = (tmp_path / "docs/a.md").read_text()
+    assert written.startswith("Before.\n<!-- table training begin -->\n| network | networks | eager loop | `fit` |")
+    assert written.endswith("|\n<!-- table training end -->\nAfter.\n")
+    assert (tmp_path / "docs/a.txt").read_text() == text
 
 
 # --- files appear whole or not at all ----------------------------------------------------------------------
