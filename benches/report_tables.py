@@ -1,7 +1,7 @@
 """The tables of the suites of bench_stacks.py: one of a run, and those of several machines side by side."""
 
 import itertools
-import math
+import statistics
 from dataclasses import dataclass, field
 
 from report_style import NOISY, machine, table
@@ -93,18 +93,14 @@ def read(document: dict) -> tuple[list[Row], dict[str, str]]:
     return list(rows.values()), labels
 
 
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
-
-
 def means(rows: list[Row]) -> dict[str, float]:
     """Geometric means of the speed-ups over eager, by mode and over all rows."""
+    every = "all rows"
     found = {
-        mode: geometric_mean([row.speedup[JUDGED] for row in rows if row.mode == mode and JUDGED in row.speedup])
-        for mode in MODES
+        name: [row.speedup[JUDGED] for row in rows if name in (row.mode, every) and JUDGED in row.speedup]
+        for name in (*MODES, every)
     }
-    found["all rows"] = geometric_mean([row.speedup[JUDGED] for row in rows if JUDGED in row.speedup])
-    return {name: mean for name, mean in found.items() if not math.isnan(mean)}
+    return {name: statistics.geometric_mean(ratios) for name, ratios in found.items() if ratios}
 
 
 def _microseconds(us: float) -> str:

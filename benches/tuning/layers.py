@@ -5,6 +5,7 @@ trips around the loop and larger loads. Widths that are no multiple of 16 ("ragg
 which takes more registers, so they have tiles of their own. Plans send sizes without a clean tile elsewhere.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -49,10 +50,7 @@ def launches(row: TileRow) -> list[aot.Launch]:
     plan = Plan("rows", "", row.layer_tile, programs=2, precision=precision)
     block_k, block_n = row.widths
     m, k, n = (4096, block_k, block_n) if row.layout == "aligned" else (4099, block_k - 3, block_n - 1)
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     if row.op == "linear_act_fwd":
         # tanh has the longest epilogue
         return aot.launches(layer.linear_act_fwd, empty(m, k), empty(n, k), empty(n), "tanh", plan)[:1]

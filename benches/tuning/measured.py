@@ -27,6 +27,7 @@ from pathlib import Path
 
 import timing
 import torch
+from contenders import tf32
 
 from perceptriton.kernels import plan as planning
 from perceptriton.kernels import records, reference, tables
@@ -61,18 +62,6 @@ FLOOR = {"half": 2e-3, "tf32": 2e-6, "tf32x3": 2e-6, "bf16x6": 2e-6, "bf16x3": 2
 
 def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
     return ((y.double() - exact).norm() / exact.norm()).item()
-
-
-@contextlib.contextmanager
-def library_precision(product: str):
-    """What the library's fp32 products are compared as: tf32 with tf32, the splits with fp32."""
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "tf32" if product == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def measure(
@@ -118,7 +107,8 @@ def measure(
             return lambda: wide.linear_act_dgrad(x, weight, h, "sigmoid", True, plan)[0]
         return lambda: wide.linear_act_fwd(x, weight, bias, "sigmoid", plan)
 
-    with library_precision(product):
+    # What the library's fp32 products are compared as: tf32 with tf32, the splits with fp32.
+    with tf32() if product == "tf32" else contextlib.nullcontext():
         bound = 2 * relative_error(library(), exact) + FLOOR[product]
         steps = {"library": library}
         for tile in tiles:
@@ -204,7 +194,3 @@ def main(arguments: list[str]) -> None:
     print(f"{out}: {name}")
     if wrong:
         sys.exit("\n".join(["not timed, since their results are wrong:", *wrong]))
-
-
-if __name__ == "__main__":
-    main()

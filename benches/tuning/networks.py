@@ -5,6 +5,7 @@ launch: exact and ragged widths, both heads. Chains without such a tile are left
 shorter segments.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -141,10 +142,7 @@ def launch(row: TileRow, act: str, variant: tuple[bool, bool, bool, bool]) -> ao
     inner = (width - 3 * ragged_inner for width in chain[1:-1])
     widths = (chain[0] - 3 * ragged_in, *inner, chain[-1] - 3 * ragged_out)
     rows = 65531 if ragged_in or ragged_out else 65536
-
-    def empty(*shape):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     weights = tuple(empty(n, k) for k, n in itertools.pairwise(widths))
     biases = tuple(empty(n) for n in widths[1:])
     layers = len(weights)
@@ -154,7 +152,7 @@ def launch(row: TileRow, act: str, variant: tuple[bool, bool, bool, bool]) -> ao
     save = tuple(range(1, layers)) if op == "mlp_fwd" else ()
     if op == "mlp_bwd":
         if loss:
-            arguments = (empty(), x, (), weights, biases, act, y, pos_weight, "mean", wanted, plan)
+            arguments = (empty(()), x, (), weights, biases, act, y, pos_weight, "mean", wanted, plan)
             return aot.launches(network.mlp_bce_bwd, *arguments)[0]
         return aot.launches(network.mlp_bwd, y, x, (), weights, biases, act, act, wanted, plan)[0]
     if loss:

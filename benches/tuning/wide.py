@@ -6,6 +6,7 @@ a candidate where all of that is clean, and the products run on tensor cores. Wh
 measured on a chip, by `tune.py measure`; measurements in the table stay as they are.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -81,10 +82,7 @@ def launch(row: TileRow, activation: str, splits: int = 1) -> aot.Launch:
     dtype, precision = common.PRODUCTS.get(row.product, (torch.float32, row.product))
     m, k, n = SHAPE
     plan = Plan("tma", "", row.wide_tile, 132, precision, splits=splits)
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     if row.op == "linear_act_wgrad":
         return aot.launches(wide.linear_act_wgrad, empty(k, m), empty(k, n), plan)[0]
     if row.op == "linear_act_dgrad":
