@@ -23,6 +23,7 @@ from functools import cached_property, partial
 import pytest
 import timing
 import torch
+from contenders import capture
 from torch import Tensor, nn
 
 from perceptriton.mlp import Ensemble, fit
@@ -139,23 +140,10 @@ def eager(problem: Problem, compiled: bool = False, most: int = SEQUENTIAL_MEMBE
 def fitted(problem: Problem) -> Contender:
     ensemble = copy.deepcopy(problem.ensemble)
     model = ensemble if problem.case.members else ensemble.member(0)
-    optimizer = problem.optimizer(model.parameters())
-    generator = torch.Generator().manual_seed(1)
-
-    def advance(steps: int) -> None:
-        fit(
-            model,
-            problem.x,
-            problem.y,
-            criterion=nn.BCELoss(),
-            optimizer=optimizer,
-            steps=steps,
-            batch_size=problem.case.batch_size,
-            generator=generator,
-        )
-
+    options = {"criterion": nn.BCELoss(), "optimizer": problem.optimizer(model.parameters())}
+    options |= {"batch_size": problem.case.batch_size, "generator": torch.Generator().manual_seed(1)}
     return Contender(
-        advance,
+        lambda steps: fit(model, problem.x, problem.y, steps=steps, **options),
         lambda: stacked(model if isinstance(model, Ensemble) else Ensemble.from_models([model])),
         problem.case.nets,
     )
@@ -194,15 +182,7 @@ def captured(problem: Problem) -> Contender:
         optimizer.step()
 
     before = copy.deepcopy(model.state_dict())
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, _ = capture(step)
     model.load_state_dict(before)  # in place: what the graph reads
 
     def advance(steps: int) -> None:

@@ -95,17 +95,23 @@ def contend(problem: Problem, model: nn.Module, call: Callable[[Tensor], Tensor]
     return Contender(step, results)
 
 
-def in_cuda_graph(problem: Problem, plain: Contender) -> Contender:
-    """One replay of everything that a step of `plain` launches: forward, backward and the gradients' memory."""
+def capture(step: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
+    """A CUDA graph of one step, after three that warm up, and what the captured one returned."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            plain.step()
+            step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outcome = plain.results()
+        outcome = step()
+    return graph, outcome
+
+
+def in_cuda_graph(problem: Problem, plain: Contender) -> Contender:
+    """One replay of everything that a step of `plain` launches: forward, backward and the gradients' memory."""
+    graph, outcome = capture(plain.results)
 
     def step() -> Tensor:
         graph.replay()
@@ -184,18 +190,6 @@ def compiled(problem: Problem, mode: str = "default") -> Contender:
     return contend(problem, model, torch.compile(model, fullgraph=True, dynamic=False, mode=mode))
 
 
-def autotuned(problem: Problem) -> Contender:
-    return compiled(problem, "max-autotune")
-
-
-def eager_graph(problem: Problem) -> Contender:
-    return in_cuda_graph(problem, eager(problem))
-
-
-def fused_graph(problem: Problem) -> Contender:
-    return in_cuda_graph(problem, fused(problem))
-
-
 @contextlib.contextmanager
 def splitting(kind: str | None) -> Iterator[None]:
     before = allow_fp32_split(kind)
@@ -227,10 +221,6 @@ def under(setting: Callable[[], contextlib.AbstractContextManager], plain: Conte
             return plain.results()
 
     return Contender(step, results)
-
-
-def eager_tf32(problem: Problem) -> Contender:
-    return under(tf32, eager(problem))
 
 
 def split(problem: Problem, kind: str) -> Contender:
@@ -267,12 +257,12 @@ IMPLS = {
     "eager": Impl("eager", eager),
     "fused": Impl("perceptriton", fused),
     "compiled": Impl("torch.compile", compiled),
-    "autotuned": Impl("torch.compile max-autotune", autotuned, ("cuda",)),
-    "eager_graph": Impl("eager in a CUDA graph", eager_graph, ("cuda",), STACKS),
-    "fused_graph": Impl("perceptriton in a CUDA graph", fused_graph, ("cuda",), STACKS),
+    "autotuned": Impl("torch.compile max-autotune", partial(compiled, mode="max-autotune"), ("cuda",)),
+    "eager_graph": Impl("eager in a CUDA graph", lambda p: in_cuda_graph(p, eager(p)), ("cuda",), STACKS),
+    "fused_graph": Impl("perceptriton in a CUDA graph", lambda p: in_cuda_graph(p, fused(p)), ("cuda",), STACKS),
     # Bounds that no constant meets, and what products are off by does: by emulation, up to 4e-2 after 17 layers of TF32
     # and 7e-5 of bf16x3. What the latter has to keep is the tolerance.
-    "eager_tf32": Impl("eager, TF32 allowed", eager_tf32, ("cuda",), ("kernelbench",), bound=0.2, reference=True),
+    "eager_tf32": Impl("eager, TF32 allowed", lambda p: under(tf32, eager(p)), ("cuda",), ("kernelbench",), 0.2, True),
     "split_bf16x6": split_impl("bf16x6"),
     "split_bf16x3": split_impl("bf16x3", bound=1e-3),
 }

@@ -1,8 +1,8 @@
-"""The table and the pictures of the suite "training"; `report.py` calls this."""
+"""The tables and the pictures of the suite "training"."""
 
 from dataclasses import dataclass, field
 
-from report import FAINT, INK, NOISY, machine, png
+from report_style import FAINT, INK, NOISY, machine, new_figure, png, table
 
 BASELINE, JUDGED = "eager", "fit"
 STYLES = {
@@ -61,7 +61,7 @@ def markdown(document: dict) -> str:
     impls = [impl for impl in (BASELINE, JUDGED) if impl in labels]
     header = ["case", "network", "members", *(f"{labels[impl]}, us" for impl in impls), "speed-up"]
     header += [f"{labels[impl]}, us" for impl in others]
-    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
+    lines = []
     for row in rows:
         cells = [row.case, row.what, f"{row.members:,}" if row.members else ""]
         cells += [_us(row.us[impl]) if impl in row.us else "" for impl in impls]
@@ -70,8 +70,8 @@ def markdown(document: dict) -> str:
         for impl in others:
             ratio = f" ({_times(row.speedup[impl])})" if impl in row.speedup else ""
             cells.append(_us(row.us[impl]) + ratio if impl in row.us else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    text = [f"# Training loops: {machine(document)}", "", *lines, ""]
+        lines.append(cells)
+    text = [f"# Training loops: {machine(document)}", "", *table(header, 2, lines), ""]
     text.append(
         "Microseconds per step of one network (a step of an ensemble of 1,024 counts 1,024), median. All contenders of "
         "a row were timed in turn; a speed-up over the eager loop is the median over the rounds of the ratio within a "
@@ -82,6 +82,19 @@ def markdown(document: dict) -> str:
     if left_out := document["machine_info"].get("not_reached"):
         text.append(f"Not reached in the time set for the run: {', '.join(left_out)}.")
     return "\n".join(text) + "\n"
+
+
+def loops_by_machine(documents: dict[str, dict]) -> list[str]:
+    """The first machine's times and speed-ups, the others' speed-ups, and what vmap gains for ensembles."""
+    (rows, labels), *others = (read(document) for document in documents.values())
+    header = ["network", "networks", labels[BASELINE], "`fit`", "speed-up", *list(documents)[1:], labels["vmap"]]
+    lines = []
+    for row in rows:
+        same = [next(own for own in there if own.case == row.case) for there, _ in others]
+        cells = [row.what, f"{row.members:,} (ensemble)" if row.members else "1", _us(row.us[BASELINE])]
+        cells += [_us(row.us[JUDGED]), *(_times(own.speedup[JUDGED]) for own in (row, *same))]
+        lines.append([*cells, _times(row.speedup["vmap"]) if "vmap" in row.speedup else ""])
+    return table(header, 1, lines)
 
 
 def pictures(document: dict) -> dict[str, bytes]:
@@ -97,11 +110,7 @@ def pictures(document: dict) -> dict[str, bytes]:
 
 
 def _figure(document: dict, title: str, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(figsize=(9, height), dpi=150)
     axes = figure.add_subplot()
     axes.tick_params(colors=INK)
     axes.spines[["top", "right"]].set_visible(False)

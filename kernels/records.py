@@ -1,12 +1,12 @@
 """What passes between the parts: devices, tiles, plans, and what a training loop does."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
 
 IMPLS = (None, "triton", "torch")
 TRAIN_IMPLS = (None, "lane", "block", "graph", "torch")
 DTYPES = ("float32", "bfloat16", "float16")
 EMPTY = "nothing to compute"
-
 
 # fp32 products as several products of tensor cores, each operand a sum of two or three short numbers.
 SPLITS = ("tf32x3", "bf16x6", "bf16x3")
@@ -41,6 +41,101 @@ class WideTile(Tile):
     subtiles: int = 1  # 1 or 2: pieces in which a tile is finished and stored
     flatten: bool = False  # both loops as one, so that loads run ahead into the next tile
     specialize: bool = False  # a warp of its own for the loads
+
+
+@dataclass(frozen=True)
+class MlpTile:
+    block_m: int
+    num_warps: int
+    num_stages: int
+    resident: bool = True  # weights are loaded once per program; else once per row tile (forward only)
+
+
+# What a row of a table of tiles may say. A layout is how the operands of an op lie in memory: in whole rows of 16 bytes
+# or not, in a network at either end, or so that TMA reads them.
+BLOCKS = (16, 32, 64, 128, 256)
+LAYOUTS = {
+    "linear_act_fwd": ("aligned", "ragged", "tma"),
+    "linear_act_bwd": ("aligned", "ragged"),
+    "linear_act_dgrad": ("tma",),
+    "linear_act_wgrad": ("tma",),
+    "mlp_infer": ("exact",),
+    "mlp_fwd": ("exact", "in", "out", "both"),
+    "mlp_bwd": ("exact", "in", "out", "both"),
+}
+TILE_VALUES = {
+    "chip": ("sm_80", "sm_90", "sm_100"),
+    "op": tuple(LAYOUTS),
+    "product": ("half", "tf32", "ieee", *SPLITS),
+    "block_m": BLOCKS,
+    "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": range(1, 9),
+    "programs_per_sm": range(1, 33),
+    "resident": (True, False),
+    "subtiles": (1, 2),
+    "flatten": (True, False),
+}
+
+
+@dataclass(frozen=True)
+class TileRow:
+    """A row of a table of tiles: what it is for, the tile, and how many programs of it fit on a multiprocessor.
+
+    widths: of what a program holds, padded: in_features and out_features of a layer's weight, those of every layer of
+    a network, or block_k and block_n of a tile that travels by TMA. Raises ValueError at what no kernel could use.
+    """
+
+    chip: str
+    op: str
+    product: str  # kind of product, as in `plan.chips.product_kind`
+    layout: str
+    widths: tuple[int, ...]
+    block_m: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    resident: bool = True  # of networks, see MlpTile
+    subtiles: int = 1  # of tiles that travel by TMA, see WideTile
+    flatten: bool = False
+
+    def __post_init__(self) -> None:
+        found = [(name, getattr(self, name), values) for name, values in TILE_VALUES.items()]
+        found += [("layout", self.layout, LAYOUTS.get(self.op, BLOCKS))]
+        found += [("widths", width, BLOCKS) for width in self.widths]
+        found += [("number of widths", len(self.widths), range(2, 65 if self.op.startswith("mlp") else 3))]
+        for name, value, values in found:
+            # Neither True nor 1.0 is the number 1.
+            if type(value) is not type(values[0]) or value not in values:
+                raise ValueError(f"{name} of a tile: {value!r:.80} is none of {', '.join(map(str, values)):.80}")
+
+    @property
+    def layer_tile(self) -> Tile:
+        return Tile(self.block_m, self.widths[1], self.widths[0], self.num_warps, self.num_stages)
+
+    @property
+    def wide_tile(self) -> WideTile:
+        return WideTile(*astuple(self.layer_tile), subtiles=self.subtiles, flatten=self.flatten)
+
+    @property
+    def network_tile(self) -> MlpTile:
+        return MlpTile(self.block_m, self.num_warps, self.num_stages, self.resident)
+
+
+@dataclass(frozen=True)
+class WideTiming:
+    """What a device measured of a wide product of shape (m, k, n). Raises ValueError at what no plan could use."""
+
+    shape: Sequence[int]
+    tile: WideTile | None  # the fastest; None: the library was faster than all
+    us: float  # of the fastest tile
+    library_us: float
+    splits: int = 1  # of the sum over k
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3 or min(self.shape) < 1 or self.splits not in (1, 2, 4, 8, 16):
+            raise ValueError(f"not three sizes, or no power of 2: {self.shape!r:.80} in {self.splits!r:.80} splits")
+        if not (self.us > 0 and self.library_us > 0):
+            raise ValueError(f"times of {self.shape}: {self.us!r:.80} and {self.library_us!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -93,14 +188,6 @@ class Plan:
     @property
     def triton(self) -> bool:
         return self.impl in ("rows", "tiled", "tma", "passes")
-
-
-@dataclass(frozen=True)
-class MlpTile:
-    block_m: int
-    num_warps: int
-    num_stages: int
-    resident: bool = True  # weights are loaded once per program; else once per row tile (forward only)
 
 
 @dataclass(frozen=True)

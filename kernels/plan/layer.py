@@ -3,7 +3,7 @@
 import functools
 
 from ..records import Device, Plan, Tile
-from ..tables import read_table
+from ..tables import LAYER_TILES, tile_rows
 from .chips import cdiv, generation, next_power_of_2, product_kind, refusal
 from .cpu import cpu_bwd, cpu_fwd
 from .wide import TILED_MAX_K, wide_fwd
@@ -89,8 +89,5 @@ def _rows_tile(op: str, k: int, n: int, kind: str, arch: int) -> tuple[Tile, int
     block_k, block_n = max(next_power_of_2(k), 16), max(next_power_of_2(n), 16)
     # Widths that are no multiple of 16 are loaded element by element, which takes registers from the tile.
     layout = "ragged" if k % 16 or n % 16 else "aligned"
-    row = read_table("gpu_tiles.json")["tiles"][generation(arch)][op][kind][layout].get(f"{block_k}x{block_n}")
-    if row is None:
-        return None
-    block_m, num_warps, num_stages, per_sm = row
-    return Tile(block_m, block_n, block_k, num_warps, num_stages), per_sm
+    rows = tile_rows(LAYER_TILES, generation(arch), op, kind, layout)
+    return next(((row.layer_tile, row.programs_per_sm) for row in rows if row.widths == (block_k, block_n)), None)

@@ -4,8 +4,8 @@ import functools
 import itertools
 from typing import NamedTuple
 
-from ..records import Device, MlpPlan, MlpSegment, MlpTile
-from ..tables import read_table
+from ..records import Device, MlpPlan, MlpSegment, MlpTile, TileRow
+from ..tables import MLP_TILES, tile_rows
 from .chips import cdiv, generation, itemsize, next_power_of_2, product_kind, refusal
 from .cpu import cpu_mlp
 from .layer import linear_act_bwd, linear_act_fwd
@@ -167,8 +167,8 @@ def _mlp_segments(
             if row is None:
                 continue
             count, width, segments = best[first]
-            tile = MlpTile(row[0], row[1], row[2], bool(row[3]))
-            options.append((count + 1, width + widths[first], [*segments, (first, last, tile, row[4])]))
+            segment = (first, last, row.network_tile, row.programs_per_sm)
+            options.append((count + 1, width + widths[first], [*segments, segment]))
         if not options:
             return None
         best.append(min(options, key=lambda option: option[:2]))
@@ -178,7 +178,7 @@ def _mlp_segments(
 @functools.lru_cache(maxsize=4096)
 def _mlp_row(
     op: str, widths: tuple[int, ...], ragged_in: bool, ragged_out: bool, kind: str, arch: int
-) -> list[int] | None:
+) -> TileRow | None:
     """The first row of the table whose chain is at least as wide everywhere and at least as long, or None."""
     chain = tuple(max(next_power_of_2(width), 16) for width in widths)
     if op == "mlp_bwd" and sum((k * n) ** 0.5 for k, n in itertools.pairwise(chain)) > MLP_BACKWARD_WIDTHS:
@@ -189,12 +189,10 @@ def _mlp_row(
         (False, True): ("out", "both"),
         (True, True): ("both",),
     }[ragged_in, ragged_out]
-    table = read_table("mlp_tiles.json")["tiles"][generation(arch)]
     for name, layout in itertools.product((op, "mlp_fwd") if op == "mlp_infer" else (op,), layouts):
-        for key, row in table[name].get(kind, {}).get(layout, {}).items():
-            other = tuple(map(int, key.split("-")))
-            starts = range(len(other) - len(chain) + 1)
-            if any(all(a >= b for a, b in zip(other[i:], chain, strict=False)) for i in starts):
+        for row in tile_rows(MLP_TILES, generation(arch), name, kind, layout):
+            starts = range(len(row.widths) - len(chain) + 1)
+            if any(all(a >= b for a, b in zip(row.widths[i:], chain, strict=False)) for i in starts):
                 return row
     return None
 

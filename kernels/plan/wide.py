@@ -5,7 +5,7 @@ import functools
 import math
 
 from ..records import SPLITS, Device, Plan, Tile, WideTile
-from ..tables import read_table
+from ..tables import WIDE_TILES, read_table, tile_rows, wide_key
 from .chips import cdiv, itemsize, product_kind, refusal, wide_generation
 
 # Up to this many in_features a layer is bound by memory, and writing y once beats a library GEMM followed by a
@@ -129,26 +129,24 @@ def wide_candidates(kind: str, arch: int) -> dict[WideTile, int]:
     Largest first; of one size, the preferred one first. kind: of product, after "dgrad-" or "wgrad-" for the gradient
     of a layer's input or weight.
     """
-    return read_table("wide.json")["candidates"].get(wide_generation(arch), {}).get(kind, {})
+    rows = tile_rows(WIDE_TILES, wide_generation(arch), *wide_key(kind))
+    return {row.wide_tile: row.programs_per_sm for row in rows}
 
 
 def _measured_tile(m: int, k: int, n: int, kind: str, device: Device) -> tuple[WideTile | None, int, str] | None:
     """What the nearest shape measured on this device says: tile and splits, no tile for the library; None if none."""
     names = (device.name, wide_generation(device.arch))
-    for pattern, measured in read_table("wide.json")["devices"].items():
+    tiles = wide_candidates(kind, device.arch)
+    for pattern, measured in read_table(WIDE_TILES)["devices"].items():
         if any(name and fnmatch.fnmatchcase(name, pattern) for name in names):
-            tiles, rows = wide_candidates(kind, device.arch), measured["rows"].get(kind, ())
             # A pattern may match a chip of another generation, for which its tiles were not compiled.
-            rows = [row for row in rows if row["tile"] is None or row["tile"] in tiles]
-            far = [[abs(math.log2(a / b)) for a, b in zip((m, k, n), row["shape"], strict=True)] for row in rows]
+            rows = [row for row in measured["rows"].get(kind, ()) if row.tile is None or row.tile in tiles]
+            far = [[abs(math.log2(a / b)) for a, b in zip((m, k, n), row.shape, strict=True)] for row in rows]
             near = [(sum(f), i) for i, f in enumerate(far) if max(f) <= math.log2(WIDE_REACH)]
             if near:
                 row = rows[min(near)[1]]
-                ratio = row["library_us"] / row["us"]
-                shape = "x".join(map(str, row["shape"]))
-                return (
-                    row["tile"],
-                    row["splits"],
-                    f"measured at {shape} on {pattern}: {ratio:.2f}x the library and a pass",
-                )
+                shape = "x".join(map(str, row.shape))
+                ratio = row.library_us / row.us
+                reason = f"measured at {shape} on {pattern}: {ratio:.2f}x the library and a pass"
+                return row.tile, row.splits, reason
     return None

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from perceptriton import kernels
+from perceptriton.kernels import records
 
 BENCHES = Path(__file__).parents[2] / "benches"
 
@@ -443,7 +444,7 @@ def rows_of(tune, takes_second, role="forward", gain=1.5):
     ids=str,
 )
 def test_fit_recovers_a_rule(bench, rule):
-    tune = bench("tune_cpu")
+    tune = bench("tuning.cpu")
 
     def takes_onednn(m, k, n):
         if min(k, n) > rule.get("max_width", 256) or k > rule.get("max_in", 256):
@@ -462,14 +463,14 @@ def test_fit_recovers_a_rule(bench, rule):
 
 
 def test_fit_leaves_alone_what_always_loses(bench):
-    tune = bench("tune_cpu")
+    tune = bench("tuning.cpu")
     assert tune.fit_rule(rows_of(tune, lambda *_: False)) is None
     assert tune.fit_small(rows_of(tune, lambda *_: False)) == tune.NEVER
     assert tune.fit_chunks(rows_of(tune, lambda *_: False, role="chunk_1048576"), 4)[0] == tune.NEVER
 
 
 def test_fit_counts_losses_double(bench):
-    tune = bench("tune_cpu")
+    tune = bench("tuning.cpu")
     # No rule tells these two shapes apart. Three gains of 2 % outweigh one loss of 4 %, but not twice that loss.
     gain, loss = tune.Row("dx", 64, 64, 64, 1.02, 1.0), tune.Row("dx", 64, 64, 65, 1.0, 1.04)
     assert tune.fit_rule([gain, gain, gain, loss]) is None
@@ -477,7 +478,7 @@ def test_fit_counts_losses_double(bench):
 
 
 def test_fit_of_small_and_chunks(bench):
-    tune = bench("tune_cpu")
+    tune = bench("tuning.cpu")
     limit = 1 << 22
     small = tune.fit_small(rows_of(tune, lambda m, k, n: m * k * n >= limit, role="small_both"))
     assert all((math.prod(shape) >= small) == (math.prod(shape) >= limit) for shape in SHAPES)
@@ -500,7 +501,7 @@ def test_fit_of_small_and_chunks(bench):
 
 
 def test_thresholds_are_in_force_only_inside(bench):
-    tune = bench("tune_cpu")
+    tune = bench("tuning.cpu")
     rule = {"min_macs": 1, "min_width": 1, "min_in": 1}
     thresholds = {"small": 0, "forward": rule, "dx": None, "dweight": rule, "chunk_above_bytes": 0, "chunk_bytes": 1}
     before = kernels.explain((4096, 8), (8, 8))
@@ -512,7 +513,7 @@ def test_thresholds_are_in_force_only_inside(bench):
 
 
 def test_both_sides_of_each_comparison_agree(bench, monkeypatch):
-    tune = bench("tune_cpu")
+    tune = bench("tuning.cpu")
     shape = (40, 24, 16)
     tensors = tune.Tensors(*shape, torch.float32)
     gradients = {"forward": None, "dx": 0, "dweight": 1}
@@ -538,7 +539,7 @@ def test_both_sides_of_each_comparison_agree(bench, monkeypatch):
 
 
 def test_table_keeps_other_vendors(bench):
-    tune = bench("tune_cpu")
+    tune = bench("tuning.cpu")
     document = {
         "thresholds": {"any": {"float32": {"small": 1}}, "AMD": {"float32": {"small": 2}, "float16": {"small": 3}}},
         "measured": {"Intel": {"threads": 4}, "AMD": {"threads": 1}},
@@ -550,11 +551,14 @@ def test_table_keeps_other_vendors(bench):
 
 
 def test_table_holds_a_row_per_line(bench):
-    tune = bench("tune_cpu")
-    document = {"rows": {"float32": [["forward", 64, 32, 16, 1.2, 2.0]]}}
-    text = tune.text(document)
-    assert '["forward", 64, 32, 16, 1.2, 2.0]' in text
+    common = bench("tuning.common")
+    document = {"rows": {"float32": [["forward", 64, 32, 16, 1.2, 2.0]] * 9}, "none": {}, "of": []}
+    text = common.text(document)
+    assert text.count('\n   ["forward", 64, 32, 16, 1.2, 2.0]') == 9
     assert json.loads(text) == document
+    for name in kernels.tables.READERS:
+        shipped = (kernels.tables.TABLES / name).read_text()
+        assert common.text(json.loads(shipped)) + "\n" == shipped
 
 
 # --- the report --------------------------------------------------------------------------------------------
@@ -596,7 +600,7 @@ TINY = document(
 
 
 def test_report(bench):
-    report = bench("report")
+    report = bench("report_tables")
     rows, labels = report.read(TINY)
     assert labels == {"eager": "EAGER", "fused": "FUSED", "compiled": "COMPILED"}
     assert report.means(rows) == pytest.approx({"forward": 2, "forward+backward": 8, "all rows": 4})
@@ -609,7 +613,7 @@ def test_report(bench):
 
 
 def test_limits_that_say_nothing_are_left_out(bench):
-    least = bench("report").least_us
+    least = bench("report_tables").least_us
     limits = TINY["machine_info"]["limits"]
     assert least(10**9, 10**7, "float32", None) == (None, "")
     assert least(10**9, 10**5, "float32", limits) == (1000, "arithmetic")
@@ -677,7 +681,7 @@ def kernelbench_document():
 
 
 def test_report_of_kernelbench(bench, tmp_path):
-    text = bench("report").markdown(kernelbench_document())
+    text = bench("report_tables").markdown(kernelbench_document())
     assert text.startswith("# KernelBench: ")
     cells = ["one", "8 x 64 (12 times)", "float32", "forward", "200", "100", "**2.00x**", ""]
     cells += ["20.0 (10.00x)", "25.0 (8.00x)", "80.2", "160"]
@@ -689,8 +693,8 @@ def test_report_of_kernelbench(bench, tmp_path):
     assert "torch operations behind the layers" in text
     assert "neither is an fp32 product" in text
     # Without a model's word, and without a tolerance, there are no columns for them.
-    assert "H200" not in bench("report").markdown(TINY)
-    assert "worst element" not in bench("report").markdown(TINY)
+    assert "H200" not in bench("report_tables").markdown(TINY)
+    assert "worst element" not in bench("report_tables").markdown(TINY)
 
 
 @pytest.mark.slow
@@ -714,6 +718,39 @@ def test_pictures_of_networks_and_of_training_loops(bench, tmp_path):
         written = {path.name: path.read_bytes() for path in report.write(source)}
         for picture in pictures:
             assert written[f"{name}-{picture}.png"].startswith(b"\x89PNG"), picture
+
+
+def test_texts_hold_what_the_results_say(bench):
+    report = bench("report")
+    held = list(report.holders())
+    assert report.ROOT / "README.md" in held
+    for path in held:
+        text = path.read_text(encoding="utf-8")
+        assert text == report.with_tables(text), f"{path}: python benches/report.py"
+    readme = (report.ROOT / "README.md").read_text(encoding="utf-8")
+    assert [found[2] for found in report.HELD.finditer(readme)] == list(report.TABLES)
+    # A figure that somebody types in does not stay, and no other text is touched.
+    for typed in ("| 1.24x |", "| 20.1 |", "| 6,029x |"):
+        assert readme.count(typed) >= 1
+        assert report.with_tables(readme.replace(typed, "| 9.99x |", 1)) == readme
+    assert report.with_tables("1.24x") == "1.24x"
+    with pytest.raises(KeyError, match="none"):
+        report.with_tables("<!-- table none begin -->\n<!-- table none end -->\n")
+
+
+def test_texts_are_rewritten(bench, tmp_path, monkeypatch, capsys):
+    report = bench("report")
+    text = "Before.\n<!-- table training begin -->\n| old |\n<!-- table training end -->\nAfter.\n"
+    (tmp_path / "docs").mkdir()
+    for name in ("docs/a.md", "docs/a.txt", "b.md"):
+        (tmp_path / name).write_text(text if name != "b.md" else "Nothing to write.\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.main([]) == 0
+    assert capsys.readouterr().out == f"written: {tmp_path / 'docs/a.md'}\n"
+    written = (tmp_path / "docs/a.md").read_text()
+    assert written.startswith("Before.\n<!-- table training begin -->\n| network | networks | eager loop | `fit` |")
+    assert written.endswith("|\n<!-- table training end -->\nAfter.\n")
+    assert (tmp_path / "docs/a.txt").read_text() == text
 
 
 # --- files appear whole or not at all ----------------------------------------------------------------------
@@ -817,16 +854,95 @@ def test_a_rehearsal_has_something_to_run(bench, tmp_path, suite):
     assert 0 < sum(any(word in name for word in words.split(" or ")) for name in names) < len(names)
 
 
-# --- the table of the TMA product ---------------------------------------------------------------------------------
+# --- tables of tiles -----------------------------------------------------------------------------------------------
+
+
+TUNERS = {"layers": "gpu_tiles.json", "networks": "mlp_tiles.json", "wide": "wide.json"}
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_what_the_tables_hold_is_what_was_tried(bench, name):
+    pytest.importorskip("triton")
+    common, table = bench("tuning.common"), TUNERS[name]
+    document = common.load(table, Path("nowhere"))
+    rows, cells = common.rows_of(document), list(bench(f"tuning.{name}").cells())
+    # In the order of the cells, at most one of each.
+    found = [[row for row in rows if dataclasses.replace(row, programs_per_sm=1) in cell] for cell in cells]
+    assert [row for own in found for row in own] == rows
+    assert max(map(len, found)) == 1
+    assert json.loads(common.text(common.with_rows(document, rows))) == document
+    assert common.search(f"tuning.{name}", cells, rows, "no such cell", True, 1) == rows
+
+
+class Searched:
+    """A pool whose compiler finds tiles of at most 32 rows clean."""
+
+    def __init__(self, *_):
+        self.tried = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, first_clean, tuners, tasks):
+        self.tried += tasks
+        for task in tasks:
+            row = next((row for row in task if row.block_m <= 32), None)
+            yield row and dataclasses.replace(row, programs_per_sm=3)
+
+
+def test_a_search_goes_on_where_the_table_is(bench, monkeypatch):
+    common, pool = bench("tuning.common"), Searched()
+    monkeypatch.setattr(common, "ProcessPoolExecutor", lambda *_: pool)
+
+    def row(k, block_m, programs=1):
+        return records.TileRow("sm_90", "linear_act_fwd", "half", "aligned", (k, 16), block_m, 4, 2, programs)
+
+    cells = [[], *([row(k, block_m) for block_m in (128, 64, 32, 16)] for k in (16, 32, 64))]
+    old = [row(16, 32, 2), row(64, 16, 9)]
+
+    def search(only="", resume=False, old=old):
+        pool.tried.clear()
+        return common.search("tuning.layers", cells, old, only, resume, 1)
+
+    assert search() == [row(k, 32, 3) for k in (16, 32, 64)]
+    assert pool.tried == cells[1:]
+    # From the table's tile on, with the fewest programs that any triton found; what the table has not stays out.
+    assert search(resume=True) == [row(16, 32, 2), row(64, 16, 3)]
+    assert pool.tried == [cells[1][2:], cells[3][3:]]
+    assert search("half/aligned/32x16") == [old[0], row(32, 32, 3), old[1]]
+    assert search("half/aligned/32x16", resume=True) == old
+    assert search("sm_80") == old
+    assert search(resume=True, old=[]) == []
+
+
+def test_tiles_are_found_by_compiling(bench):
+    triton = pytest.importorskip("triton")
+    common = bench("tuning.common")
+    # The table has the fewest programs of the tritons that it names; with another one fewer may fit.
+    document = common.load("wide.json", Path("nowhere"))
+    known, rows = triton.__version__ in document["triton"], common.rows_of(document)
+    for kind in ("tf32x3", "dgrad-half", "wgrad-bf16x3"):
+        row = [row for row in rows if (row.op, row.product, row.layout) == kernels.tables.wide_key(kind)][-1]
+        found = common.first_clean("tuning.wide", [row])
+        assert found.programs_per_sm >= (row.programs_per_sm if known else 1)
+    # Shared memory, and a tile whose products are lost or whose registers spill: the next one is taken.
+    for product, tile in (("half", (128, 256, 64, 8, 5, 2)), ("tf32x3", (128, 256, 32, 8, 3, 2))):
+        m, n, k, num_warps, num_stages, subtiles = tile
+        shape = ("tma", (k, n), m, num_warps, num_stages, 1, True, subtiles)
+        bad = records.TileRow("sm_90", "linear_act_fwd", product, *shape)
+        good = [row for row in rows if (row.chip, row.op, row.product) == ("sm_90", bad.op, product)][-1:]
+        assert common.first_clean("tuning.wide", [bad]) is None
+        assert common.first_clean("tuning.wide", [bad, *good]).wide_tile == good[0].wide_tile
 
 
 def test_measured_rows_join_the_table(bench, tmp_path):
-    tune = bench("tune")
-    shipped, copy = json.loads((tune.TABLES / "wide.json").read_text()), tmp_path / "wide.json"
-    tune.write(copy, shipped)
-    assert copy.read_text() == (tune.TABLES / "wide.json").read_text()
-    tile = tune.planning.wide_row(next(iter(tune.planning.wide_candidates("half", 90))))
-    document = shipped
+    common, tune = bench("tuning.common"), bench("tuning.measured")
+    copy = tmp_path / "wide.json"
+    document = shipped = common.load("wide.json", copy)
+    tile = kernels.tables.wide_row(next(iter(kernels.plan.wide_candidates("half", 90))))
     for shape, us in (((64, 64, 64), 3.0), ((128, 64, 64), 5.0), ((64, 64, 64), 4.0)):
         row = {"shape": list(shape), "tile": tile, "us": us, "library_us": 6.0}
         document = tune.updated(document, "some device", "half", row)
@@ -838,41 +954,30 @@ def test_measured_rows_join_the_table(bench, tmp_path):
         ([64, 64, 64], 4.0),
     ]
     assert measured["torch"] == torch.__version__
-    tune.write(copy, document)
+    common.write(copy, document, "wide.json")
     assert json.loads(copy.read_text()) == document
     # What a plan would refuse to read is not written.
-    with pytest.raises(ValueError, match="none of the candidates"):
-        tune.write(copy, tune.updated(document, "some device", "half", row | {"tile": [16, *tile[1:]]}))
+    bad = tune.updated(document, "some device", "half", row | {"tile": [16, *tile[1:]]})
+    with pytest.raises(ValueError, match="none of the tiles"):
+        common.write(copy, bad, "wide.json")
     assert json.loads(copy.read_text()) == document
 
 
-@pytest.mark.slow
-def test_tiles_of_the_tma_kernels_are_found_by_compiling(bench):
-    triton = pytest.importorskip("triton")
-    tool = bench("tune_wide_tiles")
-    planning = tool.planning
-    # The table has the fewest programs of the tritons that it names; with another one fewer may fit.
-    known = triton.__version__ in json.loads((planning.TABLES / "wide.json").read_text())["triton"]
-    for kind in ("tf32x3", "dgrad-half", "wgrad-bf16x3"):
-        tile, programs = list(planning.wide_candidates(kind, 90).items())[-1]
-        row = planning.wide_row(tile)
-        assert row in tool.TRIED[90, "half" if kind.endswith("half") else "fp32"]
-        assert planning.wide_tile(row) == tile
-        assert tool.programs_per_sm((90, kind, row)) >= (programs if known else 1)
-    # Shared memory, and a tile whose products are lost or whose registers spill.
-    assert tool.programs_per_sm((90, "half", [128, 256, 64, 8, 5, 8, 2, 0, 0])) is None
-    assert tool.programs_per_sm((90, "tf32x3", [128, 256, 32, 8, 3, 8, 2, 0, 0])) is None
-    # What the table holds is what was tried.
-    for (arch, size), rows in tool.TRIED.items():
-        for kind in tool.KINDS:
-            if kind.endswith("half") == (size == "half"):
-                shipped = [planning.wide_row(tile) for tile in planning.wide_candidates(kind, arch)]
-                assert shipped == [row for row in rows if row in shipped]
+def test_every_tuner_has_its_command(bench, capsys):
+    tune = bench("tune")
+    for name in tune.MODULES:
+        with pytest.raises(SystemExit) as end:
+            tune.main([name, "--help"])
+        assert end.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: tune.py {name} ")
+    with pytest.raises(SystemExit):
+        tune.main(["tiles"])
 
 
 TUNE = """
 import sys
 import tune
+from tuning import measured
 if (kernel := sys.argv.pop(1)) != "right":
     import os
     os.environ["TRITON_INTERPRET"] = "1"
@@ -885,7 +990,7 @@ if (kernel := sys.argv.pop(1)) != "right":
     wide.linear_act_fwd = lambda x, weight, bias, act, plan: right(x, weight, bias + off(plan, 0.1), act, plan)
     wide.linear_act_dgrad = lambda dz, weight, *rest: dgrad(dz, (1 + off(rest[-1], 0.1)) * weight, *rest)
     wide.linear_act_wgrad = lambda dz, h, plan: wgrad(dz, (1 + off(plan, 0.1)) * h, plan)
-tune.TOYS = tune.TOYS[:1]
+measured.TOYS = measured.TOYS[:1]
 tune.main()
 """
 
@@ -896,7 +1001,7 @@ tune.main()
 def test_tuning_rehearsed(kernel, kind, tmp_path):
     pytest.importorskip("triton")
     out = tmp_path / "wide.json"
-    arguments = ("--dry-run", "--kinds", kind, "--seconds", "0", "--out", out, "--resume")
+    arguments = ("measure", "--dry-run", "--kinds", kind, "--seconds", "0", "--out", out, "--resume")
     process = in_benches(TUNE, kernel, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=300)
     # Tiles whose results are wrong are passed over and said at the end; without any other, a shape has no row.

@@ -42,16 +42,15 @@ def _empty(dtype, *shapes):
 def _cases():
     """(id, arch, op, kind, shape, plan): every tile of the tables, through the plan of a shape that picks it."""
     ops = {"linear_act_fwd": planning.linear_act_fwd, "linear_act_bwd": planning.linear_act_bwd}
-    table = tables.read_table("gpu_tiles.json")["tiles"]
     for arch, (op, plan_for), kind in itertools.product(CHIPS, ops.items(), KINDS):
         dtype, precision = KINDS[kind]
-        for layout, sizes in table[f"sm_{arch}"][op][kind].items():
-            for size in sizes:
-                k, n = map(int, size.split("x"))
+        for layout in ("aligned", "ragged"):
+            for row in tables.tile_rows("gpu_tiles.json", f"sm_{arch}", op, kind, layout):
+                k, n = row.widths
                 shape = (65536, k, n) if layout == "aligned" else (65531, k - 3, n - 1)
                 plan = plan_for(*shape, NAMES[dtype], precision, CHIPS[arch])
                 if plan.impl == "rows":
-                    yield f"sm_{arch}-{op}-{kind}-{size}-{layout}", arch, op, kind, shape, plan
+                    yield f"sm_{arch}-{op}-{kind}-{k}x{n}-{layout}", arch, op, kind, shape, plan
         if op == "linear_act_fwd":
             # Row counts from many to few reach every entry of the list of output tiles.
             for m in (16384, 2048, 256):

@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import triton.language as tl  # noqa: E402
 
-from perceptriton.kernels import Device, tables  # noqa: E402
+from perceptriton.kernels import Device, records, tables  # noqa: E402
 from perceptriton.kernels import plan as planning  # noqa: E402
 from perceptriton.kernels.gpu import aot, network  # noqa: E402
 from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile  # noqa: E402
@@ -26,12 +26,11 @@ from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile  # noqa: E
 pytestmark = pytest.mark.compiles
 
 if not (tables.TABLES / "mlp_tiles.json").exists():
-    pytest.skip("no tile table yet: python benches/tune_mlp_tiles.py writes it", allow_module_level=True)
+    pytest.skip("no tile table yet: python benches/tune.py networks writes it", allow_module_level=True)
 
 KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 CHIPS = {80: Device("cuda", 80, 108, triton=True), 90: Device("cuda", 90, 132, triton=True)}
-TABLE = tables.read_table("mlp_tiles.json")["tiles"]
 
 # Nets that take the tiles of wider chains, as most nets do.
 EXAMPLES = {
@@ -79,10 +78,9 @@ def _recorded(op, kind, widths, rows, plan, act="sigmoid", loss=False):
 def _cases():
     """(arch, op, kind, widths, rows, plan, activation, loss) by name."""
     for arch, op, kind in itertools.product(CHIPS, ("mlp_infer", "mlp_fwd", "mlp_bwd"), KINDS):
-        for layout, rows in TABLE[f"sm_{arch}"][op][kind].items():
-            for number, (name, row) in enumerate(rows.items()):
-                chain = tuple(map(int, name.split("-")))
-                tile = MlpTile(*row[:3], bool(row[3]))
+        for layout in records.LAYOUTS[op]:
+            for number, row in enumerate(tables.tile_rows("mlp_tiles.json", f"sm_{arch}", op, kind, layout)):
+                chain, tile, name = row.widths, row.network_tile, "-".join(map(str, row.widths))
                 ragged_in, ragged_out = layout in ("in", "both"), layout in ("out", "both")
                 widths = (chain[0] - 3 * ragged_in, *chain[1:-1], chain[-1] - 3 * ragged_out)
                 # The tool has compiled all variants; here they take turns.

@@ -8,7 +8,7 @@ from perceptriton.kernels import Device, records, tables
 from perceptriton.kernels import plan as planning
 
 if not (tables.TABLES / "mlp_tiles.json").exists():
-    pytest.skip("no tile table yet: python benches/tune_mlp_tiles.py writes it", allow_module_level=True)
+    pytest.skip("no tile table yet: python benches/tune.py networks writes it", allow_module_level=True)
 
 H200 = Device("cuda", 90, 132, triton=True)
 A100 = Device("cuda", 80, 108, triton=True)

@@ -9,7 +9,7 @@ import cases
 import pytest
 import torch
 
-from perceptriton.kernels import Device, explain, tables
+from perceptriton.kernels import Device, explain, records, tables
 
 NAMES = tuple(tables.READERS)
 H100 = Device("cuda", arch=90, units=132, triton=True)
@@ -59,8 +59,8 @@ DAMAGE = {
     "a-list": lambda text: "[1, 2]",
     "a-number": lambda text: "1",
     "nothing-in-it": lambda text: "{}",
-    "wrong-types": lambda text: '{"tiles": 1, "thresholds": "x", "candidates": [], "devices": null}',
-    "lists-inside": lambda text: '{"tiles": [], "thresholds": {"any": []}, "candidates": {"sm_90": []}, "devices": []}',
+    "wrong-types": lambda text: '{"columns": 1, "rows": 1, "thresholds": "x", "devices": null}',
+    "lists-inside": lambda text: '{"columns": [], "rows": [[]], "thresholds": {"any": []}, "devices": []}',
     "too-deep": lambda text: "[" * 100_000,
     "not-text": lambda text: b"\xff\xfe\x00",
 }
@@ -91,43 +91,68 @@ def test_missing_tables_are_as_good_as_damaged_ones(folder):
     assert explain((4096, 1024), (1024, 1024), torch.bfloat16, H100, impl="triton").forward.impl == "tiled"
 
 
-def tiles(document):
-    return document["tiles"]["sm_90"]
+def first(op, layout="aligned"):
+    """The place of the first row of that op and layout, by the names of its columns."""
 
+    def place(document):
+        row = next(row for row in document["rows"] if row[1] == op and row[3] == layout)
+        return Row(document["columns"], row)
+
+    return place
+
+
+class Row:
+    """A row of a table, in which a value can be set by the name of its column."""
+
+    def __init__(self, columns, row):
+        self.columns, self.row = columns, row
+
+    def __setitem__(self, column, value):
+        self.row[self.columns.index(column)] = value
+
+
+def whole(document):
+    return document
+
+
+def every(document):
+    return document["rows"]
+
+
+FWD, BWD, NET = first("linear_act_fwd"), first("linear_act_bwd", "ragged"), first("mlp_fwd", "both")
+TMA, LAYERS, NETS = first("linear_act_fwd", "tma"), "gpu_tiles.json", "mlp_tiles.json"
+NUMBERS = [128, 4, 2, 10]
 
 # The entry that is changed, and into what.
 ABSURD = {
-    "negative-tile": (
-        "gpu_tiles.json",
-        lambda d: tiles(d)["linear_act_fwd"]["half"]["aligned"],
-        "64x64",
-        [-128, 8, 2, 2],
-    ),
-    "huge-block": (
-        "gpu_tiles.json",
-        lambda d: tiles(d)["linear_act_bwd"]["ieee"]["ragged"],
-        "16x16",
-        [1 << 20, 8, 2, 2],
-    ),
-    "block-of-96": ("gpu_tiles.json", lambda d: tiles(d)["linear_act_fwd"]["tf32"]["aligned"], "16x16", [96, 4, 2, 2]),
-    "three-warps": ("gpu_tiles.json", lambda d: tiles(d)["linear_act_fwd"]["half"]["aligned"], "16x16", [64, 3, 2, 2]),
-    "no-stages": ("gpu_tiles.json", lambda d: tiles(d)["linear_act_fwd"]["half"]["aligned"], "16x16", [64, 4, 0, 2]),
-    "fractions": ("gpu_tiles.json", lambda d: tiles(d)["linear_act_fwd"]["half"]["aligned"], "16x16", [64.0, 4, 2, 2]),
-    "truth-values": (
-        "gpu_tiles.json",
-        lambda d: tiles(d)["linear_act_fwd"]["half"]["aligned"],
-        "16x16",
-        [64, 4, True, 2],
-    ),
-    "short-row": ("gpu_tiles.json", lambda d: tiles(d)["linear_act_fwd"]["half"]["aligned"], "16x16", [64, 4]),
-    "no-width": ("gpu_tiles.json", lambda d: tiles(d)["linear_act_fwd"]["half"]["aligned"], "os.x", [64, 4, 2, 2]),
-    "unknown-chip": ("gpu_tiles.json", lambda d: d["tiles"], "sm_900", {}),
-    "unknown-op": ("gpu_tiles.json", lambda d: tiles(d), "linear_act", {}),
-    "lost-kind": ("gpu_tiles.json", lambda d: tiles(d), "linear_act_fwd", {"half": {}}),
-    "lost-layout": ("mlp_tiles.json", lambda d: tiles(d)["mlp_fwd"], "half", {"exact": {}}),
-    "one-width": ("mlp_tiles.json", lambda d: tiles(d)["mlp_bwd"]["half"]["both"], "64", [16, 4, 1, 1, 1]),
-    "resident-twice": ("mlp_tiles.json", lambda d: tiles(d)["mlp_fwd"]["half"]["both"], "64-64", [16, 4, 1, 2, 1]),
-    "no-programs": ("mlp_tiles.json", lambda d: tiles(d)["mlp_fwd"]["half"]["both"], "64-64", [16, 4, 1, 1, 0]),
+    "negative-tile": (LAYERS, FWD, "block_m", -128),
+    "huge-block": (LAYERS, BWD, "block_m", 1 << 20),
+    "block-of-96": (LAYERS, FWD, "block_m", 96),
+    "block-of-8": (LAYERS, FWD, "block_m", 8),
+    "three-warps": (LAYERS, FWD, "num_warps", 3),
+    "no-stages": (LAYERS, FWD, "num_stages", 0),
+    "nine-stages": (LAYERS, FWD, "num_stages", 9),
+    "fractions": (LAYERS, FWD, "block_m", 64.0),
+    "truth-values": (LAYERS, FWD, "num_warps", True),
+    "text-for-a-number": (LAYERS, FWD, "num_stages", "2"),
+    "short-row": (LAYERS, every, 0, ["sm_90", "linear_act_fwd", "half", "aligned", [16, 16], 128, 4]),
+    "long-row": (LAYERS, every, 0, ["sm_90", "linear_act_fwd", "half", "aligned", [16, 16], *NUMBERS, 1]),
+    "no-row": (LAYERS, every, 0, None),
+    "no-rows": (LAYERS, whole, "rows", []),
+    "unknown-column": (LAYERS, lambda d: d["columns"], 5, "block_q"),
+    "lost-column": (LAYERS, whole, "columns", []),
+    "no-width": (LAYERS, FWD, "widths", ["os.x", 64]),
+    "one-width-of-two": (LAYERS, FWD, "widths", [64]),
+    "three-widths": (LAYERS, FWD, "widths", [64, 64, 64]),
+    "width-of-48": (LAYERS, FWD, "widths", [48, 64]),
+    "unknown-chip": (LAYERS, FWD, "chip", "sm_900"),
+    "unknown-op": (LAYERS, FWD, "op", "linear_act"),
+    "unknown-kind": (LAYERS, FWD, "product", "fp8"),
+    "another-ops-layout": (NETS, NET, "layout", "aligned"),
+    "one-width": (NETS, NET, "widths", [64]),
+    "resident-twice": (NETS, NET, "resident", 2),
+    "no-programs": (NETS, NET, "programs_per_sm", 0),
+    "too-many-programs": (NETS, NET, "programs_per_sm", 33),
     "negative-limit": ("cpu.json", lambda d: d["thresholds"]["any"]["float32"], "small", -1),
     "text-for-a-limit": ("cpu.json", lambda d: d["thresholds"]["AMD"]["float32"], "chunk_bytes", "1 << 20"),
     "half-a-pair": ("cpu.json", lambda d: d["thresholds"]["any"]["float32"], "few_outputs", [1 << 20]),
@@ -140,7 +165,10 @@ ABSURD = {
         {"min_macs": 1, "min_width": 1, "min_in": 1, "max_out": 9},
     ),
     "unknown-dtype": ("cpu.json", lambda d: d["thresholds"]["AMD"], "float8", {}),
-    "huge-stages": ("wide.json", lambda d: d["candidates"]["sm_90"], "half", [[128, 128, 64, 8, 1 << 20, 8, 1, 0, 0]]),
+    "huge-stages": ("wide.json", TMA, "num_stages", 1 << 20),
+    "three-subtiles": ("wide.json", TMA, "subtiles", 3),
+    "flattened-twice": ("wide.json", TMA, "flatten", 2),
+    "no-devices": ("wide.json", whole, "devices", None),
     "no-shape": (
         "wide.json",
         lambda d: d["devices"],
@@ -158,6 +186,18 @@ def test_absurd_entries_are_not_believed(folder, name, place, key, value):
     with pytest.warns(UserWarning, match=name):
         tables.read_table(name)
     assert tables.read_table(name) is tables.READERS[name][1]
+
+
+def test_a_row_says_what_is_wrong_with_it():
+    row = ("sm_90", "linear_act_fwd", "half", "aligned", (16, 16), 128, 4, 2, 10)
+    records.TileRow(*row)
+    for place, value, message in (
+        (0, "sm_70", "chip of a tile: 'sm_70' is none of sm_80, sm_90, sm_100"),
+        (4, (16, 24), "widths of a tile: 24 is none of 16, 32, 64, 128, 256"),
+        (6, 3, "num_warps of a tile: 3 is none of 1, 2, 4, 8, 16"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            records.TileRow(*row[:place], value, *row[place + 1 :])
 
 
 def test_results_do_not_depend_on_tables(folder):

@@ -1,6 +1,6 @@
-"""Measures torch's two CPU matrix libraries against each other and fits the thresholds that kernels/plan.py reads.
+"""Measures torch's two CPU matrix libraries against each other and fits the thresholds that plans read.
 
-usage: python benches/tune_cpu.py [--quick] [--dtypes float32,bfloat16] [--out kernels/tuned/cpu.json]
+usage: python benches/tune.py cpu [--quick] [--dtypes float32,bfloat16] [--out kernels/tuned/cpu.json]
 
 For this CPU's vendor and each dtype, over a grid of shapes and with both sides of every comparison timed in turn:
 
@@ -22,7 +22,6 @@ import datetime
 import itertools
 import json
 import math
-import re
 import sys
 import tempfile
 import time
@@ -30,7 +29,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import atomic
 import binding  # before torch
 import numpy as np
 import timing
@@ -40,10 +38,15 @@ from perceptriton.kernels import crossover, devices, ops, plan, records, referen
 from perceptriton.kernels.records import Device, Plan
 from perceptriton.mlp import linear_sigmoid
 
+from . import common
+
 ROLES = ("forward", "dx", "dweight")
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 NEVER = 1 << 62
 MEGABYTE = 1 << 20
+
+
+Shape = tuple[int, int, int]  # m, k, n
 
 
 class Row(NamedTuple):
@@ -68,7 +71,7 @@ ODD = ((784, 128), (128, 10), (100, 50), (300, 200))
 ROWS = (64, 128, 256, 1024, 4096, 16_384, 65_536)
 
 
-def grid(quick: bool) -> list[tuple[int, int, int]]:
+def grid(quick: bool) -> list[Shape]:
     """Shapes (m, k, n), none of which takes more than some 40 ms on two cores."""
     if quick:
         pairs = [(width, width) for width in (8, 64, 256, 1024)] + [(256, 16), (16, 256), (512, 1), (784, 128)]
@@ -79,23 +82,19 @@ def grid(quick: bool) -> list[tuple[int, int, int]]:
     return [(m, k, n) for m in rows for k, n in pairs if 1 << 14 <= m * k * n <= 1 << 32 and m * (k + n) <= 1 << 25]
 
 
-def of_products(shapes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    return [shape for shape in shapes if math.prod(shape) >= 1 << 17]
-
-
-def of_splits(shapes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    threads = torch.get_num_threads()
-    return [shape for shape in of_products(shapes) if threads > 1 and shape[0] >= 128 * threads]
-
-
-def of_small(shapes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+def by_role(shapes: list[Shape], itemsize: int) -> dict[str, list[Shape]]:
+    """On which shapes of the grid each comparison is made."""
+    threads, macs = torch.get_num_threads(), {shape: math.prod(shape) for shape in shapes}
+    products = [shape for shape in shapes if macs[shape] >= 1 << 17]
     # Closely where an explicit backward costs as much as it saves, and now and then beyond.
-    close = [shape for shape in shapes if 1 << 15 <= math.prod(shape) <= 1 << 25]
-    return close + [shape for shape in shapes if 1 << 25 < math.prod(shape) <= 1 << 30][::4]
-
-
-def of_chunks(shapes: list[tuple[int, int, int]], itemsize: int) -> list[tuple[int, int, int]]:
-    return [(m, k, n) for m, k, n in shapes if m > 2048 and m * n * itemsize >= MEGABYTE]
+    small = [shape for shape in shapes if 1 << 15 <= macs[shape] <= 1 << 25]
+    small += [shape for shape in shapes if 1 << 25 < macs[shape] <= 1 << 30][::4]
+    return {
+        "products": products,
+        "split": [shape for shape in products if threads > 1 and shape[0] >= 128 * threads],
+        "small": small,
+        "chunk": [(m, k, n) for m, k, n in shapes if m > 2048 and m * n * itemsize >= MEGABYTE],
+    }
 
 
 CHUNK_BYTES = (256 << 10, MEGABYTE // 2, MEGABYTE, 2 * MEGABYTE, 4 * MEGABYTE)
@@ -116,32 +115,30 @@ class Tensors:
         self.y, self.dy = torch.sigmoid(normal(m, n)), normal(m, n)
 
 
-def product_steps(role: str, tensors: Tensors) -> dict[str, timing.Step]:
-    t = tensors
-    steps: dict[str, timing.Step] = {}
-    for gemm in ("mm", "onednn"):
-        if role == "forward":
-            own = Plan("explicit", "", forward_gemm=gemm)
-            steps[gemm] = lambda own=own: reference.linear_act_fwd(t.x, t.weight, t.bias, "sigmoid", own)
-        else:
-            # The backward pass of the identity is the product alone.
-            own = Plan("explicit", "", dx_gemm=gemm, dweight_gemm=gemm)
-            wanted = (role == "dx", role == "dweight", False)
-            steps[gemm] = lambda own=own, wanted=wanted: reference.linear_act_bwd(
-                t.dy, t.y, t.x, t.weight, "identity", wanted, own
-            )
-    return steps
+def backward_steps(t: Tensors, plans: dict[str, Plan], act: str, wanted: tuple[bool, ...]) -> dict[str, timing.Step]:
+    return {
+        name: lambda own=own: reference.linear_act_bwd(t.dy, t.y, t.x, t.weight, act, wanted, own)
+        for name, own in plans.items()
+    }
+
+
+def product_steps(role: str, t: Tensors) -> dict[str, timing.Step]:
+    plans = {
+        gemm: Plan("explicit", "", forward_gemm=gemm, dx_gemm=gemm, dweight_gemm=gemm) for gemm in ("mm", "onednn")
+    }
+    if role == "forward":
+        return {
+            gemm: lambda own=own: reference.linear_act_fwd(t.x, t.weight, t.bias, "sigmoid", own)
+            for gemm, own in plans.items()
+        }
+    # The backward pass of the identity is the product alone.
+    return backward_steps(t, plans, "identity", (role == "dx", role == "dweight", False))
 
 
 def split_steps(gemm: str, tensors: Tensors) -> dict[str, timing.Step]:
-    t = tensors
-    plans = {"product": 0, "split": 1}
-    plans = {name: Plan("explicit", "", dweight_gemm=gemm, split_rows=rows) for name, rows in plans.items()}
-    wanted = (False, True, False)
-    return {
-        name: lambda own=own: reference.linear_act_bwd(t.dy, t.y, t.x, t.weight, "identity", wanted, own)
-        for name, own in plans.items()
-    }
+    sides = {"product": 0, "split": 1}
+    plans = {name: Plan("explicit", "", dweight_gemm=gemm, split_rows=rows) for name, rows in sides.items()}
+    return backward_steps(tensors, plans, "identity", (False, True, False))
 
 
 @contextlib.contextmanager
@@ -193,18 +190,13 @@ def small_steps(role: str, tensors: Tensors) -> dict[str, timing.Step]:
 
 
 def chunk_steps(m: int, k: int, n: int, dtype: str, thresholds: dict, tensors: Tensors) -> dict[str, timing.Step]:
-    t, wanted = tensors, (True, True, True)
-
     def planned(above: int, size: int) -> Plan:
         with in_force(thresholds | {"small": 0, "chunk_above_bytes": above, "chunk_bytes": size}):
             return plan.linear_act_bwd(m, k, n, dtype, "ieee", Device("cpu"))
 
-    plans = {"whole": planned(NEVER, MEGABYTE)} | {f"chunk_{size}": planned(0, size) for size in CHUNK_BYTES}
-    return {
-        name: lambda own=own: reference.linear_act_bwd(t.dy, t.y, t.x, t.weight, "sigmoid", wanted, own)
-        for name, own in plans.items()
-        if name == "whole" or own.chunk < m
-    }
+    pieces = {f"chunk_{size}": planned(0, size) for size in CHUNK_BYTES}
+    pieces = {name: own for name, own in pieces.items() if own.chunk < m}
+    return backward_steps(tensors, {"whole": planned(NEVER, MEGABYTE)} | pieces, "sigmoid", (True, True, True))
 
 
 # --- the fit -----------------------------------------------------------------------------------------------
@@ -314,103 +306,82 @@ class Progress:
         self.left, self.total = total, total
         self.deadline = time.monotonic() + seconds
 
-    def share(self) -> float:
-        """Seconds for the next comparison: what earlier ones took too much of, later ones get less of."""
-        return max(0.0, self.deadline - time.monotonic()) / max(1, self.left)
-
-    def step(self, what: str) -> None:
+    def timed(self, steps: dict[str, timing.Step], what: str, shares: int = 1) -> dict[str, float]:
+        """Median microseconds of each side. What earlier comparisons took too much of, later ones get less of."""
+        seconds = shares * max(0.0, self.deadline - time.monotonic()) / max(1, self.left)
+        samples = timing.interleaved(steps, seconds=seconds, batch_seconds=5e-4, rounds=(5, 101)) if steps else {}
         self.left -= 1
         if sys.stderr.isatty():
             remaining = max(0.0, self.deadline - time.monotonic())
             end = "" if self.left else "\n"
             sys.stderr.write(f"\r\x1b[K{self.total - self.left}/{self.total}  {remaining:4.0f} s left  {what}{end}")
             sys.stderr.flush()
+        return {name: 1e6 * own.seconds for name, own in samples.items()}
 
 
-def timed(steps: dict[str, timing.Step], seconds: float) -> dict[str, float]:
-    """Median microseconds of each side."""
-    samples = timing.interleaved(steps, seconds=seconds, batch_seconds=5e-4, rounds=(5, 101))
-    return {name: 1e6 * own.seconds for name, own in samples.items()}
-
-
-def measure(dtype: str, shapes: list[tuple[int, int, int]], progress: Progress) -> tuple[dict, list[Row]]:
+def measure(dtype: str, grid: list[Shape], progress: Progress) -> tuple[dict, list[Row]]:
     """The thresholds of one dtype and the rows behind them."""
     torch_dtype = getattr(torch, dtype)
-    rows: list[Row] = []
-    for m, k, n in of_products(shapes):
+    shapes, rows = by_role(grid, torch_dtype.itemsize), []
+    for m, k, n in shapes["products"]:
         tensors = Tensors(m, k, n, torch_dtype)
         for role in ROLES:
-            us = timed(product_steps(role, tensors), progress.share())
+            us = progress.timed(product_steps(role, tensors), f"{dtype} {role} {m}x{k}x{n}")
             rows.append(Row(role, m, k, n, us["mm"], us["onednn"]))
-            progress.step(f"{dtype} {role} {m}x{k}x{n}")
 
     def fit_products(small: int) -> dict:
         return {role: fit_rule([row for row in rows if row.role == role and row.macs >= small]) for role in ROLES}
 
     thresholds = {"small": 0, **fit_products(0), "chunk_above_bytes": NEVER, "chunk_bytes": MEGABYTE}
-    for m, k, n in of_splits(shapes):
+    for m, k, n in shapes["split"]:
         gemm = "onednn" if plan.cpu._within(thresholds["dweight"], m, k, n) else "mm"
-        us = timed(split_steps(gemm, Tensors(m, k, n, torch_dtype)), progress.share())
+        us = progress.timed(split_steps(gemm, Tensors(m, k, n, torch_dtype)), f"{dtype} split {m}x{k}x{n}")
         rows.append(Row("split", m, k, n, us["product"], us["split"]))
-        progress.step(f"{dtype} split {m}x{k}x{n}")
     threads = torch.get_num_threads()
     thresholds["split"] = fit_split([row for row in rows if row.role == "split"], threads)
     with in_force(thresholds):
-        for m, k, n in of_small(shapes):
+        for m, k, n in shapes["small"]:
             tensors = Tensors(m, k, n, torch_dtype)
             for role in ("small_forward", "small_both"):
-                us = timed(small_steps(role, tensors), progress.share())
+                us = progress.timed(small_steps(role, tensors), f"{dtype} {role} {m}x{k}x{n}")
                 rows.append(Row(role, m, k, n, us["aten"], us["explicit"]))
-                progress.step(f"{dtype} {role} {m}x{k}x{n}")
     thresholds["small"] = fit_small([row for row in rows if row.role.startswith("small_")])
     # Products that never take the explicit path have no say in its rules.
     thresholds |= fit_products(thresholds["small"])
     splits = [row for row in rows if row.role == "split" and row.macs >= thresholds["small"]]
     thresholds["split"] = fit_split(splits, threads)
 
-    itemsize = torch_dtype.itemsize
     chunked = []
-    for m, k, n in of_chunks(shapes, itemsize):
-        if m * k * n >= thresholds["small"]:
-            sides = chunk_steps(m, k, n, dtype, thresholds, Tensors(m, k, n, torch_dtype))
-            us = timed(sides, 2 * progress.share())
-            chunked += [Row(side, m, k, n, us["whole"], us[side]) for side in us if side != "whole"]
-        progress.step(f"{dtype} chunks {m}x{k}x{n}")
-    thresholds["chunk_above_bytes"], thresholds["chunk_bytes"] = fit_chunks(chunked, itemsize)
+    for m, k, n in shapes["chunk"]:
+        explicit = m * k * n >= thresholds["small"]
+        sides = chunk_steps(m, k, n, dtype, thresholds, Tensors(m, k, n, torch_dtype)) if explicit else {}
+        us = progress.timed(sides, f"{dtype} chunks {m}x{k}x{n}", 2)
+        chunked += [Row(side, m, k, n, us["whole"], us[side]) for side in us if side != "whole"]
+    thresholds["chunk_above_bytes"], thresholds["chunk_bytes"] = fit_chunks(chunked, torch_dtype.itemsize)
     return thresholds, rows + chunked
 
 
 def summary(thresholds: dict, rows: list[Row], itemsize: int) -> list[str]:
-    small = thresholds["small"]
-    lines = []
-    for role in ROLES:
-        own = [row for row in rows if row.role == role and row.macs >= small]
-        lines.append(f"{role:9} {thresholds[role]}: {quality(own, takes(thresholds[role]))}")
-    own = [row for row in rows if row.role == "split" and row.macs >= small]
-    split, threads = thresholds["split"], torch.get_num_threads()
-    shared = quality(own, lambda row: takes(split)(row) and row.m >= split["rows"] * threads)
-    lines.append(f"split     {split}: {shared}")
-    own = [row for row in rows if row.role.startswith("small_")]
-    lines.append(f"small     {small}: {quality(own, lambda row: row.macs >= small)}")
+    small, split, threads = thresholds["small"], thresholds["split"], torch.get_num_threads()
     above, size = thresholds["chunk_above_bytes"], thresholds["chunk_bytes"]
-    own = [row for row in rows if row.role == f"chunk_{size}"]
-    lines.append(f"chunk     {size} above {above}: {quality(own, lambda row: row.m * row.n * itemsize > above)}")
-    return lines
+
+    def line(role: str, said: object, takes_second: Callable[[Row], bool], least: int = 0) -> str:
+        own = [row for row in rows if row.role.startswith(role) and row.macs >= least]
+        return f"{role.partition('_')[0]:9} {said}: {quality(own, takes_second)}"
+
+    return [
+        *(line(role, thresholds[role], takes(thresholds[role]), small) for role in ROLES),
+        line("split", split, lambda row: takes(split)(row) and row.m >= split["rows"] * threads, small),
+        line("small_", small, lambda row: row.macs >= small),
+        line(f"chunk_{size}", f"{size} above {above}", lambda row: row.m * row.n * itemsize > above),
+    ]
 
 
-def count(shapes: list[tuple[int, int, int]], dtypes: list[str]) -> int:
-    chunks = sum(len(of_chunks(shapes, getattr(torch, dtype).itemsize)) for dtype in dtypes)
-    whole = 3 * len(of_products(shapes)) + len(of_splits(shapes)) + 2 * len(of_small(shapes))
-    return len(dtypes) * whole + chunks
-
-
-def text(document: dict) -> str:
-    """JSON with each innermost list on one line."""
-
-    def joined(found: re.Match) -> str:
-        return "[" + re.sub(r"\s*\n\s*", " ", found[1]) + "]"
-
-    return re.sub(r"\[\s+([^][{}]*?)\s+\]", joined, json.dumps(document, indent=1)) + "\n"
+def count(grid: list[Shape], dtypes: list[str]) -> int:
+    """Comparisons: three for each product, two for each small shape."""
+    times = {"products": 3, "split": 1, "small": 2, "chunk": 1}
+    found = [by_role(grid, getattr(torch, dtype).itemsize) for dtype in dtypes]
+    return sum(times[role] * len(shapes) for own in found for role, shapes in own.items())
 
 
 def merge(document: dict, vendor: str, thresholds: dict[str, dict], facts: dict) -> dict:
@@ -422,8 +393,8 @@ def merge(document: dict, vendor: str, thresholds: dict[str, dict], facts: dict)
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tune.py cpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=tables.TABLES / "cpu.json", help="the table to bring up to date")
     parser.add_argument("--rows", type=Path, help="what was measured; default: benches/results/tune-cpu-<kind>.json")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
@@ -452,15 +423,9 @@ def main(arguments: list[str] | None = None) -> int:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "quick": options.quick,
     }
-    base = options.out if options.out.exists() else tables.TABLES / "cpu.json"
     thresholds = {dtype: own for dtype, (own, _) in found.items()}
     rows = {dtype: [[*row[:4], round(row[4], 1), round(row[5], 1)] for row in own] for dtype, (_, own) in found.items()}
     kept = options.rows or RESULTS / f"tune-cpu-{vendor.lower().replace(' ', '-')}.json"
-    atomic.write(kept, text(facts | {"vendor": vendor, "rows": rows}))
-    atomic.write(options.out, text(merge(json.loads(base.read_text()), vendor, thresholds, facts)))
+    common.write(kept, facts | {"vendor": vendor, "rows": rows})
+    common.write(options.out, merge(common.load("cpu.json", options.out), vendor, thresholds, facts), "cpu.json")
     print("written:", options.out, kept)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,47 @@
+"""How reports look: what they call a machine, tables in Markdown, figures and their colours."""
+
+import io
+
+# Okabe and Ito's palette, told apart by every kind of colour vision.
+INK, FAINT = "#333333", "#BBBBBB"
+
+# A row whose timings scattered more than this (interquartile range over median) is marked.
+NOISY = 0.15
+
+
+def machine(document: dict) -> str:
+    """One line: device, versions, threads, date."""
+    info = document["machine_info"]
+    if gpu := info.get("gpu"):
+        driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
+        device = f"{gpu['name']} (compute capability {gpu['capability']}{driver})"
+    else:
+        kind = info.get("cpu_kind", "")
+        device = info["cpu"].get("brand_raw", info["machine"])
+        # "AMD EPYC" alone leaves open which.
+        device += f" ({kind})" if " " in kind else ""
+        device += f", threads: {info['threads']}"
+    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version)
+    quick = "; quick run" if info.get("quick") else ""
+    return f"{device}; {versions}; {document['datetime'][:10]}{quick}"
+
+
+def table(header: list[str], left: int, rows: list[list[str]]) -> list[str]:
+    """The lines of a table whose columns after the first few, `left`, hold numbers."""
+    rule = "|".join("---" if i < left else "---:" for i in range(len(header)))
+    return [f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
+def new_figure(**options):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", **options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
