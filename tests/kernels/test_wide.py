@@ -435,7 +435,7 @@ def test_fp32_networks(split, monkeypatch, allowed):
     if split in records.SPLITS:
         allowed(split)
     else:
-        monkeypatch.setattr(devices, "fp32_precision", lambda _: "tf32")
+        monkeypatch.setattr(ops, "fp32_precision", lambda _: "tf32")
     y = mlp_act(x, weights, biases, "tanh", impl="triton")
     assert y.grad_fn.name() == "MlpFunctionBackward"
     actual = (y.detach(), *torch.autograd.grad(y, (x, *weights, *biases), dy))
@@ -643,4 +643,4 @@ def test_a_split_is_named_to_the_kernel(allowed, monkeypatch):
 def test_unknown_splits_are_refused():
     with pytest.raises(ValueError, match=r"mode must be None or one of 'tf32x3', 'bf16x6', 'bf16x3', not 'bf16x9'"):
         allow_fp32_split("bf16x9")
-    assert ops._fp32_split is None
+    assert devices.fp32_split(torch.float32) is None

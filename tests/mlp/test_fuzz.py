@@ -23,7 +23,7 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
 
-from perceptriton.kernels import Device, explain, plan, records
+from perceptriton.kernels import Device, crossover, explain, plan, records
 from perceptriton.mlp import MLP, LinearSigmoid, linear_act, linear_sigmoid_bce, mlp_act
 
 KINDS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -316,7 +316,8 @@ def cpu_table(name):
     # oneDNN takes no float16; neither do the tables that were measured send it there.
     tables = {dtype: own | TABLES["explicit" if dtype == "float16" else name] for dtype in records.DTYPES}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "_cpu_table", lambda dtype, vendor: tables.get(dtype, own | TABLES["explicit"]))
+        for asking in (crossover, plan.cpu):
+            patch.setattr(asking, "cpu_thresholds", lambda dtype, vendor: tables.get(dtype))
         cases.forget_plans()
         yield
     cases.forget_plans()
