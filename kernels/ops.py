@@ -15,7 +15,7 @@ from . import plan as planning
 from .devices import DTYPE_NAMES, cpu_kind, describe, device_for, fp32_precision, fp32_split, gpu
 from .plan import MlpPlans
 from .records import EMPTY, MlpPlan, Plan
-from .reference import Maybe, Wanted
+from .reference import NeedsGrad, OptionalTensors
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias
 Operand = TypeVar("Operand", Tensor, Tensor | None)
@@ -207,9 +207,9 @@ def mlp_bwd(
     biases: Sequence[Tensor] | None,
     hidden: str,
     output: str,
-    wanted: Wanted,
+    wanted: NeedsGrad,
     plan: MlpPlan,
-) -> tuple[Tensor | None, Maybe, Maybe]:
+) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
     """(dx, dweights, dbiases) of `mlp_fwd` from dy (..., N) of any strides. What is not wanted is None.
 
     saved: what a "fused" plan has at its boundaries, and then x and all parameters too; of other plans the outputs of
@@ -265,9 +265,9 @@ def mlp_bce_bwd(
     target: Tensor,
     pos_weight: Tensor | None,
     reduction: str,
-    wanted: Wanted,
+    wanted: NeedsGrad,
     plan: MlpPlan,
-) -> tuple[Tensor | None, Maybe, Maybe]:
+) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
     """(dx, dweights, dbiases) of `mlp_bce_fwd`; dloss has the shape of the loss."""
     options = (hidden, _flat(target), _stored(pos_weight), reduction, wanted, plan)
     dloss = _flat(dloss) if reduction == "none" else _stored(dloss)

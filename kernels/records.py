@@ -237,7 +237,7 @@ class MlpPlan:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainConfig:
     """What every step of a training loop does, apart from the numbers it starts from."""
 
     widths: tuple[int, ...]  # of the input and of every layer's output

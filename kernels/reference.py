@@ -17,8 +17,8 @@ from torch import Tensor
 from .activations import ACTIVATIONS
 from .records import MlpPlan, Plan
 
-Maybe = tuple[Tensor | None, ...]
-Wanted = tuple[bool, tuple[bool, ...], tuple[bool, ...]]  # dx, every dweight, every dbias
+OptionalTensors = tuple[Tensor | None, ...]
+NeedsGrad = tuple[bool, tuple[bool, ...], tuple[bool, ...]]  # dx, every dweight, every dbias
 
 
 @functools.cache
@@ -101,7 +101,7 @@ def linear_act_bwd(
     return dx, dweight, dbias
 
 
-def linear_act_double(
+def linear_act_bwd_differentiable(
     dy: Tensor,
     y: Tensor,
     x: Tensor | None,
@@ -146,7 +146,7 @@ def mlp_fwd(
     return h, tuple(kept[l] for l in save)
 
 
-def first_wanted(wanted: Wanted) -> int:
+def first_wanted(wanted: NeedsGrad) -> int:
     """The first layer of which any gradient is wanted: below it, none need be known."""
     need_dx, need_dweights, need_dbiases = wanted
     flags = zip(need_dweights, need_dbiases, strict=True)
@@ -161,9 +161,9 @@ def mlp_bwd(
     biases: Sequence[Tensor] | None,
     hidden: str,
     output: str,
-    wanted: Wanted,
+    wanted: NeedsGrad,
     plan: MlpPlan,
-) -> tuple[Tensor | None, Maybe, Maybe]:
+) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
     """(dx, dweights, dbiases), None where not wanted. saved: the outputs of all layers, y last.
 
     None will do for what no gradient needs: x without the first dweight, a weight that no dz passes on its way down to
@@ -203,15 +203,15 @@ def mlp_bwd(
     return dx, _cast(dweights, dy.dtype), _cast(dbiases, dy.dtype)
 
 
-def mlp_double(
+def mlp_bwd_differentiable(
     dhs: Sequence[Tensor | None],
     x: Tensor | None,
     saved: Sequence[Tensor | None],
     weights: Sequence[Tensor | None],
     hidden: str,
     output: str,
-    wanted: Wanted,
-) -> tuple[Tensor | None, Maybe, Maybe]:
+    wanted: NeedsGrad,
+) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
     """The same gradients from differentiable operations, for any leading dimensions: what create_graph needs.
 
     dhs: what reaches the outputs of all layers from outside, y last, or None: in a backward pass through gradients,
@@ -230,7 +230,7 @@ def mlp_double(
             dh = outside if dh is None else dh + outside
         if dh is not None:
             y, flags = saved[l], (l > first or need_dx, need_dweights[l], need_dbiases[l])
-            dh, dweights[l], dbiases[l] = linear_act_double(
+            dh, dweights[l], dbiases[l] = linear_act_bwd_differentiable(
                 dh, dh if y is None else y, hs[l], weights[l], output if l == last else hidden, flags
             )
     return dh, tuple(dweights), tuple(dbiases)

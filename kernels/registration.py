@@ -63,7 +63,7 @@ def _batched_linear_act(x, weight, bias, activation, impl):
 
 
 def _batched_linear_act_backward(dy, y, x, weight, activation, wanted, impl):
-    return _tensors(y, reference.linear_act_double(dy, y, x, weight, activation, tuple(wanted)))
+    return _tensors(y, reference.linear_act_bwd_differentiable(dy, y, x, weight, activation, tuple(wanted)))
 
 
 # torch.vmap would call an op without a rule once for each member: torch has rules for plain operations.

@@ -6,14 +6,14 @@ from . import plan as planning
 from .devices import DTYPE_NAMES, describe, gpu
 from .eligibility import cpu_refusal
 from .loop import TorchLoop
-from .records import Recipe, TrainPlan
+from .records import TrainConfig, TrainPlan
 
 
 def plan_train(
     members: int,
     samples: int,
     batch_size: int | None,
-    recipe: Recipe,
+    config: TrainConfig,
     dtype: torch.dtype,
     device: torch.device,
     impl: str | None = None,
@@ -26,7 +26,7 @@ def plan_train(
     if kernels and (reason := cpu_refusal(device)):
         raise NotImplementedError(f"impl={impl!r}: {reason}")
     described = describe(device, kernels and device.type == "cpu")
-    plan = planning.train(members, samples, batch_size, recipe, DTYPE_NAMES.get(dtype, str(dtype)), described, impl)
+    plan = planning.train(members, samples, batch_size, config, DTYPE_NAMES.get(dtype, str(dtype)), described, impl)
     if impl is not None and plan.impl != impl:
         raise NotImplementedError(f"impl={impl!r}: {plan.reason}")
     return plan

@@ -16,7 +16,7 @@ from .layer import sum_slots
 from .network_kernels import mlp_bwd_kernel, mlp_fwd_kernel, sum_losses_kernel
 
 Tensors = tuple[Tensor, ...]
-Maybe = tuple[Tensor | None, ...]
+OptionalTensors = tuple[Tensor | None, ...]
 
 
 def padded(widths: tuple[int, ...]) -> tuple[int, ...]:
@@ -167,7 +167,7 @@ def mlp_bwd(
     output: str,
     wanted: tuple[bool, tuple[bool, ...], tuple[bool, ...]],
     plan: MlpPlan,
-) -> tuple[Tensor | None, Maybe, Maybe]:
+) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
     """(dx, dweights, dbiases) from dy (M, N) of any strides, None where not wanted.
 
     saved: what `mlp_fwd` returned for `plan.boundaries`. wanted: dx, then one flag per weight and
@@ -189,7 +189,7 @@ def mlp_bce_bwd(
     reduction: str,
     wanted: tuple[bool, tuple[bool, ...], tuple[bool, ...]],
     plan: MlpPlan,
-) -> tuple[Tensor | None, Maybe, Maybe]:
+) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
     """(dx, dweights, dbiases) of the loss of `mlp_bce_fwd`.
 
     dloss: (M, N) of any strides for reduction "none", else a tensor of one element, read on the device. The rest as

@@ -35,7 +35,7 @@ import math
 import triton
 from torch import Tensor
 
-from ..records import Recipe, TrainPlan
+from ..records import TrainConfig, TrainPlan
 from .functions import ACTIVATIONS
 from .launch import device_of
 from .network import padded
@@ -51,7 +51,7 @@ class KernelLoop:
 
     def __init__(
         self,
-        recipe: Recipe,
+        config: TrainConfig,
         parameters: Tensors,
         first: Tensors,
         second: Tensors,
@@ -63,19 +63,19 @@ class KernelLoop:
         plan: TrainPlan,
     ) -> None:
         self.taken, self.plan = taken, plan
-        widths, members, self.samples = recipe.widths, lr.shape[0], x.shape[1]
+        widths, members, self.samples = config.widths, lr.shape[0], x.shape[1]
         batch_size = min(batch_size, self.samples)
         self.batches = -(-self.samples // batch_size)
         last = self.samples - (self.batches - 1) * batch_size
-        divide = recipe.reduction == "mean"
-        if recipe.optimizer in ("adam", "adamw"):
+        divide = config.reduction == "mean"
+        if config.optimizer in ("adam", "adamw"):
             optimizer = "adam"
-            beta1, beta2 = recipe.beta1, recipe.beta2
+            beta1, beta2 = config.beta1, config.beta2
             logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
-            hyper = (beta1, 1 - beta1, beta2, 1 - beta2, *logs, recipe.eps)
+            hyper = (beta1, 1 - beta1, beta2, 1 - beta2, *logs, config.eps)
         else:
-            optimizer = "sgd" if recipe.momentum == 0 else "nesterov" if recipe.nesterov else "momentum"
-            hyper = (recipe.momentum, 1 - recipe.dampening)
+            optimizer = "sgd" if config.momentum == 0 else "nesterov" if config.nesterov else "momentum"
+            hyper = (config.momentum, 1 - config.dampening)
         sizes = tuple(p[0].numel() for p in parameters)
         if plan.impl == "lane":
             self.kernel, self.grid = train_lane_kernel, (triton.cdiv(members, plan.networks),)
@@ -101,17 +101,17 @@ class KernelLoop:
             "batches": self.batches,
             "scale": 1.0 / (batch_size * widths[-1]) if divide else 1.0,
             "last_scale": 1.0 / (last * widths[-1]) if divide else 1.0,
-            "weight_decay": recipe.weight_decay or None,
+            "weight_decay": config.weight_decay or None,
             "hyper": hyper,
-            "HIDDEN": ACTIVATIONS[recipe.hidden][0],
-            "HIDDEN_BACKWARD": ACTIVATIONS[recipe.hidden][1],
-            "OUTPUT": ACTIVATIONS[recipe.output][0],
-            "OUTPUT_BACKWARD": ACTIVATIONS[recipe.output][1],
-            "LOSS": LOSSES[recipe.loss][0],
-            "DZ": LOSSES[recipe.loss][1],
+            "HIDDEN": ACTIVATIONS[config.hidden][0],
+            "HIDDEN_BACKWARD": ACTIVATIONS[config.hidden][1],
+            "OUTPUT": ACTIVATIONS[config.output][0],
+            "OUTPUT_BACKWARD": ACTIVATIONS[config.output][1],
+            "LOSS": LOSSES[config.loss][0],
+            "DZ": LOSSES[config.loss][1],
             "NUMBERS": OPTIMIZERS[optimizer][0],
             "UPDATE": OPTIMIZERS[optimizer][1],
-            "DECOUPLED": recipe.optimizer == "adamw",
+            "DECOUPLED": config.optimizer == "adamw",
             "WIDTHS": widths,
             "SIZES": sizes,
             **tile,

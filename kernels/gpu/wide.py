@@ -16,7 +16,7 @@ from .layer import sum_slots
 from .wide_kernels import linear_act_dgrad_tma_kernel, linear_act_fwd_tma_kernel, sum_splits_kernel
 
 Tensors = tuple[Tensor, ...]
-Maybe = tuple[Tensor | None, ...]
+OptionalTensors = tuple[Tensor | None, ...]
 
 
 def readable(matrix: Tensor) -> bool:
@@ -158,13 +158,13 @@ def linear_act_dgrad(
 def mlp_bwd(
     dy: Tensor,
     x: Tensor | None,
-    saved: Maybe,
-    weights: Maybe,
+    saved: OptionalTensors,
+    weights: OptionalTensors,
     hidden: str,
     output: str,
     wanted: tuple[bool, tuple[bool, ...], tuple[bool, ...]],
     plan: MlpPlan,
-) -> tuple[Tensor | None, Maybe, Maybe]:
+) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
     """(dx, dweights, dbiases), None where not wanted. saved: the outputs of all layers, y last.
 
     None will do for what no gradient needs, as for `reference.mlp_bwd`, but for y.

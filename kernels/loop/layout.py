@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, Activation
-from ..records import Recipe
+from ..records import TrainConfig
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -33,11 +33,11 @@ class Layout(ABC):
 
     axis: int  # of x and y that counts samples
 
-    def __init__(self, recipe: Recipe, parameters: Sequence[Tensor], x: Tensor, y: Tensor) -> None:
-        self.recipe = recipe
-        self.bias = int(recipe.bias)
-        self.layers = list(itertools.pairwise(recipe.widths))  # (inputs, outputs)
-        self.activations = [ACTIVATIONS[recipe.hidden]] * (len(self.layers) - 1) + [ACTIVATIONS[recipe.output]]
+    def __init__(self, config: TrainConfig, parameters: Sequence[Tensor], x: Tensor, y: Tensor) -> None:
+        self.config = config
+        self.bias = int(config.bias)
+        self.layers = list(itertools.pairwise(config.widths))  # (inputs, outputs)
+        self.activations = [ACTIVATIONS[config.hidden]] * (len(self.layers) - 1) + [ACTIVATIONS[config.output]]
         self.like = parameters[0]
         self.members = self.like.shape[0]
         self.shared = x.shape[0] == 1
@@ -122,9 +122,9 @@ class Batch:
     whole_dz: Tensor
 
     def __init__(self, layout: Layout, optimizer: "Optimizer", size: int) -> None:
-        self.recipe, self.size, self.dz_rates = layout.recipe, size, optimizer.dz_rates
-        self.mean = 1 / (size * self.recipe.widths[-1]) if self.recipe.reduction == "mean" else 1.0
-        self.scale = self.mean * (2 if self.recipe.loss == "mse" else 1)
+        self.config, self.size, self.dz_rates = layout.config, size, optimizer.dz_rates
+        self.mean = 1 / (size * self.config.widths[-1]) if self.config.reduction == "mean" else 1.0
+        self.scale = self.mean * (2 if self.config.loss == "mse" else 1)
         self.forward: list[Call] = []
         self.backward: list[Call] = []
         layout.build(self)
@@ -151,12 +151,12 @@ class Batch:
 
     def start_backward(self) -> None:
         p, t, dz = self.output, self.target, self.dz[-1]
-        if self.recipe.loss == "bce_logits":
+        if self.config.loss == "bce_logits":
             self.backward += [partial(torch.sigmoid, p, out=dz), partial(torch.sub, dz, t, out=dz)]
         else:
             self.backward.append(partial(torch.sub, p, t, out=dz))
-        if self.recipe.loss == "mse":
-            self.through(ACTIVATIONS[self.recipe.output], dz, p)
+        if self.config.loss == "mse":
+            self.through(ACTIVATIONS[self.config.output], dz, p)
         if self.dz_rates is not None:
             self.backward.append(partial(dz.mul_, self.dz_rates))
 
@@ -168,9 +168,9 @@ class Batch:
     def loss(self) -> Tensor:
         """(E,)"""
         p, t = self.output, self.target
-        if self.recipe.loss == "mse":
+        if self.config.loss == "mse":
             values = (p - t).square_()
-        elif self.recipe.loss == "bce":
+        elif self.config.loss == "bce":
             # Written out: torch's function raises at NaN, where a loop reports what it meets.
             values = -(t * p.log().clamp_min_(-100) + (1 - t) * torch.log1p(-p).clamp_min_(-100))
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import plan as planning
-from ..records import Recipe, TrainPlan
+from ..records import TrainConfig, TrainPlan
 from .arrays import Arrays
 from .layout import Batch
 from .matrices import Matrices
@@ -22,7 +22,7 @@ class TorchLoop:
 
     def __init__(
         self,
-        recipe: Recipe,
+        config: TrainConfig,
         parameters: Sequence[Tensor],
         first: Sequence[Tensor],
         second: Sequence[Tensor],
@@ -43,11 +43,11 @@ class TorchLoop:
         self.size = min(batch_size, x.shape[1])
         self.per_epoch = -(-x.shape[1] // self.size)
         self.graph = plan.impl == "graph"
-        choice = planning.train_loop(lr.shape[0], self.size, recipe, x.shape[0] == 1)
+        choice = planning.train_loop(lr.shape[0], self.size, config, x.shape[0] == 1)
         self.one_thread = choice.one_thread and x.is_cpu
         make = Arrays if choice.layout == "arrays" else partial(Matrices, joint=choice.layout == "joint")
         with self._context():
-            self.layout = make(recipe, parameters, x, y)
+            self.layout = make(config, parameters, x, y)
             self.optimizer = Optimizer(self.layout, first, second, lr, taken, self.graph)
             self.batches: dict[int, Batch] = {}
 

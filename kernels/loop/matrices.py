@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..records import Recipe
+from ..records import TrainConfig
 from .layout import Batch, Call, Layout, Storage
 
 
@@ -20,9 +20,9 @@ class Matrices(Layout):
 
     axis = -2
 
-    def __init__(self, recipe: Recipe, parameters: Sequence[Tensor], x: Tensor, y: Tensor, joint: bool) -> None:
+    def __init__(self, config: TrainConfig, parameters: Sequence[Tensor], x: Tensor, y: Tensor, joint: bool) -> None:
         self.joint = joint
-        super().__init__(recipe, parameters, x, y)
+        super().__init__(config, parameters, x, y)
 
     def samples(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         self.stack = () if self.members == 1 else (self.members,)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..records import Recipe
+from ..records import TrainConfig
 from .layout import Batch, Call, Layout
 
 
@@ -23,7 +23,9 @@ def _fused_adam() -> dict[str, Callable]:
         functions = {optimizer: getattr(torch, name) for optimizer, name in names.items()}
         for function in functions.values():
             w, g, m, v = (torch.full((3,), value, device="cpu", dtype=torch.float32) for value in (1, 1, 0, 0))
-            _call_fused(function, w, g, m, v, torch.ones((), device="cpu", dtype=torch.float32), 0.5, Recipe((1, 1)))
+            _call_fused(
+                function, w, g, m, v, torch.ones((), device="cpu", dtype=torch.float32), 0.5, TrainConfig((1, 1))
+            )
             found = torch.stack([w, m, v]).mean(1).tolist()
             if any(not math.isclose(a, b, rel_tol=1e-5) for a, b in zip(found, (0.5, 0.1, 0.001), strict=True)):
                 return {}
@@ -32,7 +34,7 @@ def _fused_adam() -> dict[str, Callable]:
         return {}
 
 
-def _call_fused(function, w, g, m, v, step: Tensor, lr: float, recipe: Recipe) -> None:
+def _call_fused(function, w, g, m, v, step: Tensor, lr: float, config: TrainConfig) -> None:
     function(
         [w],
         [g],
@@ -41,10 +43,10 @@ def _call_fused(function, w, g, m, v, step: Tensor, lr: float, recipe: Recipe) -
         [],
         [step],
         lr=lr,
-        beta1=recipe.beta1,
-        beta2=recipe.beta2,
-        weight_decay=recipe.weight_decay,
-        eps=recipe.eps,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        weight_decay=config.weight_decay,
+        eps=config.eps,
         amsgrad=False,
         maximize=False,
     )
@@ -56,12 +58,12 @@ class Optimizer:
     def __init__(
         self, layout: Layout, first: Sequence[Tensor], second: Sequence[Tensor], lr: Tensor, taken: int, graph: bool
     ) -> None:
-        self.recipe, self.layout, self.taken, self.graph = layout.recipe, layout, taken, graph
+        self.config, self.layout, self.taken, self.graph = layout.config, layout, taken, graph
         self.stateless = not first
         # One network's rate is a number, those of a stack are a tensor.
         self.rate = lr.item() if layout.members == 1 else 0.0
         self.rates = layout.rates(lr) if layout.members > 1 else None
-        self.keep = 1 - (self.rate if self.rates is None else self.rates) * self.recipe.weight_decay
+        self.keep = 1 - (self.rate if self.rates is None else self.rates) * self.config.weight_decay
         # Gradients are linear in dz of the output: scaled there, where there is least to scale, they go straight into
         # the parameters.
         self.dz_rates = self.rates if self.stateless else None
@@ -90,48 +92,48 @@ class Optimizer:
     def advance(self) -> None:
         """One more step: what changes with their number, outside of the calls, which a graph freezes."""
         self.taken += 1
-        if self.graph and self.recipe.optimizer != "sgd":
+        if self.graph and self.config.optimizer != "sgd":
             factor, floor = self._corrections()
             self.factor.fill_(factor)
             self.floor.fill_(floor)
 
     def _corrections(self) -> tuple[float, float]:
         """lr (m / c1) / (sqrt(v) / c2 + eps) is -factor lr m / (sqrt(v) + floor)."""
-        recipe = self.recipe
-        c1, c2 = 1 - recipe.beta1**self.taken, math.sqrt(1 - recipe.beta2**self.taken)
-        return -c2 / c1, recipe.eps * c2
+        config = self.config
+        c1, c2 = 1 - config.beta1**self.taken, math.sqrt(1 - config.beta2**self.taken)
+        return -c2 / c1, config.eps * c2
 
     def calls(self, batch: Batch) -> list[Call]:
-        recipe, layout = self.recipe, self.layout
-        if not self.stateless and recipe.optimizer == "sgd" and not recipe.nesterov and not recipe.dampening:
+        config, layout = self.config, self.layout
+        if not self.stateless and config.optimizer == "sgd" and not config.nesterov and not config.dampening:
             # From zeros, this makes the gradient itself of the first buffer, as torch does.
-            return [*layout.accumulate(batch, self.first, recipe.momentum, batch.scale), self._plain_momentum]
+            return [*layout.accumulate(batch, self.first, config.momentum, batch.scale), self._plain_momentum]
         if not self.stateless:
-            update = self._momentum if recipe.optimizer == "sgd" else self._adam
+            update = self._momentum if config.optimizer == "sgd" else self._adam
             return [*layout.accumulate(batch, self.gradients, 0, batch.scale), update]
         if self.rates is None:
-            beta, alpha = 1 - self.rate * recipe.weight_decay, -self.rate * batch.scale
+            beta, alpha = 1 - self.rate * config.weight_decay, -self.rate * batch.scale
             return layout.accumulate(batch, layout.parameters, beta, alpha)
         decay: list[Call] = []
-        if recipe.weight_decay:
+        if config.weight_decay:
             decay = [partial(part.mul_, self.keep) for part in layout.parts(layout.parameters)]
         return decay + layout.accumulate(batch, layout.parameters, 1, -batch.scale)
 
     def _momentum(self) -> None:
-        recipe = self.recipe
+        config = self.config
         for w, g, m in self.parts:
-            if recipe.weight_decay:
-                g.add_(w, alpha=recipe.weight_decay)
+            if config.weight_decay:
+                g.add_(w, alpha=config.weight_decay)
             if self.taken > 1:
-                m.mul_(recipe.momentum).add_(g, alpha=1 - recipe.dampening)
+                m.mul_(config.momentum).add_(g, alpha=1 - config.dampening)
             else:
                 m.copy_(g)
-            self._descend(w, g.add_(m, alpha=recipe.momentum) if recipe.nesterov else m)
+            self._descend(w, g.add_(m, alpha=config.momentum) if config.nesterov else m)
 
     def _plain_momentum(self) -> None:
         for w, _, m in self.parts:
-            if self.recipe.weight_decay:
-                m.add_(w, alpha=self.recipe.weight_decay)
+            if self.config.weight_decay:
+                m.add_(w, alpha=self.config.weight_decay)
             self._descend(w, m)
 
     def _descend(self, w: Tensor, direction: Tensor) -> None:
@@ -141,22 +143,22 @@ class Optimizer:
             w.addcmul_(direction, self.rates, value=-1)
 
     def _adam(self) -> None:
-        recipe = self.recipe
+        config = self.config
         mine = self.graph or not self.step.is_cpu or self.rates is not None
-        fused = None if mine else _fused_adam().get(recipe.optimizer)
+        fused = None if mine else _fused_adam().get(config.optimizer)
         if fused is not None:
             self.step.fill_(self.taken)
             for w, g, m, v in self.parts:
-                _call_fused(fused, w, g, m, v, self.step, self.rate, recipe)
+                _call_fused(fused, w, g, m, v, self.step, self.rate, config)
             return
         factor, floor = (self.factor, self.floor) if self.graph else self._corrections()
         for w, g, m, v in self.parts:
-            if recipe.weight_decay and recipe.optimizer == "adam":
-                g.add_(w, alpha=recipe.weight_decay)
-            elif recipe.weight_decay:
+            if config.weight_decay and config.optimizer == "adam":
+                g.add_(w, alpha=config.weight_decay)
+            elif config.weight_decay:
                 w.mul_(self.keep)
-            m.lerp_(g, 1 - recipe.beta1)
-            v.mul_(recipe.beta2).addcmul_(g, g, value=1 - recipe.beta2)
+            m.lerp_(g, 1 - config.beta1)
+            v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
             torch.div(m, torch.sqrt(v, out=g).add_(floor), out=g).mul_(factor)
             if self.rates is None:
                 w.add_(g, alpha=self.rate)

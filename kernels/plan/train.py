@@ -3,7 +3,7 @@
 import functools
 import itertools
 
-from ..records import EMPTY, Device, LoopPlan, Recipe, TrainPlan
+from ..records import EMPTY, Device, LoopPlan, TrainConfig, TrainPlan
 from .chips import cdiv, next_power_of_2, refusal
 
 # The most parameters of a network that one lane trains, by the tensors of state that the optimizer keeps for each.
@@ -28,36 +28,36 @@ def train(
     members: int,
     samples: int,
     batch_size: int | None,
-    recipe: Recipe,
+    config: TrainConfig,
     dtype: str,
     device: Device,
     impl: str | None = None,
 ) -> TrainPlan:
-    """The plan for training `members` networks of one recipe on `samples` samples each.
+    """The plan for training `members` networks of one config on `samples` samples each.
 
     batch_size: None for all samples. impl: "lane", "block" or "graph" asks for that one; the plan says "torch", and
     why, where it cannot be had.
     """
-    if impl in (None, "graph") and device.kind == "cuda" and 0 not in (members, samples, *recipe.widths):
-        kernels = _kernel_loop(members, samples, batch_size, recipe, dtype, device, impl)
+    if impl in (None, "graph") and device.kind == "cuda" and 0 not in (members, samples, *config.widths):
+        kernels = _kernel_loop(members, samples, batch_size, config, dtype, device, impl)
         if kernels.impl == "torch":
             return TrainPlan("graph", f"{kernels.reason}; a step is one replay of a captured graph")
         return kernels
     if impl == "graph":
         return TrainPlan("torch", f"{device.kind}: only a CUDA device captures graphs")
-    return _kernel_loop(members, samples, batch_size, recipe, dtype, device, impl)
+    return _kernel_loop(members, samples, batch_size, config, dtype, device, impl)
 
 
-def _kernel_loop(members, samples, batch_size, recipe, dtype, device, impl) -> TrainPlan:
+def _kernel_loop(members, samples, batch_size, config, dtype, device, impl) -> TrainPlan:
     """The cheapest kernel for the whole loop, or "torch" and why."""
     if impl == "graph":
         return TrainPlan("torch", 'impl="graph"')
-    if reason := loop_refusal(members, samples, recipe, dtype, device):
+    if reason := loop_refusal(members, samples, config, dtype, device):
         return TrainPlan("torch", reason)
     if impl == "torch":
         return TrainPlan("torch", 'impl="torch"')
     batch = min(batch_size or samples, samples)
-    options = {"lane": _lane(members, batch, recipe, device), "block": _block(members, batch, recipe, device)}
+    options = {"lane": _lane(members, batch, config, device), "block": _block(members, batch, config, device)}
     if impl in options:
         options = {impl: options[impl]}
     plans = [option for option in options.values() if option[1].impl != "torch"]
@@ -66,9 +66,9 @@ def _kernel_loop(members, samples, batch_size, recipe, dtype, device, impl) -> T
     return min(plans, key=lambda option: option[0])[1]
 
 
-def loop_refusal(members: int, samples: int, recipe: Recipe, dtype: str, device: Device) -> str | None:
+def loop_refusal(members: int, samples: int, config: TrainConfig, dtype: str, device: Device) -> str | None:
     """Why no kernel runs the whole loop, whatever its tile, or None."""
-    if 0 in (members, samples, *recipe.widths):
+    if 0 in (members, samples, *config.widths):
         return EMPTY
     if device.kind == "cpu" and not device.triton:
         return "no kernels for the CPU"
@@ -76,20 +76,20 @@ def loop_refusal(members: int, samples: int, recipe: Recipe, dtype: str, device:
         return f"{dtype}: whole loops take float32"
     if reason := refusal(1, 1, 1, dtype, device):
         return reason
-    if recipe.optimizer != "sgd" and recipe.eps < 1e-30:
-        return f"eps {recipe.eps}: padded parameters would divide 0 by 0"
+    if config.optimizer != "sgd" and config.eps < 1e-30:
+        return f"eps {config.eps}: padded parameters would divide 0 by 0"
     return None
 
 
-def _states(recipe: Recipe) -> int:
+def _states(config: TrainConfig) -> int:
     """Tensors of state that the optimizer keeps for each parameter."""
-    return 2 if recipe.optimizer != "sgd" else 1 if recipe.momentum else 0
+    return 2 if config.optimizer != "sgd" else 1 if config.momentum else 0
 
 
-def _lane(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[float, TrainPlan]:
+def _lane(members: int, batch: int, config: TrainConfig, device: Device) -> tuple[float, TrainPlan]:
     """(cycles of all members' steps, plan), of impl "torch" where lanes cannot do it."""
-    parameters = sum(n * (k + recipe.bias) for k, n in itertools.pairwise(recipe.widths))
-    limit = LANE_PARAMETERS[_states(recipe)]
+    parameters = sum(n * (k + config.bias) for k, n in itertools.pairwise(config.widths))
+    limit = LANE_PARAMETERS[_states(config)]
     if parameters > limit:
         return 0, TrainPlan("torch", f"{parameters} parameters: a lane holds {limit} with this optimizer")
     # Some warps per scheduler hide each other's latency; beyond that they wait for each other.
@@ -101,16 +101,16 @@ def _lane(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[flo
     return LANE_CYCLES * parameters * batch * waves, plan
 
 
-def _block(members: int, batch: int, recipe: Recipe, device: Device) -> tuple[float, TrainPlan]:
+def _block(members: int, batch: int, config: TrainConfig, device: Device) -> tuple[float, TrainPlan]:
     """(cycles of all members' steps, plan), of impl "torch" where blocks cannot do it."""
-    padded = [max(next_power_of_2(width), 16) for width in recipe.widths]
+    padded = [max(next_power_of_2(width), 16) for width in config.widths]
     widest = max(padded)
     if widest not in BLOCK_LAYERS:
-        return 0, TrainPlan("torch", f"a width of {max(recipe.widths)}: blocks take {max(BLOCK_LAYERS)}")
+        return 0, TrainPlan("torch", f"a width of {max(config.widths)}: blocks take {max(BLOCK_LAYERS)}")
     layers = sum((k * n) ** 0.5 for k, n in itertools.pairwise(padded)) / widest
-    heavy = _states(recipe) == 2 and sum(k * n for k, n in itertools.pairwise(padded)) > BLOCK_ADAM_WEIGHTS
-    if heavy or layers > BLOCK_LAYERS[widest][_states(recipe)]:
-        return 0, TrainPlan("torch", f"{'-'.join(map(str, recipe.widths))} with this optimizer spills in a block")
+    heavy = _states(config) == 2 and sum(k * n for k, n in itertools.pairwise(padded)) > BLOCK_ADAM_WEIGHTS
+    if heavy or layers > BLOCK_LAYERS[widest][_states(config)]:
+        return 0, TrainPlan("torch", f"{'-'.join(map(str, config.widths))} with this optimizer spills in a block")
     # Beside the widest layers there is room for fewer samples.
     rows = 16 if batch <= 16 or widest == 64 else 32
     num_warps = 4 if widest == rows == 16 else 8
@@ -138,18 +138,18 @@ THREADED_ELEMENTS = 1 << 17  # of one elementwise call
 
 
 @functools.lru_cache(maxsize=1024)
-def train_loop(members: int, batch: int, recipe: Recipe, shared: bool) -> LoopPlan:
+def train_loop(members: int, batch: int, config: TrainConfig, shared: bool) -> LoopPlan:
     """The plan for the plain torch loop on batches of `batch` samples. shared: all members see the same ones."""
-    layers = list(itertools.pairwise(recipe.widths))
+    layers = list(itertools.pairwise(config.widths))
     macs = [batch * n * k for k, n in layers]
     together = members * macs[0] if shared else 0  # the first layers of all members are one product
-    one_thread = max(together, *macs) < THREADED_MACS and members * batch * max(recipe.widths[1:]) < THREADED_ELEMENTS
+    one_thread = max(together, *macs) < THREADED_MACS and members * batch * max(config.widths[1:]) < THREADED_ELEMENTS
     if members == 1:
         joint = batch * sum(n for _, n in layers) * sum(k + 1 for k, _ in layers)
         if joint <= JOINT_MACS:
             return LoopPlan("joint", one_thread, "one small network: a product for all updates")
         return LoopPlan("matrices", one_thread, "one network: a product for each layer")
-    update = UPDATE_CALLS["momentum" if recipe.momentum else recipe.optimizer]
+    update = UPDATE_CALLS["momentum" if config.momentum else config.optimizer]
     alone = layers[1:] if shared else layers
     # Forward, backward and update: three products of the same size.
     arrays = CALL_US * (update + sum(2 + k + n + batch for k, n in alone))

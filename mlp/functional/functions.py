@@ -32,7 +32,7 @@ class LinearActFunction(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or eligibility.batched(dy)):
             # create_graph: gradients that can themselves be differentiated, exact to any order.
-            gradients = reference.linear_act_double(dy, y, x, weight, ctx.activation, wanted)
+            gradients = reference.linear_act_bwd_differentiable(dy, y, x, weight, ctx.activation, wanted)
         elif torch.is_autocast_enabled(dy.device.type):
             # The products keep the dtype of the forward pass even if backward() runs under autocast.
             with torch.autocast(dy.device.type, enabled=False):
@@ -79,7 +79,7 @@ class MlpFunction(torch.autograd.Function):
             if dy is None or others or torch.is_grad_enabled() or eligibility.batched(dy):
                 # create_graph: gradients that can themselves be differentiated, exact to any order.
                 upstream = (*(None,) * (layers - 1 - len(dhs)), *dhs, dy)
-                dx, dweights, dbiases = reference.mlp_double(upstream, x, saved, weights, *options)
+                dx, dweights, dbiases = reference.mlp_bwd_differentiable(upstream, x, saved, weights, *options)
                 dx = None if dx is None else dx.reshape(ctx.shape)
             else:
                 dx, dweights, dbiases = ops.mlp_bwd(dy, x, saved, weights, None, *options, ctx.plan)
@@ -167,7 +167,7 @@ def _saved(ctx, others: int):
     return tensors[: len(wanted)], tensors[len(wanted) :], wanted
 
 
-def _flags(wanted: tuple[bool, ...], layers: int) -> reference.Wanted:
+def _flags(wanted: tuple[bool, ...], layers: int) -> reference.NeedsGrad:
     return wanted[0], wanted[1 : 1 + layers], wanted[1 + layers :] or (False,) * layers
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ...kernels.records import TRAIN_IMPLS, Recipe
+from ...kernels.records import TRAIN_IMPLS, TrainConfig
 from ..as_network import Network
 from ..ensemble import Ensemble
 
@@ -67,17 +67,17 @@ def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, lr: Tensor | None) ->
         raise ValueError(f"lr must not be negative, but its least is {lr.min().item()}")
 
 
-def check_data(network: Network, recipe: Recipe, x: Tensor, y: Tensor) -> None:
+def check_data(network: Network, config: TrainConfig, x: Tensor, y: Tensor) -> None:
     """What would only fail inside the loop, or broadcast there."""
     p = network.parameters[0]
     for name, tensor, width in (("x", x, network.widths[0]), ("y", y, network.widths[-1])):
         if tensor.shape[-1] != width or (network.members is None and tensor.dim() != 2):
             raise ValueError(f"{name} {tuple(tensor.shape)} is not ({x.shape[0]}, {width})")
         # Of the criteria, BCELoss does not promote its target, and only MSELoss takes whole numbers.
-        promoted = tensor is y and (recipe.loss == "mse" or (recipe.loss == "bce_logits" and y.is_floating_point()))
+        promoted = tensor is y and (config.loss == "mse" or (config.loss == "bce_logits" and y.is_floating_point()))
         if tensor.dtype != p.dtype and not promoted:
             raise ValueError(f"{name} is {tensor.dtype}, but the model's parameters {p.dtype}")
         if tensor.device != p.device:
             raise ValueError(f"{name} is on {tensor.device}, but the model on {p.device}")
-    if recipe.loss == "bce" and bool(((y < 0) | (y > 1)).any()):
+    if config.loss == "bce" and bool(((y < 0) | (y > 1)).any()):
         raise ValueError(f"y must lie in [0, 1] for BCELoss, not in [{y.min().item()}, {y.max().item()}]")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from ...kernels.records import Recipe
+from ...kernels.records import TrainConfig
 from ..as_network import Network, apart, as_network, has_hooks, training_refusal
 from ..ensemble import Ensemble
 from .checks import check_data
@@ -37,17 +37,17 @@ def fast_job(model, x, y, criterion, optimizer, lr) -> FastJob | str:
         return "x or y is a subclass of Tensor, or not dense"
     if network.members is None and x.dim() != 2:
         return f"x {tuple(x.shape)} is not (samples, {network.widths[0]})"
-    recipe = Recipe(network.widths, network.hidden, network.output, network.bias, **loss, **fields)
-    state = State.read(optimizer, network, recipe)
+    config = TrainConfig(network.widths, network.hidden, network.output, network.bias, **loss, **fields)
+    state = State.read(optimizer, network, config)
     if isinstance(state, str):
         return state
-    check_data(network, recipe, x, y)
+    check_data(network, config, x, y)
     if y.dtype != p.dtype:
         return f"y is {y.dtype}, the parameters {p.dtype}"
     if not all(apart(t, p) for t in (x, y) for p in network.parameters):
         return "x or y shares memory with a parameter"
     rates = p.new_full((network.members or 1,), rate) if lr is None else lr.detach().to(p.device, p.dtype)
-    return FastJob(network, recipe, state, x, y, rates.detach())
+    return FastJob(network, config, state, x, y, rates.detach())
 
 
 def _network(model: nn.Module) -> Network | str:
@@ -79,7 +79,7 @@ def _loss_of(criterion: object, network: Network) -> dict[str, str] | str:
 
 
 def _optimizer_of(optimizer: torch.optim.Optimizer, network: Network) -> tuple[dict[str, Any], float] | str:
-    """The recipe's fields and the learning rate."""
+    """The config's fields and the learning rate."""
     kind = type(optimizer)
     if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         return f"the optimizer is a {kind.__name__}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import train
-from ...kernels.records import Recipe
+from ...kernels.records import TrainConfig
 from ..as_network import Network
 from ..ensemble import Ensemble
 from .pacing import Order, finish, logged_steps
@@ -17,14 +17,14 @@ from .state import State
 class FastJob:
     """Steps on copies of the parameters and of the optimizer's state, written back after every chunk."""
 
-    def __init__(self, network: Network, recipe: Recipe, state: "State", x: Tensor, y: Tensor, lr: Tensor) -> None:
-        self.network, self.recipe, self.state, self.x, self.y, self.lr = network, recipe, state, x, y, lr
+    def __init__(self, network: Network, config: TrainConfig, state: "State", x: Tensor, y: Tensor, lr: Tensor) -> None:
+        self.network, self.config, self.state, self.x, self.y, self.lr = network, config, state, x, y, lr
         self.columns, self.samples = network.members or 1, x.shape[-2]
         self.loop: Any = None
 
     def choose(self, batch_size: int | None, impl: str | None) -> None:
         p = self.network.parameters[0]
-        self.plan = train.plan_train(self.columns, self.samples, batch_size, self.recipe, p.dtype, p.device, impl)
+        self.plan = train.plan_train(self.columns, self.samples, batch_size, self.config, p.dtype, p.device, impl)
         self.path = self.plan.impl
 
     def _set_up(self, batch: int) -> Any:
@@ -33,7 +33,7 @@ class FastJob:
         x, y, lr = (t.resolve_neg().contiguous() for t in (self.x, self.y, self.lr))
         x, y = (t if t.dim() == 3 else t[None] for t in (x, y))
         arguments = (self.parameters, self.first, self.second, lr, x, y, batch, self.state.taken, self.plan)
-        return train.training_loop(self.plan)(self.recipe, *arguments)
+        return train.training_loop(self.plan)(self.config, *arguments)
 
     def _copies(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         copies = (t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)

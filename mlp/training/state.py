@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...kernels.records import Recipe
+from ...kernels.records import TrainConfig
 from ..as_network import Network
 
 
@@ -17,10 +17,10 @@ class State:
         self.taken = taken  # by the steps that the state has seen
 
     @classmethod
-    def read(cls, optimizer: torch.optim.Optimizer, network: Network, recipe: Recipe) -> "State | str":
+    def read(cls, optimizer: torch.optim.Optimizer, network: Network, config: TrainConfig) -> "State | str":
         """The state, or the reason why it is not that of ordinary steps."""
-        if recipe.optimizer == "sgd":
-            names = ("momentum_buffer",) if recipe.momentum else ()
+        if config.optimizer == "sgd":
+            names = ("momentum_buffer",) if config.momentum else ()
         else:
             names = ("exp_avg", "exp_avg_sq")
         entries = [optimizer.state.get(p, {}) for p in network.parameters]
@@ -32,7 +32,7 @@ class State:
             if any(not isinstance(v, Tensor) or (v.shape, v.dtype) != (p.shape, p.dtype) for v in values):
                 return "the optimizer's state does not fit the parameters, or is there for some only"
         taken = 1  # momentum knows a first step and others
-        if recipe.optimizer != "sgd":
+        if config.optimizer != "sgd":
             counts = {float(entry.get("step", 0)) for entry in entries}
             if len(counts) > 1 or min(counts) < 1:
                 return "the optimizer has taken different numbers of steps for different parameters"
@@ -40,7 +40,7 @@ class State:
         return cls(optimizer, network, names, taken)
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The recipe's `first` and `second`."""
+        """The config's `first` and `second`."""
         lists: list[list[Tensor]] = [[], []]
         for index, name in enumerate(self.names):
             for p in self.network.parameters:

@@ -12,7 +12,7 @@ from cases import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perceptriton.kernels.loop import TorchLoop, layout
-from perceptriton.kernels.records import Recipe, TrainPlan
+from perceptriton.kernels.records import TrainConfig, TrainPlan
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -66,23 +66,23 @@ RECIPES = {
 }
 
 
-def train(impl, recipe, members, batch_size, chunks, every=5):
+def train(impl, config, members, batch_size, chunks, every=5):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    widths = recipe.widths
+    widths = config.widths
     parameters = [
         t for k, n in itertools.pairwise(widths) for t in (2 * normal(members, n, k) / k**0.5, normal(members, n))
     ]
     x, y = normal(1, 10, widths[0]), torch.rand(1, 10, widths[-1], generator=generator, dtype=torch.float64)
-    stateful = recipe.optimizer != "sgd" or recipe.momentum
+    stateful = config.optimizer != "sgd" or config.momentum
     first = [torch.zeros_like(p) for p in parameters] if stateful else ()
-    second = [torch.zeros_like(p) for p in parameters] if recipe.optimizer != "sgd" else ()
+    second = [torch.zeros_like(p) for p in parameters] if config.optimizer != "sgd" else ()
     lr = torch.linspace(0.02, 0.2, members, dtype=torch.float64)
     epochs = [torch.randperm(10, generator=generator) for _ in range(40)]
-    data = (recipe, parameters, first, second, lr, x, y, batch_size or 10)
+    data = (config, parameters, first, second, lr, x, y, batch_size or 10)
     run = TorchLoop(*data, 0, TrainPlan(impl, "the test says so"))
     start, losses = 0, []
     for steps in chunks:
@@ -101,34 +101,36 @@ def train(impl, recipe, members, batch_size, chunks, every=5):
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
 def test_replayed_steps_are_steps(options, members, batch_size):
-    recipe = Recipe((3, 5, 2), **options)
-    expected = train("torch", recipe, members, batch_size, [24])
+    config = TrainConfig((3, 5, 2), **options)
+    expected = train("torch", config, members, batch_size, [24])
     assert Graph.made == 0
-    actual = train("graph", recipe, members, batch_size, [24])
+    actual = train("graph", config, members, batch_size, [24])
     # one graph per size of batch
     assert Graph.made == (1 if batch_size is None else 2)
     for a, e in zip(actual, expected, strict=True):
         assert relative_error(a, e) < 1e-12
     # Nor does the size of a chunk change a bit, or make another graph.
     Graph.made = 0
-    for a, b in zip(train("graph", recipe, members, batch_size, [1, 9, 14]), actual, strict=True):
+    for a, b in zip(train("graph", config, members, batch_size, [1, 9, 14]), actual, strict=True):
         assert torch.equal(a, b)
     assert Graph.made == (1 if batch_size is None else 2)
 
 
 @pytest.mark.parametrize("members", [1, 3])
 def test_long_trajectories(members):
-    expected, actual = (train(impl, Recipe((3, 2, 2)), members, None, [1, 1, 98, 9901]) for impl in ("torch", "graph"))
+    expected, actual = (
+        train(impl, TrainConfig((3, 2, 2)), members, None, [1, 1, 98, 9901]) for impl in ("torch", "graph")
+    )
     assert len(expected[-1]) == 2001
     for a, e in zip(actual, expected, strict=True):
         assert relative_error(a, e) < 1e-9
 
 
 def test_steps_that_log_are_replayed_too():
-    recipe = Recipe((3, 5, 2), momentum=0.9)
-    expected = train("torch", recipe, 3, None, [24], every=1)
+    config = TrainConfig((3, 5, 2), momentum=0.9)
+    expected = train("torch", config, 3, None, [24], every=1)
     assert Graph.made == 0
-    actual = train("graph", recipe, 3, None, [24], every=1)
+    actual = train("graph", config, 3, None, [24], every=1)
     assert Graph.made == 1
     for a, e in zip(actual, expected, strict=True):
         assert relative_error(a, e) < 1e-12

@@ -21,7 +21,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from perceptriton.kernels.gpu import layer, network, train, wide
-from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile, Plan, Recipe, Tile, TrainPlan, WideTile
+from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile, Plan, Tile, TrainConfig, TrainPlan, WideTile
 
 pytestmark = pytest.mark.tilelens
 MODULES = (layer, network, train, wide)
@@ -84,8 +84,8 @@ def loop(plan):
     shapes = [(members, *s) for k, n in itertools.pairwise(widths) for s in ((n, k), (n,))]
     parameters, first = (tuple(torch.randn(s) for s in shapes) for _ in range(2))
     x, y = torch.randn(members, samples, 2), torch.rand(members, samples, 1)
-    recipe = Recipe(widths, momentum=0.9)
-    run = train.KernelLoop(recipe, parameters, first, (), torch.rand(members), x, y, 3, 1, plan)
+    config = TrainConfig(widths, momentum=0.9)
+    run = train.KernelLoop(config, parameters, first, (), torch.rand(members), x, y, 3, 1, plan)
     run.run(torch.randperm(samples).int()[None], 0, 2, 1, torch.empty(2, members))
 
 

@@ -21,7 +21,7 @@ import triton.language as tl  # noqa: E402
 from perceptriton.kernels import Device  # noqa: E402
 from perceptriton.kernels import plan as planning  # noqa: E402
 from perceptriton.kernels.gpu import aot, train  # noqa: E402
-from perceptriton.kernels.records import Recipe, TrainPlan  # noqa: E402
+from perceptriton.kernels.records import TrainConfig, TrainPlan  # noqa: E402
 
 pytestmark = pytest.mark.compiles
 
@@ -40,36 +40,36 @@ OPTIMIZERS = (
 TANH = {"hidden": "tanh", "output": "tanh", "loss": "mse"}
 
 
-def _recipe(widths, states, **options):
-    return Recipe(widths, **{**TANH, **OPTIMIZERS[states], **options})
+def _config(widths, states, **options):
+    return TrainConfig(widths, **{**TANH, **OPTIMIZERS[states], **options})
 
 
 def _cases():
-    """(arch, recipe, members, samples, batch_size, ordered, impl) by name.
+    """(arch, config, members, samples, batch_size, ordered, impl) by name.
 
     Each limit of the plans is compiled at its edge, streaming minibatches, which takes more registers than samples that
     stay on chip; the nets that everyone trains are compiled as they are.
     """
     for arch in (80, 90):
-        yield f"sm_{arch}-lane-xor", (arch, Recipe((2, 2, 1)), 1, 4, 4, False, "lane")
-        yield f"sm_{arch}-block-xor-deep", (arch, Recipe((2, 10, 10, 10, 1)), 1, 4, 4, False, "block")
-        yield f"sm_{arch}-block-digits", (arch, Recipe((32, 64, 5)), 1, 1024, 256, True, "block")
+        yield f"sm_{arch}-lane-xor", (arch, TrainConfig((2, 2, 1)), 1, 4, 4, False, "lane")
+        yield f"sm_{arch}-block-xor-deep", (arch, TrainConfig((2, 10, 10, 10, 1)), 1, 4, 4, False, "block")
+        yield f"sm_{arch}-block-digits", (arch, TrainConfig((32, 64, 5)), 1, 1024, 256, True, "block")
         for states, widths in enumerate(LANE_EDGES):
-            yield f"sm_{arch}-lane-{states}-states", (arch, _recipe(widths, states), 9999, 100, 10, True, "lane")
+            yield f"sm_{arch}-lane-{states}-states", (arch, _config(widths, states), 9999, 100, 10, True, "lane")
         for states, edges in enumerate(BLOCK_EDGES):
             for widths in edges:
                 name = "-".join(map(str, widths))
                 yield (
                     f"sm_{arch}-block-{states}-states-{name}",
-                    (arch, _recipe(widths, states), 3, 99, 64, True, "block"),
+                    (arch, _config(widths, states), 3, 99, 64, True, "block"),
                 )
     deep = (2, 10, 10, 10, 1)
-    yield "sm_90-lane-xor-adam", (90, Recipe((2, 2, 1), optimizer="adam"), 1, 4, 4, False, "lane")
-    yield "sm_90-lane-xor-minibatches", (90, Recipe((2, 2, 1)), 1, 99, 4, True, "lane")
-    yield "sm_90-block-xor-deep-adam", (90, Recipe(deep, optimizer="adam"), 1, 4, 4, False, "block")
-    yield "sm_90-block-xor-deep-nesterov", (90, Recipe(deep, momentum=0.9, nesterov=True), 1, 4, 4, False, "block")
-    yield "sm_90-block-small-batch", (90, _recipe((20,) * 4, 2), 1, 99, 10, True, "block")
-    yield "sm_90-block-no-bias", (90, Recipe(deep, bias=False), 1, 20, 20, False, "block")
+    yield "sm_90-lane-xor-adam", (90, TrainConfig((2, 2, 1), optimizer="adam"), 1, 4, 4, False, "lane")
+    yield "sm_90-lane-xor-minibatches", (90, TrainConfig((2, 2, 1)), 1, 99, 4, True, "lane")
+    yield "sm_90-block-xor-deep-adam", (90, TrainConfig(deep, optimizer="adam"), 1, 4, 4, False, "block")
+    yield "sm_90-block-xor-deep-nesterov", (90, TrainConfig(deep, momentum=0.9, nesterov=True), 1, 4, 4, False, "block")
+    yield "sm_90-block-small-batch", (90, _config((20,) * 4, 2), 1, 99, 10, True, "block")
+    yield "sm_90-block-no-bias", (90, TrainConfig(deep, bias=False), 1, 20, 20, False, "block")
 
 
 # The largest networks that a plan lets into a lane, and into a block, by the states of the optimizer.
@@ -81,32 +81,32 @@ BLOCK_EDGES = (
 )
 CASES = dict(_cases())
 SM_100 = {
-    "sm_100-lane-xor": (100, Recipe((2, 2, 1)), 1, 4, 4, False, "lane"),
-    "sm_100-block-xor-deep": (100, Recipe((2, 10, 10, 10, 1)), 1, 4, 4, False, "block"),
+    "sm_100-lane-xor": (100, TrainConfig((2, 2, 1)), 1, 4, 4, False, "lane"),
+    "sm_100-block-xor-deep": (100, TrainConfig((2, 10, 10, 10, 1)), 1, 4, 4, False, "block"),
 }
 
 
 def _plan(case):
-    arch, recipe, members, samples, batch_size, _, impl = case
-    return planning.train(members, samples, batch_size, recipe, "float32", CHIPS[arch], impl)
+    arch, config, members, samples, batch_size, _, impl = case
+    return planning.train(members, samples, batch_size, config, "float32", CHIPS[arch], impl)
 
 
 def _launch(case, plan=None, steps=(0, 0, 1000, 10)):
     """The launch of a case's plan, with a loss trace. steps: start, taken, steps, log_every."""
-    _, recipe, members, samples, batch_size, ordered, _ = case
+    _, config, members, samples, batch_size, ordered, _ = case
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     parameters = ()
-    for k, n in itertools.pairwise(recipe.widths):
-        parameters += (empty(members, n, k), empty(members, n)) if recipe.bias else (empty(members, n, k),)
-    first = parameters if recipe.optimizer != "sgd" or recipe.momentum else ()
-    second = parameters if recipe.optimizer != "sgd" else ()
-    data = empty(1, samples, recipe.widths[0]), empty(1, samples, recipe.widths[-1])
+    for k, n in itertools.pairwise(config.widths):
+        parameters += (empty(members, n, k), empty(members, n)) if config.bias else (empty(members, n, k),)
+    first = parameters if config.optimizer != "sgd" or config.momentum else ()
+    second = parameters if config.optimizer != "sgd" else ()
+    data = empty(1, samples, config.widths[0]), empty(1, samples, config.widths[-1])
     order = empty(50, samples, dtype=torch.int32) if ordered else None
     start, taken, count, log_every = steps
-    arguments = (recipe, parameters, first, second, empty(members), *data, batch_size, taken, plan or _plan(case))
+    arguments = (config, parameters, first, second, empty(members), *data, batch_size, taken, plan or _plan(case))
     (launch,) = aot.launches(train.KernelLoop(*arguments).run, order, start, count, log_every, empty(100, members))
     return launch
 
@@ -130,12 +130,12 @@ def test_no_spills_and_fits(name, compiled):
 @pytest.mark.parametrize("name", CASES)
 def test_loops_load_no_parameters(name, compiled):
     """From the first loop's head on, memory is read for samples and their order alone."""
-    _, recipe, _, samples, batch_size, ordered, impl = CASES[name]
+    _, config, _, samples, batch_size, ordered, impl = CASES[name]
     plan = _plan(CASES[name])
     (resources,) = compiled[name]
     loads = resources.loop_opcodes["LDG"]
     assert resources.opcodes["LDG"] > loads, "no parameters were loaded at all"
-    ends = recipe.widths[0], recipe.widths[-1]
+    ends = config.widths[0], config.widths[-1]
     if not ordered and batch_size == samples <= plan.rows:
         assert loads == 0
     elif impl == "lane":
@@ -162,8 +162,8 @@ def test_fp32_products_are_fp32(name, compiled):
 @pytest.mark.parametrize("name", [name for name in CASES if "-states" in name])
 def test_edges_are_edges(name):
     """A network with one more layer of the same kind is refused."""
-    arch, recipe, *rest = CASES[name]
-    longer = dataclasses.replace(recipe, widths=(*recipe.widths[:-1], *recipe.widths[-2:]))
+    arch, config, *rest = CASES[name]
+    longer = dataclasses.replace(config, widths=(*config.widths[:-1], *config.widths[-2:]))
     assert _plan(CASES[name]).impl == CASES[name][-1]
     assert _plan((arch, longer, *rest)).impl == "torch"
 
@@ -177,7 +177,7 @@ def test_compiles_for_sm_100(name, compiled):
 
 def test_a_spilling_tile_is_seen():
     # Positive control: 32 x 32 weights, their gradients and Adam's state in four warps.
-    case = (90, _recipe((20,) * 4, 2), 1, 64, 64, False, "block")
+    case = (90, _config((20,) * 4, 2), 1, 64, 64, False, "block")
     resources = compile_for(90, _launch(case, TrainPlan("block", "", 32, 1, 4)))
     assert resources.stack > 0
     assert resources.opcodes["STL"] > 0
@@ -198,7 +198,7 @@ def test_no_number_of_a_launch_is_compiled_in(impl):
     """Launches of one run, and runs of other sizes, share one compiled kernel: they cannot differ by a bit."""
     signatures = []
     for members, samples, batch_size, steps in ((1, 64, 1, (0, 0, 1, 1)), (48, 99, 16, (1, 16, 32, 16))):
-        case = (90, Recipe((2, 2, 1), momentum=0.5), members, samples, batch_size, True, impl)
+        case = (90, TrainConfig((2, 2, 1), momentum=0.5), members, samples, batch_size, True, impl)
         launch = _launch(case, _plan((*case[:4], 10, *case[5:])), steps)
         signatures.append(launch_signature(launch))
     assert signatures[0] == signatures[1]
@@ -249,6 +249,6 @@ def test_lost_bounds_are_seen():
 @pytest.mark.parametrize("impl", ["lane", "block"])
 def test_logging_takes_no_other_kernel(impl):
     """So it changes no bit: both launches run one compiled kernel."""
-    case = (90, Recipe((2, 2, 1)), 1, 64, 4, False, impl)
+    case = (90, TrainConfig((2, 2, 1)), 1, 64, 4, False, impl)
     logged, plain = (launch_signature(_launch(case, steps=(0, 0, 30, log_every))) for log_every in (7, 0))
     assert logged == plain

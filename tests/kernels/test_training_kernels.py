@@ -8,7 +8,7 @@ import torch
 from cases import ACTIVATIONS, FLOOR, NO_KERNELS, core, kernel_device, poisoned, relative_error
 from torch import nn
 
-from perceptriton.kernels.records import Recipe, TrainPlan
+from perceptriton.kernels.records import TrainConfig, TrainPlan
 
 DEVICE = kernel_device()
 if DEVICE is None:
@@ -24,7 +24,7 @@ STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"), "adamw"
 LANE = TrainPlan("lane", "the test says so", rows=2, networks=4, num_warps=1)
 BLOCK = TrainPlan("block", "the test says so", rows=16, num_warps=4)
 PLANS = {"lane": LANE, "block": BLOCK}
-XOR = Recipe((2, 2, 1))
+XOR = TrainConfig((2, 2, 1))
 
 OPTIMIZERS = {
     "sgd": {},
@@ -47,37 +47,37 @@ def guarded(*shape):
 
 
 class Run:
-    """Members of one recipe with their data: what the kernels make of them, and what torch does, one by one.
+    """Members of one config with their data: what the kernels make of them, and what torch does, one by one.
 
     Pre-activations have a std of 1 to 2: in nets as they are initialized by default gradients are near 0, and zeros
     would pass.
     """
 
-    def __init__(self, recipe, members=3, samples=4, batch_size=None, shared=True, epochs=0, seed=0):
+    def __init__(self, config, members=3, samples=4, batch_size=None, shared=True, epochs=0, seed=0):
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape):
             return torch.randn(*shape, generator=generator)
 
-        widths = recipe.widths
-        self.recipe, self.members, self.samples = recipe, members, samples
+        widths = config.widths
+        self.config, self.members, self.samples = config, members, samples
         self.batch_size = batch_size or samples
         self.batches = -(-samples // self.batch_size)
-        gains = [1.4] + [4.0 if recipe.hidden == "sigmoid" else 1.6] * (len(widths) - 2)
+        gains = [1.4] + [4.0 if config.hidden == "sigmoid" else 1.6] * (len(widths) - 2)
         self.initial = []
         for gain, (k, n) in zip(gains, itertools.pairwise(widths), strict=True):
             self.initial += [gain * normal(members, n, k) / k**0.5, 0.5 * normal(members, n)]
-        if not recipe.bias:
+        if not config.bias:
             self.initial = self.initial[::2]
         many = 1 if shared else members
         self.x = normal(many, samples, widths[0])
         self.y = torch.rand(many, samples, widths[-1], generator=generator)
         orders = [torch.randperm(samples, generator=generator).int() for _ in range(epochs)]
         self.order = torch.stack(orders) if orders else None
-        adaptive = recipe.optimizer != "sgd"
+        adaptive = config.optimizer != "sgd"
         self.lr = torch.linspace(0.02, 0.1, members) if adaptive else torch.linspace(0.2, 0.9, members)
-        self.kinds = ["weight", "bias"] if recipe.bias else ["weight"]
-        self.states = STATE[recipe.optimizer] if adaptive or recipe.momentum else ()
+        self.kinds = ["weight", "bias"] if config.bias else ["weight"]
+        self.states = STATE[config.optimizer] if adaptive or config.momentum else ()
 
     # --- torch
 
@@ -93,7 +93,7 @@ class Run:
         return results
 
     def _torch_member(self, e, steps, dtype, log_every):
-        r = self.recipe
+        r = self.config
         layers = []
         for l, (k, n) in enumerate(itertools.pairwise(r.widths)):
             act = r.output if l == len(r.widths) - 2 else r.hidden
@@ -149,7 +149,7 @@ class Run:
         buffers = tuple(s for s, _ in state_pairs)
         lr, x, y = (t.to(DEVICE) for t in (self.lr, self.x, self.y))
         split = (buffers[:count], buffers[count:])
-        run = train.KernelLoop(self.recipe, written, *split, lr, x, y, self.batch_size, taken, plan)
+        run = train.KernelLoop(self.config, written, *split, lr, x, y, self.batch_size, taken, plan)
         results, losses, done = [], [], 0
         for end in steps:
             logged = [s for s in range(start + done, start + end) if log_every and s % log_every == 0]
@@ -174,7 +174,7 @@ def check(run, actual, steps, log_every=0):
     A tensor of one or two numbers may be near by luck; the worst of torch's is not.
     """
     truths, torches = (run.torch(steps, dtype, log_every) for dtype in (torch.float64, torch.float32))
-    kinds = run.kinds * (len(run.recipe.widths) - 1)
+    kinds = run.kinds * (len(run.config.widths) - 1)
     for after, ours, theirs, exact in zip(steps, actual, torches, truths, strict=True):
         groups = {}
         for i, kind in enumerate(kinds):
@@ -209,17 +209,21 @@ def same_bits(results, others):
 RUNS = {
     "lane-xor": (dataclasses.replace(LANE, rows=4), XOR, {}),
     "lane-xor-streamed": (LANE, XOR, {"samples": 5}),
-    "lane-minibatches": (LANE, Recipe((3, 4, 2)), {"samples": 5, "batch_size": 3, "epochs": 15}),
-    "lane-own-data": (LANE, Recipe((3, 2, 2)), {"members": 5, "samples": 2, "shared": False}),
-    "lane-one-layer": (LANE, Recipe((5, 3)), {"members": 1, "samples": 2}),
+    "lane-minibatches": (LANE, TrainConfig((3, 4, 2)), {"samples": 5, "batch_size": 3, "epochs": 15}),
+    "lane-own-data": (LANE, TrainConfig((3, 2, 2)), {"members": 5, "samples": 2, "shared": False}),
+    "lane-one-layer": (LANE, TrainConfig((5, 3)), {"members": 1, "samples": 2}),
     "block-xor": (BLOCK, XOR, {}),
-    "block-xor-deep": (BLOCK, Recipe((2, 10, 10, 10, 1)), {"members": 2}),
-    "block-padded": (BLOCK, Recipe((3, 9, 20, 2)), {"members": 1, "samples": 7}),
-    "block-ragged-batch": (BLOCK, Recipe((5, 20, 3)), {"members": 1, "samples": 37}),
-    "block-minibatches": (BLOCK, Recipe((5, 20, 3)), {"members": 1, "samples": 37, "batch_size": 18, "epochs": 10}),
-    "block-own-data": (BLOCK, Recipe((5, 20, 3)), {"members": 2, "shared": False, "samples": 9}),
-    "block-exact-tile": (BLOCK, Recipe((16, 16, 16)), {"members": 1, "samples": 16}),
-    "block-one-layer": (BLOCK, Recipe((33, 10)), {"members": 1, "samples": 20}),
+    "block-xor-deep": (BLOCK, TrainConfig((2, 10, 10, 10, 1)), {"members": 2}),
+    "block-padded": (BLOCK, TrainConfig((3, 9, 20, 2)), {"members": 1, "samples": 7}),
+    "block-ragged-batch": (BLOCK, TrainConfig((5, 20, 3)), {"members": 1, "samples": 37}),
+    "block-minibatches": (
+        BLOCK,
+        TrainConfig((5, 20, 3)),
+        {"members": 1, "samples": 37, "batch_size": 18, "epochs": 10},
+    ),
+    "block-own-data": (BLOCK, TrainConfig((5, 20, 3)), {"members": 2, "shared": False, "samples": 9}),
+    "block-exact-tile": (BLOCK, TrainConfig((16, 16, 16)), {"members": 1, "samples": 16}),
+    "block-one-layer": (BLOCK, TrainConfig((33, 10)), {"members": 1, "samples": 20}),
 }
 
 
@@ -227,8 +231,8 @@ RUNS = {
     "name", core(RUNS, "lane-xor", "lane-minibatches", "block-padded", "block-minibatches", "block-exact-tile")
 )
 def test_trajectories(name):
-    plan, recipe, data = RUNS[name]
-    run = Run(recipe, **data)
+    plan, config, data = RUNS[name]
+    run = Run(config, **data)
     steps = (1, 2, 30)
     check(run, run.kernel(plan, steps, log_every=4), steps, log_every=4)
 
@@ -250,7 +254,7 @@ def test_long_trajectories(plan, steps):
 @pytest.mark.parametrize("variant", core(OPTIMIZERS, "nesterov", "adamw"))
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_optimizers(plan, variant):
-    run = Run(Recipe((3, 2, 2), **OPTIMIZERS[variant]), samples=3, members=2)
+    run = Run(TrainConfig((3, 2, 2), **OPTIMIZERS[variant]), samples=3, members=2)
     steps = (1, 2, 12)
     check(run, run.kernel(plan, steps), steps)
 
@@ -267,8 +271,8 @@ LOSSES = {
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_losses(plan, loss, output, reduction):
     # 3 samples in batches of 2 and 1, whose means divide by different numbers
-    recipe = Recipe((3, 4, 2), output=output, loss=loss, reduction=reduction)
-    run = Run(recipe, members=2, samples=3, batch_size=2, epochs=3)
+    config = TrainConfig((3, 4, 2), output=output, loss=loss, reduction=reduction)
+    run = Run(config, members=2, samples=3, batch_size=2, epochs=3)
     run.lr /= 3 if reduction == "sum" else 1
     check(run, run.kernel(plan, (6,), log_every=1), (6,), log_every=1)
 
@@ -280,7 +284,7 @@ def test_losses(plan, loss, output, reduction):
 def test_the_logarithm_of_a_saturated_output_is_cut_off(plan, t):
     # at -100, as torch.nn.BCELoss does: from z = 16.64 on 1 - y is 0, and y below -88.7
     logits = torch.tensor([-200.0, -99, -89, -88, -50, -17, 0, 10, 15.5, 16.5, 16.7, 50, 103, torch.inf, torch.nan])
-    run = Run(Recipe((1, 1), bias=False, reduction="sum"), members=len(logits), samples=1)
+    run = Run(TrainConfig((1, 1), bias=False, reduction="sum"), members=len(logits), samples=1)
     run.initial, run.x, run.y = [logits.view(-1, 1, 1)], torch.ones(1, 1, 1), torch.full((1, 1, 1), t)
     ((_, _, loss),) = run.kernel(plan, (1,), log_every=1)
     p, exact = logits.sigmoid(), logits.double().sigmoid()
@@ -298,7 +302,7 @@ def test_the_logarithm_of_a_saturated_output_is_cut_off(plan, t):
 @pytest.mark.parametrize("hidden", ACTIVATIONS)
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_activations(plan, hidden, bias):
-    run = Run(Recipe((3, 3, 2, 2), hidden=hidden, bias=bias, momentum=0.5), members=2, samples=4)
+    run = Run(TrainConfig((3, 3, 2, 2), hidden=hidden, bias=bias, momentum=0.5), members=2, samples=4)
     run.lr /= 4
     check(run, run.kernel(plan, (6,), log_every=3), (6,), log_every=3)
 
@@ -306,7 +310,7 @@ def test_activations(plan, hidden, bias):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_padded_neurons_stay_silent(bias):
     # Without a bias to hold them down, and with weight decay to wear one out.
-    run = Run(Recipe((3, 9, 20, 2), bias=bias, weight_decay=0.05, momentum=0.9), members=1)
+    run = Run(TrainConfig((3, 9, 20, 2), bias=bias, weight_decay=0.05, momentum=0.9), members=1)
     check(run, run.kernel(BLOCK, (50,)), (50,))
 
 
@@ -339,7 +343,7 @@ def test_the_size_of_a_launch_changes_no_bit(plan, data, variant):
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_state_of_earlier_steps_is_continued(plan, variant):
     # Torch takes five steps, the kernels seven more, as another run of which they are the first.
-    run = Run(Recipe((3, 4, 2), **OPTIMIZERS[variant]), samples=5)
+    run = Run(TrainConfig((3, 4, 2), **OPTIMIZERS[variant]), samples=5)
     ((parameters, states, _),) = run.torch((5,))
     actual = run.kernel(plan, (7,), taken=5, parameters=parameters, states=states)
     (exact,) = run.torch((12,))
@@ -350,7 +354,7 @@ def test_state_of_earlier_steps_is_continued(plan, variant):
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_bias_correction_all_along_a_run(plan):
     # 1 - beta^t for steps up to where it is 1 in fp32, on both sides of where its formula changes
-    run = Run(Recipe((2, 1), optimizer="adam", beta1=0.99), members=1)
+    run = Run(TrainConfig((2, 1), optimizer="adam", beta1=0.99), members=1)
     for taken in (0, 3, 40, 80, 400, 900, 100_000):
         zeros = [torch.zeros_like(t) for _ in range(2) for t in run.initial]
         parameters, _, _ = run.kernel(plan, (1,), taken=taken, states=zeros)[0]
@@ -411,10 +415,10 @@ def test_members_do_not_touch_each_other(plan):
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_a_member_alone_is_what_it_is_among_others(plan):
-    run = Run(Recipe((3, 2, 2), optimizer="adam"), members=6, samples=3, batch_size=2, epochs=5)
+    run = Run(TrainConfig((3, 2, 2), optimizer="adam"), members=6, samples=3, batch_size=2, epochs=5)
     together = run.kernel(plan, (6,), log_every=2)[0]
     for e in (0, 5):
-        alone = Run(run.recipe, members=1, samples=3, batch_size=2, epochs=5)
+        alone = Run(run.config, members=1, samples=3, batch_size=2, epochs=5)
         alone.initial = [t[e : e + 1] for t in run.initial]
         alone.x, alone.y, alone.order, alone.lr = run.x, run.y, run.order, run.lr[e : e + 1]
         single = alone.kernel(plan, (6,), log_every=2)[0]
@@ -437,7 +441,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_wrong_runs_are_refused(plan, wrong):
-    run = Run(Recipe((3, 2, 2), optimizer="adam"), members=2, samples=3, batch_size=2, epochs=4)
+    run = Run(TrainConfig((3, 2, 2), optimizer="adam"), members=2, samples=3, batch_size=2, epochs=4)
     check(run, run.kernel(plan, (4,)), (4,))
     with pytest.raises(AssertionError):
         check(run, run.kernel(plan, (4,), **wrong(run)), (4,))
@@ -448,9 +452,9 @@ CHANGES = [{"momentum": 0.51}, {"weight_decay": 0.001}, {"nesterov": True}, {"hi
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_other_recipes_are_refused(change):
-    run = Run(Recipe((3, 2, 2), momentum=0.5), samples=3)
+    run = Run(TrainConfig((3, 2, 2), momentum=0.5), samples=3)
     actual = run.kernel(LANE, (4,))
     check(run, actual, (4,))
-    run.recipe = dataclasses.replace(run.recipe, **change)
+    run.config = dataclasses.replace(run.config, **change)
     with pytest.raises(AssertionError):
         check(run, actual, (4,))

@@ -6,7 +6,7 @@ import pytest
 
 from perceptriton.kernels import Device
 from perceptriton.kernels.plan import train
-from perceptriton.kernels.records import EMPTY, Recipe, TrainPlan
+from perceptriton.kernels.records import EMPTY, TrainConfig, TrainPlan
 
 H200 = Device("cuda", 90, 132, triton=True)
 A100 = Device("cuda", 80, 108, triton=True)
@@ -16,7 +16,7 @@ ADAM = {"optimizer": "adam"}
 
 
 def plan(widths, members=1, samples=4, batch_size=4, device=H200, dtype="float32", impl=None, **options):
-    return train(members, samples, batch_size, Recipe(widths, **options), dtype, device, impl)
+    return train(members, samples, batch_size, TrainConfig(widths, **options), dtype, device, impl)
 
 
 @pytest.mark.parametrize("device", [H200, A100, INTERPRETER], ids=["sm_90", "sm_80", "interpreter"])

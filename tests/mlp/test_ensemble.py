@@ -388,15 +388,15 @@ def test_any_number_of_members(members):
 
 
 def test_layouts_are_chosen_by_size():
-    xor = records.Recipe((2, 2, 1))
+    xor = records.TrainConfig((2, 2, 1))
     assert plan.train_loop(1, 4, xor, True).layout == "joint"
     assert plan.train_loop(8, 4, xor, True).layout == "matrices"
     assert plan.train_loop(1024, 4, xor, True).layout == "arrays"
-    wide = records.Recipe((32, 64, 5))
+    wide = records.TrainConfig((32, 64, 5))
     assert plan.train_loop(1, 256, wide, True).layout == "matrices"
     assert plan.train_loop(1024, 64, wide, False).layout == "matrices"
     assert plan.train_loop(1, 4, xor, True).one_thread
-    assert not plan.train_loop(1, 1024, records.Recipe((784, 512, 10)), True).one_thread
+    assert not plan.train_loop(1, 1024, records.TrainConfig((784, 512, 10)), True).one_thread
     assert all(plan.train_loop(e, 4, xor, True).reason for e in (1, 8, 1024))
 
 

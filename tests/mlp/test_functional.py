@@ -919,7 +919,7 @@ def test_vmap_takes_a_registered_backward_for_plain_operations(wanted, no_launch
     y, many = plain(x, weight, bias), torch.stack([dy, 2 * dy, -dy], 1)
     op = torch.ops.perceptriton.linear_act_backward
     found = torch.vmap(lambda dy: op(dy, y, x, weight, "sigmoid", wanted, None), 1)(many)
-    expected = reference.linear_act_double(dy, y, x, weight, "sigmoid", ALL)
+    expected = reference.linear_act_bwd_differentiable(dy, y, x, weight, "sigmoid", ALL)
     for gradients, single, want in zip(found, expected, wanted, strict=True):
         assert gradients.numel() == (3 * single.numel() if want else 0)
         if want:
@@ -1380,7 +1380,7 @@ def test_each_gpu_of_a_process_has_plans_of_its_own(pretend, monkeypatch):
     pretend(capabilities=CAPABILITIES)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     devices = [torch.device("cuda", index) for index in range(len(CAPABILITIES))]
-    recipe = records.Recipe((64, 32, 8))
+    recipe = records.TrainConfig((64, 32, 8))
     for _ in range(2):  # found, and found again
         for device, (major, minor) in zip(devices, CAPABILITIES, strict=True):
             chip = Device("cuda", 10 * major + minor, 40, triton=True, name="a GPU")
@@ -1438,11 +1438,11 @@ def test_rocm_takes_plain_torch(pretend, monkeypatch):
         planning.linear_act_bwd(4096, 64, 64, "float32", "ieee", described[0]),
         planning.mlp_fwd(4096, (64, 64, 64), "float32", "ieee", described[0], True),
         planning.mlp_bwd(4096, (64, 64, 64), "float32", "ieee", described[0]),
-        plan_train(1, 4, None, records.Recipe((2, 2, 1)), torch.float32, device),
+        plan_train(1, 4, None, records.TrainConfig((2, 2, 1)), torch.float32, device),
     )
     assert {plan.impl for plan in plans} <= {"aten", "layers", "torch"}
     for call in (
-        lambda: plan_train(1, 4, None, records.Recipe((2, 2, 1)), torch.float32, device, "lane"),
+        lambda: plan_train(1, 4, None, records.TrainConfig((2, 2, 1)), torch.float32, device, "lane"),
         lambda: explain((4096, 64), (64, 64), device=described[0], impl="triton"),
     ):
         with pytest.raises(NotImplementedError, match="no kernels for ROCm devices"):
