@@ -77,6 +77,12 @@ TILE_VALUES = {
 }
 
 
+def _one_of(name: str, value: object, values: Sequence[object]) -> None:
+    # Neither True nor 1.0 is the number 1.
+    if type(value) is not type(values[0]) or value not in values:
+        raise ValueError(f"{name} of a tile: {value!r:.80} is none of {', '.join(map(str, values)):.80}")
+
+
 @dataclass(frozen=True)
 class TileRow:
     """A row of a table of tiles: what it is for, the tile, and how many programs of it fit on a multiprocessor.
@@ -99,14 +105,12 @@ class TileRow:
     flatten: bool = False
 
     def __post_init__(self) -> None:
-        found = [(name, getattr(self, name), values) for name, values in TILE_VALUES.items()]
-        found += [("layout", self.layout, LAYOUTS.get(self.op, BLOCKS))]
-        found += [("widths", width, BLOCKS) for width in self.widths]
-        found += [("number of widths", len(self.widths), range(2, 65 if self.op.startswith("mlp") else 3))]
-        for name, value, values in found:
-            # Neither True nor 1.0 is the number 1.
-            if type(value) is not type(values[0]) or value not in values:
-                raise ValueError(f"{name} of a tile: {value!r:.80} is none of {', '.join(map(str, values)):.80}")
+        for name, values in TILE_VALUES.items():
+            _one_of(name, getattr(self, name), values)
+        _one_of("layout", self.layout, LAYOUTS[self.op])
+        for width in self.widths:
+            _one_of("widths", width, BLOCKS)
+        _one_of("number of widths", len(self.widths), range(2, 65 if self.op.startswith("mlp") else 3))
 
     @property
     def layer_tile(self) -> Tile:

@@ -10,6 +10,7 @@ that the table has, and cells without one stay out: run once, then with --resume
 import argparse
 import dataclasses
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -98,10 +99,12 @@ def search(
     tuner: str, cells: Iterable[list[TileRow]], old: list[TileRow], only: str, resume: bool, processes: int | None
 ) -> list[TileRow]:
     """The row of every cell that has one, in the order of the cells."""
-    known = {dataclasses.replace(row, programs_per_sm=1): row for row in old}
+    cells, known = list(filter(None, cells)), {dataclasses.replace(row, programs_per_sm=1): row for row in old}
+    if (only or resume) and (lost := known.keys() - set(itertools.chain.from_iterable(cells))):
+        raise ValueError(f"no candidates any more, to be tuned without --only and --resume: {lost}")
     found: list[TileRow | None] = []
     tasks: list[tuple[int, list[TileRow]]] = []
-    for candidates in filter(None, cells):
+    for candidates in cells:
         there = next((place for place, row in enumerate(candidates) if row in known), None)
         wanted = only in cell_name(candidates[0])
         if wanted and not (resume and there is None):

@@ -916,6 +916,10 @@ def test_a_search_goes_on_where_the_table_is(bench, monkeypatch):
     assert search("half/aligned/32x16", resume=True) == old
     assert search("sm_80") == old
     assert search(resume=True, old=[]) == []
+    # Nothing is dropped in silence.
+    for options in ({"only": "half"}, {"resume": True}):
+        with pytest.raises(ValueError, match="no candidates any more"):
+            search(old=[row(128, 32)], **options)
 
 
 def test_tiles_are_found_by_compiling(bench):
