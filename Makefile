@@ -138,7 +138,7 @@ test-kernels: $(READY)
 	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) -m 'interpreter and not long and not more' tests/kernels)
 
 test-networks: $(READY)
-	$(call step,networks under the interpreter,TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/mlp)
+	$(call step,networks under the interpreter,FUZZ_BUDGET=1 TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/mlp)
 
 test-old-triton: $(READY)
 	@# A package index without this version must not hide the other tests, but nobody may overlook it either.
