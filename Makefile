@@ -92,13 +92,14 @@ clean: ## remove everything that make made
 # Markers say which tests are which (pyproject.toml has them), and tests/house/test_tiers.py that a target of CI runs each.
 TILES := tests/kernels/test_*compile.py
 
-# $(call parts,targets): two at a time, each on a core of its own, then what came of each. The longest come first.
+# $(call parts,targets): two at a time, each on a core of its own, then what came of each. The longest come first. Two
+# threads in each would wait for each other.
 define parts
 	@mkdir -p .build
 	@: > $(SUMMARY)
 	@echo 'two parts at a time; each is printed when it has ended: $(1)'
 	@began=$$SECONDS; \
-	$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(1); \
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(1); \
 	printf '\n== all passed in %s s\n' $$((SECONDS - began))
 	@cat $(SUMMARY)
 endef
@@ -137,7 +138,7 @@ test-kernels: $(READY)
 	$(call step,kernels under the interpreter,TRITON_INTERPRET=1 $(PYTEST) -m 'interpreter and not long and not more' tests/kernels)
 
 test-networks: $(READY)
-	$(call step,networks under the interpreter,TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/mlp)
+	$(call step,networks under the interpreter,FUZZ_BUDGET=1 TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/mlp)
 
 test-old-triton: $(READY)
 	@# A package index without this version must not hide the other tests, but nobody may overlook it either.

@@ -2,6 +2,9 @@
 
 import contextlib
 import itertools
+import os
+import subprocess
+import sys
 
 import torch
 from torch import nn
@@ -57,6 +60,31 @@ def quick():
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def two_ranks(script, folder):
+    """What each of two processes of torch.distributed has saved that run `script` RANK RANKS STORE OUT."""
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), "2", str(folder / "store"), str(folder / f"{rank}.pt")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=100)
+            assert process.returncode == 0, output
+    finally:
+        # One that fails leaves the other waiting.
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def xor(dtype=torch.float32):

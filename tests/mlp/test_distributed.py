@@ -1,14 +1,11 @@
 """Models of ours under DDP, FSDP2 and tensor parallelism: two processes train as one process trains the nn model."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from cases import relative_error
+from training_cases import two_ranks
 
 if not torch.distributed.is_available():
     pytest.skip("torch is built without distributed", allow_module_level=True)
@@ -20,28 +17,7 @@ from gloo_composition import DATA_PARALLEL, MODELS, SIZES, TENSOR_PARALLEL
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two processes has found, by case, model and size."""
-    folder = tmp_path_factory.mktemp("gloo")
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(gloo_composition.__file__)), str(rank), "2", str(folder / "store"), str(out)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, out in enumerate((folder / "0.pt", folder / "1.pt"))
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=100)
-            assert process.returncode == 0, output
-    finally:
-        # One that fails leaves the other waiting.
-        for process in processes:
-            process.kill()
-            process.communicate()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return two_ranks(gloo_composition.__file__, tmp_path_factory.mktemp("gloo"))
 
 
 @functools.cache

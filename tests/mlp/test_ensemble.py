@@ -2,17 +2,13 @@
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import gloo_sweep
 import pytest
 import torch
 from torch import nn
-from training_cases import LOSSES, OPTIMIZERS, STATEFUL, make, ordinary, quick, relative, state_of
+from training_cases import LOSSES, OPTIMIZERS, STATEFUL, make, ordinary, quick, relative, state_of, two_ranks
 
 from perceptriton.kernels import plan, records
 from perceptriton.mlp import MLP, Ensemble, History, fit, fit_sharded
@@ -471,23 +467,7 @@ def test_two_processes_train_as_one(tmp_path):
         gloo_sweep.sweep(members=1, dtype=torch.float64),
         gloo_sweep.sweep(members=1, mixed=True),
     ]
-    command = [sys.executable, str(Path(gloo_sweep.__file__))]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "store"), str(tmp_path / f"{rank}.pt")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=100)
-        assert process.returncode == 0, output
-    for rank in range(2):
-        *results, spoiled, broken = torch.load(tmp_path / f"{rank}.pt")
+    for rank, (*results, spoiled, broken) in enumerate(two_ranks(gloo_sweep.__file__, tmp_path)):
         # Of what only the second rank would train: the first must not wait for it.
         assert spoiled.startswith("ValueError: y must lie in [0, 1] for BCELoss, not in [0.01251")
         other = "RuntimeError: rank 1 of 2 could not train its share"
