@@ -251,7 +251,7 @@ def mlp_bce_fwd(
     target (..., N) and pos_weight (N,) or None: any strides and floating dtypes. reduction: "none", "mean", "sum".
     """
     head = (_flat(target), _stored(pos_weight), reduction, dtype)
-    loss, saved = gpu("network").mlp_bce_fwd(_flat(x), *_dense(weights, biases), hidden, *head, plan, save)
+    loss, saved = gpu("network").mlp_fwd(_flat(x), *_dense(weights, biases), hidden, "identity", plan, save, head)
     return _led(loss, target.shape) if reduction == "none" else loss, saved
 
 
@@ -269,7 +269,7 @@ def mlp_bce_bwd(
     plan: MlpPlan,
 ) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
     """(dx, dweights, dbiases) of `mlp_bce_fwd`; dloss has the shape of the loss."""
-    options = (hidden, _flat(target), _stored(pos_weight), reduction, wanted, plan)
+    options = (hidden, "identity", wanted, plan, (_flat(target), _stored(pos_weight), reduction))
     dloss = _flat(dloss) if reduction == "none" else _stored(dloss)
-    dx, dweights, dbiases = gpu("network").mlp_bce_bwd(dloss, _flat(x), saved, *_dense(weights, biases), *options)
+    dx, dweights, dbiases = gpu("network").mlp_bwd(dloss, _flat(x), saved, *_dense(weights, biases), *options)
     return None if dx is None else dx.view(x.shape), dweights, dbiases

@@ -245,7 +245,7 @@ class TrainConfig:
     """What every step of a training loop does, apart from the numbers it starts from."""
 
     widths: tuple[int, ...]  # of the input and of every layer's output
-    hidden: str = "sigmoid"  # names in activations.py and device.py
+    hidden: str = "sigmoid"  # a name in activations.py
     output: str = "sigmoid"
     bias: bool = True
     loss: str = "bce"  # "bce" (output: sigmoid), "bce_logits" (output: identity) or "mse" (any output)
@@ -265,8 +265,8 @@ class TrainPlan:
     """How a whole training loop runs.
 
     `impl` is "lane" (one kernel for all steps of `networks` networks per program, one per lane), "block" (one kernel
-    for all steps, one network per program), "graph" (`loop.py` on a GPU, each step a replay of a captured graph) or
-    "torch" (`loop.py`, step by step).
+    for all steps, one network per program), "graph" (`loop/` on a GPU, each step a replay of a captured graph) or
+    "torch" (`loop/`, step by step).
     """
 
     impl: str
@@ -278,7 +278,7 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class LoopPlan:
-    """How `loop.py` lays its buffers out, on how many threads it runs, and why.
+    """How `loop/` lays its buffers out, on how many threads it runs, and why.
 
     "joint": one network, the parameters of all layers as blocks of one matrix. "matrices": a matrix per layer, or a
     stack of them. "arrays": every single parameter an array over the members.

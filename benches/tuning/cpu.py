@@ -218,7 +218,7 @@ WORTH = 0.01
 
 
 def fit_rule(rows: list[Row]) -> dict | None:
-    """The rule for taking oneDNN (second) over mm (first): bounds that `plan.cpu._within` reads; None: never.
+    """The rule for taking oneDNN (second) over mm (first): bounds that `plan.cpu.within` reads; None: never.
 
     Rules that choose alike in all rows tie, and the most reluctant of them wins.
     """
@@ -250,7 +250,7 @@ def fit_small(rows: list[Row]) -> int:
 
 
 def fit_split(rows: list[Row], threads: int) -> dict | None:
-    """The rule for giving each thread rows of its own (second): how many, and bounds for `_within`; None: never."""
+    """The rule for giving each thread rows of its own (second): how many, and bounds for `within`; None: never."""
     cost, m = preference(rows), np.array([row.m for row in rows])
     inputs, outputs = np.array([row.k for row in rows]), np.array([row.k * row.n for row in rows])
     best, rule = -1e-9, None
@@ -293,7 +293,7 @@ def quality(rows: list[Row], takes_second: Callable[[Row], bool]) -> str:
 
 
 def takes(rule: dict | None) -> Callable[[Row], bool]:
-    return lambda row: plan.cpu._within(rule, row.m, row.k, row.n)
+    return lambda row: plan.cpu.within(rule, row.m, row.k, row.n)
 
 
 # --- the measurement ---------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def measure(dtype: str, grid: list[Shape], progress: Progress) -> tuple[dict, li
 
     thresholds = {"small": 0, **fit_products(0), "chunk_above_bytes": NEVER, "chunk_bytes": MEGABYTE}
     for m, k, n in shapes["split"]:
-        gemm = "onednn" if plan.cpu._within(thresholds["dweight"], m, k, n) else "mm"
+        gemm = "onednn" if plan.cpu.within(thresholds["dweight"], m, k, n) else "mm"
         us = progress.timed(split_steps(gemm, Tensors(m, k, n, torch_dtype)), f"{dtype} split {m}x{k}x{n}")
         rows.append(Row("split", m, k, n, us["product"], us["split"]))
     threads = torch.get_num_threads()

@@ -151,14 +151,10 @@ def launch(row: TileRow, act: str, variant: tuple[bool, bool, bool, bool]) -> ao
     wanted = (True, (True,) * layers, (True,) * layers)
     save = tuple(range(1, layers)) if op == "mlp_fwd" else ()
     if op == "mlp_bwd":
-        if loss:
-            arguments = (empty(()), x, (), weights, biases, act, y, pos_weight, "mean", wanted, plan)
-            return aot.launches(network.mlp_bce_bwd, *arguments)[0]
-        return aot.launches(network.mlp_bwd, y, x, (), weights, biases, act, act, wanted, plan)[0]
-    if loss:
-        arguments = (x, weights, biases, act, y, pos_weight, "mean", dtype, plan, save)
-        return aot.launches(network.mlp_bce_fwd, *arguments)[0]
-    return aot.launches(network.mlp_fwd, x, weights, biases, act, act, plan, save)[0]
+        dy, output, head = (empty(()), "identity", (y, pos_weight, "mean")) if loss else (y, act, None)
+        return aot.launches(network.mlp_bwd, dy, x, (), weights, biases, act, output, wanted, plan, head)[0]
+    output, head = ("identity", (y, pos_weight, "mean", dtype)) if loss else (act, None)
+    return aot.launches(network.mlp_fwd, x, weights, biases, act, output, plan, save, head)[0]
 
 
 def clean(resources: aot.Resources) -> bool:

@@ -67,6 +67,9 @@ def _refuse_to_compile(kernel, *arguments):
 _runners: dict[tuple, tuple[object, int, Callable[..., object]]] = {}
 MAX_RUNNERS = 4096
 
+Tensors = tuple[Tensor, ...]
+OptionalTensors = tuple[Tensor | None, ...]
+
 
 def aligned(*tensors: Tensor | None) -> bool:
     """Whether all begin at multiples of 16 bytes, as those that torch allocates do."""
@@ -75,6 +78,13 @@ def aligned(*tensors: Tensor | None) -> bool:
         if tensor is not None:
             addresses |= tensor.data_ptr()
     return not addresses % 16
+
+
+def known_operands(*tensors: Tensor | None) -> tuple | None:
+    """What the choice of a compiled kernel depends on in these tensors, or None where they are not `aligned`."""
+    if not aligned(*tensors):
+        return None
+    return tuple([None if t is None else (t.device, t.dtype, t.stride()) for t in tensors])
 
 
 def launch(kernel, grid: tuple[int, ...], owner: object, known: tuple | None, /, **arguments: object) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..records import Plan
 from .functions import ACTIVATIONS
-from .launch import INTERPRETED, aligned, device_of, launch
+from .launch import INTERPRETED, aligned, device_of, known_operands, launch
 from .layer_kernels import (
     act_bwd_kernel,
     linear_act_bwd_rows_kernel,
@@ -23,10 +23,8 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     tile = plan.tile
     kernel = linear_act_fwd_rows_kernel if plan.impl == "rows" else linear_act_fwd_tiled_kernel
-    known = None
-    if aligned(x, weight, bias):
-        operands = [t if t is None else (t.device, t.dtype, t.stride()) for t in (x, weight, bias)]
-        known = (activation, M, N, K, *operands)
+    operands = known_operands(x, weight, bias)
+    known = operands and (activation, M, N, K, *operands)
     with device_of(x):
         launch(
             kernel,
@@ -68,45 +66,31 @@ def linear_act_bwd(
     wanted: tuple[bool, bool, bool],
     plan: Plan,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias), None where not wanted. x may be None without dweight, weight without dx."""
-    if plan.impl == "rows":
-        return _linear_act_bwd_rows(dy, y, x, weight, activation, wanted, plan)
+    """(dx, dweight, dbias), None where not wanted. x may be None without dweight, weight without dx.
+
+    "rows": one kernel and, with several programs, one reduction; else a pass for dz and dbias, then library GEMMs.
+    """
     need_dx, need_dweight, need_dbias = wanted
-    dz, dbias = act_bwd(dy, y, activation, need_dbias, plan)
-    dx = torch.mm(dz, weight) if need_dx and weight is not None else None
-    dweight = torch.mm(dz.t(), x) if need_dweight and x is not None else None
-    return dx, dweight, dbias
-
-
-def _linear_act_bwd_rows(
-    dy: Tensor,
-    y: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    activation: str,
-    wanted: tuple[bool, bool, bool],
-    plan: Plan,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """One kernel and, with several programs, one reduction."""
+    if plan.impl != "rows":
+        dz, dbias = act_bwd(dy, y, activation, need_dbias, plan)
+        dx = torch.mm(dz, weight) if need_dx and weight is not None else None
+        dweight = torch.mm(dz.t(), x) if need_dweight and x is not None else None
+        return dx, dweight, dbias
     M, N = y.shape
     K = weight.shape[1] if weight is not None else x.shape[1] if x is not None else 1
     tile = plan.tile
-    need_dx, need_dweight, need_dbias = wanted
     dx = y.new_empty((M, K)) if need_dx else None
     dweight = y.new_empty((N, K)) if need_dweight else None
     dbias = y.new_empty((N,)) if need_dbias else None
     # One program writes the gradients themselves; several write fp32 slots that are then summed.
     size = (N * K if need_dweight else 0) + (N if need_dbias else 0)
-    slots = None
-    dweight_slots, dbias_slots = dweight, dbias
+    slots, dweight_slots, dbias_slots = None, dweight, dbias
     if plan.programs > 1 and size:
         slots = torch.empty((plan.programs, size), dtype=torch.float32, device=y.device)
         dweight_slots = slots if need_dweight else None
         dbias_slots = slots[:, size - N :] if need_dbias else None
-    known = None
-    if aligned(dy, y, x, weight):
-        operands = [t if t is None else (t.device, t.dtype, t.stride()) for t in (y, dy, x, weight)]
-        known = (activation, M, N, K, *operands, wanted)
+    operands = known_operands(y, dy, x, weight)
+    known = operands and (activation, M, N, K, *operands, wanted)
     with device_of(y):
         launch(
             linear_act_bwd_rows_kernel,
@@ -154,9 +138,8 @@ def act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Plan
     grid = (-(-M // tile.block_m), -(-N // tile.block_n))  # triton.cdiv is typed as device code
     slots = torch.empty((grid[0], N), dtype=torch.float32, device=y.device) if need_dbias else None
     dbias = torch.empty((N,), dtype=y.dtype, device=y.device) if need_dbias else None
-    known = None
-    if aligned(dy, y):
-        known = (y.device, y.dtype, dy.device, dy.dtype, activation, M, N, dy.stride(), need_dbias)
+    operands = known_operands(dy, y)
+    known = operands and (activation, M, N, *operands, need_dbias)
     with device_of(y):
         launch(
             act_bwd_kernel,
@@ -183,6 +166,7 @@ def act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Plan
 
 
 def sum_slots(slots: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+    """Writes the sums of slots (programs, size), in the order of programs, into first and then second."""
     num_slots, size = slots.shape
     known = None
     if aligned(slots, first, second):

@@ -1,7 +1,8 @@
 """Launchers of whole networks: shapes as in `network_kernels.py`, a launch for each segment of a plan."""
 
 # The head is there or not, as a whole, which types do not say.
-# pyright: reportArgumentType=false, reportReturnType=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false
 import itertools
 
 import torch
@@ -11,12 +12,9 @@ from torch import Tensor
 from ..plan import mlp_columns
 from ..records import MlpPlan
 from .functions import ACTIVATIONS, UNBOUNDED
-from .launch import INTERPRETED, aligned, device_of, launch
+from .launch import INTERPRETED, OptionalTensors, Tensors, aligned, device_of, launch
 from .layer import sum_slots
 from .network_kernels import mlp_bwd_kernel, mlp_fwd_kernel, sum_losses_kernel
-
-Tensors = tuple[Tensor, ...]
-OptionalTensors = tuple[Tensor | None, ...]
 
 
 def padded(widths: tuple[int, ...]) -> tuple[int, ...]:
@@ -25,47 +23,6 @@ def padded(widths: tuple[int, ...]) -> tuple[int, ...]:
 
 def _widths(weights: Tensors) -> tuple[int, ...]:
     return (weights[0].shape[1], *(weight.shape[0] for weight in weights))
-
-
-def mlp_fwd(
-    x: Tensor,
-    weights: Tensors,
-    biases: Tensors | None,
-    hidden: str,
-    output: str,
-    plan: MlpPlan,
-    save: tuple[int, ...] = (),
-) -> tuple[Tensor, Tensors]:
-    """(y, saved): the output (M, N), and the inputs of the layers l in `save`, all in the dtype of x.
-
-    x (M, K), any strides. weights: (N_l, K_l) each, contiguous; biases: (N_l,) each, contiguous, or None. `save` is
-    `boundaries` of the plan for the backward pass, or () for none. M is not 0. Saved activations are contiguous, with
-    K_l rounded up to a multiple of 16 columns, of which the first K_l count.
-    """
-    out, _ = _mlp_fwd(x, weights, biases, hidden, output, plan, save)
-    return out[-1], tuple(out[l - 1] for l in save)
-
-
-def mlp_bce_fwd(
-    x: Tensor,
-    weights: Tensors,
-    biases: Tensors | None,
-    hidden: str,
-    target: Tensor,
-    pos_weight: Tensor | None,
-    reduction: str,
-    dtype: torch.dtype,
-    plan: MlpPlan,
-    save: tuple[int, ...] = (),
-) -> tuple[Tensor, Tensors]:
-    """(loss, saved): the binary cross entropy of sigmoid(z), from the logits z of the last layer, in `dtype`.
-
-    target (M, N), any strides and floating dtype. pos_weight (N,) of any stride and floating dtype, or None.
-    reduction: "none" gives (M, N), "mean" and "sum" a scalar tensor. The rest as for `mlp_fwd`. Predictions are not
-    written anywhere.
-    """
-    out, loss = _mlp_fwd(x, weights, biases, hidden, "identity", plan, save, (target, pos_weight, reduction, dtype))
-    return loss, tuple(out[l - 1] for l in save)
 
 
 def _head_known(head) -> tuple:
@@ -77,8 +34,27 @@ def _head_known(head) -> tuple:
     return target.dtype, target.stride(), weighted, *others
 
 
-def _mlp_fwd(x, weights, biases, hidden, output, plan, save, head=None):
-    """The outputs of all layers, None where not stored, and the loss, None without a head."""
+def mlp_fwd(
+    x: Tensor,
+    weights: Tensors,
+    biases: Tensors | None,
+    hidden: str,
+    output: str,
+    plan: MlpPlan,
+    save: tuple[int, ...] = (),
+    head: tuple[Tensor, Tensor | None, str, torch.dtype] | None = None,
+) -> tuple[Tensor, Tensors]:
+    """(y, saved): the output (M, N), and the inputs of the layers l in `save`, all in the dtype of x.
+
+    x (M, K), any strides. weights: (N_l, K_l) each, contiguous; biases: (N_l,) each, contiguous, or None. `save` is
+    `boundaries` of the plan for the backward pass, or () for none. M is not 0. Saved activations are contiguous, with
+    K_l rounded up to a multiple of 16 columns, of which the first K_l count.
+
+    head: (target, pos_weight, reduction, dtype) gives, in the place of y, which is not written anywhere, the binary
+    cross entropy of sigmoid(z) in `dtype`, from the logits z of a last layer that is an identity. target (M, N), any
+    strides and floating dtype. pos_weight (N,) of any stride and floating dtype, or None. reduction: "none" gives
+    (M, N), "mean" and "sum" a scalar tensor.
+    """
     M, widths = x.shape[0], _widths(weights)
     columns = mlp_columns(widths)
     out: list = [None] * len(weights)
@@ -154,49 +130,7 @@ def _mlp_fwd(x, weights, biases, hidden, output, plan, save, head=None):
                 num_warps=4,
                 enable_fp_fusion=True,
             )
-    return out, loss
-
-
-def mlp_bwd(
-    dy: Tensor,
-    x: Tensor,
-    saved: Tensors,
-    weights: Tensors,
-    biases: Tensors | None,
-    hidden: str,
-    output: str,
-    wanted: tuple[bool, tuple[bool, ...], tuple[bool, ...]],
-    plan: MlpPlan,
-) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
-    """(dx, dweights, dbiases) from dy (M, N) of any strides, None where not wanted.
-
-    saved: what `mlp_fwd` returned for `plan.boundaries`. wanted: dx, then one flag per weight and
-    one per bias. Shapes and dtypes of the gradients are those of x, weights and biases; the parameters' gradients are
-    views of one tensor, each aligned to 16 bytes. The rest as for `mlp_fwd`.
-    """
-    return _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan)
-
-
-def mlp_bce_bwd(
-    dloss: Tensor,
-    x: Tensor,
-    saved: Tensors,
-    weights: Tensors,
-    biases: Tensors | None,
-    hidden: str,
-    target: Tensor,
-    pos_weight: Tensor | None,
-    reduction: str,
-    wanted: tuple[bool, tuple[bool, ...], tuple[bool, ...]],
-    plan: MlpPlan,
-) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
-    """(dx, dweights, dbiases) of the loss of `mlp_bce_fwd`.
-
-    dloss: (M, N) of any strides for reduction "none", else a tensor of one element, read on the device. The rest as
-    for `mlp_bce_fwd` and `mlp_bwd`.
-    """
-    head = (target, pos_weight, reduction)
-    return _mlp_bwd(dloss, x, saved, weights, biases, hidden, "identity", wanted, plan, head)
+    return out[-1] if loss is None else loss, tuple(out[l - 1] for l in save)
 
 
 def _slots(widths, wanted):
@@ -211,7 +145,27 @@ def _slots(widths, wanted):
     return at_weights, at_biases, size
 
 
-def _mlp_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head=None):
+def mlp_bwd(
+    dy: Tensor,
+    x: Tensor,
+    saved: Tensors,
+    weights: Tensors,
+    biases: Tensors | None,
+    hidden: str,
+    output: str,
+    wanted: tuple[bool, tuple[bool, ...], tuple[bool, ...]],
+    plan: MlpPlan,
+    head: tuple[Tensor, Tensor | None, str] | None = None,
+) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
+    """(dx, dweights, dbiases) from dy (M, N) of any strides, None where not wanted.
+
+    saved: what `mlp_fwd` returned for `plan.boundaries`. wanted: dx, then one flag per weight and
+    one per bias. Shapes and dtypes of the gradients are those of x, weights and biases; the parameters' gradients are
+    views of one tensor, each aligned to 16 bytes. The rest as for `mlp_fwd`.
+
+    head: (target, pos_weight, reduction) makes dy the gradient of the loss: (M, N) of any strides for reduction "none",
+    else a tensor of one element, read on the device.
+    """
     M, widths = x.shape[0], _widths(weights)
     target, pos_weight, reduction = head or (None, None, "")
     stride_tm, stride_tn = (0, 0) if target is None else target.stride()

@@ -12,7 +12,7 @@ Padding: every width is rounded up to a power of two of at least 16. A padded ne
 but the weights that read it are padded with 0, so it reaches nothing; going back, its dz is 0 for the same reason.
 
 The backward kernel works on transposed activations, [width, rows], so that no product takes as its left operand the
-transpose of something that itself came from a product, which was reported to go wrong on Hopper: see `linear.py`.
+transpose of something that itself came from a product, which was reported to go wrong on Hopper (`layer_kernels.py`).
 """
 
 # triton's types know neither launch options nor tl.range.

@@ -22,13 +22,8 @@ of padded neurons are set to 0, with which all padded gradients are 0. A padded 
 weight decay has eaten it up.
 """
 
-# triton's types know neither launch options nor tl.range.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
-# triton's types know neither launch options nor tl.range.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportCallIssue=false
+# Launch options are not in triton's types.
 import itertools
 import math
 
@@ -47,7 +42,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class KernelLoop:
-    """A run of training steps in launches. The arguments are those of `loop.KernelLoop`, in float32 and contiguous."""
+    """A run of training steps in launches. The arguments are those of `TorchLoop`, in float32 and contiguous."""
 
     def __init__(
         self,
@@ -69,10 +64,9 @@ class KernelLoop:
         last = self.samples - (self.batches - 1) * batch_size
         divide = config.reduction == "mean"
         if config.optimizer in ("adam", "adamw"):
-            optimizer = "adam"
-            beta1, beta2 = config.beta1, config.beta2
-            logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
-            hyper = (beta1, 1 - beta1, beta2, 1 - beta2, *logs, config.eps)
+            optimizer, betas = "adam", (config.beta1, config.beta2)
+            logs = [math.log(beta) if beta else -math.inf for beta in betas]
+            hyper = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], *logs, config.eps)
         else:
             optimizer = "sgd" if config.momentum == 0 else "nesterov" if config.nesterov else "momentum"
             hyper = (config.momentum, 1 - config.dampening)
@@ -85,7 +79,7 @@ class KernelLoop:
         else:
             self.kernel, self.grid = train_block_kernel, (members,)
             tile = {"PADDED": padded(widths), "BLOCK_M": plan.rows}
-        # What no launch changes.
+        # The arguments that are the same in every launch.
         self.arguments = {
             "parameter_ptrs": tuple(parameters),
             "first_ptrs": tuple(first) or None,
@@ -117,12 +111,12 @@ class KernelLoop:
             **tile,
             "num_warps": plan.num_warps,
             "num_stages": 1,
-            # Said, or the assembler spills a few values in order to stay at 64, 96 or 128.
+            # Without a limit of its own the assembler spills a few values in order to stay at 64, 96 or 128 registers.
             "maxnreg": 255,
         }
 
     def run(self, order: Tensor | None, start: int, steps: int, log_every: int, losses: Tensor) -> None:
-        """As `loop.KernelLoop.run`; order is int32, losses float32."""
+        """As `TorchLoop.run`; order is int32, losses float32."""
         if steps == 0:
             return
         # Without a log, one segment that began a step before the launch, where its loss would be due. The kernel is the

@@ -9,14 +9,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..records import MlpPlan, Plan, WideTile
-from . import layer as linear
 from .functions import ACTIVATIONS
-from .launch import INTERPRETED, device_of
-from .layer import sum_slots
+from .launch import INTERPRETED, OptionalTensors, Tensors, device_of
+from .layer import act_bwd, linear_act_bwd, sum_slots
 from .wide_kernels import linear_act_dgrad_tma_kernel, linear_act_fwd_tma_kernel, sum_splits_kernel
-
-Tensors = tuple[Tensor, ...]
-OptionalTensors = tuple[Tensor | None, ...]
 
 
 def readable(matrix: Tensor) -> bool:
@@ -127,10 +123,8 @@ def linear_act_dgrad(
     (M, K), N = dz.shape, weight.shape[1]
     tile = cast(WideTile, plan.tile)
     transposed = dz.dtype is torch.float32
-    if transposed:
-        weight, block = as_readable(weight.t()), [tile.block_n, tile.block_k]
-    else:
-        weight, block = as_readable(weight), [tile.block_k, tile.block_n]
+    weight = as_readable(weight.t() if transposed else weight)
+    block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
     below = torch.empty((M, N), dtype=dz.dtype, device=dz.device)
     dbias = torch.empty((N,), dtype=dz.dtype, device=dz.device) if need_dbias else None
     slots = torch.empty((-(-M // tile.block_m), N), dtype=torch.float32, device=dz.device) if need_dbias else None
@@ -182,12 +176,10 @@ def mlp_bwd(
         act, below = output if l == count - 1 else hidden, l > first
         if dz is None and not (below and dgrad):
             flags = (below or need_dx, need_dweights[l], need_dbiases[l])
-            dh, dweights[l], dbiases[l] = linear.linear_act_bwd(
-                cast(Tensor, dh), hs[l + 1], hs[l], weight, act, flags, own
-            )
+            dh, dweights[l], dbiases[l] = linear_act_bwd(cast(Tensor, dh), hs[l + 1], hs[l], weight, act, flags, own)
             continue
         if dz is None:
-            dz, dbiases[l] = linear.act_bwd(cast(Tensor, dh), hs[l + 1], act, need_dbiases[l], own)
+            dz, dbiases[l] = act_bwd(cast(Tensor, dh), hs[l + 1], act, need_dbiases[l], own)
         if need_dweights[l]:
             wgrad = plan.wgrads[l]
             dweights[l] = linear_act_wgrad(dz, as_readable(hs[l]), wgrad) if wgrad else torch.mm(dz.t(), hs[l])

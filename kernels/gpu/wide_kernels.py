@@ -11,8 +11,8 @@ along K only: for fp32 dgrad reads a transposed copy of the weight, which is sma
 it splits them.
 
 TMA reads a matrix whose rows lie dense and start at multiples of 16 bytes: `readable` says whether an operand is one;
-the pointer kernel in `linear.py` takes the others. M, N and K need not be whole tiles: TMA reads zeros beyond an edge
-and writes nothing there.
+the pointer kernel in `layer_kernels.py` takes the others. M, N and K need not be whole tiles: TMA reads zeros beyond an
+edge and writes nothing there.
 
 The descriptors are made on the host. Device-side ones need `triton.set_allocator`, which is set per thread, and
 autograd runs backward in threads of its own. Shape after triton's tutorial 09 (persistent matmul): programs walk

@@ -13,7 +13,7 @@ def _thresholds(dtype: str, device: Device) -> dict:
     return cast(dict, cpu_thresholds(dtype, device.vendor))
 
 
-def _within(rule: dict | None, m: int, k: int, n: int) -> bool:
+def within(rule: dict | None, m: int, k: int, n: int) -> bool:
     """Whether a rule's bounds, min_ and max_ of rows, macs, width, in and outputs, hold for a product; None: never."""
     sizes = {"rows": m, "macs": m * k * n, "width": min(k, n), "in": k, "outputs": k * n}
     return rule is not None and all(
@@ -27,7 +27,7 @@ def cpu_fwd(m: int, k: int, n: int, dtype: str, device: Device) -> Plan:
     table = _thresholds(dtype, device)
     if m < cpu_rows((k, n), dtype, device.vendor, False):
         return Plan("aten", "small: plain torch operations cost least")
-    if _within(table["forward"], m, k, n):
+    if within(table["forward"], m, k, n):
         return Plan("explicit", "oneDNN's product with the activation in it", forward_gemm="onednn")
     return Plan("explicit", "torch's product, activation in place")
 
@@ -49,10 +49,10 @@ def _cpu_explicit_bwd(m: int, k: int, n: int, dtype: str, device: Device) -> Pla
         # dz in pieces that stay in cache, instead of a fresh tensor that the system must map page by page.
         chunk = max(2048, table["chunk_bytes"] // (n * size))
     rows = min(m, chunk or m)
-    dx = "onednn" if _within(table["dx"], rows, k, n) else "mm"
-    dweight = "onednn" if _within(table["dweight"], rows, k, n) else "mm"
+    dx = "onednn" if within(table["dx"], rows, k, n) else "mm"
+    dweight = "onednn" if within(table["dweight"], rows, k, n) else "mm"
     rule = table.get("split")
-    split = rule["rows"] if rule is not None and _within(rule, m, k, n) else 0
+    split = rule["rows"] if rule is not None and within(rule, m, k, n) else 0
     shared = f" or, from {split} rows per thread on, a part of the rows on each" if 0 < split <= rows else ""
     reason = f"dx by {dx}, dweight by {dweight}{shared}" + (f", dz in pieces of {chunk} rows" if chunk else "")
     return Plan("explicit", reason, dx_gemm=dx, dweight_gemm=dweight, split_rows=split, chunk=chunk)

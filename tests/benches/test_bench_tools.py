@@ -454,7 +454,7 @@ def test_fit_recovers_a_rule(bench, rule):
     rows = rows_of(tune, takes_onednn)
     assert 0 < sum(takes_onednn(*shape) for shape in SHAPES) < len(SHAPES)
     found = tune.fit_rule(rows)
-    # `tune.takes` asks plan.py, which has to read the rule in the same way.
+    # `tune.takes` asks plan/cpu.py, which has to read the rule in the same way.
     assert [row[1:4] for row in rows if tune.takes(found)(row)] == [s for s in SHAPES if takes_onednn(*s)]
     # Reluctant, never beyond the rule: where no row tells, mm stays.
     assert found["min_width"] >= rule["min_width"]

@@ -122,9 +122,11 @@ def networks():
                     network.mlp_bwd(target, x, saved, *common, "sigmoid", wanted, backward)
                     for weight, reduction in itertools.product((None, pos_weight), ("none", "mean")):
                         for t in (target, target.float()):
-                            network.mlp_bce_fwd(x, *common, t, weight, reduction, torch.float32, forward)
+                            head = (t, weight, reduction, torch.float32)
+                            network.mlp_fwd(x, *common, "identity", forward, head=head)
                         dloss = target.float() if reduction == "none" else torch.empty(())
-                        network.mlp_bce_bwd(dloss, x, saved, *common, target, weight, reduction, wanted, backward)
+                        head = (target, weight, reduction)
+                        network.mlp_bwd(dloss, x, saved, *common, "identity", wanted, backward, head)
 
 
 @pytest.mark.slow
@@ -175,7 +177,7 @@ def test_a_ragged_last_batch_compiles_nothing(batch, last, dtype, launches):
         common = (weights, biases, "sigmoid")
         _, saved = network.mlp_fwd(x, *common, "sigmoid", forward, whole.boundaries)
         network.mlp_bwd(y, x, saved, *common, "sigmoid", (True, every, every), whole)
-        network.mlp_bce_fwd(x, *common, y, None, "mean", dtype, forward)
+        network.mlp_fwd(x, *common, "identity", forward, head=(y, None, "mean", dtype))
         wide.linear_act_fwd(h, torch.empty(64, 64, dtype=dtype), biases[0], "sigmoid", sums)
         wide.linear_act_dgrad(h, torch.empty(64, 32, dtype=dtype), x, "sigmoid", True, sums)
 

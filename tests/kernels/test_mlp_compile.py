@@ -66,12 +66,13 @@ def _recorded(op, kind, widths, rows, plan, act="sigmoid", loss=False):
     if op != "mlp_bwd":
         save = tuple(range(1, layers)) if op == "mlp_fwd" else ()
         if loss:
-            return aot.launches(network.mlp_bce_fwd, x, *net, y, empty(widths[-1]), "mean", dtype, plan, save)
+            head = (y, empty(widths[-1]), "mean", dtype)
+            return aot.launches(network.mlp_fwd, x, *net, "identity", plan, save, head)
         return aot.launches(network.mlp_fwd, x, *net, act, plan, save)
     saved = tuple(empty(rows, -(-widths[l] // 16) * 16) for l in plan.boundaries)
     if loss:
         head = (y, empty(widths[-1]), "mean")
-        return aot.launches(network.mlp_bce_bwd, empty(), x, saved, *net, *head, wanted, plan)
+        return aot.launches(network.mlp_bwd, empty(), x, saved, *net, "identity", wanted, plan, head)
     return aot.launches(network.mlp_bwd, y, x, saved, *net, act, wanted, plan)
 
 

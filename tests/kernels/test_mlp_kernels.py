@@ -310,8 +310,9 @@ def test_inputs_are_left_alone():
     inputs, before = [*inputs, y, *saved], [*before, y.clone(), *(s.clone() for s in saved)]
     network.mlp_bwd(net.dy, net.x, saved, net.weights, net.biases, "sigmoid", "tanh", net.everything(), plan)
     head = (target, pos_weight, "none")
-    network.mlp_bce_fwd(net.x, net.weights, net.biases, "sigmoid", *head, torch.float32, plan, plan.boundaries)
-    network.mlp_bce_bwd(net.dy, net.x, saved, net.weights, net.biases, "sigmoid", *head, net.everything(), plan)
+    parameters = (net.weights, net.biases, "sigmoid", "identity")
+    network.mlp_fwd(net.x, *parameters, plan, plan.boundaries, (*head, torch.float32))
+    network.mlp_bwd(net.dy, net.x, saved, *parameters, net.everything(), plan, head)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
@@ -409,32 +410,10 @@ def test_strides_of_dy(layout):
 
 def bce(net, target, pos_weight, reduction, plan, dloss, dtype=None):
     dtype = dtype or net.dtype
+    head, parameters = (target, pos_weight, reduction), (net.weights, net.biases, net.hidden, "identity")
     with poisoned():
-        loss, saved = network.mlp_bce_fwd(
-            net.x,
-            net.weights,
-            net.biases,
-            net.hidden,
-            target,
-            pos_weight,
-            reduction,
-            dtype,
-            plan,
-            plan.boundaries,
-        )
-        gradients = network.mlp_bce_bwd(
-            dloss,
-            net.x,
-            saved,
-            net.weights,
-            net.biases,
-            net.hidden,
-            target,
-            pos_weight,
-            reduction,
-            net.everything(),
-            plan,
-        )
+        loss, saved = network.mlp_fwd(net.x, *parameters, plan, plan.boundaries, (*head, dtype))
+        gradients = network.mlp_bwd(dloss, net.x, saved, *parameters, net.everything(), plan, head)
     return loss, saved, *gradients
 
 
@@ -573,6 +552,6 @@ def test_transposed_weight_is_refused():
     else [("any",) * 3],
 )
 def test_gradients_of_weights_on_the_device(width, block_m, num_warps):
-    # Products of transposed registers were once miscompiled for some of these tiles (see the docstring of mlp.py).
+    # Products of transposed registers were once miscompiled for some of these tiles (see network_kernels.py).
     net = Net((width,) * 3, m=1000, dtype=torch.bfloat16)
     check(net, net.run(fused(2, block_m=block_m, num_warps=num_warps), forward=fused(2, block_m=32)))

@@ -20,11 +20,13 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from perceptriton.kernels.gpu import layer, network, train, wide
+from perceptriton.kernels.gpu import layer as layers
+from perceptriton.kernels.gpu import network as networks
+from perceptriton.kernels.gpu import train, wide
 from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile, Plan, Tile, TrainConfig, TrainPlan, WideTile
 
 pytestmark = pytest.mark.tilelens
-MODULES = (layer, network, train, wide)
+MODULES = (layers, networks, train, wide)
 KERNELS = {
     name: kernel
     for module in MODULES
@@ -51,8 +53,8 @@ def layer(impl, tile, programs, backward):
     # Nothing is contiguous: addresses between the elements are stray ones too.
     x, dy = (cases.every_other(torch.randn(m, size)) for size in (k, n))
     weight, bias = cases.transposed(torch.randn(n, k)), cases.every_other(torch.randn(n))
-    y = layer.linear_act_fwd(x, weight, bias, "sigmoid", Plan(impl, "", tile, programs))
-    layer.linear_act_bwd(dy, y, x, weight, "sigmoid", (True, True, True), backward)
+    y = layers.linear_act_fwd(x, weight, bias, "sigmoid", Plan(impl, "", tile, programs))
+    layers.linear_act_bwd(dy, y, x, weight, "sigmoid", (True, True, True), backward)
 
 
 def rows():
@@ -71,11 +73,12 @@ def network():
     plan = MlpPlan("fused", "", segments)
     x, target = cases.every_other(torch.randn(m, 3)), torch.rand(m, 2)
     wanted = (True, (True,) * 3, (True,) * 3)
-    y, saved = network.mlp_fwd(x, weights, biases, "tanh", "sigmoid", plan, plan.boundaries)
-    network.mlp_bwd(torch.randn_like(y), x, saved, weights, biases, "tanh", "sigmoid", wanted, plan)
+    y, saved = networks.mlp_fwd(x, weights, biases, "tanh", "sigmoid", plan, plan.boundaries)
+    networks.mlp_bwd(torch.randn_like(y), x, saved, weights, biases, "tanh", "sigmoid", wanted, plan)
     head = (target, torch.rand(2), "mean")
-    loss, saved = network.mlp_bce_fwd(x, weights, biases, "tanh", *head, torch.float32, plan, plan.boundaries)
-    network.mlp_bce_bwd(torch.ones_like(loss), x, saved, weights, biases, "tanh", *head, wanted, plan)
+    parameters = (weights, biases, "tanh", "identity")
+    loss, saved = networks.mlp_fwd(x, *parameters, plan, plan.boundaries, (*head, torch.float32))
+    networks.mlp_bwd(torch.ones_like(loss), x, saved, *parameters, wanted, plan, head)
 
 
 def loop(plan):

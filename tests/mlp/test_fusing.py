@@ -162,7 +162,7 @@ def test_a_sequential_runs_its_layers_as_one_network(monkeypatch):
     x = torch.randn(2000, 8, 8)
     expected = results(model, x)
     fuse_(model)
-    # 2,000 x 600 x 600 multiply-adds and 2,000 x 1,200 outputs are not small to any table of plan.py
+    # 2,000 x 600 x 600 multiply-adds and 2,000 x 1,200 outputs are not small to any table
     torch.testing.assert_close(results(model, x), expected, rtol=1e-4, atol=1e-4)
     assert networks == [2]
 
