@@ -24,7 +24,7 @@ define step
 	@printf '\n== %s\n' '$(1)'
 	@mkdir -p .build
 	$(2) | tee '.build/$(1).txt'
-	@printf '%-44s %s\n' '$(1)' "$$(tail -n 1 '.build/$(1).txt' | sed 's/^[= ]*//; s/[= ]*$$//')" >> $(SUMMARY)
+	@printf '%-48s %s\n' '$(1)' "$$(tail -n 1 '.build/$(1).txt' | sed 's/^[= ]*//; s/[= ]*$$//')" >> $(SUMMARY)
 endef
 
 .PHONY: help
@@ -109,7 +109,7 @@ check: $(READY) ## while you work: lint, types, the fast tests and the core of t
 	$(call parts,check-fast lint check-core)
 
 test: $(READY) ## everything that needs no GPU, but for what takes long
-	$(call parts,test-all test-kernels test-compile)
+	$(call parts,test-mlp test-kernels test-others test-compile)
 
 test-more: $(READY) ## what CI runs besides: what takes long, sanitize, test-long and test-matrix (many minutes)
 	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-old-triton test-networks test-benches test-slowest test-fuzz)
@@ -121,9 +121,12 @@ check-fast: $(READY)
 check-core: $(READY)
 	$(call step,core of the kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) -m core)
 
-.PHONY: test-all test-compile test-kernels test-networks test-old-triton test-benches test-slowest test-fuzz
-test-all: $(READY)
-	$(call step,everything on the CPU,$(PYTEST) -m 'not (more or compiles)')
+.PHONY: test-mlp test-others test-compile test-kernels test-networks test-old-triton test-benches test-slowest test-fuzz
+test-mlp: $(READY)
+	$(call step,layers and networks and training on the CPU,$(PYTEST) -m 'not (more or compiles)' tests/mlp)
+
+test-others: $(READY)
+	$(call step,plans and benches and packaging on the CPU,$(PYTEST) -m 'not (more or compiles)' tests/kernels tests/benches tests/house)
 
 test-slowest: $(READY)
 	$(call step,the slowest on the CPU,$(PYTEST) -m more)

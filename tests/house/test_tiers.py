@@ -23,11 +23,11 @@ def reached(*targets):
 
 
 def tiers(*targets):
-    """(whether under the interpreter, what -m asks for, the folder) of each run of tests/ that the targets make."""
+    """(whether under the interpreter, what -m asks for, the folders) of each run of tests/ that the targets make."""
     lines = [line for target in reached(*targets) for line in RULES[target].splitlines() if "$(PYTEST)" in line]
-    runs = [re.fullmatch(r".*\$\(PYTEST\).* -m ('[^']+'|\w+)(?: (tests/\w+))?\)", line) for line in lines]
+    runs = [re.fullmatch(r".*\$\(PYTEST\).* -m ('[^']+'|\w+)((?: tests/\w+)*)\)", line) for line in lines]
     return [
-        ("TRITON_INTERPRET=1" in run[0], run[1].strip("'"), ROOT / (run[2] or "tests"))
+        ("TRITON_INTERPRET=1" in run[0], run[1].strip("'"), [ROOT / folder for folder in run[2].split() or ["tests"]])
         for run in runs
         if run is not None
     ]
@@ -63,11 +63,9 @@ def unreached(path, source, runs):
     for name, marks in cases_in(source):
         names = {mark: mark in marks for mark in MARKERS}
         interpreted = bool(marks & {"interpreter", "tilelens"})
-        places = [(where, folder) for where, asked, folder in runs if eval(asked, {"__builtins__": {}}, names)]
-        if (
-            not any(where == interpreted and folder in path.parents for where, folder in places)
-            or kernels > interpreted
-        ):
+        asking = [run for run in runs if eval(run[1], {"__builtins__": {}}, names)]
+        runs_it = any(where == interpreted and {*folders} & {*path.parents} for where, _, folders in asking)
+        if not runs_it or kernels > interpreted:
             found.append((name, marks))
     return found
 
