@@ -8,6 +8,10 @@ TRAIN_IMPLS = (None, "lane", "block", "graph", "torch")
 DTYPES = ("float32", "bfloat16", "float16")
 EMPTY = "nothing to compute"
 
+# Chips that tables have rows for: bytes of shared memory that one program may use (CUDA programming guide, compute
+# capabilities).
+CHIPS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+
 # fp32 products as several products of tensor cores, each operand a sum of two or three short numbers.
 SPLITS = ("tf32x3", "bf16x6", "bf16x3")
 
@@ -64,7 +68,7 @@ LAYOUTS = {
     "mlp_bwd": ("exact", "in", "out", "both"),
 }
 TILE_VALUES = {
-    "chip": ("sm_80", "sm_90", "sm_100"),
+    "chip": tuple(CHIPS),
     "op": tuple(LAYOUTS),
     "product": ("half", "tf32", "ieee", *SPLITS),
     "block_m": BLOCKS,

@@ -16,8 +16,10 @@ import pytest
 import torch
 from machine_code import DOTS, dangerous_dots, lost_bounds, overwritten_operands
 
-from perceptriton.kernels import tables
+from perceptriton.kernels import Device, tables
 
+# By compute capability: an A100, an H100, a B200.
+CHIPS = {arch: Device("cuda", arch, units, triton=True) for arch, units in ((80, 108), (90, 132), (100, 148))}
 PRINTED = ("HGMMA", "HMMA", "FFMA", "MUFU")
 PER_PROGRAM = ("registers", "stack", "shared", "num_warps")
 TABLES = Path(__file__).with_name("compiled")

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import torch
 
 from perceptriton.kernels.gpu import aot, layer
+from perceptriton.kernels.plan.chips import LAYER_CHIPS
 from perceptriton.kernels.records import Plan, TileRow
 from perceptriton.kernels.tables import LAYER_TILES
 
 from . import common
 
 WIDTHS = (16, 32, 64, 128, 256)
-CHIPS = ("sm_90", "sm_80")
 # Elements of the padded weight beyond which no tile was ever clean.
 LARGEST = {"half": 128 * 256, "tf32": 128 * 128, "ieee": 128 * 128}
 OPS = ("linear_act_fwd", "linear_act_bwd")
@@ -26,7 +26,7 @@ ROWS = (128, 64, 32, 16)
 
 
 def cells() -> Iterator[list[TileRow]]:
-    for chip, op, product, layout in itertools.product(CHIPS, OPS, common.PRODUCTS, ("aligned", "ragged")):
+    for chip, op, product, layout in itertools.product(LAYER_CHIPS, OPS, common.PRODUCTS, ("aligned", "ragged")):
         for block_k, block_n in itertools.product(WIDTHS, WIDTHS):
             if block_k * block_n <= LARGEST[product]:
                 tiles = candidates(op, product, block_k, block_n)

@@ -12,12 +12,11 @@ from collections.abc import Iterator
 import torch
 
 from perceptriton.kernels.gpu import aot, network
+from perceptriton.kernels.plan.chips import LAYER_CHIPS
 from perceptriton.kernels.records import LAYOUTS, MlpPlan, MlpSegment, TileRow
 from perceptriton.kernels.tables import MLP_TILES
 
 from . import common
-
-CHIPS = ("sm_80", "sm_90")
 
 
 def _uniform(width: int, *depths: int):
@@ -104,7 +103,7 @@ PREFERENCES = {
 
 
 def cells() -> Iterator[list[TileRow]]:
-    for chip, op, product in itertools.product(CHIPS, ("mlp_infer", "mlp_fwd", "mlp_bwd"), common.PRODUCTS):
+    for chip, op, product in itertools.product(LAYER_CHIPS[::-1], ("mlp_infer", "mlp_fwd", "mlp_bwd"), common.PRODUCTS):
         for layout in LAYOUTS[op]:
             for chain in CHAINS[op, layout]:
                 tiles = candidates(op, product, max(chain))

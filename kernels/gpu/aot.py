@@ -27,10 +27,11 @@ from triton.runtime import JITFunction
 from triton.runtime.jit import DependenciesFinder, JITCallable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..records import CHIPS
+
 POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
-# Bytes of shared memory that one program may use, by chip generation (CUDA programming guide, compute capabilities).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {int(chip[3:]): limit for chip, limit in CHIPS.items()}  # bytes, by compute capability
 
 
 # The machine instructions that are counted by name, each in all its forms.

@@ -19,14 +19,18 @@ def product_kind(dtype: str, precision: str) -> str:
     return precision if dtype == "float32" else "half"
 
 
+# Chips for which the tables of layers and networks have tiles, the newest first: a tile that is clean on one may spill
+# on another.
+LAYER_CHIPS = ("sm_90", "sm_80")
+
+
 def generation(arch: int) -> str:
-    # Tiles are chosen per chip: one that is clean on sm_90 may spill on sm_80. Chips between or beyond the
-    # generations of the table take the next one below.
-    return "sm_90" if arch >= 90 else "sm_80"
+    """The chip whose tiles layers and networks take: the newest one that is no newer."""
+    return next((chip for chip in LAYER_CHIPS if arch >= int(chip[3:])), LAYER_CHIPS[-1])
 
 
 def wide_generation(arch: int) -> str:
-    # Neither registers nor shared memory carry over: sm_120 has TMA too, and less than half the shared memory.
+    """The chip whose tiles TMA takes. Those of an older one would not do: sm_120 has less than half the shared memory."""
     return f"sm_{arch // 10}0"
 
 

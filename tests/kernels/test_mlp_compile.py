@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from compiling import FINDINGS, assert_fits, assert_sound, compile_for, compile_selected, launch_signature
+from compiling import CHIPS, FINDINGS, assert_fits, assert_sound, compile_for, compile_selected, launch_signature
 from machine_code import overwritten_operands
 
 triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
@@ -18,8 +18,8 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import triton.language as tl  # noqa: E402
 
-from perceptriton.kernels import Device, records, tables  # noqa: E402
 from perceptriton.kernels import plan as planning  # noqa: E402
+from perceptriton.kernels import records, tables  # noqa: E402
 from perceptriton.kernels.gpu import aot, network  # noqa: E402
 from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile  # noqa: E402
 
@@ -30,7 +30,6 @@ if not (tables.TABLES / "mlp_tiles.json").exists():
 
 KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-CHIPS = {80: Device("cuda", 80, 108, triton=True), 90: Device("cuda", 90, 132, triton=True)}
 
 # Nets that take the tiles of wider chains, as most nets do.
 EXAMPLES = {
@@ -78,7 +77,7 @@ def _recorded(op, kind, widths, rows, plan, act="sigmoid", loss=False):
 
 def _cases():
     """(arch, op, kind, widths, rows, plan, activation, loss) by name."""
-    for arch, op, kind in itertools.product(CHIPS, ("mlp_infer", "mlp_fwd", "mlp_bwd"), KINDS):
+    for arch, op, kind in itertools.product((80, 90), ("mlp_infer", "mlp_fwd", "mlp_bwd"), KINDS):
         for layout in records.LAYOUTS[op]:
             for number, row in enumerate(tables.tile_rows("mlp_tiles.json", f"sm_{arch}", op, kind, layout)):
                 chain, tile, name = row.widths, row.network_tile, "-".join(map(str, row.widths))

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from compiling import FINDINGS, assert_fits, assert_sound, compile_for, compile_selected, launch_signature
+from compiling import CHIPS, FINDINGS, assert_fits, assert_sound, compile_for, compile_selected, launch_signature
 from machine_code import carried_bounds
 
 triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
@@ -18,17 +18,11 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import triton.language as tl  # noqa: E402
 
-from perceptriton.kernels import Device  # noqa: E402
 from perceptriton.kernels import plan as planning  # noqa: E402
 from perceptriton.kernels.gpu import aot, train  # noqa: E402
 from perceptriton.kernels.records import TrainConfig, TrainPlan  # noqa: E402
 
 pytestmark = pytest.mark.compiles
-
-CHIPS = {
-    arch: Device("cuda", arch, multiprocessors, triton=True)
-    for arch, multiprocessors in ((80, 108), (90, 132), (100, 148))
-}
 
 # By the tensors of state they keep, with weight decay, which takes a few registers more than without.
 OPTIMIZERS = (
