@@ -30,7 +30,7 @@ def generation(arch: int) -> str:
 
 
 def wide_generation(arch: int) -> str:
-    """The chip whose tiles TMA takes. Those of an older one would not do: sm_120 has less than half the shared memory."""
+    """The chip whose tiles TMA takes. An older one's would not do: sm_120 has less than half the shared memory."""
     return f"sm_{arch // 10}0"
 
 
