@@ -3,12 +3,13 @@
 Below it nothing is checked again. Layers ask `eligibility` first, which names what keeps a call from the kernels.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from . import crossover, reference
 from . import plan as planning
@@ -30,15 +31,22 @@ def prefers_torch(x: Tensor, widths: tuple[int, ...]) -> bool:
     On a GPU they do where the host decides how long a call takes, but not on a stream other than the default one:
     there, CUDA graphs are captured and warmed up, and a graph that is replayed asks nothing of the host.
     """
-    training = torch.is_grad_enabled()
     if x.is_cpu:
-        rows = crossover.cpu_rows(widths, DTYPE_NAMES.get(x.dtype, ""), cpu_kind(), training)
-        return x.numel() < rows * max(widths[0], 1)
+        return x.numel() < few_elements(widths, x.dtype, is_grad_enabled())
     return (
         x.is_cuda
-        and crossover.launch_bound(x.nbytes, widths, training)
+        and crossover.launch_bound(x.nbytes, widths, is_grad_enabled())
         and torch._C._cuda_getCurrentRawStream(x.get_device()) == 0
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def few_elements(widths: tuple[int, ...], dtype: torch.dtype, training: bool) -> int:
+    """Elements of x below which `prefers_torch` is true on a CPU.
+
+    Where a layer takes 7 us, the call of `prefers_torch` would be 5% of it: hot paths compare with this.
+    """
+    return crossover.cpu_rows(widths, DTYPE_NAMES.get(dtype, ""), cpu_kind(), training) * max(widths[0], 1)
 
 
 def network_prefers_torch(x: Tensor, weights: Sequence[Tensor]) -> bool:

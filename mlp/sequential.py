@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 from torch.nn.modules import module as _modules
@@ -74,8 +74,12 @@ class Run:
             if "forward" in own:
                 return self._one_by_one(input)
         try:
-            if ops.prefers_torch(input, self.widths):
-                y, on_cpu = input, input.is_cpu
+            if on_cpu := input.is_cpu:
+                few = input.numel() < ops.few_elements(self.widths, input.dtype, is_grad_enabled())
+            else:
+                few = ops.prefers_torch(input, self.widths)
+            if few:
+                y = input
                 # Plain torch operations, as the layers themselves would choose here.
                 for parameters, activation in self.layers:
                     weight = parameters["weight"]

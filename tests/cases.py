@@ -89,11 +89,18 @@ class Spy:
 def nothing_is_small(monkeypatch):
     """No call on a CPU stays with plain torch for its size before anything is planned."""
     monkeypatch.setattr(ops, "prefers_torch", lambda x, widths: not x.numel() or 0 in widths)
+    monkeypatch.setattr(ops, "few_elements", lambda widths, *_: 1 << 62 if 0 in widths else 1)
 
 
 def forget_plans():
     """Empties what plans, and the door above them, remember of shapes and tables."""
-    for remembering in (*vars(plan).values(), plan.network._mlp_row, crossover.cpu_rows, tables.read_table):
+    for remembering in (
+        *vars(plan).values(),
+        plan.network._mlp_row,
+        ops.few_elements,
+        crossover.cpu_rows,
+        tables.read_table,
+    ):
         if hasattr(remembering, "cache_clear"):
             remembering.cache_clear()
 

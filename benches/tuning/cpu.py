@@ -150,8 +150,9 @@ def in_force(thresholds: dict) -> Iterator[None]:
         plan.linear_act_fwd.cache_clear()
         plan.linear_act_bwd.cache_clear()
         crossover.cpu_rows.cache_clear()
+        ops.few_elements.cache_clear()
 
-    before, question = tables.TABLES, ops.prefers_torch
+    before, question = tables.TABLES, ops.few_elements
     with tempfile.TemporaryDirectory() as folder:
         table = {"thresholds": {"any": dict.fromkeys(records.DTYPES, thresholds)}}
         Path(folder, "cpu.json").write_text(json.dumps(table))
@@ -160,7 +161,7 @@ def in_force(thresholds: dict) -> Iterator[None]:
         try:
             yield
         finally:
-            tables.TABLES, ops.prefers_torch = before, question
+            tables.TABLES, ops.few_elements = before, question
             forget()
 
 
@@ -175,7 +176,7 @@ def small_steps(role: str, tensors: Tensors) -> dict[str, timing.Step]:
 
     def side(torch_wins: bool) -> timing.Step:
         def forward():
-            ops.prefers_torch = answers[torch_wins]
+            ops.few_elements = answers[torch_wins]
             return linear_sigmoid(x, weight, bias)
 
         def both():
@@ -185,7 +186,7 @@ def small_steps(role: str, tensors: Tensors) -> dict[str, timing.Step]:
 
         return both if training else forward
 
-    answers = (lambda *_: False), (lambda *_: True)
+    answers = (lambda *_: 0), (lambda *_: NEVER)
     return {"aten": side(True), "explicit": side(False)}
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch.fx
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from ...kernels import eligibility, ops
 from ...kernels.activations import ACTIVATIONS
@@ -38,7 +38,11 @@ def linear_act(
         return _traced(x, weight, bias, activation, impl)
     try:
         # torch's product does not notice a weight on the meta device, and reads memory that is not the weight's.
-        if impl is None and (weight.is_cpu if x.is_cpu else weight.device == x.device):
+        if impl is None and x.is_cpu and weight.is_cpu:
+            n, k = weight.shape
+            if x.numel() < ops.few_elements((k, n), x.dtype, is_grad_enabled()):
+                return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
+        elif impl is None and weight.device == x.device:
             n, k = weight.shape
             if ops.prefers_torch(x, (k, n)):
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
@@ -69,9 +73,7 @@ def _planned(x, weight, bias, activation, impl):
     if autocast:
         # Cast here, not inside the Function, so that the casts are differentiated and gradients keep their dtypes.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         if impl is None and x.is_cpu and ops.trains_plainly(x, weight):
             # In place: autograd keeps y, not z, and a fresh large tensor costs more than the sigmoid.
             return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias))
