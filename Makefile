@@ -106,7 +106,7 @@ endef
 
 .PHONY: check test test-more
 check: $(READY) ## while you work: lint, types, the fast tests and the core of the interpreter's (under two minutes)
-	$(call parts,check-fast lint check-core)
+	$(call parts,check-mlp check-core check-others lint)
 
 test: $(READY) ## everything that needs no GPU, but for what takes long
 	$(call parts,test-mlp test-kernels test-others test-compile)
@@ -114,9 +114,12 @@ test: $(READY) ## everything that needs no GPU, but for what takes long
 test-more: $(READY) ## what CI runs besides: what takes long, sanitize, test-long and test-matrix (many minutes)
 	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-old-triton test-networks test-benches test-slowest test-fuzz)
 
-.PHONY: check-fast check-core
-check-fast: $(READY)
-	$(call step,fast tests,FUZZ_BUDGET=0.02 $(PYTEST) -m 'not (slow or more or compiles)')
+.PHONY: check-mlp check-others check-core
+check-mlp: $(READY)
+	$(call step,fast tests of mlp,FUZZ_BUDGET=0.02 $(PYTEST) -m 'not (slow or more or compiles)' tests/mlp)
+
+check-others: $(READY)
+	$(call step,other fast tests,$(PYTEST) -m 'not (slow or more or compiles)' tests/kernels tests/benches tests/house)
 
 check-core: $(READY)
 	$(call step,core of the kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) -m core)

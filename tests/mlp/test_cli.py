@@ -339,6 +339,7 @@ def test_output_onto_a_full_disk_is_a_failure():
     assert run.stderr == "perceptriton: the output could not be written: No space left on device\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no SIGPIPE on this system")
 def test_a_reader_that_leaves_is_no_error():
     read, write = os.pipe()

@@ -155,6 +155,7 @@ def test_without_bias(path, take):
     check(x, weight, None, dy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 def test_crossover_of_this_machine(dtype, fused):
     # Nothing forced: one row less stays with plain operations, one more takes the plan for large layers.
