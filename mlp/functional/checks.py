@@ -16,10 +16,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 def check_layer(x, weight, bias, activation, impl) -> None:
     """Raises the error that says what is wrong with the arguments of `linear_act`, if anything is."""
-    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}") from None
+    _check_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}") from None
     if impl not in IMPLS:
@@ -28,21 +25,23 @@ def check_layer(x, weight, bias, activation, impl) -> None:
         eligibility.check_operands(x, weight, bias, product_dtype(x)[1])
     except ValueError as error:
         raise error from None
-    # torch broadcasts one value or one row always, others if they happen to fit the rows.
-    always = ((), (1,), (1, 1), (1, weight.shape[0]))
-    if (
-        bias is not None
-        and tuple(bias.shape) not in always
-        and (reason := eligibility.bias_refusal("bias", bias, weight))
-    ):
+    # torch broadcasts one value or one row to every number of rows; another bias would fit some batches by chance.
+    broadcast = ((), (1,), (1, 1), (1, weight.shape[0]))
+    if bias is not None and bias.shape not in broadcast and (reason := eligibility.bias_refusal("bias", bias, weight)):
         raise ValueError(reason) from None
     if impl != "triton" and not (x.is_floating_point() and x.dtype.itemsize > 1):
         raise ValueError(f"x is {x.dtype}, for which torch has no product or no {activation}") from None
 
 
+def _check_tensors(**named) -> None:
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}") from None
+
+
 def check_network(x, weights, biases, activations, impl) -> None:
     """Raises the error that says what is wrong with the arguments of `mlp_act`, if anything is."""
-    for name, tensors in (("weights", weights), *((("biases", biases),) if biases is not None else ())):
+    for name, tensors in (("weights", weights), ("biases", () if biases is None else biases)):
         if not isinstance(tensors, Sequence):
             raise TypeError(f"{name} must be a sequence of Tensors, not {type(tensors).__name__}") from None
     if not weights:
@@ -70,9 +69,9 @@ def check_network(x, weights, biases, activations, impl) -> None:
 
 def check_loss(x, weights, target, pos_weight, reduction) -> None:
     """Raises the error that says what is wrong with the arguments of the loss, if anything is."""
-    for name, tensor in (("target", target), *([] if pos_weight is None else [("pos_weight", pos_weight)])):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}") from None
+    tensors = {"target": target} | ({} if pos_weight is None else {"pos_weight": pos_weight})
+    for name, tensor in tensors.items():
+        _check_tensors(**{name: tensor})
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating, not {tensor.dtype}") from None
         if tensor.dtype.itemsize == 1:
@@ -95,9 +94,12 @@ def check_loss(x, weights, target, pos_weight, reduction) -> None:
             raise ValueError(f"pos_weight {tuple(pos_weight.shape)} does not fit the output {shape}") from None
 
 
-def fit_together(x, weights, biases) -> int | None:
-    """The last layer whose bias is not (out_features,), if any. Raises ValueError for what else does not fit."""
-    misfit = None
+def broadcast_bias(x, weights, biases) -> int | None:
+    """The index of the last layer whose bias is not (out_features,), or None where x, weights and biases all fit.
+
+    Raises a ValueError without words where anything else does not fit: `check_network` finds them.
+    """
+    found = None
     if not weights or (biases is not None and len(biases) != len(weights)):
         raise ValueError
     features = x.shape[-1]
@@ -106,9 +108,9 @@ def fit_together(x, weights, biases) -> int | None:
         if k != features:
             raise ValueError
         if biases is not None and biases[l].shape != (n,):
-            misfit = l
+            found = l
         features = n
-    return misfit
+    return found
 
 
 def loss_refusal(x, target, pos_weight, n: int) -> str | None:

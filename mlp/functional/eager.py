@@ -9,9 +9,12 @@ from ...kernels.activations import ACTIVATIONS
 from ...kernels.crossover import launch_bound
 from ...kernels.records import IMPLS, NotCompiledError
 
+# What a call raises whose arguments do not fit together: only then does anyone look for the reason.
+ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+
 
 def torch_network(x, weights, biases, hidden, output) -> Tensor:
-    """The network in torch's own operations."""
+    """act(x @ weight.T + bias) for each layer in turn; biases: None for none."""
     for l, weight in enumerate(weights):
         act = ACTIVATIONS[output if l == len(weights) - 1 else hidden]
         x = act.forward(F.linear(x, weight, None if biases is None else biases[l]))
@@ -30,23 +33,20 @@ def product_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
     return x.dtype, False
 
 
-def captured_cold(error: Exception, x, weights, impl) -> bool:
-    """Whether the kernels of a CUDA graph being captured are missing because eager calls of this size need none.
+def is_for_torch(error: Exception, x, weights, activations, impl) -> bool:
+    """Whether torch's own operations take a call that failed with this error, one of ERRORS.
 
-    A caller who has warmed up on the default stream has done all that `torch.nn` asks for.
+    They do while torch.fx traces: x is a symbol then, without a shape to plan with or to check. They do too while a
+    CUDA graph is captured whose kernels are not compiled, if an eager call of this size launches none: whoever has
+    warmed up on the default stream has done all that `torch.nn` asks for.
     """
+    if isinstance(x, torch.fx.Proxy):
+        if impl not in IMPLS or not all(act in ACTIVATIONS for act in activations):
+            return False
+        if impl == "triton":
+            raise NotImplementedError('impl="triton": torch.fx is tracing') from None
+        return True
     if not isinstance(error, NotCompiledError) or impl is not None:
         return False
     widths = (x.shape[-1], *(weight.shape[0] for weight in weights))
     return launch_bound(x.nbytes, widths, torch.is_grad_enabled())
-
-
-def symbolic(x, activations, impl) -> bool:
-    """Whether x is a symbol that torch.fx traces with, which has no shape to plan with or to check."""
-    if not isinstance(x, torch.fx.Proxy):
-        return False
-    if impl not in IMPLS or not all(act in ACTIVATIONS for act in activations):
-        return False
-    if impl == "triton":
-        raise NotImplementedError('impl="triton": torch.fx is tracing') from None
-    return True

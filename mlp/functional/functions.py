@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.fx
@@ -12,7 +13,11 @@ from .eager import torch_bce, torch_network
 
 
 class LinearActFunction(torch.autograd.Function):
-    # The ctx style costs a third of what setup_context costs; torch.func transforms never come here.
+    """A layer that saves its output, from which the activation's derivative follows.
+
+    `forward` takes ctx, which costs a third of what `setup_context` costs. Only torch.func transforms need the latter,
+    and `linear_act` keeps them away from here.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, activation, impl):
@@ -28,13 +33,13 @@ class LinearActFunction(torch.autograd.Function):
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, y = ctx.saved_tensors
         if y is None:
-            y = dy  # identity: its derivative asks for a shape only
+            y = dy  # the derivative of the identity reads nothing but y's shape
         wanted = ctx.needs_input_grad[:3]
         if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or eligibility.batched(dy)):
             # create_graph: gradients that can themselves be differentiated, exact to any order.
             gradients = reference.linear_act_bwd_differentiable(dy, y, x, weight, ctx.activation, wanted)
         elif torch.is_autocast_enabled(dy.device.type):
-            # The products keep the dtype of the forward pass even if backward() runs under autocast.
+            # Without autocast the products keep the dtype that they had in the forward pass.
             with torch.autocast(dy.device.type, enabled=False):
                 gradients = ops.linear_act_bwd(dy, y, x, weight, ctx.activation, wanted, ctx.impl)
         else:
@@ -43,15 +48,15 @@ class LinearActFunction(torch.autograd.Function):
 
 
 class MlpFunction(torch.autograd.Function):
-    """A network that keeps the outputs of its layers.
+    """A network that saves the outputs of its layers.
 
-    Those of hidden layers are outputs of the node too, for gradients of gradients to come back through; none goes out.
+    The node returns those of hidden layers beside y, although no caller gets them: gradients of gradients arrive there.
     """
 
     @staticmethod
     def forward(ctx, x, hidden, output, plans, layers, *parameters):
         weights, biases = split_parameters(parameters, layers)
-        ctx.wanted = _flags((ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]), layers)
+        ctx.wanted = _needs_grad((ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]), layers)
         ctx.hidden, ctx.output, ctx.plan, ctx.shape, ctx.kind = hidden, output, plans.backward, x.shape, x.device.type
         ctx.set_materialize_grads(False)
         need_dx, need_dweights, _ = ctx.wanted
@@ -70,7 +75,7 @@ class MlpFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *dhs):  # pyright: ignore[reportIncompatibleMethodOverride]
         layers = len(ctx.wanted[1])
-        # Read once: under activation checkpointing a second look finds nothing.
+        # Read once: activation checkpointing gives the tensors away at the first reading.
         x, *tensors = ctx.saved_tensors
         weights, saved = tensors[:layers], tensors[layers:]
         options = (ctx.hidden, ctx.output, ctx.wanted)
@@ -87,7 +92,7 @@ class MlpFunction(torch.autograd.Function):
 
 
 class FusedMlpFunction(torch.autograd.Function):
-    """A network in kernels that compute the activations once more on the way back: for that they need every input."""
+    """A network whose backward pass computes hidden activations again: it saves x, the parameters and a few outputs."""
 
     @staticmethod
     def forward(ctx, x, hidden, output, plans, layers, *parameters):
@@ -100,23 +105,17 @@ class FusedMlpFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         inputs, saved, wanted = _saved(ctx, 5)
-        x, *parameters = inputs
-        weights, biases = split_parameters(parameters, ctx.layers)
-        with _without_autocast(dy.device.type):
-            if torch.is_grad_enabled() or eligibility.batched(dy):
 
-                def network(x, *parameters):
-                    return torch_network(x, *split_parameters(parameters, ctx.layers), ctx.hidden, ctx.output)
+        def fused(x, weights, biases, needs_grad):
+            return ops.mlp_bwd(dy, x, saved, weights, biases, ctx.hidden, ctx.output, needs_grad, ctx.plan)
 
-                gradients = _double(network, inputs, wanted, dy)
-            else:
-                flags = _flags(wanted, ctx.layers)
-                of = ops.mlp_bwd(dy, x, saved, weights, biases, ctx.hidden, ctx.output, flags, ctx.plan)
-                gradients = (of[0], *of[1], *of[2])[: len(inputs)]
-        return gradients[0], *(None,) * 4, *gradients[1:]
+        in_torch = partial(torch_network, hidden=ctx.hidden, output=ctx.output)
+        return _fused_bwd(ctx, dy, inputs, wanted, fused, in_torch)
 
 
 class MlpBceFunction(torch.autograd.Function):
+    """A network and its binary cross entropy, which saves what `FusedMlpFunction` saves, target and pos_weight."""
+
     @staticmethod
     def forward(ctx, x, target, pos_weight, reduction, dtype, hidden, plans, layers, *parameters):
         ctx.reduction, ctx.hidden, ctx.plan, ctx.layers = reduction, hidden, plans.backward, layers
@@ -128,55 +127,63 @@ class MlpBceFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs, (target, pos_weight, *rest), wanted = _saved(ctx, 8)
-        saved = tuple(rest)
-        x, *parameters = inputs
-        weights, biases = split_parameters(parameters, ctx.layers)
+        inputs, (target, pos_weight, *saved), wanted = _saved(ctx, 8)
         head = (target, pos_weight, ctx.reduction)
-        with _without_autocast(dloss.device.type):
-            if torch.is_grad_enabled() or eligibility.batched(dloss):
 
-                def loss(x, *parameters):
-                    z = torch_network(x, *split_parameters(parameters, ctx.layers), ctx.hidden, "identity")
-                    return torch_bce(z, *head)
+        def fused(x, weights, biases, needs_grad):
+            return ops.mlp_bce_bwd(dloss, x, tuple(saved), weights, biases, ctx.hidden, *head, needs_grad, ctx.plan)
 
-                gradients = _double(loss, inputs, wanted, dloss)
-            else:
-                flags = _flags(wanted, ctx.layers)
-                of = ops.mlp_bce_bwd(dloss, x, saved, weights, biases, ctx.hidden, *head, flags, ctx.plan)
-                gradients = (of[0], *of[1], *of[2])[: len(inputs)]
-        return gradients[0], *(None,) * 7, *gradients[1:]
+        def in_torch(x, weights, biases):
+            return torch_bce(torch_network(x, weights, biases, ctx.hidden, "identity"), *head)
+
+        return _fused_bwd(ctx, dloss, inputs, wanted, fused, in_torch)
+
+
+def _fused_bwd(ctx, upstream, inputs, wanted, fused, in_torch):
+    """The gradients of a node's arguments, by `fused` or, where they must be differentiable, through `in_torch`.
+
+    fused(x, weights, biases, needs_grad) -> (dx, dweights, dbiases); in_torch(x, weights, biases) -> the node's output.
+    """
+    with _without_autocast(upstream.device.type):
+        if torch.is_grad_enabled() or eligibility.batched(upstream):
+            gradients = _differentiable_bwd(in_torch, ctx.layers, inputs, wanted, upstream)
+        else:
+            x, *parameters = inputs
+            needs_grad = _needs_grad(wanted, ctx.layers)
+            dx, dweights, dbiases = fused(x, *split_parameters(parameters, ctx.layers), needs_grad)
+            gradients = (dx, *dweights, *dbiases)[: len(inputs)]
+    return gradients[0], *(None,) * (len(ctx.needs_input_grad) - len(inputs)), *gradients[1:]
 
 
 def _without_autocast(kind: str) -> contextlib.AbstractContextManager:
     """The products keep the dtype of the forward pass even if backward() runs under autocast."""
-    # To turn off what is off would cost as much as a launch.
+    # Where autocast is off already, the context manager would cost as much as a kernel's launch.
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def split_parameters(parameters: Sequence[Tensor], layers: int) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
-    """(weights, biases) of so many layers; no biases: None."""
+    """(weights, biases) from the weights of all layers followed by the biases; biases are None where there are none."""
     return parameters[:layers], parameters[layers:] or None
 
 
-def _saved(ctx, others: int):
-    """(x and the parameters, what was saved after them, which of them want gradients): `others` stand between."""
-    wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[others:])
-    # Read once: under activation checkpointing a second look finds nothing.
-    tensors = ctx.saved_tensors
+def _saved(ctx, first: int):
+    """([x, *parameters], what was saved after them, which of them want gradients); first: the index of a parameter."""
+    wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[first:])
+    tensors = ctx.saved_tensors  # read once: activation checkpointing gives the tensors away at the first reading
     return tensors[: len(wanted)], tensors[len(wanted) :], wanted
 
 
-def _flags(wanted: tuple[bool, ...], layers: int) -> reference.NeedsGrad:
+def _needs_grad(wanted: tuple[bool, ...], layers: int) -> reference.NeedsGrad:
     return wanted[0], wanted[1 : 1 + layers], wanted[1 + layers :] or (False,) * layers
 
 
-def _double(function, inputs: Sequence[Tensor], wanted: Sequence[bool], upstream: Tensor) -> list[Tensor | None]:
-    """Gradients that can themselves be differentiated, exact to any order: those of torch's own operations."""
+def _differentiable_bwd(in_torch, layers: int, inputs, wanted: Sequence[bool], upstream: Tensor):
+    """Gradients that can themselves be differentiated, to any order: those of torch's own operations."""
     create_graph = torch.is_grad_enabled()  # off in a batched backward pass, which nobody differentiates again
     with torch.enable_grad():
         # Aliases, so that an input that depends on another, or is given twice, gets the gradient of its own place only.
-        aliases = [tensor.view_as(tensor) for tensor in inputs]
+        x, *parameters = aliases = [tensor.view_as(tensor) for tensor in inputs]
         chosen = [alias for alias, want in zip(aliases, wanted, strict=True) if want]
-        gradients = iter(torch.autograd.grad(function(*aliases), chosen, upstream, create_graph=create_graph))
+        output = in_torch(x, *split_parameters(parameters, layers))
+        gradients = iter(torch.autograd.grad(output, chosen, upstream, create_graph=create_graph))
     return [next(gradients) if want else None for want in wanted]

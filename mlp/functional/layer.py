@@ -9,7 +9,7 @@ from ...kernels import eligibility, ops
 from ...kernels.activations import ACTIVATIONS
 from ...kernels.records import IMPLS
 from .checks import check_layer
-from .eager import captured_cold, product_dtype, symbolic, torch_network
+from .eager import ERRORS, is_for_torch, product_dtype, torch_network
 from .functions import LinearActFunction
 
 
@@ -37,7 +37,7 @@ def linear_act(
     if torch.compiler.is_compiling():
         return _traced(x, weight, bias, activation, impl)
     try:
-        # torch's product does not notice a weight on the meta device, and reads memory that is not the weight's.
+        # The devices are compared because torch's product takes a weight on the meta device and reads foreign memory.
         if impl is None and x.is_cpu and weight.is_cpu:
             n, k = weight.shape
             if x.numel() < ops.few_elements((k, n), x.dtype, is_grad_enabled()):
@@ -47,8 +47,8 @@ def linear_act(
             if ops.prefers_torch(x, (k, n)):
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         return _planned(x, weight, bias, activation, impl)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        if captured_cold(error, x, (weight,), impl) or symbolic(x, (activation,), impl):
+    except ERRORS as error:
+        if is_for_torch(error, x, (weight,), (activation,), impl):
             return torch_network(x, (weight,), None if bias is None else (bias,), activation, activation)
         check_layer(x, weight, bias, activation, impl)
         raise
@@ -71,19 +71,20 @@ def _planned(x, weight, bias, activation, impl):
             raise ValueError
         return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
     if autocast:
-        # Cast here, not inside the Function, so that the casts are differentiated and gradients keep their dtypes.
+        # The casts stand outside the Function, so that autograd differentiates them and gradients keep their dtypes.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    wants_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if wants_grad and is_grad_enabled():
         if impl is None and x.is_cpu and ops.trains_plainly(x, weight):
-            # In place: autograd keeps y, not z, and a fresh large tensor costs more than the sigmoid.
+            # The activation overwrites z: autograd keeps only y, and a new large tensor costs more than the sigmoid.
             return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias))
         return LinearActFunction.apply(x, weight, bias, activation, impl)
     return ops.linear_act_fwd(x, weight, bias, activation, impl)
 
 
 def _traced(x, weight, bias, activation, impl):
-    # Nothing here looks at the number of rows, so that a dynamic batch compiles once. On the CPU and under export plain
-    # operations are traced: the compiler fuses them, and an exported graph needs no op of ours.
+    # Nothing here reads the number of rows, so that a dynamic batch compiles once. On the CPU and under export plain
+    # operations are traced: the compiler fuses them, and an exported graph must not need an op of this package.
     tensors = all(isinstance(tensor, Tensor) for tensor in ((x, weight) if bias is None else (x, weight, bias)))
     if not tensors or activation not in ACTIVATIONS or impl not in IMPLS:
         check_layer(x, weight, bias, activation, impl)

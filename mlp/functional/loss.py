@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...kernels import ops
 from .checks import REDUCTIONS, check_loss, check_network, loss_refusal
-from .eager import captured_cold, product_dtype, symbolic, torch_bce, torch_network
+from .eager import ERRORS, is_for_torch, product_dtype, torch_bce, torch_network
 from .functions import MlpBceFunction
 from .network import mlp_act, network_plans, torch_is_best
 
@@ -91,8 +91,8 @@ def mlp_sigmoid_bce(
             return ops.mlp_bce_fwd(x, weights, biases, activation, *head, plans.forward)[0]
         parameters = (*weights, *(biases or ()))
         return MlpBceFunction.apply(x, *head, activation, plans, len(weights), *parameters)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        if captured_cold(error, x, weights, impl) or symbolic(x, (activation,), impl):
+    except ERRORS as error:
+        if is_for_torch(error, x, weights, (activation,), impl):
             return torch_bce(torch_network(x, weights, biases, activation, "identity"), target, pos_weight, reduction)
         check_network(x, weights, biases, (activation, "identity"), impl)
         check_loss(x, weights, target, pos_weight, reduction)

@@ -9,8 +9,8 @@ from torch import Tensor
 from ...kernels import eligibility, ops
 from ...kernels.activations import ACTIVATIONS
 from ...kernels.records import IMPLS
-from .checks import check_network, fit_together
-from .eager import captured_cold, product_dtype, symbolic, torch_network
+from .checks import broadcast_bias, check_network
+from .eager import ERRORS, is_for_torch, product_dtype, torch_network
 from .functions import FusedMlpFunction, MlpFunction, split_parameters
 from .layer import linear_act
 
@@ -39,17 +39,17 @@ def mlp_act(
     try:
         if torch_is_best(x, weights, biases, (activation, output), impl):
             return torch_network(x, weights, biases, activation, output)
-        if (plans := network_plans(x, weights, biases, impl)) is None:
+        if (found := network_plans(x, weights, biases, impl)) is None:
             return _layers(x, weights, biases, activation, output, impl)
-        (x, weights, biases), plans = plans
+        (x, weights, biases), plans = found
         if plans.forward.impl == "aten":
             return torch_network(x, weights, biases, activation, output)
         if plans.backward is None:
             return ops.mlp_fwd(x, weights, biases, activation, output, plans.forward)[0]
         arguments = (x, activation, output, plans, len(weights), *weights, *(biases or ()))
         return FusedMlpFunction.apply(*arguments) if plans.backward.segments else MlpFunction.apply(*arguments)[0]
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        if captured_cold(error, x, weights, impl) or symbolic(x, (activation, output), impl):
+    except ERRORS as error:
+        if is_for_torch(error, x, weights, (activation, output), impl):
             return torch_network(x, weights, biases, activation, output)
         check_network(x, weights, biases, (activation, output), impl)
         raise
@@ -63,12 +63,12 @@ def _layers(x, weights, biases, hidden, output, impl) -> Tensor:
 
 
 def torch_is_best(x, weights, biases, activations, impl) -> bool:
-    """Whether plain operations cost least, whatever a plan would say. Raises for what does not fit together."""
+    """Whether torch's own operations run the network, without a plan. Raises for what does not fit together."""
     if impl not in IMPLS or not all(act in ACTIVATIONS for act in activations):
         raise ValueError
     if torch.compiler.is_compiling():
-        return False  # who looks at sizes has a dynamic batch compiled once for each
-    if (misfit := fit_together(x, weights, biases)) is not None:
+        return False  # reading sizes here would compile a dynamic batch once for each of its sizes
+    if (misfit := broadcast_bias(x, weights, biases)) is not None:
         if not isinstance(biases, Sequence) or any(tensor.device != x.device for tensor in (*weights, *biases)):
             raise ValueError
         if impl == "triton":
@@ -79,7 +79,7 @@ def torch_is_best(x, weights, biases, activations, impl) -> bool:
 
 
 def network_plans(x, weights, biases, impl, loss: bool = False):
-    """((x, weights, biases) in the dtype of the products, plans), or None: layer by layer."""
+    """((x, weights, biases) in the dtype of the products, plans), or None where layers run one by one."""
     if torch.compiler.is_compiling():
         return None
     dtype, autocast = product_dtype(x)
@@ -90,7 +90,7 @@ def network_plans(x, weights, biases, impl, loss: bool = False):
     tensors = (x, *weights, *(biases or ()))
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if autocast:
-        # Cast here, not inside a Function, so that the casts are differentiated and gradients keep their dtypes.
+        # The casts stand outside the Function, so that autograd differentiates them and gradients keep their dtypes.
         x, *parameters = (tensor.to(dtype) for tensor in tensors)
         weights, biases = split_parameters(parameters, len(weights))
     plans = ops.mlp_plans(x, weights, training, loss, impl)
