@@ -25,9 +25,14 @@ def check_layer(x, weight, bias, activation, impl) -> None:
         eligibility.check_operands(x, weight, bias, product_dtype(x)[1])
     except ValueError as error:
         raise error from None
-    # torch broadcasts one value or one row to every number of rows; another bias would fit some batches by chance.
-    broadcast = ((), (1,), (1, 1), (1, weight.shape[0]))
-    if bias is not None and bias.shape not in broadcast and (reason := eligibility.bias_refusal("bias", bias, weight)):
+    # torch broadcasts one value or one row to every number of rows; another bias would fit some batches by chance. It
+    # adds no bias of shape (1, 1) to the product of a vector.
+    broadcast = {(), (1,), (1, 1), (1, weight.shape[0])} - ({(1, 1)} if x.dim() == 1 else set())
+    if (
+        bias is not None
+        and tuple(bias.shape) not in broadcast
+        and (reason := eligibility.bias_refusal("bias", bias, weight))
+    ):
         raise ValueError(reason) from None
     if impl != "triton" and not (x.is_floating_point() and x.dtype.itemsize > 1):
         raise ValueError(f"x is {x.dtype}, for which torch has no product or no {activation}") from None
@@ -58,7 +63,7 @@ def check_network(x, weights, biases, activations, impl) -> None:
                     f"weights[{l}] {tuple(weight.shape)} does not take the out_features of weights[{l - 1}] "
                     f"{tuple(weights[l - 1].shape)}"
                 ) from None
-            inputs = x.new_empty(0, weight.shape[1])
+            inputs = x.new_empty(*[0] * (x.dim() > 1), weight.shape[1])
         try:
             act = activations[-1] if l == len(weights) - 1 else activations[0]
             check_layer(inputs, weight, None if biases is None else biases[l], act, impl)

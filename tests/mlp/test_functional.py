@@ -586,6 +586,12 @@ ERRORS = {
     "in-features": ([X[:, :2], W], {}, ValueError, r"x \(4, 2\) does not end in the in_features of weight \(2, 3\)"),
     "x-dims": ([X[0, 0], W], {}, ValueError, r"x \(\) does not end in the in_features of weight \(2, 3\)"),
     "out-features": ([X, W, torch.ones(5)], {}, ValueError, r"bias \(5,\) is not the out_features of weight \(2, 3\)"),
+    "matrix-on-a-vector": (
+        [X[0], W, torch.ones(1, 1)],
+        {},
+        ValueError,
+        r"bias \(1, 1\) is not the out_features of weight \(2, 3\)",
+    ),
     "bias-device": ([X, W, B.to("meta")], {}, ValueError, "bias is on meta, but x on cpu"),
     "weight-dtype": ([X, W.double()], {}, ValueError, r"weight is torch\.float64, but x torch\.float32"),
     "bias-dtype": ([X, W, B.bfloat16()], {}, ValueError, r"bias is torch\.bfloat16, but x torch\.float32"),
