@@ -47,7 +47,7 @@ def cpu_kind() -> str:
 @functools.cache
 def look_at(device: torch.device) -> Device:
     if device.type == "cuda" and torch.version.hip:
-        return Device("ROCm")  # torch calls its GPUs by the same names
+        return Device("ROCm")  # torch names AMD's GPUs "cuda" too
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         arch = 10 * properties.major + properties.minor

@@ -100,14 +100,14 @@ def _mode_refusal(device: torch.device, impl: str | None) -> str | None:
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
     if torch._C._len_torch_dispatch_stack():
-        # Who counts operations, or decides which results to keep, is to see those of the unfused pair. torch.compile
-        # steps aside for a mode too, so the registered ops need no rules of their own.
+        # A mode that counts operations, or decides which results to keep, has to see those of the unfused pair.
+        # torch.compile steps aside for a mode too, so the registered ops need no rules of their own.
         return "a TorchDispatchMode is active"
     return cpu_refusal(device) if impl == "triton" else None
 
 
-# What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and with it triton. The
-# tracer runs such a function instead of tracing it, under the transforms that the traced program has begun by then.
+# This is what torch.compiler.assume_constant_result sets; a call of it would import torch._dynamo, and with it triton.
+# The tracer runs a function so marked instead of tracing it, under the transforms that the traced program has begun.
 _mode_refusal._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -124,7 +124,7 @@ def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None = None, autoca
     """
     if weight.dim() != 2:
         raise ValueError(f"weight must be (out_features, in_features), not {tuple(weight.shape)}")
-    # Not `if`: a size that the compiler does not know is checked when the program runs.
+    # An `if` would ask the compiler for a size that it may not know; this check then runs with the program.
     torch._check_value(
         x.dim() > 0 and x.shape[-1] == weight.shape[1],
         lambda: f"x {tuple(x.shape)} does not end in the in_features of weight {tuple(weight.shape)}",
@@ -154,7 +154,7 @@ def launchable(device: torch.device, dtype: torch.dtype) -> bool:
     An exported one may not. That is asked here, outside of the trace: in torch 2.11 the compiler takes
     `torch.compiler.is_exporting()` to be true whenever it traces.
     """
-    described = look_at(device)  # in a traced program a warning would be an error
+    described = look_at(device)  # `describe` may warn, which is an error in a traced program
     usable = described.triton and planning.refusal(1, 1, 1, DTYPE_NAMES.get(dtype, str(dtype)), described) is None
     return usable and not torch.compiler.is_exporting()
 

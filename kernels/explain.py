@@ -114,10 +114,12 @@ def explain(
         if impl == "triton" and (reason := cpu_refusal(device)):
             raise NotImplementedError(f'impl="triton": {reason}')
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())  # another one the next time, perhaps
+            device = torch.device(
+                "cuda", torch.cuda.current_device()
+            )  # the current device may be another one at the next call
         device = device_for(device, impl)
     rows, name, precision = math.prod(x_shape[:-1]), DTYPE_NAMES.get(dtype, str(dtype)), fp32_precision(device)
-    # Of operands that lie dense.
+    # The plans are those for operands that lie dense in memory.
     layers = [
         (rows, k, n, name, precision, device, impl, fp32_split(dtype), k * dtype.itemsize % 16 == 0) for n, k in shapes
     ]

@@ -81,13 +81,13 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     if torch.compiler.is_compiling():
         return _registered.linear_act(x, weight, bias, activation, impl)
     n, k = weight.shape
-    # Not -1: a size of 0 beside it would leave it undetermined.
+    # The number of rows is computed, since torch cannot infer a -1 beside a size of 0.
     x2 = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)
     device = device_for(x.device, impl)
     dtype = DTYPE_NAMES.get(x.dtype, str(x.dtype))
     arguments = (x2.shape[0], k, n, dtype, fp32_precision(device), device, impl, fp32_split(x.dtype))
     plan = planning.linear_act_fwd(*arguments)
-    # Looked at for wide layers alone: for small ones it would cost more than it decides.
+    # Strides are looked at for wide layers alone: for small ones that would cost more time than it can save.
     if plan.impl == "tma" and not (gpu("wide").readable(x2) and gpu("wide").readable(weight)):
         plan = planning.linear_act_fwd(*arguments, False)
     obey(impl, plan)
@@ -137,7 +137,7 @@ def linear_act_bwd(
 
 
 def in_features_of(x: Tensor | None, weight: Tensor | None) -> int:
-    # With neither, only dbias is wanted, and its cost does not depend on in_features.
+    # Without x and weight only dbias is wanted, and its cost does not depend on in_features.
     return weight.shape[1] if weight is not None else x.shape[-1] if x is not None else 1
 
 
@@ -233,7 +233,7 @@ def mlp_bwd(
         *hs, y = saved
         flat_y = None if y is None else _flat(y)
         if plan.impl == "stack":
-            # Of an identity, kernels still ask y for its shape.
+            # An identity has no y, but the kernels read the shape of one.
             hs = (*hs, flat_dy.contiguous() if flat_y is None else flat_y)
             gradients = gpu("wide").mlp_bwd(flat_dy, flat_x, hs, tuple(map(_stored, weights)), *options)
         else:

@@ -82,7 +82,7 @@ TILE_VALUES = {
 
 
 def _one_of(name: str, value: object, values: Sequence[object]) -> None:
-    # Neither True nor 1.0 is the number 1.
+    # JSON's true and 1.0 equal the number 1 in Python, but are none in a table.
     if type(value) is not type(values[0]) or value not in values:
         raise ValueError(f"{name} of a tile: {value!r:.80} is none of {', '.join(map(str, values)):.80}")
 

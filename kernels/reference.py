@@ -31,7 +31,7 @@ def onednn_linear():
     """
     try:
         linear = torch.ops.mkldnn._linear_pointwise.default
-        # Whatever device and dtype this process has as its defaults.
+        # The trial names its device and dtype, because a process may have set other defaults.
         x = torch.eye(3, 4, dtype=torch.float32, device="cpu")
         weight = torch.arange(8, dtype=torch.float32, device="cpu").view(2, 4)
         bias = x.new_tensor([0.5, -0.5])
@@ -40,7 +40,7 @@ def onednn_linear():
             if not torch.allclose(linear(x, weight, bias, post_op, [], ""), want, atol=1e-6):
                 return None
         return linear
-    except Exception:  # whatever a private function may raise, the answer is the same: do without it
+    except Exception:  # a private function may raise anything; without it this path uses another product
         return None
 
 
@@ -88,7 +88,7 @@ def linear_act_bwd(
     """(dx, dweight, dbias), None where not wanted. x may be None without dweight, weight without dx."""
     need_dx, need_dweight, need_dbias = wanted
     if not 0 < plan.chunk < dy.shape[0]:
-        # Without what pieces and further layers need: for a small layer that costs as much as the arithmetic.
+        # One layer in one piece takes a short way: for a small layer the bookkeeping costs as much as the arithmetic.
         dz = ACTIVATIONS[activation].backward(dy, y)
         return (
             _product(dz, weight, plan.dx_gemm) if need_dx and weight is not None else None,
@@ -111,7 +111,7 @@ def linear_act_bwd_differentiable(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The same gradients from differentiable operations, for any leading dimensions: what create_graph needs."""
     need_dx, need_dweight, need_dbias = wanted
-    dz = ACTIVATIONS[activation].backward(dy, y)  # torch's own, whose derivatives torch knows
+    dz = ACTIVATIONS[activation].backward(dy, y)  # torch knows the derivatives of its own operation
     flat = dz.reshape(math.prod(dz.shape[:-1]), dz.shape[-1])
     return (
         torch.matmul(dz, weight) if need_dx and weight is not None else None,
@@ -180,20 +180,20 @@ def mlp_bwd(
     dbiases: list[Tensor | None] = [None for _ in layers]
     # Sums over several pieces are kept in fp32 whatever the dtype.
     sums = torch.float32 if chunk < m else dy.dtype
-    for start in range(0, max(m, 1), max(chunk, 1)):  # without rows, once: gradients of 0
+    for start in range(0, max(m, 1), max(chunk, 1)):  # without rows the loop runs once, and all gradients are 0
         rows = slice(start, min(start + chunk, m))
         dh = dy[rows]
         for l in reversed(layers[first:]):
             act, own, h, weight = acts[l], plan.layers[l], hs[l], weights[l]
             y = saved[l]
             y = dh if y is None else y[rows]
-            # dy is the caller's; what comes after it is ours to write over.
+            # dy belongs to the caller; every later gradient is a fresh tensor, which may be written over.
             dz = act.backward(dh, y) if l == layers[-1] else act.backward_into(dh, y, dh)
             if need_dweights[l] and h is not None:
                 dweights[l] = _add_dweight(dweights[l], dz, h[rows], own, sums)
             if need_dbiases[l]:
                 total = dbiases[l]
-                dbias = dz.sum(0).to(sums)  # to sum in another dtype, torch would first copy all of dz
+                dbias = dz.sum(0).to(sums)  # torch would copy all of dz to sum it in another dtype
                 dbiases[l] = dbias if total is None else total.add_(dbias)
             if weight is not None and (l > first or need_dx):
                 dh = _product(dz, weight, own.dx_gemm, dx[rows] if dx is not None and l == 0 else None)

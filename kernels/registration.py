@@ -67,7 +67,7 @@ def _batched_linear_act_backward(dy, y, x, weight, activation, wanted, impl):
 
 
 # torch.vmap would call an op without a rule once for each member: torch has rules for plain operations.
-for _key in ("FuncTorchBatched", "Batched"):  # the second: torch.autograd.grad(..., is_grads_batched=True)
+for _key in ("FuncTorchBatched", "Batched"):  # "Batched" is torch.autograd.grad(..., is_grads_batched=True)
     _library.impl("linear_act", _batched_linear_act, _key)
     _library.impl("linear_act_backward", _batched_linear_act_backward, _key)
 

@@ -128,7 +128,7 @@ def read_table(name: str) -> dict:
     read, without = READERS[name]
     try:
         return read(json.loads((TABLES / name).read_text(encoding="utf-8")))
-    # Of a damaged file anything may be missing, or be of another type.
+    # A damaged file may lack anything, or hold a value of another type anywhere.
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         warnings.warn(f"perceptriton ignores {TABLES / name}: {type(error).__name__}: {error}", stacklevel=2)
         return without

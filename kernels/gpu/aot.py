@@ -222,7 +222,7 @@ class _Dependencies(DependenciesFinder):
         self.visit(tree)
         values = {name: value for (name, _), (value, _) in self.used_global_vals.items()}
         parameters = function.signature.parameters.values()
-        # A default has the value of the day that the function was defined.
+        # A default keeps the value that it had when the function was defined.
         defaults = {own.name: own.default for own in parameters if own.default is not own.empty}
         self.hasher.update(_text((values, defaults, getattr(function, "noinline", False))).encode())
 
@@ -230,7 +230,7 @@ class _Dependencies(DependenciesFinder):
         self.hasher.update(_code(func).encode())
 
     def record_reference(self, val: Any, var_dict: Any = None, name: Any = None) -> None:
-        # triton forgets the values that are reached through a module.
+        # triton's own search leaves out values that are reached through a module.
         name = name or f"attribute {len(self.used_global_vals)}"
         super().record_reference(val, self.globals if var_dict is None else var_dict, name)
 

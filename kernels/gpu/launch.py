@@ -18,7 +18,7 @@ INTERPRETED = not isinstance(linear_act_fwd_rows_kernel, JITFunction)
 
 
 def device_of(tensor: Tensor):
-    # Triton launches on the current device, whatever the tensors' own.
+    # triton launches on the current device, even if the tensors lie on another one.
     if not tensor.is_cuda:
         return contextlib.nullcontext()
     if torch.cuda.is_current_stream_capturing():
@@ -28,7 +28,7 @@ def device_of(tensor: Tensor):
     return contextlib.nullcontext()
 
 
-# Private: without it, a cold capture ends in triton's own error.
+# A private function of triton. Where it is missing, a capture of a cold kernel ends in triton's own error.
 _compile = getattr(JITFunction, "_do_compile", None)
 _lock = threading.Lock()
 _captures = 0  # launches into captures that are going on, of all threads
@@ -36,7 +36,7 @@ _captures = 0  # launches into captures that are going on, of all threads
 
 @contextlib.contextmanager
 def _captured(place: torch.device):
-    # A kernel that had to be compiled and loaded now would spoil the capture, with an error that does not say so.
+    # To compile and load a kernel now would spoil the capture, with an error that does not say why.
     global _captures
     with torch.cuda.device(place):
         if _compile is None:
@@ -55,7 +55,7 @@ def _captured(place: torch.device):
 
 
 def _refuse_to_compile(kernel, *arguments):
-    # Threads that capture nothing go on compiling.
+    # A thread that captures nothing may go on compiling.
     if _compile is not None and not torch.cuda.is_current_stream_capturing():
         return _compile(kernel, *arguments)
     raise NotCompiledError(
@@ -105,7 +105,7 @@ def launch(kernel, grid: tuple[int, ...], owner: object, known: tuple | None, /,
         run(*list(arguments.values())[:count])
         return
     compiled = kernel[grid](**arguments)
-    # The interpreter returns nothing, and what only stands for a kernel, as in tests, wants to see every launch.
+    # The interpreter returns nothing to keep, and a stand-in for a kernel, as tests have it, has to see every launch.
     if isinstance(compiled, CompiledKernel) and isinstance(kernel, JITFunction):
         if len(_runners) >= MAX_RUNNERS:
             _runners.clear()

@@ -1,6 +1,6 @@
 """Launchers of whole networks: shapes as in `network_kernels.py`, a launch for each segment of a plan."""
 
-# The head is there or not, as a whole, which types do not say.
+# The types do not say that all parts of a head are there, or none.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false
 import itertools
@@ -174,7 +174,7 @@ def mlp_bwd(
     columns = mlp_columns(widths)
     at_weights, at_biases, size = _slots(widths, wanted)
     inputs = dict(zip(plan.boundaries, saved, strict=True)) | {0: x}
-    # Below the first layer of which anything is wanted, dz need not be known.
+    # Layers below the first one whose gradients are wanted need no dz.
     first = next((l for l in range(len(weights)) if wanted[0] or wanted[1][l] or wanted[2][l]), len(weights))
     # One program writes the gradients themselves; several write fp32 slots that are then summed.
     programs = plan.segments[0].programs
@@ -195,7 +195,7 @@ def mlp_bwd(
             layers, tile = slice(segment.first, segment.last), segment.tile
             h = inputs[segment.first]
             dx = x.new_empty(h.shape) if wanted[0] or first < segment.first else None
-            # Offsets count from the first one of the segment, so that equal segments share one compiled kernel.
+            # Offsets begin at the segment's first gradient, so that equal segments share one compiled kernel.
             at = at_weights[layers] + at_biases[layers]
             base = min((a for a in at if a >= 0), default=-1)
             last = segment.last == len(weights)

@@ -3,9 +3,6 @@
 # triton's types know neither launch options nor tl.range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
-# triton's types know neither launch options nor tl.range.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
 import triton
 import triton.language as tl
 
@@ -31,8 +28,8 @@ def neurons(N: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def clear_padding(h, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    # 0 does not take out an infinite output, of which unbounded activations are capable. Forward only: the backward
-    # kernel has no register to spare, and may leave more NaN in the gradients of a network that overflows than torch.
+    # An unbounded activation may put out infinity, which a weight of 0 turns into NaN. Only the forward kernel clears
+    # it: the backward kernel has no register to spare, and may leave more NaN than torch where a network overflows.
     if N < BLOCK_N:
         h = tl.where((tl.arange(0, BLOCK_N) < N)[None, :], h, 0.0)
     return h
@@ -59,7 +56,7 @@ def load_bias(ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def clear_gap(ptr, SIZE: tl.constexpr):
-    # Between this gradient and the next: it is summed with all others, and must not be whatever was in memory.
+    # The gap up to the next gradient is summed like everything else, so it must not hold what was in memory.
     GAP: tl.constexpr = -SIZE % 8
     if GAP > 0:
         offs = tl.arange(0, 8)
@@ -71,7 +68,7 @@ def log1p_exp(z):
     """log(1 + e^-|z|), to fp32 accuracy."""
     e = tl.exp2(tl.abs(z) * -1.4426950408889634)
     u = 1.0 + e
-    # What the sum 1 + e lost is e - (u - 1), exactly, and it counts 1 / (1 + e), near enough 1 - e.
+    # The sum 1 + e has lost exactly e - (u - 1), which changes the log by that times 1 / (1 + e), or about 1 - e.
     return tl.log(u) + (e - (u - 1.0)) * (1.0 - e)
 
 

@@ -18,9 +18,6 @@ transpose of something that itself came from a product, which was reported to go
 # triton's types know neither launch options nor tl.range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
-# triton's types know neither launch options nor tl.range.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
 import triton
 import triton.language as tl
 
@@ -187,7 +184,7 @@ def mlp_bwd_kernel(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     weights = ()
     biases = ()
-    # Last layer first, as the backward loop rebuilds them.
+    # The sums begin with the last layer, in the order in which the backward loop visits the layers.
     dweights = ()
     dbiases = ()
     for l in tl.static_range(LAYERS):
@@ -223,7 +220,7 @@ def mlp_bwd_kernel(
         offs_m = start + rows
         mask_m = offs_m < M
         xt = load_block(x_ptr, offs_k.to(tl.int64), offs_m, stride_xk, stride_xm, mask_k, mask_m)
-        # As they would be in memory. Operands of TF32 are rounded further, which derivatives must not see.
+        # Activations are rounded as in memory. TF32 rounds operands further, which derivatives must not see.
         hs = (operand(xt.to(DTYPE), "ieee", WIDEN),)  # [PADDED[l], BLOCK_M] each
         for l in tl.static_range(LAYERS):
             z = tl.dot(weights[l], rounded(hs[l], PRECISION), input_precision=PRECISION)  # [PADDED[l + 1], BLOCK_M]

@@ -119,8 +119,8 @@ class KernelLoop:
         """As `TorchLoop.run`; order is int32, losses float32."""
         if steps == 0:
             return
-        # Without a log, one segment that began a step before the launch, where its loss would be due. The kernel is the
-        # one that logs: results have the same bits.
+        # Without a log there is one segment, which began a step before the launch, so that no loss is due. The kernel
+        # is the one that logs, and results have the same bits.
         offset = start % log_every if log_every else 1
         resident = order is None and self.batches == 1 and self.samples <= self.plan.rows
         rows = {"ROWS": self.samples if resident else self.plan.rows} if self.plan.impl == "lane" else {}
@@ -132,7 +132,7 @@ class KernelLoop:
                 taken=self.taken,
                 steps=steps,
                 offset=offset,
-                # A period longer than the launch would overflow for nothing.
+                # The kernel adds the period to step numbers, and one longer than the launch could overflow.
                 period=min(log_every or offset + steps, offset + steps),
                 RESIDENT=resident,
                 **rows,

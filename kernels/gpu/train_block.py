@@ -3,10 +3,6 @@
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
 # pyright: reportPossiblyUnboundVariable=false
-# triton's types know neither launch options nor tl.range.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
-# pyright: reportPossiblyUnboundVariable=false
 
 import triton
 import triton.language as tl
@@ -217,11 +213,11 @@ def train_block_kernel(
             params, firsts, seconds = update(
                 params, firsts, seconds, grads, lr, weight_decay, taken + step + 1, hyper, NUMBERS, UPDATE, DECOUPLED
             )
-            # The next batch; after the last one, the first of the next epoch.
+            # The batch of the next step is the following one, or the first of the next epoch.
             if order_ptr is not None:
                 order_ptr += tl.where(batch == batches - 1, samples, 0)
             batch = tl.where(batch == batches - 1, 0, batch + 1)
-    # 0 to be added, which the compiler cannot know: it would keep the addresses in registers throughout the loop.
+    # The compiler cannot know that this is 0. If it did, it would keep the addresses in registers throughout the loop.
     member += tl.minimum(batch, 0)
     _block_store(parameter_ptrs, params, member, SIZES, WIDTHS, PADDED)
     if first_ptrs is not None:

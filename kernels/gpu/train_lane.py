@@ -4,10 +4,6 @@
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
 # pyright: reportPossiblyUnboundVariable=false
-# triton's types know neither launch options nor tl.range.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
-# pyright: reportPossiblyUnboundVariable=false
 import triton
 import triton.language as tl
 
@@ -158,7 +154,7 @@ def train_lane_kernel(
     BIAS: tl.constexpr = len(SIZES) > LAYERS
     member = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = member < members
-    # Before the first step ever, state is what the optimizer starts from, whatever the buffers hold.
+    # Before the first step of all, the state is what the optimizer starts from, and the buffers are not read.
     known = tl.where(taken > 0, mask, False)
     lr = tl.load(lr_ptr + member, mask=mask, other=0.0)
     params = _lane_load(parameter_ptrs, member, mask, SIZES, BLOCK)
@@ -167,7 +163,7 @@ def train_lane_kernel(
     xs = ()
     ts = ()
     if RESIDENT:
-        # By hand: where there is a store in a loop, triton loads everything in it again and again.
+        # The first tile is loaded by hand, because triton repeats every load in a loop that holds a store.
         for r in tl.static_range(ROWS):
             xs = xs + (_lane_row(x_ptr, member, mask, stride_xe, r, WIDTHS[0]),)
             ts = ts + (_lane_row(y_ptr, member, mask, stride_ye, r, WIDTHS[LAYERS]),)
@@ -207,7 +203,7 @@ def train_lane_kernel(
                 last_row = tl.minimum(first_row + batch_size, samples) - 1
                 for row_start in range(first_row, last_row + 1, ROWS):
                     for r in tl.static_range(ROWS):
-                        # Beyond the batch its last sample stands in, with a scale of 0.
+                        # Beyond the end of the batch its last sample is taken again, with a scale of 0.
                         row = tl.cast(tl.minimum(row_start + r, last_row), tl.int64)
                         row_scale = tl.where(row_start + r <= last_row, batch_scale, 0.0)
                         if order_ptr is not None:
@@ -222,11 +218,11 @@ def train_lane_kernel(
             params, firsts, seconds = update(
                 params, firsts, seconds, grads, lr, weight_decay, taken + step + 1, hyper, NUMBERS, UPDATE, DECOUPLED
             )
-            # The next batch; after the last one, the first of the next epoch.
+            # The batch of the next step is the following one, or the first of the next epoch.
             if order_ptr is not None:
                 order_ptr += tl.where(batch == batches - 1, samples, 0)
             batch = tl.where(batch == batches - 1, 0, batch + 1)
-    # 0 to be added, which the compiler cannot know: it would keep the addresses in registers throughout the loop.
+    # The compiler cannot know that this is 0. If it did, it would keep the addresses in registers throughout the loop.
     member += tl.minimum(batch, 0)
     _lane_store(parameter_ptrs, params, member, mask, SIZES, STARTS)
     if first_ptrs is not None:

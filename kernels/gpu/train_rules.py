@@ -3,9 +3,6 @@
 # triton's types know neither launch options nor tl.range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
-# triton's types know neither launch options nor tl.range.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
 # pyright: reportPossiblyUnboundVariable=false
 import triton
 import triton.language as tl
@@ -32,8 +29,8 @@ UNALIGNED = ("order_ptr", "losses_ptr")  # may be rows of longer tensors
 
 @triton.jit
 def bce(z, y, t):
-    # From z, where p has lost digits, but cut off where torch's BCELoss is: log 0 counts -100. In torch p is 0 where
-    # e^-z overflows, and 1 where 1 + e^-z rounds to 1, from z = 24 ln 2 on.
+    # The loss is computed from z, since p has lost digits, but cut off where torch's BCELoss is: log 0 counts -100. In
+    # torch p is 0 where e^-z overflows, and 1 where 1 + e^-z rounds to 1, from z = 24 ln 2 on.
     log1p = log1p_exp(z)
     minus_log_p = tl.where(z < -88.72284, 100.0, tl.maximum(-z, 0.0) + log1p)
     minus_log_q = tl.where(z > 16.635532, 100.0, tl.maximum(z, 0.0) + log1p)
@@ -99,7 +96,7 @@ def nesterov(p, g, m, v, numbers, hyper):
 @triton.jit
 def _one_minus_power(t, log):
     """1 - e^(t log) for log < 0, to fp32 accuracy: near 0 by its series, where 1 - e^u would cancel."""
-    # Beyond -100 the power is 0 anyway, and the log of a decay of 0 is -inf.
+    # The power is 0 from an exponent of -100 on, and the log of a decay of 0 is -inf.
     u = tl.maximum(t.to(tl.float32) * log, -100.0)
     series = 1.0 + u * (1.0 / 6) * (1.0 + u * (1.0 / 7) * (1.0 + u * (1.0 / 8)))
     series = 1.0 + u * (1.0 / 2) * (1.0 + u * (1.0 / 3) * (1.0 + u * (1.0 / 4) * (1.0 + u * (1.0 / 5) * series)))
@@ -108,7 +105,7 @@ def _one_minus_power(t, log):
 
 @triton.jit
 def adam_numbers(t, lr, hyper):
-    # From t itself, not from running products: those would depend on where a launch began.
+    # The powers are computed from t itself: running products would depend on where a launch began.
     return lr / _one_minus_power(t, hyper[4]), tl.rsqrt(_one_minus_power(t, hyper[5]))
 
 

@@ -164,8 +164,8 @@ def mlp_bwd(
     None will do for what no gradient needs, as for `reference.mlp_bwd`, but for y.
     """
     need_dx, need_dweights, need_dbiases = wanted
-    count, hs = len(weights), cast(Tensors, (x, *saved))  # what is read is there
-    # Below the first layer of which anything is wanted, no gradient need be known.
+    count, hs = len(weights), cast(Tensors, (x, *saved))  # None stands only where nothing reads
+    # Layers below the first one whose gradients are wanted need none.
     first = next((l for l in range(count) if need_dx or need_dweights[l] or need_dbiases[l]), count)
     dweights: list[Tensor | None] = [None] * count
     dbiases: list[Tensor | None] = [None] * count

@@ -54,11 +54,11 @@ def _product(
     BLOCK_K: tl.constexpr,
 ):
     """The part of one output tile that steps first_k to end_k - 1 contribute, [BLOCK_M, BLOCK_N] in fp32."""
-    # The interpreter multiplies in fp32, and knows some of the others not even by name.
+    # The interpreter multiplies in fp32 alone, and rejects the names of some other precisions.
     precision: tl.constexpr = "ieee" if WIDEN else PRECISION  # pyright: ignore[reportAssignmentType]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(first_k, end_k):
-        # Both come straight from shared memory, where a transpose is a stride order.
+        # Both operands come straight from shared memory, where a transpose is only another order of strides.
         if A_ACROSS:
             a = operand(a_desc.load([k * BLOCK_K, tile_m * BLOCK_M]), PRECISION, WIDEN).T
         else:

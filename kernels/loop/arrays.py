@@ -67,7 +67,7 @@ class Arrays(Layout):
                 calls.append(partial(view.flatten(1).addmm_, h.t(), dz.flatten(1), beta=beta, alpha=alpha))
                 continue
             if beta == 0:
-                calls.append(view.zero_)  # multiplied by 0, a NaN would stay
+                calls.append(view.zero_)  # a product with 0 would keep NaN
             elif beta != 1:
                 calls.append(partial(view.mul_, beta))
             for own, gradient in zip(h, dz, strict=True):

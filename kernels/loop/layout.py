@@ -171,7 +171,7 @@ class Batch:
         if self.config.loss == "mse":
             values = (p - t).square_()
         elif self.config.loss == "bce":
-            # Written out: torch's function raises at NaN, where a loop reports what it meets.
+            # torch's function raises at NaN, which a loop has to log; so the formula is written out.
             values = -(t * p.log().clamp_min_(-100) + (1 - t) * torch.log1p(-p).clamp_min_(-100))
         else:
             values = torch.nn.functional.binary_cross_entropy_with_logits(p, t.expand_as(p), reduction="none")

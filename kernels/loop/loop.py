@@ -79,7 +79,7 @@ class TorchLoop:
                     call()
                 batch.ran = True
                 if log_every and step % log_every == 0:
-                    # The outputs are still those from before the update.
+                    # The calls have kept the outputs from before the update, of which the loss is due.
                     next(rows).copy_(batch.loss())
             parameters, first, second = self.given
             self.layout.read(self.layout.parameters, parameters)

@@ -58,7 +58,7 @@ class Matrices(Layout):
             batch.whole_inputs, batch.whole_dz = ones(sum(self.columns), size), new(sum(self.rows), size)
             batch.inputs, batch.dz = list(batch.whole_inputs.split(self.columns)), list(batch.whole_dz.split(self.rows))
         else:
-            # The first layer's input lies as the samples do.
+            # The first layer's input is laid out as the samples are, one per row.
             samples = ones(*self.x.shape[:-2], size, self.columns[0])
             batch.inputs = [samples.mT, *(ones(*self.stack, k, size) for k in self.columns[1:])]
             batch.dz = [new(*self.stack, n, size) for n in self.rows]
@@ -69,7 +69,7 @@ class Matrices(Layout):
 
         outputs = [*(h[..., :n, :] for h, n in zip(batch.inputs[1:], self.rows, strict=False)), batch.output]
         for l, (weight, h, out) in enumerate(zip(self.parameters.views, batch.inputs, outputs, strict=True)):
-            # A stack of products wants a dense result, which an input beside its ones is not.
+            # A stack of products is written into dense memory, and an input beside its ones is not dense.
             z = batch.dz[l] if self.stack and l < len(outputs) - 1 else out
             if self._as_one(l):
                 batch.forward.append(partial(torch.mm, weight.flatten(0, 1), h, out=z.view(-1, size)))

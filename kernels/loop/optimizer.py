@@ -30,7 +30,7 @@ def _fused_adam() -> dict[str, Callable]:
             if any(not math.isclose(a, b, rel_tol=1e-5) for a, b in zip(found, (0.5, 0.1, 0.001), strict=True)):
                 return {}
         return functions
-    except Exception:  # whatever a private function may raise, the answer is the same: do without it
+    except Exception:  # a private function may raise anything; without it the step is written out
         return {}
 
 
@@ -64,8 +64,8 @@ class Optimizer:
         self.rate = lr.item() if layout.members == 1 else 0.0
         self.rates = layout.rates(lr) if layout.members > 1 else None
         self.keep = 1 - (self.rate if self.rates is None else self.rates) * self.config.weight_decay
-        # Gradients are linear in dz of the output: scaled there, where there is least to scale, they go straight into
-        # the parameters.
+        # Gradients are linear in dz of the output, the smallest tensor to scale: scaled there, they can be added to the
+        # parameters at once.
         self.dz_rates = self.rates if self.stateless else None
         if self.stateless:
             return
@@ -79,7 +79,7 @@ class Optimizer:
                 layout.write(self.second, second)
             storages.append(self.second)
             self.step = torch.zeros((), dtype=torch.float32, device=lr.device)
-            # What changes from step to step, where a captured step finds it.
+            # A captured step reads here what changes from step to step.
             self.factor, self.floor = lr.new_empty(()), lr.new_empty(())
         self.parts = list(zip(*map(layout.parts, storages), strict=True))
 
@@ -106,7 +106,7 @@ class Optimizer:
     def calls(self, batch: Batch) -> list[Call]:
         config, layout = self.config, self.layout
         if not self.stateless and config.optimizer == "sgd" and not config.nesterov and not config.dampening:
-            # From zeros, this makes the gradient itself of the first buffer, as torch does.
+            # A buffer of zeros becomes the gradient itself in the first step, as torch has it.
             return [*layout.accumulate(batch, self.first, config.momentum, batch.scale), self._plain_momentum]
         if not self.stateless:
             update = self._momentum if config.optimizer == "sgd" else self._adam

@@ -46,7 +46,7 @@ def _cpu_explicit_bwd(m: int, k: int, n: int, dtype: str, device: Device) -> Pla
     size = itemsize(dtype)
     chunk = 0
     if m * n * size > table["chunk_above_bytes"]:
-        # dz in pieces that stay in cache, instead of a fresh tensor that the system must map page by page.
+        # Pieces of dz stay in cache, where a whole dz would be a fresh tensor that the system maps page by page.
         chunk = max(2048, table["chunk_bytes"] // (n * size))
     rows = min(m, chunk or m)
     dx = "onednn" if within(table["dx"], rows, k, n) else "mm"

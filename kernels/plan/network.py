@@ -18,9 +18,9 @@ MLP_MAX_WIDTH = 128
 MLP_BACKWARD_WIDTHS = 128
 
 # fp32 products on the FMA units make a pass bound by arithmetic from these widths on, and the backward pass computes
-# the forward once more. Up to so many rows the launches that are saved count for more. Derived from peak rates, not
-# yet measured.
-MLP_IEEE_MAX_WIDTH = {False: 64, True: 32}  # backward?
+# the forward once more. Up to MLP_IEEE_ROWS rows the launches that are saved count for more. Derived from peak rates,
+# not yet measured.
+MLP_IEEE_MAX_WIDTH = {False: 64, True: 32}  # by whether the pass goes backward
 MLP_IEEE_ROWS = 1 << 14
 
 
@@ -117,7 +117,7 @@ def _mlp(op: str, m, widths, dtype, precision, device, loss, impl, split) -> Mlp
         return MlpPlan("layers", f"{kind} products at these widths spill registers in every tile")
     programs = [min(cdiv(m, tile.block_m), device.units * per_sm) for _, _, tile, per_sm in found]
     if backward:
-        # One slot of sums per program: what the slots take must stay small beside the activations.
+        # Every program writes a slot of sums, and all slots must stay small beside the activations.
         slot = 4 * sum(n * (k + 1) for k, n in itertools.pairwise(widths))
         activations = itemsize(dtype) * m * (widths[0] + widths[-1])
         few = all(m <= 4 * tile.block_m for _, _, tile, _ in found)
@@ -139,7 +139,7 @@ def _stack(op: str, m, widths, dtype, precision, device, loss, impl, split) -> M
     reason = "wide layers as one node: the product of a layer's gradient ends in dz of the layer below"
     if op == "mlp_bwd":
         layers = tuple(linear_act_bwd(m, k, n, dtype, precision, device, impl) for k, n in pairs)
-        # A layer whose dz no product gives has a kernel of its own for all its gradients.
+        # Where no product of the layer above gives dz, one kernel computes all gradients of the layer.
         apart = [own or above for own, above in zip(dgrads, [*dgrads[1:], None], strict=True)]
         wgrads = tuple(
             linear_act_wgrad(n, m, k, split or precision, device, impl) if dz else None

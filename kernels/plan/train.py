@@ -95,7 +95,7 @@ def _lane(members: int, batch: int, config: TrainConfig, device: Device) -> tupl
     # Some warps per scheduler hide each other's latency; beyond that they wait for each other.
     waves = max(1.0, members / (LANE_NETWORKS * 8 * device.units))
     reason = f"{parameters} parameters: one network per lane, in registers for the whole loop"
-    # Four samples at a time, two, or one.
+    # A lane takes four samples at a time, two, or one.
     rows = next((rows for rows in (4, 2) if rows * parameters <= LANE_UNROLLED), 1)
     plan = TrainPlan("lane", reason, rows, LANE_NETWORKS, 1)
     return LANE_CYCLES * parameters * batch * waves, plan
@@ -111,7 +111,7 @@ def _block(members: int, batch: int, config: TrainConfig, device: Device) -> tup
     heavy = _states(config) == 2 and sum(k * n for k, n in itertools.pairwise(padded)) > BLOCK_ADAM_WEIGHTS
     if heavy or layers > BLOCK_LAYERS[widest][_states(config)]:
         return 0, TrainPlan("torch", f"{'-'.join(map(str, config.widths))} with this optimizer spills in a block")
-    # Beside the widest layers there is room for fewer samples.
+    # The widest layers leave registers for 16 samples only.
     rows = 16 if batch <= 16 or widest == 64 else 32
     num_warps = 4 if widest == rows == 16 else 8
     waves = max(1.0, members / (12 // num_warps * device.units))
@@ -132,7 +132,7 @@ UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7}  # elementwise, 
 # Multiply-adds of the one product of a joint update, those that nobody needs included, to which it costs less than
 # several.
 JOINT_MACS = 1 << 16
-# Below these, a second thread waits longer for the first than it works; where cores are shared, far longer.
+# Below these sizes a second thread waits longer for the first than it works, far longer where cores are shared.
 THREADED_MACS = 1 << 21  # of one product
 THREADED_ELEMENTS = 1 << 17  # of one elementwise call
 
@@ -151,7 +151,7 @@ def train_loop(members: int, batch: int, config: TrainConfig, shared: bool) -> L
         return LoopPlan("matrices", one_thread, "one network: a product for each layer")
     update = UPDATE_CALLS["momentum" if config.momentum else config.optimizer]
     alone = layers[1:] if shared else layers
-    # Forward, backward and update: three products of the same size.
+    # A step has three products of the same size: forward, backward and update.
     arrays = CALL_US * (update + sum(2 + k + n + batch for k, n in alone))
     arrays += members * ARRAY_MAC_US * sum(3 * batch * n * k for k, n in alone)
     matrices = CALL_US * (update * len(layers) + 5 * len(alone))

@@ -37,7 +37,7 @@ def wide_fwd(m: int, k: int, n: int, dtype: str, precision: str, device: Device,
     asked = impl == "triton" or kind in SPLITS
     if k <= TILED_MAX_K["ieee" if kind in SPLITS else kind]:
         asked = False
-    # Rows of y start at multiples of 16 bytes, or TMA cannot write them.
+    # TMA writes only rows that start at multiples of 16 bytes.
     if n * itemsize(dtype) % 16:
         return None
     return _wide_product(m, k, n, kind, precision, device, impl, asked, ", bias and activation in the epilogue")
@@ -62,7 +62,7 @@ def linear_act_dgrad(
         return None
     precision = split or precision
     kind = product_kind(dtype, precision)
-    # For fp32 the weight is copied, transposed. Unmeasured, that must cost less than the pass over dz that it saves.
+    # For fp32 the weight is copied, transposed. Unmeasured, that is done where a pass over dz would move more.
     asked = impl == "triton" or (kind in SPLITS and m >= k)
     epilogue = ", the derivative of the layer below in the epilogue"
     return _wide_product(m, k, n, f"dgrad-{kind}", precision, device, impl, asked, epilogue)
@@ -103,7 +103,7 @@ def _likely_tile(
 ) -> tuple[WideTile | None, int, str]:
     """(tile, splits, reason), unmeasured."""
     if not tiles:
-        return None, 1, ""  # products on the FMA units, which spill here, and chips that nothing was compiled for
+        return None, 1, ""  # products on the FMA units spill here, and other chips have no tiles
     cuts = [1 if kind.startswith("dgrad") else wide_splits(m, k, n, tile, device.units) for tile in tiles]
     waste = [wave_waste(m, n, tile, device.units, splits) for tile, splits in zip(tiles, cuts, strict=True)]
     pick = next(i for i, own in enumerate(waste) if own <= WIDE_WASTE * min(waste))
@@ -115,7 +115,7 @@ def _likely_tile(
 def wide_splits(m: int, k: int, n: int, tile: Tile, units: int) -> int:
     """Parts, a power of 2, into which few tiles' sums over a long k are cut so that they keep a chip busy."""
     if tile.block_m * tile.block_n > 128 * 128:
-        return 1  # parts are stored in fp32, and such tiles leave no shared memory for that
+        return 1  # such tiles leave no shared memory for parts in fp32
     count = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
     splits = 1
     while 2 * splits * count <= units and k >= 2 * splits * SPLIT_MIN_K and splits < 16:
