@@ -10,7 +10,7 @@ from ..ensemble import Ensemble
 from ..history import History
 from .checks import check
 from .eligibility import fast_job
-from .jobs import FastJob, GeneralJob
+from .jobs import GeneralJob, Job
 from .pacing import Bar, Interrupts, Order, chunks
 
 
@@ -65,7 +65,7 @@ def fit(
     bar = Bar(steps, progress, began)
     rows: list[Tensor] = []
     try:
-        # Of a state made in inference mode, no ordinary step could go on.
+        # A state made in inference mode could not be updated by the caller's ordinary steps.
         with Interrupts() as interrupts, torch.inference_mode(False):
             for start, count in chunks(steps):
                 rows.append(job.run(start, count, order, log_every).cpu())
@@ -75,10 +75,10 @@ def fit(
         bar.close()
         for p in model.parameters():
             p.grad = None
+    # With no step logged, the loss has no rows, but the dtype that they would have had.
     rows = [row for row in rows if len(row)]
-    # Without a row, that of the losses there would have been.
-    empty = torch.empty(0, job.columns, device="cpu", dtype=next(model.parameters(), x).dtype)
-    loss = torch.cat(rows) if rows else empty
+    rows = rows or [torch.empty(0, job.columns, device="cpu", dtype=next(model.parameters(), x).dtype)]
+    loss = torch.cat(rows)
     return History(
         list(range(0, steps, log_every)) if log_every else [],
         loss if isinstance(model, Ensemble) else loss.squeeze(1),
@@ -87,10 +87,8 @@ def fit(
     )
 
 
-def prepare(
-    model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl
-) -> "FastJob | GeneralJob":
-    """Raises whatever may be refused; has trained nothing, and copied nothing."""
+def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl) -> Job:
+    """The job that will train, of which nothing is computed or copied yet. Raises all that `fit` refuses."""
     check(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
     x, y = x.detach(), y.detach()
     job = fast_job(model, x, y, criterion, optimizer, lr)
