@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..kernels.reference import shares_nothing
 from .layers import FUSED, LAYERS, activation_of
 from .model import MLP
-from .sequential import FusedSequential, does_nothing, hooks_of
+from .sequential import FusedSequential, hooks_of, is_identity
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def as_network(model: nn.Module) -> Network | str:
         if kind in LAYERS.values() and isinstance(module, nn.Linear):
             layers.append(module)
             names.append(activation_of(module))
-        elif does_nothing(module) and layers:
+        elif is_identity(module) and layers:
             continue
         elif kind not in FUSED or not layers:
             return f"{kind.__name__} is not part of a chain of linear layers and activations"

@@ -45,7 +45,7 @@ class Ensemble(nn.Module):
             raise TypeError(f"num_members must be an int, not {num_members!r}")
         if num_members < 1:
             raise ValueError(f"num_members must be at least 1, not {num_members}")
-        MLP(sizes, activation, output_activation, bias, "meta")  # raises what is wrong with these
+        MLP(sizes, activation, output_activation, bias, "meta")  # raises the errors of all these arguments
         self.sizes = tuple(sizes)
         self.activation = activation
         self.output_activation = activation if output_activation is None else output_activation

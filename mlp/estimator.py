@@ -29,7 +29,7 @@ __all__ = ["FusedMLPClassifier", "FusedMLPRegressor"]
 SOLVERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-@dataclass(eq=False, repr=False)  # for the constructor alone
+@dataclass(eq=False, repr=False)  # which scikit-learn has its own ways for
 class _FusedMLP(BaseEstimator):
     """What the classifier and the regressor share."""
 
@@ -57,7 +57,7 @@ class _FusedMLP(BaseEstimator):
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         generator = torch.Generator().manual_seed(int(seed))
         sizes = [X.shape[1], *hidden, targets.shape[1]]
-        # An MLP draws from the generator that all threads share, an Ensemble from its own.
+        # An Ensemble draws from this generator, an MLP from torch's, which other threads draw from meanwhile.
         options = {"device": self.device, "dtype": torch.float32, "generator": generator}
         model = Ensemble(1, sizes, self.activation, output_activation, **options).member(0)
         momentum = {"momentum": self.momentum} if self.solver == "sgd" else {}
@@ -86,7 +86,8 @@ class _FusedMLP(BaseEstimator):
         """(samples, outputs), float32"""
         check_is_fitted(self, "model_")
         X = validate_data(self, X, dtype="float32", reset=False)
-        return self.model_(self._tensor(X)).cpu().float().numpy()  # autocast may be on
+        # Under autocast the model returns bfloat16, which numpy does not have.
+        return self.model_(self._tensor(X)).cpu().float().numpy()
 
     def _tensor(self, values) -> Tensor:
         # A copy: numpy's arrays may be read-only, which torch's tensors cannot be.

@@ -94,7 +94,7 @@ def export(directory: str | os.PathLike[str], repo_id: str | None = None) -> dic
         for variant, about in metadata.items():
             _write(partial / "build" / variant, package | {"metadata.json": json.dumps(about, indent=2).encode()})
         _write(partial / "torch-ext" / NAME, package)
-        _write(partial, _about(repo_id))
+        _write(partial, _repository_files(repo_id))
         if target.exists():
             target.rmdir()
         partial.rename(target)
@@ -138,7 +138,7 @@ def _metadata(package: Mapping[str, bytes], backend: str) -> dict[str, object]:
     }
 
 
-def _about(repo_id: str | None) -> dict[str, bytes]:
+def _repository_files(repo_id: str | None) -> dict[str, bytes]:
     """The files that say what the repository is."""
     hub = "" if repo_id is None else f'\n[general.hub]\nrepo-id = "{repo_id}"\n'
     names = (kernels.__all__ + mlp.__all__, hub_layers.__all__)

@@ -62,7 +62,7 @@ class MLP(FusedSequential):
         """
         steps = self._plan()[1]
         chain = steps[0] if len(steps) == 1 and isinstance(steps[0], Chain) else None
-        found = chain.parameters() if chain is not None and chain.free else None
+        found = chain.parameters() if chain is not None and chain.is_plain else None
         if chain is None or found is None or chain.activations is None or chain.activations[1] != "sigmoid":
             raise NotImplementedError(f"bce_loss needs plain layers, the last one with a sigmoid: {self}")
         options = {"pos_weight": pos_weight, "reduction": reduction}

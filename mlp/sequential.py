@@ -39,7 +39,7 @@ class Chain:
 
     @classmethod
     def of(cls, modules: tuple[nn.Module, ...]) -> "Chain":
-        layers = [cast(nn.Linear, module) for module in modules if not does_nothing(module)]
+        layers = [cast(nn.Linear, module) for module in modules if not is_identity(module)]
         names = [activation_of(layer) for layer in layers]
         return cls(
             modules,
@@ -51,7 +51,7 @@ class Chain:
         )
 
     @property
-    def free(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether calling the modules would run nothing but the `forward` of their classes."""
         return not any(self.hooks) and not any("forward" in own for own in self.attributes)
 
@@ -65,26 +65,29 @@ class Chain:
 
     def run(self, input: Tensor) -> Tensor:
         """What calling the modules in turn computes."""
-        # `free` and the layers' own choice of torch are written out, since each call costs 0.5% of a tiny network.
-        if any(self.hooks) or any(["forward" in own for own in self.attributes]):
+        # `is_plain` and the layers' choice of torch are written out here, since calls are what a tiny network costs.
+        if any(self.hooks):
             return self._one_by_one(input)
+        for own in self.attributes:
+            if "forward" in own:
+                return self._one_by_one(input)
         try:
             if ops.prefers_torch(input, self.widths):
                 y, on_cpu = input, input.is_cpu
                 for parameters, activation in self.layers:
                     weight = parameters["weight"]
                     if not (weight.is_cpu if on_cpu else weight.device == input.device):
-                        raise ValueError  # torch does not notice every such weight; the layer does
+                        raise ValueError  # torch misses a weight on the meta device; the layer has an error for it
                     y = activation(linear(y, weight, parameters["bias"]))
                 return y
         except ERRORS:
-            # Called one by one, layers say what is wrong, run parametrizations and are traced by torch.fx.
+            # Layers called one by one say what is wrong, run parametrizations, and are seen by a tracer of torch.fx.
             return self._one_by_one(input)
         try:
             if self.activations is not None and (found := self.parameters()) is not None:
                 return mlp_act(input, *found, *self.activations)
         except (TypeError, ValueError):
-            pass  # an error in the words of the layer, not of the network
+            pass  # the layer that is called next raises it again and names its own arguments
         return self._one_by_one(input)
 
     def _one_by_one(self, input: Tensor) -> Tensor:
@@ -94,21 +97,21 @@ class Chain:
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    """The module's own hooks that calls of it run."""
+    """The dicts of the hooks that run when this module is called."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
-def does_nothing(module: nn.Module) -> bool:
+def is_identity(module: nn.Module) -> bool:
     """Whether the module returns its input, as `nn.Identity` and classes derived from it do."""
     return type(module).forward is nn.Identity.forward
 
 
 def _steps(modules: tuple[nn.Module, ...]) -> list[Chain | nn.Module]:
-    """The modules, with layers that follow each other, and what does nothing behind them, as one chain."""
+    """The modules, where layers that follow each other, with any nn.Identity behind them, are one chain."""
     groups: list[list[nn.Module]] = []
     for module in modules:
         follows = bool(groups) and type(groups[-1][0]) in LAYERS.values()
-        if follows and (type(module) in LAYERS.values() or does_nothing(module)):
+        if follows and (type(module) in LAYERS.values() or is_identity(module)):
             groups[-1].append(module)
         else:
             groups.append([module])
@@ -122,13 +125,13 @@ class FusedSequential(nn.Sequential):
     instance's own are noticed at every call; then those layers are called one by one.
     """
 
-    _planned: tuple[tuple[nn.Module, ...], list[Chain | nn.Module]] | None = None  # until an instance has its own
+    _planned: tuple[tuple[nn.Module, ...], list[Chain | nn.Module]] | None = None  # what `_plan` returned last
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features of the first layer) -> (..., out_features of the last)."""
         if is_compiling():
             return super().forward(input)
-        # The comparison in `_plan` is written out, as `Chain.run` does, to save a tiny network the call.
+        # The comparison in `_plan` is written out here too, which saves a tiny network the call.
         planned = self._planned
         if planned is None or planned[0] != tuple(self._modules.values()):
             planned = self._plan()

@@ -8,7 +8,7 @@ from ..as_network import Network
 from ..ensemble import Ensemble
 
 
-def check(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl) -> None:
+def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl) -> None:
     kinds = {
         "model": (model, nn.Module),
         "x": (x, Tensor),

@@ -21,10 +21,10 @@ def fast_job(model, x, y, criterion, optimizer, lr) -> FastJob | str:
         return network
     if reason := training_refusal(network):
         return reason
-    loss = _loss_of(criterion, network)
+    loss = _loss_fields(criterion, network)
     if isinstance(loss, str):
         return loss
-    steps = _optimizer_of(optimizer, network)
+    steps = _optimizer_fields(optimizer, network)
     if isinstance(steps, str):
         return steps
     fields, rate = steps
@@ -59,7 +59,7 @@ def _network(model: nn.Module) -> Network | str:
     return Network(model.sizes, *options, tuple(model._in_order()), len(model))
 
 
-def _loss_of(criterion: object, network: Network) -> dict[str, str] | str:
+def _loss_fields(criterion: object, network: Network) -> dict[str, str] | str:
     names = {nn.BCELoss: "bce", nn.BCEWithLogitsLoss: "bce_logits", nn.MSELoss: "mse"}
     kind = type(criterion)
     if kind not in names or not isinstance(criterion, nn.Module):
@@ -76,8 +76,8 @@ def _loss_of(criterion: object, network: Network) -> dict[str, str] | str:
     return {"loss": names[kind], "reduction": str(criterion.reduction)}
 
 
-def _optimizer_of(optimizer: torch.optim.Optimizer, network: Network) -> tuple[dict[str, Any], float] | str:
-    """The config's fields and the learning rate."""
+def _optimizer_fields(optimizer: torch.optim.Optimizer, network: Network) -> tuple[dict[str, Any], float] | str:
+    """(fields of TrainConfig, learning rate), or the reason why the optimizer's steps cannot be written out."""
     kind = type(optimizer)
     if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         return f"the optimizer is a {kind.__name__}"
@@ -89,7 +89,7 @@ def _optimizer_of(optimizer: torch.optim.Optimizer, network: Network) -> tuple[d
     own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     if own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
         return "the optimizer has hooks"
-    # A learning rate scheduler may replace `step`: its own only counts the calls.
+    # A learning rate scheduler replaces `step` too, by one that only counts its calls.
     if "step" in optimizer.__dict__ and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         return "the optimizer has a step of its own"
     for flag in ("amsgrad", "maximize", "differentiable", "capturable"):

@@ -10,7 +10,7 @@ from ...kernels import train
 from ...kernels.records import TrainConfig
 from ..as_network import Network
 from ..ensemble import Ensemble
-from .pacing import Order, finish, logged_steps
+from .pacing import SampleOrder, logged_steps, synchronize
 from .state import State
 
 
@@ -40,14 +40,14 @@ class FastJob:
         copies = (t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
         return tuple(copy if self.network.members else copy[None] for copy in copies)
 
-    def run(self, start: int, steps: int, order: Order | None, log_every: int) -> Tensor:
+    def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> Tensor:
         p = self.network.parameters[0]
         if self.loop is None:
             self.loop = self._set_up(self.samples if order is None else order.batch)
         losses = p.new_empty(logged_steps(start, steps, log_every), self.columns)
         rows = None if order is None else order.rows(start, steps).to(p.device)
         self.loop.run(rows, start, steps, log_every, losses)
-        finish(p.device)
+        synchronize(p.device)
         with torch.no_grad():
             for own, copy in zip(self.network.parameters, self.parameters, strict=True):
                 own.copy_(copy.view(own.shape))
@@ -65,7 +65,7 @@ class GeneralJob:
         many = isinstance(model, Ensemble)
         self.columns, self.samples = (len(model), x.shape[-2]) if many else (1, x.shape[0])
 
-    def run(self, start: int, steps: int, order: Order | None, log_every: int) -> Tensor:
+    def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> Tensor:
         batches = None if order is None else order.batches(start, steps)
         losses = []
         for step in range(start, start + steps):
@@ -90,7 +90,7 @@ class GeneralJob:
                     self.optimizer.step()
             if log_every and step % log_every == 0 and logged is not None:
                 losses.append(logged)
-        finish(self.x.device)
+        synchronize(self.x.device)
         return torch.stack(losses) if losses else torch.empty(0, self.columns, device="cpu")
 
     def _take(self, data: Tensor, indices: Tensor) -> Tensor:

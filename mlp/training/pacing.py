@@ -26,7 +26,7 @@ def chunks(steps: int) -> Iterator[tuple[int, int]]:
         count = max(1, int(count * CHUNK_SECONDS / max(time.perf_counter() - began, 1e-6)))
 
 
-def finish(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Waits until the device has done what was launched, so that progress and interrupts count finished steps."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -37,17 +37,17 @@ def logged_steps(start: int, steps: int, log_every: int) -> int:
     return len(range(-(-start // log_every) * log_every, start + steps, log_every)) if log_every else 0
 
 
-class Order:
+class SampleOrder:
     """The order of the samples: one permutation per epoch, drawn when its first batch comes up."""
 
     def __init__(self, samples: int, batch_size: int, generator: torch.Generator | None) -> None:
         self.samples, self.batch, self.generator = samples, min(batch_size, samples), generator
         self.per_epoch = -(-samples // self.batch)
-        self.epoch = -1  # of the last row drawn
+        self.epoch = -1  # of self.row, the last one drawn
         self.row: Tensor
 
     def rows(self, start: int, steps: int) -> Tensor:
-        """(epochs, samples), int32: those in which the steps lie."""
+        """(epochs, samples), int32: the order of the samples in each epoch that these steps touch."""
         first, last = start // self.per_epoch, (start + steps - 1) // self.per_epoch
         rows = []
         for epoch in range(first, last + 1):

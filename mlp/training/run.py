@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ..ensemble import Ensemble
 from ..history import History
-from .checks import check
+from .checks import check_arguments
 from .eligibility import fast_job
 from .jobs import GeneralJob, Job
-from .pacing import Bar, Interrupts, Order, chunks
+from .pacing import Bar, Interrupts, SampleOrder, chunks
 
 
 def fit(
@@ -61,7 +61,7 @@ def fit(
     """
     began = time.perf_counter()
     job = prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
-    order = None if batch_size is None else Order(job.samples, batch_size, generator)
+    order = None if batch_size is None else SampleOrder(job.samples, batch_size, generator)
     bar = Bar(steps, progress, began)
     rows: list[Tensor] = []
     try:
@@ -89,7 +89,7 @@ def fit(
 
 def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl) -> Job:
     """The job that will train, of which nothing is computed or copied yet. Raises all that `fit` refuses."""
-    check(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
+    check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
     x, y = x.detach(), y.detach()
     job = fast_job(model, x, y, criterion, optimizer, lr)
     if isinstance(job, str):

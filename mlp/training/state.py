@@ -14,7 +14,7 @@ class State:
 
     def __init__(self, optimizer, network: Network, names: tuple[str, ...], taken: int) -> None:
         self.optimizer, self.network, self.names = optimizer, network, names
-        self.taken = taken  # by the steps that the state has seen
+        self.taken = taken  # how many steps have updated the state
 
     @classmethod
     def read(cls, optimizer: torch.optim.Optimizer, network: Network, config: TrainConfig) -> "State | str":
@@ -65,6 +65,6 @@ class State:
 
 
 def _step_counter(p: Tensor, fused: bool) -> Tensor:
-    # As torch.optim.Adam makes it.
+    # dtype and device are those that torch.optim.Adam gives its counter.
     double = torch.get_default_dtype() == torch.float64 and not fused
     return torch.zeros((), dtype=torch.float64 if double else torch.float32, device=p.device if fused else "cpu")
