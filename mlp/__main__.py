@@ -32,19 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed("interrupted", 130)
     except BrokenPipeError:
-        # `perceptriton doctor | head`
+        # As in `perceptriton doctor | head`, where head ends first.
         _close_stdout()
         return 141
     except OSError as error:
         if error.filename is not None:
             raise
-        # `perceptriton doctor > file`, on a full disk: what is written to stdout has no name.
+        # As in `perceptriton doctor > file` on a full disk: an error about stdout has no file name.
         _close_stdout()
         return _failed(f"the output could not be written: {error.strerror}", 1)
 
 
 def _close_stdout() -> None:
-    # The interpreter flushes it once more as it exits: into nowhere, then.
+    # As it exits, the interpreter flushes stdout once more, which must not fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -107,7 +107,7 @@ def _device(text: str) -> str:
 
 
 def _picture(text: str) -> str:
-    # Refused before the training that it would show, not after.
+    # Checked while arguments are parsed, so that a bad path is refused before the training, not after it.
     try:
         pictures.check_target(text)
     except (ImportError, ValueError) as error:

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels.reference import shares_nothing
-from .layers import LAYERS, LinearAct
+from .layers import FUSED, LAYERS, activation_of
 from .model import MLP
-from .sequential import FusedSequential, does_nothing
-
-_ACTIVATIONS = {nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.ReLU: "relu"}
+from .sequential import FusedSequential, hooks_of, is_identity
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,8 @@ class Network:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module may do more than its class says."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__ or bool(_has_any_global_hook())
+    """Whether calling the module may run more than the `forward` of its class."""
+    return any(hooks_of(module)) or "forward" in module.__dict__ or bool(_has_any_global_hook())
 
 
 def as_network(model: nn.Module) -> Network | str:
@@ -47,35 +44,29 @@ def as_network(model: nn.Module) -> Network | str:
         kind = type(module)
         if kind in LAYERS.values() and isinstance(module, nn.Linear):
             layers.append(module)
-            names.append(module.activation if isinstance(module, LinearAct) else "identity")
-        elif does_nothing(module) and layers:
+            names.append(activation_of(module))
+        elif is_identity(module) and layers:
             continue
-        elif kind not in _ACTIVATIONS or not layers:
+        elif kind not in FUSED or not layers:
             return f"{kind.__name__} is not part of a chain of linear layers and activations"
         elif names[-1] != "identity":
             return f"{kind.__name__} follows another activation"
         else:
-            names[-1] = _ACTIVATIONS[kind]
+            names[-1] = FUSED[kind].activation
     if not layers:
         return "the model has no layers"
     if len(set(names[:-1])) > 1:
         return f"hidden layers have different activations: {', '.join(names[:-1])}"
-    biases = {layer.bias is not None for layer in layers}
-    if len(biases) > 1:
+    bias = layers[0].bias is not None
+    if any((layer.bias is not None) != bias for layer in layers):
         return "some layers have a bias and some have none"
     if any(below.out_features != above.in_features for below, above in pairwise(layers)):
         return "the widths of its layers do not fit"
-    wanted = {"weight", "bias"}
-    if any(set(layer._parameters) != wanted for layer in layers):
+    if any(set(layer._parameters) != {"weight", "bias"} for layer in layers):
         return "a layer has parameters of other names"
     parameters = tuple(cast(nn.Parameter, p) for layer in layers for p in (layer.weight, layer.bias) if p is not None)
-    return Network(
-        (layers[0].in_features, *(layer.out_features for layer in layers)),
-        names[0] if len(names) > 1 else names[-1],
-        names[-1],
-        biases.pop(),
-        parameters,
-    )
+    widths = (layers[0].in_features, *(layer.out_features for layer in layers))
+    return Network(widths, names[0], names[-1], bias, parameters)
 
 
 def training_refusal(network: Network) -> str | None:
@@ -93,13 +84,10 @@ def training_refusal(network: Network) -> str | None:
     if first.device.type not in ("cpu", "cuda"):
         return f"parameters are on {first.device}"
     stack = () if network.members is None else (network.members,)
-    shapes = [
-        (*stack, *shape)
-        for k, n in pairwise(network.widths)
-        for shape in (((n, k), (n,)) if network.bias else ((n, k),))
-    ]
+    shapes = [(*stack, *shape) for k, n in pairwise(network.widths) for shape in [(n, k), (n,)][: 1 + network.bias]]
     if [tuple(p.shape) for p in network.parameters] != shapes:
-        return "a parameter has not the shape that its layer says"  # as a bias of one element, which torch broadcasts
+        # torch broadcasts a bias of one element.
+        return "a parameter has not the shape that its layer says"
     if min(network.widths) == 0:
         return "a layer has no inputs or no outputs"
     if len({id(p) for p in network.parameters}) < len(network.parameters):
@@ -110,28 +98,29 @@ def training_refusal(network: Network) -> str | None:
 
 
 def _share_memory(parameters: Sequence[Tensor]) -> bool:
-    """Whether any two elements, of one parameter or of two, are the same number in memory. None is empty."""
+    """Whether any two elements, of one parameter or of two, lie at the same address. No parameter is empty."""
     spans = sorted(map(_span, parameters))
     if all(map(shares_nothing, parameters)) and all(end <= start for (_, end), (start, _) in pairwise(spans)):
         return False
-    # Parameters that lie woven into each other, as the columns of a matrix do, may still be apart.
+    # Parameters whose spans overlap, as those of two columns of a matrix do, need not have an element in common.
     addresses = torch.cat([_addresses(p) for p in parameters])
     return len(addresses.unique()) < len(addresses)
 
 
-def apart(a: Tensor, b: Tensor) -> bool:
-    """Whether one lies in memory as a whole before the other. None is empty."""
+def lie_apart(a: Tensor, b: Tensor) -> bool:
+    """Whether one lies in memory before the other as a whole. Neither is empty."""
     (first, end), (other, other_end) = _span(a), _span(b)
     return end <= other or other_end <= first
 
 
 def _span(p: Tensor) -> tuple[int, int]:
-    """Where in memory the elements lie, from the first byte to beyond the last."""
+    """The addresses of the first byte of its elements and of the byte behind the last."""
     last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
     return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
 
 
 def _addresses(p: Tensor) -> Tensor:
+    """(p.numel(),), int64: the address of each element."""
     offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for size, stride in zip(p.shape, p.stride(), strict=True):
         offsets = offsets[..., None] + stride * torch.arange(size, device="cpu")

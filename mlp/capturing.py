@@ -31,7 +31,7 @@ def warmup(function: Callable[..., Tensor], *inputs: Tensor) -> None:
 
 @contextlib.contextmanager
 def _side_streams(devices: set[int]) -> Iterator[None]:
-    """Streams as captures use them: on default ones, calls that are small take plain torch instead of kernels."""
+    """Makes streams other than the default ones current, as a capture does: on those, small calls launch no kernels."""
     if not torch.cuda.is_available():
         yield
         return
@@ -45,7 +45,7 @@ def _side_streams(devices: set[int]) -> Iterator[None]:
             stream.wait_stream(default)
             stack.callback(default.wait_stream, stream)
             stack.enter_context(torch.cuda.stream(stream))
-        # A stream brings its device with it, but the caller's tensors are to be where they would be without it.
+        # Entering a stream makes its device the current one, where the function would then create its tensors.
         stack.enter_context(torch.cuda.device(current))
         yield
 

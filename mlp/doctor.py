@@ -17,7 +17,7 @@ from .lessons.text import WIDTH
 
 __all__ = ["SHAPES", "has_cuda", "report", "triton_cache"]
 
-# What `doctor` explains: rows, widths of a layer or of a network.
+# (rows, widths of a layer or of a network): the calls that `doctor` explains.
 SHAPES = (
     (4, 2, 2),
     (64, 64, 64),
@@ -47,7 +47,7 @@ def report() -> Iterator[str]:
     for rows, *widths in SHAPES:
         shapes = [(n, k) for k, n in pairwise(widths)]
         with warnings.catch_warnings():
-            # That a device is too old for the kernels is said once as a warning; here the table says it.
+            # A device that is too old for the kernels raises a warning; the table says the same.
             warnings.simplefilter("ignore")
             found = explain((rows, widths[0]), shapes if len(shapes) > 1 else shapes[0], device=device)
         passes: dict[tuple[str, str], list[str]] = {}
@@ -62,7 +62,7 @@ def report() -> Iterator[str]:
 
 def has_cuda() -> bool:
     """Whether torch finds a CUDA device."""
-    # A driver that is too old is a warning to torch; here it is the answer "no".
+    # torch warns of a driver that is too old; here the answer "no" is enough.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.cuda.is_available()
@@ -79,16 +79,12 @@ def _facts(cuda: bool) -> list[tuple[str, str]]:
     ]
     for index in range(torch.cuda.device_count() if cuda else 0):
         properties = torch.cuda.get_device_properties(index)
-        facts.append(
-            (
-                f"cuda:{index}",
-                f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-                f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB",
-            )
-        )
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        size = f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB"
+        facts.append((f"cuda:{index}", f"{properties.name}, {capability}, {size}"))
     if not cuda:
         facts.append(("cuda", "no device" if torch.version.cuda else "no device, and torch is built without CUDA"))
-    # What triton itself reads; it is not imported for this.
+    # Triton reads this variable when it is imported, which a report must not cause.
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true")
     facts.append(("triton's interpreter", 'on: impl="triton" takes CPU tensors' if interpreted else "off"))
     if devices.has_triton():
@@ -103,7 +99,7 @@ def triton_cache() -> str:
     try:
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing) as probe:
-            # A full disk may have room for a few bytes.
+            # A megabyte, because a disk that counts as full may still take a few bytes.
             probe.write(bytes(1 << 20))
             probe.flush()
     except OSError as error:

@@ -45,7 +45,7 @@ class Ensemble(nn.Module):
             raise TypeError(f"num_members must be an int, not {num_members!r}")
         if num_members < 1:
             raise ValueError(f"num_members must be at least 1, not {num_members}")
-        MLP(sizes, activation, output_activation, bias, "meta")  # raises what is wrong with these
+        MLP(sizes, activation, output_activation, bias, "meta")  # raises the errors of all these arguments
         self.sizes = tuple(sizes)
         self.activation = activation
         self.output_activation = activation if output_activation is None else output_activation
@@ -64,24 +64,23 @@ class Ensemble(nn.Module):
         Raises TypeError for a model that is none of these, ValueError for no models and for models that differ in
         shape, activations, dtype or device.
         """
-        networks = []
+        kinds, parameters = [], []
         for i, model in enumerate(models):
             network = as_network(model)
             if isinstance(network, str):
                 raise TypeError(f"models[{i}] cannot be a member: {network}")
-            networks.append(network)
-        if not networks:
+            first = network.parameters[0]
+            kinds.append((network.widths, network.hidden, network.output, network.bias, first.dtype, first.device))
+            parameters.append(network.parameters)
+        if not kinds:
             raise ValueError("models must hold at least one model, not 0")
-        kinds = [
-            (n.widths, n.hidden, n.output, n.bias, n.parameters[0].dtype, n.parameters[0].device) for n in networks
-        ]
         for i, kind in enumerate(kinds):
             if kind != kinds[0]:
                 raise ValueError(f"models[{i}] is {kind}, but models[0] {kinds[0]}")
         widths, hidden, output, bias, dtype, device = kinds[0]
-        ensemble = cls(len(networks), widths, hidden, output, bias, "meta", dtype).to_empty(device=device)
+        ensemble = cls(len(kinds), widths, hidden, output, bias, "meta", dtype).to_empty(device=device)
         with torch.no_grad():
-            for own, *given in zip(ensemble._in_order(), *(n.parameters for n in networks), strict=True):
+            for own, *given in zip(ensemble._in_order(), *parameters, strict=True):
                 torch.stack(given, out=own)
         return ensemble
 
@@ -94,6 +93,11 @@ class Ensemble(nn.Module):
             return list(self.weights)
         return [p for pair in zip(self.weights, self.biases, strict=True) for p in pair]
 
+    def _arguments(self) -> tuple:
+        """Those of an MLP of a member's shape and dtype, on the meta device."""
+        bias, dtype = len(self.biases) > 0, self.weights[0].dtype
+        return self.sizes, self.activation, self.output_activation, bias, "meta", dtype
+
     def forward(self, input: Tensor) -> Tensor:
         """input (B, sizes[0]), which all members see, or (E, B, sizes[0]) -> (E, B, sizes[-1]).
 
@@ -102,9 +106,8 @@ class Ensemble(nn.Module):
         members = len(self)
         fits = input.dim() == 2 or (input.dim() == 3 and input.shape[0] == members)
         if not fits or input.shape[-1] != self.sizes[0]:
-            raise ValueError(
-                f"input {tuple(input.shape)} is neither (B, {self.sizes[0]}) nor ({members}, B, {self.sizes[0]})"
-            )
+            k = self.sizes[0]
+            raise ValueError(f"input {tuple(input.shape)} is neither (B, {k}) nor ({members}, B, {k})")
         y = input if input.dim() == 3 else input.expand(members, *input.shape)
         for l, weight in enumerate(self.weights):
             z = torch.baddbmm(self.biases[l][:, None], y, weight.mT) if len(self.biases) else torch.bmm(y, weight.mT)
@@ -119,9 +122,7 @@ class Ensemble(nn.Module):
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is outside an ensemble of {len(self)}")
-        like, bias = self.weights[0], len(self.biases) > 0
-        model = MLP(self.sizes, self.activation, self.output_activation, bias, "meta", like.dtype)
-        model = model.to_empty(device=like.device)
+        model = MLP(*self._arguments()).to_empty(device=self.weights[0].device)
         with torch.no_grad():
             for own, stacked in zip(model.parameters(), self._in_order(), strict=True):
                 own.copy_(stacked[index])
@@ -132,15 +133,12 @@ class Ensemble(nn.Module):
 
         Raises IndexError outside the ensemble, ValueError for no member.
         """
-        chosen = torch.arange(len(self), device="cpu")[
-            indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
-        ]
-        like, bias = self.weights[0], len(self.biases) > 0
-        part = Ensemble(len(chosen), self.sizes, self.activation, self.output_activation, bias, "meta", like.dtype)
-        part = part.to_empty(device=like.device)
+        index = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
+        chosen = torch.arange(len(self), device="cpu")[index]
+        part = Ensemble(len(chosen), *self._arguments()).to_empty(device=self.weights[0].device)
         with torch.no_grad():
             for own, stacked in zip(part._in_order(), self._in_order(), strict=True):
-                own.copy_(stacked[chosen.to(like.device)])
+                own.copy_(stacked[chosen.to(stacked.device)])
         return part
 
     def best(self, losses: "Tensor | History", k: int = 1) -> list[int]:

@@ -4,7 +4,8 @@ The rest of the package does not import this file: it needs the extra `sklearn`.
 """
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -28,33 +29,21 @@ __all__ = ["FusedMLPClassifier", "FusedMLPRegressor"]
 SOLVERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
+@dataclass(eq=False, repr=False)  # which scikit-learn has its own ways for
 class _FusedMLP(BaseEstimator):
     """What the classifier and the regressor share."""
 
-    def __init__(
-        self,
-        hidden_layer_sizes=(100,),
-        *,
-        activation="sigmoid",
-        solver="adam",
-        learning_rate=0.01,
-        momentum=0.9,
-        weight_decay=0.0,
-        batch_size=64,
-        max_iter=100,
-        device="cpu",
-        random_state=None,
-    ):
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.activation = activation
-        self.solver = solver
-        self.learning_rate = learning_rate
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.batch_size = batch_size
-        self.max_iter = max_iter
-        self.device = device
-        self.random_state = random_state
+    hidden_layer_sizes: int | Sequence[int] = (100,)
+    _: KW_ONLY
+    activation: str = "sigmoid"
+    solver: str = "adam"
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batch_size: int | None = 64
+    max_iter: int = 100
+    device: str = "cpu"
+    random_state: Any = None
 
     def _train(self, X, targets, output_activation: str, criterion: nn.Module) -> None:
         """X (samples, features), targets (samples, outputs)."""
@@ -68,20 +57,18 @@ class _FusedMLP(BaseEstimator):
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         generator = torch.Generator().manual_seed(int(seed))
         sizes = [X.shape[1], *hidden, targets.shape[1]]
-        # An MLP draws from the generator that all threads share, an Ensemble from its own.
-        model = Ensemble(
-            1, sizes, self.activation, output_activation, True, self.device, torch.float32, generator
-        ).member(0)
-        options: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
-        if self.solver == "sgd":
-            options["momentum"] = self.momentum
+        # An Ensemble draws from this generator, an MLP from torch's, which other threads draw from meanwhile.
+        options = {"device": self.device, "dtype": torch.float32, "generator": generator}
+        model = Ensemble(1, sizes, self.activation, output_activation, **options).member(0)
+        momentum = {"momentum": self.momentum} if self.solver == "sgd" else {}
+        rates = {"lr": self.learning_rate, "weight_decay": self.weight_decay, **momentum}
         per_epoch = -(-samples // batch)
         history = fit(
             model,
             self._tensor(X),
             self._tensor(targets),
             criterion=criterion,
-            optimizer=SOLVERS[self.solver](model.parameters(), **options),
+            optimizer=SOLVERS[self.solver](model.parameters(), **rates),
             steps=epochs * per_epoch,
             batch_size=None if batch == samples else batch,
             log_every=1,
@@ -99,7 +86,8 @@ class _FusedMLP(BaseEstimator):
         """(samples, outputs), float32"""
         check_is_fitted(self, "model_")
         X = validate_data(self, X, dtype="float32", reset=False)
-        return self.model_(self._tensor(X)).cpu().float().numpy()  # autocast may be on
+        # Under autocast the model returns bfloat16, which numpy does not have.
+        return self.model_(self._tensor(X)).cpu().float().numpy()
 
     def _tensor(self, values) -> Tensor:
         # A copy: numpy's arrays may be read-only, which torch's tensors cannot be.
@@ -151,7 +139,7 @@ class FusedMLPClassifier(ClassifierMixin, _FusedMLP):
         if len(classes) < 2 and not multilabel:
             raise ValueError(f"y must hold at least two classes, not one class only: {classes[0]!r}")
         self._train(X, binarizer.transform(y), "sigmoid", nn.BCELoss())
-        # Not before: a refused fit must leave the last one as it was.
+        # Set last, so that a refused fit leaves what the one before has set.
         self._multilabel, self.classes_ = multilabel, classes
         return self
 
@@ -162,7 +150,7 @@ class FusedMLPClassifier(ClassifierMixin, _FusedMLP):
             return p
         if p.shape[1] == 1:
             return np.hstack([1 - p, p])
-        # Far from all classes every output may underflow to 0: then none is likelier than another.
+        # Where every output underflows to 0, all classes are equally likely.
         p = p.clip(np.finfo(p.dtype).tiny)
         return p / p.sum(1, keepdims=True)
 

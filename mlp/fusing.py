@@ -7,32 +7,25 @@ from itertools import pairwise
 import torch.fx
 from torch import nn
 
-from .layers import LinearReLU, LinearSigmoid, LinearTanh
-from .sequential import FusedSequential
+from .layers import FUSED
+from .sequential import FusedSequential, hooks_of
 
 __all__ = ["fuse_", "unfuse_"]
 
-# The layer that takes the place of a Linear before this activation. None of these classes adds state of its own, so
-# an instance changes its class and stays what it is to everyone who holds it: optimizers, checkpoints, hooks.
-FUSED: dict[type[nn.Module], type[nn.Linear]] = {
-    nn.Sigmoid: LinearSigmoid,
-    nn.Tanh: LinearTanh,
-    nn.ReLU: LinearReLU,
-}
+CLASS_BEFORE = "_class_before_fuse"  # the attribute in which a module remembers its class
+ACTIVATIONS = tuple(FUSED)
 
 
 class Applied(nn.Identity):
     """In the place of an activation that the layer before it has applied."""
 
     def extra_repr(self) -> str:
-        return self.__dict__[_WAS].__name__
+        return self.__dict__[CLASS_BEFORE].__name__
 
 
-_WAS = "_class_before_fuse"  # the attribute in which a module remembers its class
-
-
-def _become(module: nn.Module, kind: type[nn.Module]) -> None:
-    module.__dict__[_WAS] = type(module)
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    # Fused layers add no state to that of nn.Linear, so the same object goes on in optimizers and references to it.
+    module.__dict__[CLASS_BEFORE] = type(module)
     module.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -64,12 +57,12 @@ def fuse_(model: nn.Module, refused: dict[str, str] | None = None) -> list[str]:
             full = f"{name}.{first}" if name else first
             if (reason := _pair_refusal(linear, activation, uses)) is None:
                 here.append(full)
-                _become(linear, FUSED[type(activation)])
-                _become(activation, Applied)
+                _set_class(linear, FUSED[type(activation)])
+                _set_class(activation, Applied)
             elif refused is not None:
                 refused[full] = reason
         if here and type(module) is nn.Sequential:
-            _become(module, FusedSequential)
+            _set_class(module, FusedSequential)
         replaced += here
     return replaced
 
@@ -84,11 +77,11 @@ def unfuse_(model: nn.Module) -> list[str]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
     for name, module in model.named_modules():
-        if _WAS in module.__dict__ and type(module) not in (*FUSED.values(), Applied, FusedSequential):
+        if CLASS_BEFORE in module.__dict__ and type(module) not in (*FUSED.values(), Applied, FusedSequential):
             raise ValueError(f"model{name and '.' + name} has become a {type(module).__name__}: undo that first")
     restored: list[str] = []
     for name, module in model.named_modules():
-        if kind := module.__dict__.pop(_WAS, None):
+        if kind := module.__dict__.pop(CLASS_BEFORE, None):
             module.__dict__.pop("_planned", None)
             module.__class__ = kind
             if kind is nn.Linear:
@@ -101,19 +94,12 @@ def unfuse_(model: nn.Module) -> list[str]:
 
 def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
     """The names, below this module, of each linear layer and the activation right behind it."""
-    names = list(_in_sequence(module) if type(module).forward in SEQUENCES else _traced(module))
-    for first, second in names:
+    sequential = type(module).forward in (nn.Sequential.forward, FusedSequential.forward)
+    # A list, so that tracing ends before the first pair is fused.
+    for first, second in list(pairwise(module._modules) if sequential else _traced(module)):
         linear, activation = (module.get_submodule(name) for name in (first, second))
-        if isinstance(linear, nn.Linear) and isinstance(activation, tuple(FUSED)):
+        if isinstance(linear, nn.Linear) and isinstance(activation, ACTIVATIONS):
             yield first, second
-
-
-SEQUENCES = (nn.Sequential.forward, FusedSequential.forward)
-
-
-def _in_sequence(module: nn.Module) -> Iterator[tuple[str, str]]:
-    names = list(module._modules)
-    return pairwise(names)
 
 
 class _Tracer(torch.fx.Tracer):
@@ -126,15 +112,15 @@ class _Tracer(torch.fx.Tracer):
 def _traced(module: nn.Module) -> Iterator[tuple[str, str]]:
     """Calls of which the second is the only user of the first, each module being called once."""
     children = [child for child in module._modules.values() if child is not None]
-    if not any(isinstance(child, tuple(FUSED)) for child in _below(children)):
+    if not any(isinstance(child, ACTIVATIONS) for child in _with_containers_opened(children)):
         return
     try:
         graph = _Tracer().trace(module)
-    except Exception:  # whatever a forward that cannot be traced raises, nothing is known about it
+    except Exception:  # a forward that cannot be traced may raise anything, and is left alone
         return
     calls = [node for node in graph.nodes if node.op == "call_module"]
     times = Counter(id(module.get_submodule(str(node.target))) for node in calls)
-    # Parameters that the forward reads past their module are used elsewhere too.
+    # A module whose parameters the forward reads itself is used twice.
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     for node in calls:
         users = list(node.users)
@@ -146,12 +132,13 @@ def _traced(module: nn.Module) -> Iterator[tuple[str, str]]:
             yield first, second
 
 
-def _below(modules: list[nn.Module]) -> Iterator[nn.Module]:
+def _with_containers_opened(modules: list[nn.Module]) -> Iterator[nn.Module]:
+    """The modules that a forward may call: these and, where one is a container, its entries."""
     for module in modules:
         yield module
-        # A forward may call the entries of its containers; those of a GraphModule are bare Modules.
+        # The containers of a GraphModule are bare Modules.
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or type(module) is nn.Module:
-            yield from _below([child for child in module._modules.values() if child is not None])
+            yield from _with_containers_opened([child for child in module._modules.values() if child is not None])
 
 
 # --- what must stay as it is -------------------------------------------------------------------------------
@@ -159,17 +146,13 @@ def _below(modules: list[nn.Module]) -> Iterator[nn.Module]:
 
 def _pair_refusal(linear: nn.Module, activation: nn.Module, uses: Counter) -> str | None:
     """Why this pair cannot be fused, or None."""
-    for what, module, kinds in (("it", linear, (nn.Linear,)), ("the activation", activation, tuple(FUSED))):
+    for what, module, kinds in (("it", linear, (nn.Linear,)), ("the activation", activation, ACTIVATIONS)):
         if type(module) not in kinds:
             return f"{what} is a {type(module).__name__}"
-        if _hooks(module):
+        if any(hooks_of(module)):
             return f"{what} has hooks"
         if "forward" in module.__dict__:
             return f"{what} has a forward of its own"
         if uses[id(module)] > 1:
             return f"{what} is used elsewhere too"
     return None
-
-
-def _hooks(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))

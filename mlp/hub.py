@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 from .. import kernels, mlp
@@ -25,7 +26,7 @@ from . import hub_layers
 __all__ = ["export"]
 
 NAME = "perceptriton"
-VERSION = 1  # of the API that __all__ lists
+VERSION = 1  # of the names in __all__ and what they do
 LICENSE = "Apache-2.0"
 BACKENDS = ("cpu", "cuda")
 EXTENSIONS = ("py", "json")
@@ -93,7 +94,7 @@ def export(directory: str | os.PathLike[str], repo_id: str | None = None) -> dic
         for variant, about in metadata.items():
             _write(partial / "build" / variant, package | {"metadata.json": json.dumps(about, indent=2).encode()})
         _write(partial / "torch-ext" / NAME, package)
-        _write(partial, _about(repo_id))
+        _write(partial, _repository_files(repo_id))
         if target.exists():
             target.rmdir()
         partial.rename(target)
@@ -117,14 +118,13 @@ def _package() -> dict[str, bytes]:
 
 
 def _exports(modules: Mapping[str, list[str]]) -> bytes:
-    """The source of a module that holds these names of these modules."""
-    imports = [f"from .{module} import {', '.join(names)}\n" for module, names in modules.items()]
-    names = [name for names in modules.values() for name in names]
-    return f"{''.join(imports)}\n__all__ = {json.dumps(names)}\n".encode()
+    """The source of a module that imports these names from these modules."""
+    imports = "".join(f"from .{module} import {', '.join(names)}\n" for module, names in modules.items())
+    return f"{imports}\n__all__ = {json.dumps([*chain.from_iterable(modules.values())])}\n".encode()
 
 
 def _metadata(package: Mapping[str, bytes], backend: str) -> dict[str, object]:
-    """What kernel-builder writes beside a build, less where it comes from: nobody but kernel-builder can tell that."""
+    """What kernel-builder writes beside a build, without the build's origin, which only kernel-builder knows."""
     digests = {path: base64.b64encode(hashlib.sha256(content).digest()).decode() for path, content in package.items()}
     identity = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:12]
     return {
@@ -138,16 +138,13 @@ def _metadata(package: Mapping[str, bytes], backend: str) -> dict[str, object]:
     }
 
 
-def _about(repo_id: str | None) -> dict[str, bytes]:
+def _repository_files(repo_id: str | None) -> dict[str, bytes]:
     """The files that say what the repository is."""
     hub = "" if repo_id is None else f'\n[general.hub]\nrepo-id = "{repo_id}"\n'
-    functions, layers = (_listed(names) for names in (kernels.__all__ + mlp.__all__, hub_layers.__all__))
+    names = (kernels.__all__ + mlp.__all__, hub_layers.__all__)
+    functions, layers = ("\n".join(f"- `{name}`" for name in part) for part in names)
     card = CARD.format(repo_id=repo_id or f"OWNER/{NAME}", functions=functions, layers=layers)
     return {"build.toml": BUILD.format(hub=hub).encode(), "CARD.md": card.encode()}
-
-
-def _listed(names: list[str]) -> str:
-    return "\n".join(f"- `{name}`" for name in names)
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -8,11 +8,9 @@ from torch import Tensor, nn
 from .functional import linear_act, linear_sigmoid_bce
 from .functional.checks import REDUCTIONS
 
-__all__ = ["LAYERS", "LinearAct", "LinearReLU", "LinearSigmoid", "LinearSigmoidBCELoss", "LinearTanh"]
-
 
 class LinearAct(nn.Linear):
-    """An `nn.Linear` whose output has gone through `activation`; the base of the three layers below.
+    """An `nn.Linear` whose output has gone through `activation`: the base of the fused layers.
 
     Constructor, initialization, parameters, `state_dict` keys and shapes are those of `nn.Linear`. Parameters are
     read at every call, so tying, `functional_call`, `load_state_dict(assign=True)` and `.double()` work.
@@ -85,6 +83,13 @@ class LinearSigmoidBCELoss(nn.Linear):
         return linear_act(input, self.weight, self.bias, "sigmoid")
 
 
-LAYERS: dict[str, type[nn.Linear]] = {layer.activation: layer for layer in (LinearSigmoid, LinearTanh, LinearReLU)} | {
-    "identity": nn.Linear
-}
+# The layer that does what an nn.Linear and this activation behind it do.
+FUSED: dict[type[nn.Module], type[LinearAct]] = {nn.Sigmoid: LinearSigmoid, nn.Tanh: LinearTanh, nn.ReLU: LinearReLU}
+
+# The layer with the activation of this name.
+LAYERS: dict[str, type[nn.Linear]] = {layer.activation: layer for layer in FUSED.values()} | {"identity": nn.Linear}
+
+
+def activation_of(layer: nn.Linear) -> str:
+    """The name of the activation that the layer applies."""
+    return layer.activation if isinstance(layer, LinearAct) else "identity"

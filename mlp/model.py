@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .functional.loss import mlp_sigmoid_bce
 from .layers import LAYERS
-from .sequential import FusedSequential, Run
+from .sequential import Chain, FusedSequential
 
 
 class MLP(FusedSequential):
@@ -61,10 +61,9 @@ class MLP(FusedSequential):
         be had in one piece: with another output activation, or with hooks or parametrizations on the layers.
         """
         steps = self._plan()[1]
-        run = steps[0] if len(steps) == 1 and isinstance(steps[0], Run) else None
-        found = run.parameters() if run is not None and run.free else None
-        if run is None or found is None or run.activations is None or run.activations[1] != "sigmoid":
+        chain = steps[0] if len(steps) == 1 and isinstance(steps[0], Chain) else None
+        found = chain.parameters() if chain is not None and chain.is_plain else None
+        if chain is None or found is None or chain.activations is None or chain.activations[1] != "sigmoid":
             raise NotImplementedError(f"bce_loss needs plain layers, the last one with a sigmoid: {self}")
         options = {"pos_weight": pos_weight, "reduction": reduction}
-        weights, biases = found
-        return mlp_sigmoid_bce(input, weights, biases, target, run.activations[0], **options)
+        return mlp_sigmoid_bce(input, *found, target, chain.activations[0], **options)

@@ -12,10 +12,11 @@ from torch.nn.modules import module as _modules
 
 from ..kernels import ops
 from ..kernels.activations import ACTIVATIONS
+from .functional.eager import ERRORS
 from .functional.network import mlp_act
-from .layers import LAYERS, LinearAct
+from .layers import LAYERS, activation_of
 
-# What torch.nn.modules.module.register_module_*_hook fill.
+# Where torch.nn.modules.module.register_module_*_hook put hooks that run for every module.
 _GLOBAL_HOOKS = (
     _modules._global_forward_hooks,
     _modules._global_forward_pre_hooks,
@@ -25,37 +26,33 @@ _GLOBAL_HOOKS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Neighbouring layers of an `nn.Sequential`, and what it takes to run them without calling them one by one."""
+class Chain:
+    """Fused layers that follow each other in an `nn.Sequential`, and what it takes to run them as one network."""
 
     modules: tuple[nn.Module, ...]
-    layers: tuple[tuple[dict, Callable[[Tensor], Tensor]], ...]  # parameters, activation
-    attributes: tuple[dict, ...]  # those of every module: an instance may get a forward of its own
-    hooks: tuple[dict, ...]  # those of every module and torch's global ones: alive, so seen once one is registered
+    layers: tuple[tuple[dict, Callable[[Tensor], Tensor]], ...]  # (parameters by name, activation) of each layer
+    # The dicts of the modules themselves, not copies: they show what is set or registered later.
+    attributes: tuple[dict, ...]  # of every module; an instance may get a `forward` of its own
+    hooks: tuple[dict, ...]  # of every module, and torch's global ones
     widths: tuple[int, ...]
     activations: tuple[str, str] | None  # hidden, output; None where hidden layers differ
 
     @classmethod
-    def of(cls, modules: tuple[nn.Module, ...]) -> "Run":
-        layers = [cast(nn.Linear, module) for module in modules if not does_nothing(module)]
-        names = [layer.activation if isinstance(layer, LinearAct) else "identity" for layer in layers]
+    def of(cls, modules: tuple[nn.Module, ...]) -> "Chain":
+        layers = [cast(nn.Linear, module) for module in modules if not is_identity(module)]
+        names = [activation_of(layer) for layer in layers]
         return cls(
             modules,
             tuple((layer._parameters, ACTIVATIONS[name].forward) for layer, name in zip(layers, names, strict=True)),
             tuple(module.__dict__ for module in modules),
-            _GLOBAL_HOOKS
-            + tuple(
-                hooks
-                for m in modules
-                for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-            ),
+            (*_GLOBAL_HOOKS, *(hooks for module in modules for hooks in hooks_of(module))),
             (layers[0].in_features, *(layer.out_features for layer in layers)),
             (names[0], names[-1]) if len(set(names[:-1])) <= 1 else None,
         )
 
     @property
-    def free(self) -> bool:
-        """Whether nobody would miss the calls of the modules."""
+    def is_plain(self) -> bool:
+        """Whether calling the modules would run nothing but the `forward` of their classes."""
         return not any(self.hooks) and not any("forward" in own for own in self.attributes)
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor] | None] | None:
@@ -67,7 +64,8 @@ class Run:
         return (weights, biases or None) if every else None
 
     def run(self, input: Tensor) -> Tensor:
-        # This is `free` without the calls: a network of four tiny layers runs in 30 us.
+        """What calling the modules in turn computes."""
+        # `is_plain` and the layers' choice of torch are written out here, since calls are what a tiny network costs.
         if any(self.hooks):
             return self._one_by_one(input)
         for own in self.attributes:
@@ -80,22 +78,21 @@ class Run:
                 few = ops.prefers_torch(input, self.widths)
             if few:
                 y = input
-                # Plain torch operations, as the layers themselves would choose here.
                 for parameters, activation in self.layers:
                     weight = parameters["weight"]
                     if not (weight.is_cpu if on_cpu else weight.device == input.device):
-                        return self._one_by_one(input)  # which says so; torch may not
+                        raise ValueError  # torch misses a weight on the meta device; the layer has an error for it
                     y = activation(linear(y, weight, parameters["bias"]))
                 return y
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-            # A parametrized layer; a symbol of torch.fx; or a wrong input: layers have the better message.
-            return self._one_by_one(input)
-        if self.activations is None or (found := self.parameters()) is None:
+        except ERRORS:
+            # Layers called one by one say what is wrong, run parametrizations, and are seen by a tracer of torch.fx.
             return self._one_by_one(input)
         try:
-            return mlp_act(input, *found, *self.activations)
+            if self.activations is not None and (found := self.parameters()) is not None:
+                return mlp_act(input, *found, *self.activations)
         except (TypeError, ValueError):
-            return self._one_by_one(input)  # a wrong input once more
+            pass  # the layer that is called next raises it again and names its own arguments
+        return self._one_by_one(input)
 
     def _one_by_one(self, input: Tensor) -> Tensor:
         for module in self.modules:
@@ -103,21 +100,26 @@ class Run:
         return input
 
 
-def does_nothing(module: nn.Module) -> bool:
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    """The dicts of the hooks that run when this module is called."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def is_identity(module: nn.Module) -> bool:
+    """Whether the module returns its input, as `nn.Identity` and classes derived from it do."""
     return type(module).forward is nn.Identity.forward
 
 
-def _steps(modules: tuple[nn.Module, ...]) -> list[Run | nn.Module]:
-    """The modules, with layers that follow each other taken together."""
-    runs: list[list[nn.Module]] = []
+def _steps(modules: tuple[nn.Module, ...]) -> list[Chain | nn.Module]:
+    """The modules, where layers that follow each other, with any nn.Identity behind them, are one chain."""
+    groups: list[list[nn.Module]] = []
     for module in modules:
-        layer = type(module) in LAYERS.values()
-        inside = bool(runs) and type(runs[-1][0]) in LAYERS.values()
-        if inside and (layer or does_nothing(module)):
-            runs[-1].append(module)
+        follows = bool(groups) and type(groups[-1][0]) in LAYERS.values()
+        if follows and (type(module) in LAYERS.values() or is_identity(module)):
+            groups[-1].append(module)
         else:
-            runs.append([module])
-    return [Run.of(tuple(run)) if len(run) > 1 else run[0] for run in runs]
+            groups.append([module])
+    return [Chain.of(tuple(group)) if len(group) > 1 else group[0] for group in groups]
 
 
 class FusedSequential(nn.Sequential):
@@ -127,22 +129,22 @@ class FusedSequential(nn.Sequential):
     instance's own are noticed at every call; then those layers are called one by one.
     """
 
-    _planned: tuple[tuple[nn.Module, ...], list[Run | nn.Module]] | None = None  # an instance's own hides it
+    _planned: tuple[tuple[nn.Module, ...], list[Chain | nn.Module]] | None = None  # what `_plan` returned last
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features of the first layer) -> (..., out_features of the last)."""
         if is_compiling():
             return super().forward(input)
-        # `_plan` without the call, as in `Run.run`.
+        # The comparison in `_plan` is written out here too, which saves a tiny network the call.
         planned = self._planned
         if planned is None or planned[0] != tuple(self._modules.values()):
             planned = self._plan()
         for step in planned[1]:
-            input = step.run(input) if isinstance(step, Run) else step(input)
+            input = step.run(input) if isinstance(step, Chain) else step(input)
         return input
 
-    def _plan(self) -> tuple[tuple[nn.Module, ...], list[Run | nn.Module]]:
-        """(the modules, what takes their place), made anew when modules have come or gone."""
+    def _plan(self) -> tuple[tuple[nn.Module, ...], list[Chain | nn.Module]]:
+        """(the modules, the steps that run in their place), made anew when modules have come or gone."""
         modules = tuple(self._modules.values())
         planned = self._planned
         if planned is None or planned[0] != modules:
@@ -154,8 +156,6 @@ class FusedSequential(nn.Sequential):
 
     def __getitem__(self, index):
         # A slice is no longer the network that the constructor describes. Its modules keep their names, as in torch.
-        return (
-            nn.Sequential(OrderedDict(list(self._modules.items())[index]))
-            if isinstance(index, slice)
-            else super().__getitem__(index)
-        )
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)

@@ -102,7 +102,7 @@ def check_loss(x, weights, target, pos_weight, reduction) -> None:
 def broadcast_bias(x, weights, biases) -> int | None:
     """The index of the last layer whose bias is not (out_features,), or None where x, weights and biases all fit.
 
-    Raises a ValueError without words where anything else does not fit: `check_network` finds them.
+    Raises a ValueError without a message where anything else does not fit; `check_network` then raises one with it.
     """
     found = None
     if not weights or (biases is not None and len(biases) != len(weights)):

@@ -9,7 +9,7 @@ from ...kernels.activations import ACTIVATIONS
 from ...kernels.crossover import launch_bound
 from ...kernels.records import IMPLS, NotCompiledError
 
-# What a call raises whose arguments do not fit together: only then does anyone look for the reason.
+# Arguments that do not fit together make torch raise one of these; only then is the reason looked for.
 ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 

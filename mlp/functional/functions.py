@@ -36,7 +36,7 @@ class LinearActFunction(torch.autograd.Function):
             y = dy  # the derivative of the identity reads nothing but y's shape
         wanted = ctx.needs_input_grad[:3]
         if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or eligibility.batched(dy)):
-            # create_graph: gradients that can themselves be differentiated, exact to any order.
+            # With create_graph=True gradients must themselves be differentiable, to any order.
             gradients = reference.linear_act_bwd_differentiable(dy, y, x, weight, ctx.activation, wanted)
         elif torch.is_autocast_enabled(dy.device.type):
             # Without autocast the products keep the dtype that they had in the forward pass.
@@ -82,7 +82,7 @@ class MlpFunction(torch.autograd.Function):
         others = any(dh is not None for dh in dhs)
         with _without_autocast(ctx.kind):
             if dy is None or others or torch.is_grad_enabled() or eligibility.batched(dy):
-                # create_graph: gradients that can themselves be differentiated, exact to any order.
+                # With create_graph=True gradients must themselves be differentiable, to any order.
                 upstream = (*(None,) * (layers - 1 - len(dhs)), *dhs, dy)
                 dx, dweights, dbiases = reference.mlp_bwd_differentiable(upstream, x, saved, weights, *options)
                 dx = None if dx is None else dx.reshape(ctx.shape)

@@ -10,7 +10,7 @@ from ...kernels import ops
 from .checks import REDUCTIONS, check_loss, check_network, loss_refusal
 from .eager import ERRORS, is_for_torch, product_dtype, torch_bce, torch_network
 from .functions import MlpBceFunction
-from .network import mlp_act, network_plans, torch_is_best
+from .network import mlp_act, network_plans, network_takes_torch
 
 
 def linear_sigmoid_bce(
@@ -75,7 +75,7 @@ def mlp_sigmoid_bce(
             or not (pos_weight is None or pos_weight.is_floating_point())
         ):
             raise ValueError
-        if torch_is_best(x, weights, biases, (activation,), impl):
+        if network_takes_torch(x, weights, biases, (activation,), impl):
             return torch_bce(torch_network(x, weights, biases, activation, "identity"), target, pos_weight, reduction)
         refused = loss_refusal(x, target, pos_weight, n)
         if refused and impl == "triton":

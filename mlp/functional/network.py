@@ -37,7 +37,7 @@ def mlp_act(
     """
     output = activation if output_activation is None else output_activation
     try:
-        if torch_is_best(x, weights, biases, (activation, output), impl):
+        if network_takes_torch(x, weights, biases, (activation, output), impl):
             return torch_network(x, weights, biases, activation, output)
         if (found := network_plans(x, weights, biases, impl)) is None:
             return _layers(x, weights, biases, activation, output, impl)
@@ -62,7 +62,7 @@ def _layers(x, weights, biases, hidden, output, impl) -> Tensor:
     return x
 
 
-def torch_is_best(x, weights, biases, activations, impl) -> bool:
+def network_takes_torch(x, weights, biases, activations, impl) -> bool:
     """Whether torch's own operations run the network, without a plan. Raises for what does not fit together."""
     if impl not in IMPLS or not all(act in ACTIVATIONS for act in activations):
         raise ValueError
@@ -74,7 +74,7 @@ def torch_is_best(x, weights, biases, activations, impl) -> bool:
         if impl == "triton":
             refused = eligibility.bias_refusal(f"biases[{misfit}]", biases[misfit], weights[misfit])
             raise NotImplementedError(f'impl="triton": {refused}')
-        return True  # torch broadcasts it
+        return True  # torch broadcasts such a bias, kernels do not
     return impl is None and ops.network_prefers_torch(x, weights)
 
 

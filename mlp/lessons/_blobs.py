@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..model import MLP
 from .lesson import Count, Lesson
 from .pictures import INK, Curve, Figure, curve, draw_classes, draw_losses, draw_probability, new_figure, surface
-from .problem import WAYS, contenders, drawn, table
+from .problem import WAYS, contenders, network_from_seed, table
 from .race import Task, race
-from .text import TURNS, page, training_report
-from .trajectory import Trajectory, followed, outputs
+from .text import TURNS, page
+from .trajectory import Trajectory, outputs, trajectory_of
 
 BLOBS_SEED = 2
 BLOBS_STEPS = 1000
@@ -39,8 +39,8 @@ def blobs(
     given, sizes = table("blobs_2-1"), [2, 1]
     x, y = (t.to(device) for t in blobs_data())
     task = Task(x, y, nn.BCELoss(), partial(torch.optim.SGD, lr=0.01), steps, log_every=1)
-    network = drawn(seed, device, sizes)
-    return followed(
+    network = network_from_seed(seed, device, sizes)
+    return trajectory_of(
         task,
         device,
         sizes,
@@ -138,7 +138,6 @@ BLOBS = Lesson(
     summary="a perceptron separates two blobs",
     run=blobs,
     intro=_intro,
-    report=training_report,
     counts=(Count("steps", BLOBS_STEPS),),
     plot=plot_blobs,
     picture="the decision line before and after training, and the loss",

@@ -11,10 +11,10 @@ from ..model import MLP
 from ._xor import xor_task
 from .lesson import Count, Lesson
 from .pictures import Figure, TrainingPicture, plot_training
-from .problem import contenders, drawn, table
+from .problem import contenders, network_from_seed, table
 from .race import HAND, Loop, Task, race
-from .text import comparison, fill, losses, page, predictions, row
-from .trajectory import Trajectory, followed
+from .text import error_table, fill, loss_table, page, prediction_table, row
+from .trajectory import Trajectory, trajectory_of
 from .values import Result
 
 HAND_SEED = 3
@@ -32,7 +32,7 @@ class ByHand(Result):
     """What `by_hand` returns."""
 
     trajectory: Trajectory  # the reference is the loss of the loop by hand, the first of the runs
-    textbook: list[float | None]  # the table's loss at the logged steps, from weights that nobody knows
+    textbook: list[float | None]  # the table's loss at the logged steps, from weights that were not recorded
     names: list[str]  # of the parameters
     ratios: list[float]  # gradient by hand over autograd's of the mean loss, median over the elements of a parameter
     rates: list[float]  # of an ordinary optimizer that takes the same steps, by parameter
@@ -65,13 +65,15 @@ def by_hand(
     Raises ValueError for steps below 1.
     """
     task, sizes = replace(xor_task(steps, device), optimizer=_two_rates), [2, 2, 1]
-    network = drawn(seed, device, sizes)
+    network = network_from_seed(seed, device, sizes)
     hand = _HandLoop(network(MLP), task)
     ratios = _ratios(hand.model, task)
     groups = task.optimizer(hand.model.parameters()).param_groups
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     runs = race(task, [hand, *contenders(task, network, calls=1)], progress)
-    trajectory = followed(task, device, sizes, network(MLP), runs, lambda loss: HAND_BAND, prediction_band=HAND_BAND)
+    trajectory = trajectory_of(
+        task, device, sizes, network(MLP), runs, lambda loss: HAND_BAND, prediction_band=HAND_BAND
+    )
     given = dict(table("xor_by_hand")["loss"])
     textbook = [given.get(step) for step in task.logged]
     names = ["weight1", "bias1", "weight2", "bias2"]
@@ -122,7 +124,7 @@ def _two_rates(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _ratios(model: nn.Module, task: Task) -> list[float]:
-    """The ratios of `ByHand`."""
+    """The field `ratios` of `ByHand`."""
     parameters = list(model.parameters())
     own = torch.autograd.grad(task.criterion(model(task.x), task.y), parameters)
     _, hand = hand_gradients(task.x, task.y, *(p.detach() for p in parameters))
@@ -154,16 +156,16 @@ def _report(result: ByHand) -> str:
             row(f"  {'gradient by hand / autograd':28}", result.ratios, 12, ".7f"),
             row(f"  {'learning rate for autograd':28}", result.rates, 12, "g"),
             "",
-            *losses(trajectory, "textbook", result.textbook),
+            *loss_table(trajectory, "textbook", result.textbook),
             "",
-            *comparison(trajectory, "the loop by hand", "the 1e-7 and the order of rounding"),
+            *error_table(trajectory, "the loop by hand", "the 1e-7 and the order of rounding"),
             fill(
                 "The textbook's weights came from uninitialized memory, so its losses show the form, not the numbers. "
                 f"Converged means a loss below ln 2 / 4 = {SOLVED:.4f}, which proves all four answers right."
                 + (" It has converged." if result.converged else "")
             ),
             "",
-            *predictions(trajectory),
+            *prediction_table(trajectory),
         ]
     )
 
@@ -186,5 +188,4 @@ BY_HAND = Lesson(
     report=_report,
     counts=(Count("steps", HAND_STEPS),),
     plot=plot_by_hand,
-    picture="the loss and the decision surface",
 )

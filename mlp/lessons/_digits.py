@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..model import MLP
 from .lesson import Count, Lesson
 from .pictures import INK, PALE_BLUE, VERMILION, Figure, new_figure, tidy
-from .problem import contenders, drawn
+from .problem import contenders, network_from_seed
 from .race import FUSED, NN, Run, Task, check_steps, race
-from .text import TURNS, comparison, fill, losses, page, ran
-from .trajectory import Trajectory, followed, outputs
+from .text import TURNS, error_table, fill, how_it_ran, loss_table, page
+from .trajectory import Trajectory, outputs, trajectory_of
 from .values import Result
 
 DIGITS_SEED = 0
@@ -24,7 +24,7 @@ TESTED = 450  # of the 1,797 images
 # Relative. The order in which fp32 sums are rounded moved a logged loss by at most 2.4e-6 against fp64: the largest of
 # seven ways of rounding, from three seeds.
 DIGITS_BAND = 1e-5
-DIGITS_SHARE = 0.95  # of the test images; each way must read more than these
+DIGITS_SHARE = 0.95  # each contender must read a larger share of the test images than this
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,9 @@ class Digits(Result):
         return (self.read(run) == self.labels).double().mean().item()
 
     def training_accuracy(self, run: Run) -> float:
-        """The same share of the images that it was trained on."""
-        trajectory = self.trajectory
-        read = self.probabilities(run, trajectory.samples).argmax(1)
-        return (read == trajectory.targets).double().mean().item()
+        """The share of the images it was trained on that are read right."""
+        read = self.probabilities(run, self.trajectory.samples).argmax(1)
+        return (read == self.trajectory.targets).double().mean().item()
 
     def misread(self, run: Run) -> list[int]:
         """The indices of test images that are read wrong, the one with the largest wrong output first."""
@@ -85,9 +84,9 @@ def digits(
     y = nn.functional.one_hot(labels, 10).to(x.dtype)
     sizes, optimizer = [64, 128, 10], partial(torch.optim.Adam, lr=0.01)
     task = Task(x.to(device), y.to(device), nn.BCELoss(), optimizer, steps, 10, DIGITS_BATCH, seed)
-    network = drawn(seed, device, sizes)
+    network = network_from_seed(seed, device, sizes)
     runs = race(task, contenders(task, network), progress)
-    trajectory = followed(
+    trajectory = trajectory_of(
         task, device, sizes, network(MLP), runs, lambda loss: DIGITS_BAND, targets=labels, points=images
     )
     return Digits(trajectory, images, test_labels)
@@ -105,13 +104,9 @@ def digits_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     except ImportError as error:
         raise ImportError("the digits come with scikit-learn: install perceptriton[sklearn]") from error
     images, labels = load_digits(return_X_y=True)
-    x, x_test, y, y_test = train_test_split(images / 16, labels, test_size=TESTED, stratify=labels, random_state=0)
-    return (
-        torch.tensor(x, dtype=torch.float32),
-        torch.tensor(y),
-        torch.tensor(x_test, dtype=torch.float32),
-        torch.tensor(y_test),
-    )
+    parts = train_test_split(images / 16, labels, test_size=TESTED, stratify=labels, random_state=0)
+    x, x_test, y, y_test = map(torch.tensor, parts)
+    return x.float(), y, x_test.float(), y_test
 
 
 def _intro(steps: int) -> str:
@@ -133,14 +128,14 @@ def _intro(steps: int) -> str:
 def _report(result: Digits) -> str:
     trajectory, last = result.trajectory, result.trajectory.runs[-1]
     learned, new = f"of {len(trajectory.samples):,} it learned", f"of {len(result.images)} new"
-    lines = ["The loss of the minibatch, before its step:", "", *losses(trajectory, head=""), ""]
-    lines += [*comparison(trajectory, "the loop over nn"), "", f"  {'read right':24}  {learned:>20}  {new:>12}"]
+    lines = ["The loss of the minibatch, before its step:", "", *loss_table(trajectory, head=""), ""]
+    lines += [*error_table(trajectory, "the loop over nn"), "", f"  {'read right':24}  {learned:>20}  {new:>12}"]
     for run in trajectory.runs:
         lines.append(f"  {run.name:24}  {result.training_accuracy(run):20.2%}  {result.accuracy(run):12.2%}")
     read = result.read(last)
     mistakes = Counter((int(result.labels[i]), int(read[i])) for i in result.misread(last))
     told = ", ".join(f"{true} as {wrong}" + f" ({n} times)" * (n > 1) for (true, wrong), n in mistakes.most_common())
-    return "\n".join([*lines, "", fill(f"Misread by {last.name}: {told or 'none'}."), "", *ran(trajectory)])
+    return "\n".join([*lines, "", fill(f"Misread by {last.name}: {told or 'none'}."), "", *how_it_ran(trajectory)])
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from ._by_hand import SOLVED
 from ._xor import XOR_BAND, XOR_SEED, xor_task
 from .lesson import Count, Lesson
 from .pictures import Figure, new_figure
-from .problem import contenders, draw, drawn, table
+from .problem import contenders, draw, network_from_seed, table
 from .race import FitCalls, race
-from .text import comparison, fill, losses, page, row, shown
-from .trajectory import Trajectory, followed
+from .text import error_table, fill, loss_table, page, row, shown_rows
+from .trajectory import Trajectory, trajectory_of
 from .values import Result
 
 SWEEP_SEEDS = 1000
 SWEEP_STEPS = 5001
-# Four to a decade; 1 is that of the lesson xor.
+# Four rates to a decade, among them 1, which is that of the lesson xor.
 SWEEP_RATES = tuple(10 ** (k / 4) for k in range(-4, 8))
 
 
@@ -83,11 +83,11 @@ def sweep(
     lr = torch.tensor(rates, dtype=torch.float32).repeat_interleave(seeds)
     member = list(rates).index(1.0) * seeds
     together = FitCalls(ensemble, task, name=f"fit, {len(ensemble):,} at once", calls=1, lr=lr, column=member)
-    alone = contenders(task, drawn(first_seed, device, sizes), ("nn", "fused"))
+    alone = contenders(task, network_from_seed(first_seed, device, sizes), ("nn", "fused"))
     *runs, run = race(task, [*alone, together], progress)
     runs.append(replace(run, model=cast(Ensemble, together.model).member(member)))
     initial, reference = models[0].to(device), dict(table("xor_2-2-1")["loss"])
-    trajectory = followed(task, device, sizes, initial, tuple(runs), lambda loss: XOR_BAND, reference)
+    trajectory = trajectory_of(task, device, sizes, initial, tuple(runs), lambda loss: XOR_BAND, reference)
     found = together.history.loss.reshape(len(task.logged), len(rates), seeds)
     return Sweep(list(rates), drawn_seeds, list(task.logged), found, trajectory)
 
@@ -110,7 +110,7 @@ def _report(result: Sweep) -> str:
     seeds = f"Share of {len(result.seeds):,} seeds"
     lines = [f"{seeds} that have succeeded by a step, in percent; learning rates across:", ""]
     lines.append(row("    step", result.rates, 7, ".3g"))
-    for i in shown(result.steps):
+    for i in shown_rows(result.steps):
         lines.append(row(f"  {result.steps[i]:6}", (100 * result.success[i]).tolist(), 7, ".1f"))
     best = int(result.success[-1].argmax())
     words = fill(
@@ -119,7 +119,7 @@ def _report(result: Sweep) -> str:
     )
     alone = f"Seed {result.seeds[0]} at rate 1, alone and among the {result.networks:,}:"
     trajectory = result.trajectory
-    return "\n".join([*lines, "", words, "", alone, "", *losses(trajectory), "", *comparison(trajectory)])
+    return "\n".join([*lines, "", words, "", alone, "", *loss_table(trajectory), "", *error_table(trajectory)])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The lesson of one step of backpropagation, worked on paper."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,14 +11,14 @@ from ..model import MLP
 from .lesson import Count, Lesson
 from .problem import Build, contenders, draw, table, unfused
 from .race import FUSED, HAND, NN, FitCalls, Run, Task, race
-from .text import fill, page, row, short, timed
+from .text import fill, page, row, short_name, timing_table
 from .values import Result, Values, value_misses
 
 # Absolute. The table has eight decimals: half a unit of the last. In float32 numbers near 0.6 are 6e-8 apart.
 WORKED_BANDS = {torch.float64: 5e-9, torch.float32: 2e-7}
 WORKED_STEPS = 1000
 
-# The table's keys, and the names of the numbers under each, as in `_numbered`.
+# The table's keys, and the names that `_numbered` gives to the numbers under each.
 WORKED = {"z_hidden": "z_h{}", "h": "h{}", "z_output": "z_o{}", "o": "o{}", "E": "E_o{}", "E_total": "E"}
 WORKED |= {"dE_dW5": "dE/dW5", "dE_dW1": "dE/dW1"} | {f"W{i}_new": f"W{i} new" for i in (5, 1, 2, 3, 4)}
 
@@ -58,7 +58,7 @@ def worked_step(steps: int = WORKED_STEPS, device: torch.device | str = "cpu", *
         reference |= _numbered(name, torch.tensor(given[key], dtype=torch.float64))
     ways = (way for dtype in WORKED_BANDS for way in _ways(given, dtype, device))
     shown = tuple(
-        replace(way, values={name: value for name, value in way.values.items() if name in reference}) for way in ways
+        replace(way, values={name: way.values[name] for name in reference if name in way.values}) for way in ways
     )
     runs = race(task, contenders(task, partial(_network, given, torch.float32, device)), progress)
     return WorkedStep(str(device), given["x"], given["target"], reference, shown, steps, runs)
@@ -74,7 +74,7 @@ def _ways(given: dict, dtype: torch.dtype, device: torch.device | str) -> Iterat
 
     calls = FitCalls(_network(given, dtype, device, MLP), task)
     calls.take(turn=0, turns=1, steps=range(1))
-    yield Values(calls.name, dtype, {"E": calls.losses[0] / 2} | _weights(*calls.model.parameters()))
+    yield Values(calls.name, dtype, {"E": calls.losses[0] / 2} | _numbered("W{} new", *calls.model.parameters()))
 
 
 def _task(given: dict, dtype: torch.dtype, device: torch.device | str, steps: int) -> Task:
@@ -100,19 +100,11 @@ def _by_hand(x: Tensor, target: Tensor, hidden: Tensor, output: Tensor) -> dict[
 
     dz_o = (o - target) * o * (1 - o)  # dE/do = o - target, do/dz = o (1 - o)
     doutput = torch.outer(dz_o, h)  # dz_o/dW = h
-    dh = output.T @ dz_o  # every output that h reaches
+    dh = output.T @ dz_o  # a sum over the outputs, since h reaches each of them
     dz_h = dh * h * (1 - h)
     dhidden = torch.outer(dz_h, x)
-    return {
-        **_numbered("z_h{}", z_h),
-        **_numbered("h{}", h),
-        **_numbered("z_o{}", z_o),
-        **_numbered("o{}", o),
-        **_numbered("E_o{}", error),
-        "E": error.sum().item(),
-        **_numbered("dE/dW{}", dhidden, doutput),
-        **_weights(hidden - 0.5 * dhidden, output - 0.5 * doutput),
-    }
+    weights = (hidden - 0.5 * dhidden, output - 0.5 * doutput)
+    return _sums(z_h, z_o) | _named(h, o, error, (dhidden, doutput), weights)
 
 
 def _by_autograd(x: Tensor, target: Tensor, model: nn.Sequential) -> dict[str, float]:
@@ -125,26 +117,24 @@ def _by_autograd(x: Tensor, target: Tensor, model: nn.Sequential) -> dict[str, f
     error.sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     optimizer.step()
-    # A fused layer shows no z.
-    sums = {} if isinstance(model[1], nn.Identity) else _numbered("z_h{}", z_h) | _numbered("z_o{}", z_o)
-    return {
-        **sums,
-        **_numbered("h{}", h),
-        **_numbered("o{}", o),
-        **_numbered("E_o{}", error),
-        "E": error.sum().item(),
-        **_numbered("dE/dW{}", *gradients),
-        **_weights(*model.parameters()),
-    }
+    # A fused layer returns its activation and shows no z.
+    sums = {} if isinstance(model[1], nn.Identity) else _sums(z_h, z_o)
+    return sums | _named(h, o, error, gradients, model.parameters())
+
+
+def _sums(z_h: Tensor, z_o: Tensor) -> dict[str, float]:
+    return _numbered("z_h{}", z_h) | _numbered("z_o{}", z_o)
+
+
+def _named(h: Tensor, o: Tensor, error: Tensor, gradients: Iterable[Tensor], weights: Iterable[Tensor]):
+    """The numbers of one step by name; error (2,): of each output."""
+    values = _numbered("h{}", h) | _numbered("o{}", o) | _numbered("E_o{}", error) | {"E": error.sum().item()}
+    return values | _numbered("dE/dW{}", *gradients) | _numbered("W{} new", *weights)
 
 
 def _numbered(name: str, *values: Tensor) -> dict[str, float]:
     """The elements of all the values in turn; {} in the name is their number, from 1."""
     return {name.format(i): value for i, value in enumerate(torch.cat([v.flatten() for v in values]).tolist(), 1)}
-
-
-def _weights(*layers: Tensor) -> dict[str, float]:
-    return _numbered("W{} new", *layers)
 
 
 def _intro(steps: int) -> str:
@@ -167,7 +157,7 @@ def _intro(steps: int) -> str:
 def _report(result: WorkedStep) -> str:
     ways = [way for way in result.ways if way.dtype == torch.float64]
     lines = [f"x = {result.x}, target = {result.target}, in float64:", ""]
-    lines.append(row(f"  {'':8}", ["reference", *(short(way.name) for way in ways)], 12))
+    lines.append(row(f"  {'':8}", ["reference", *(short_name(way.name) for way in ways)], 12))
     for name, reference in result.reference.items():
         lines.append(row(f"  {name:8}", [reference, *(way.values.get(name) for way in ways)], 12, ".8f"))
     parts = []
@@ -179,7 +169,7 @@ def _report(result: WorkedStep) -> str:
     lines += ["", fill(f"Largest difference: {', '.join(parts)}.{verdict}"), ""]
     head = f"E at step {(result.steps - 1) // 100 * 100:,}"
     title = f"in float32, {result.steps:,} steps"
-    lines += timed(title, f"{head:>18}", lambda run: f"{run.losses[-1] / 2:18.8e}", result.runs)
+    lines += timing_table(title, f"{head:>18}", lambda run: f"{run.losses[-1] / 2:18.8e}", result.runs)
     return "\n".join(lines)
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ..model import MLP
 from .lesson import Count, Lesson
 from .pictures import plot_training
-from .problem import WAYS, contenders, drawn, table
+from .problem import WAYS, contenders, network_from_seed, table
 from .race import Task, race
-from .text import TURNS, page, training_report
-from .trajectory import Trajectory, followed
+from .text import TURNS, page
+from .trajectory import Trajectory, trajectory_of
 
 XOR_SEED = 777
 XOR_STEPS = 10_001
@@ -42,8 +42,8 @@ def xor(
     The caller's random numbers are left as they were. Raises ValueError for steps below 1 and for unknown ways.
     """
     given, sizes = table("xor_2-2-1"), [2, 2, 1]
-    task, network = xor_task(steps, device), drawn(seed, device, sizes)
-    return followed(
+    task, network = xor_task(steps, device), network_from_seed(seed, device, sizes)
+    return trajectory_of(
         task,
         device,
         sizes,
@@ -86,8 +86,6 @@ XOR = Lesson(
     summary="a 2-2-1 network learns exclusive or",
     run=xor,
     intro=_intro,
-    report=training_report,
     counts=(Count("steps", XOR_STEPS),),
     plot=plot_training,
-    picture="the loss and the decision surface",
 )

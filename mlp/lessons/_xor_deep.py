@@ -8,16 +8,16 @@ from ..model import MLP
 from ._xor import XOR_SEED, XOR_STEPS, xor_task
 from .lesson import Count, Lesson
 from .pictures import plot_training
-from .problem import WAYS, contenders, drawn, table
+from .problem import WAYS, contenders, network_from_seed, table
 from .race import race
-from .text import TURNS, page, training_report
-from .trajectory import Trajectory, followed
+from .text import TURNS, page
+from .trajectory import Trajectory, trajectory_of
 
-# Relative, as XOR_BAND: while the loss is still on the plateau near ln 2 (to step 2000), and after the fast drop, which
-# each way of rounding reaches a little earlier or later. There a step moves weights by a few units in the last place of
-# fp32. It is twice 1.7e-2, the most in 120 runs that permuted samples and hidden neurons (119: 8e-3).
+# Relative. The first is for losses on the plateau near ln 2 (to step 2000), where a step moves weights by a few units
+# in the last place of fp32. The second is for losses after the drop, whose step depends on the order of rounding: twice
+# 1.7e-2, the largest difference in 120 runs with permuted samples and hidden neurons (8e-3 in the other 119).
 DEEP_BANDS = (3e-7, 3.4e-2)
-DEEP_PREDICTION_BAND = 0.1  # twice 4.8e-2: that of one sample moves more than the mean over four
+DEEP_PREDICTION_BAND = 0.1  # twice 4.8e-2, the largest in the same runs; the p of one sample moves more than a mean
 PLATEAU = 0.6  # nats
 
 
@@ -38,8 +38,8 @@ def xor_deep(
     if draws not in (1, 2):
         raise ValueError(f"draws must be 1 or 2, not {draws}")
     given, sizes = table("xor_2-10-10-10-1")["runs"][draws - 1], [2, 10, 10, 10, 1]
-    task, network = xor_task(steps, device), drawn(seed, device, [2, 2, 1], *draws * [sizes])
-    return followed(
+    task, network = xor_task(steps, device), network_from_seed(seed, device, [2, 2, 1], *draws * [sizes])
+    return trajectory_of(
         task,
         device,
         sizes,
@@ -70,11 +70,9 @@ XOR_DEEP = Lesson(
     summary="a 2-10-10-10-1 network learns exclusive or, late",
     run=xor_deep,
     intro=_intro,
-    report=training_report,
     counts=(
         Count("steps", XOR_STEPS),
         Count("draws", 1, "1 or 2: which of the networks drawn in a row is trained", choices=(1, 2)),
     ),
     plot=plot_training,
-    picture="the loss and the decision surface",
 )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .pictures import Figure
+from .text import training_report
 from .values import Result
 
 
@@ -25,8 +26,8 @@ class Lesson:
     name: str
     summary: str
     run: Callable[..., Result]  # takes a device, the counts and, if there are any, whether to show its progress
-    intro: Callable[..., str]  # of the counts: what the lesson teaches
-    report: Callable[[Any], str]  # of the result
+    intro: Callable[..., str]  # takes the counts and says what the lesson teaches
+    report: Callable[[Any], str] = training_report  # takes the result
     counts: tuple[Count, ...] = ()
-    plot: Callable[[Any], tuple[Figure, Any]] | None = None  # of the result: the figure, and the data in it
-    picture: str = ""  # what the figure shows
+    plot: Callable[[Any], tuple[Figure, Any]] | None = None  # takes the result; returns the figure and the data in it
+    picture: str = "the loss and the decision surface"

@@ -2,7 +2,6 @@
 
 import os
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +10,12 @@ import numpy as np
 import torch
 
 from .race import Run
-from .trajectory import Trajectory, outputs
+from .trajectory import Losses, Trajectory, outputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 else:
-    Figure = object  # in annotations alone, for which matplotlib is not imported
+    Figure = object  # a name for annotations, so that matplotlib is imported only where something is drawn
 
 # Okabe and Ito's colours, which remain apart under every common colour blindness.
 BLUE, VERMILION, INK = "#0072B2", "#D55E00", "#222222"
@@ -45,7 +44,7 @@ class TrainingPicture(Curve):
 def plot_training(
     result: Trajectory,
     run: Run | None = None,
-    reference: Sequence[float | None] | None = None,
+    reference: Losses | None = None,
     *,
     title: str = "",
     label: str = "reference",
@@ -85,7 +84,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="compressed")
 
 
-def curve(result: Trajectory, run: Run, reference: Sequence[float | None] | None = None) -> dict[str, np.ndarray]:
+def curve(result: Trajectory, run: Run, reference: Losses | None = None) -> dict[str, np.ndarray]:
     """The fields of `Curve` for this run; reference: by default that of the result."""
     rows = zip(result.steps, result.reference if reference is None else reference, strict=True)
     compared = [row for row in rows if row[1] is not None]
@@ -95,14 +94,14 @@ def curve(result: Trajectory, run: Run, reference: Sequence[float | None] | None
 
 
 def surface(model: torch.nn.Module, axis: np.ndarray) -> np.ndarray:
-    """(G, G): what the model makes of a grid, as in TrainingPicture."""
+    """(G, G): the model's output on a grid, as in TrainingPicture."""
     grid = torch.from_numpy(np.stack(np.meshgrid(axis, axis), -1)).flatten(0, 1)
     return outputs(model, grid).float().reshape(len(axis), len(axis)).numpy()
 
 
 def draw_losses(axes, data: Curve, name: str, reference: str) -> None:
     """The curve on a logarithmic scale, and the reference as circles."""
-    # All hundred points would hide the line under them.
+    # At most some 33 circles: more would hide the line under them.
     every = max(1, len(data.reference_steps) // 33)
     shown = data.reference_steps[::every]
     even = len(set(np.diff(shown))) == 1 and shown[1] - shown[0] > 1
@@ -123,7 +122,7 @@ def tidy(axes) -> None:
 
 
 def draw_probability(axes, axis: np.ndarray, probability: np.ndarray):
-    """The colours of p over the plane; returns what a colour bar is made of."""
+    """Colours the plane by p. Returns the mesh, which a colour bar takes."""
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("classes", [PALE_VERMILION, "white", PALE_BLUE])

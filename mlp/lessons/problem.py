@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..model import MLP
-from .race import FIT_CALLS, FUSED, NN, FitCalls, Loop, Task, fits
+from .race import FIT_CALLS, FUSED, NN, FitCalls, Loop, Task, fit_contenders
 
 REFERENCE = Path(__file__).parent / "tables"
 WAYS = ("nn", "fused", "fit")
@@ -32,7 +32,7 @@ def draw(seed: int, make: Callable[[], _Made]) -> _Made:
         return make()
 
 
-def drawn(seed: int, device: torch.device | str, *widths: Sequence[int]) -> Callable[[Build], nn.Module]:
+def network_from_seed(seed: int, device: torch.device | str, *widths: Sequence[int]) -> Callable[[Build], nn.Module]:
     """A function that draws networks of each of the widths in turn from one seed and returns the last."""
     return lambda build: draw(seed, lambda: [build(sizes) for sizes in widths])[-1].to(device)
 
@@ -51,7 +51,7 @@ def contenders(
     found: list[Loop | FitCalls] = []
     for way in ways:
         if way == "fit":
-            found += fits(network(MLP), task, calls)
+            found += fit_contenders(network(MLP), task, calls)
         else:
             found.append(Loop(NN, network(unfused), task) if way == "nn" else Loop(FUSED, network(MLP), task))
     return found

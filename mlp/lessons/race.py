@@ -4,7 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..ensemble import Ensemble
 from ..training import History, fit
+from ..training.pacing import Bar, synchronize
 
 NN, FUSED, HAND = "nn.Linear + nn.Sigmoid", "fused layers", "by hand"
 
-# Steps that each of two loops takes before it is the other's turn. On a busy machine the ratio of
-# their times wandered by 10% with turns of 500, by 2% with turns of 100.
+# Steps that a loop takes before it is another's turn. On a busy machine the ratio of two loops' times wandered by 10%
+# with turns of 500, by 2% with turns of 100.
 TURN = 100
 FIT_CALLS = 3  # all steps each, spread over the turns of the loops
 
@@ -50,7 +51,7 @@ class Task:
         return range(0, self.steps, self.log_every)
 
     def order(self) -> torch.Generator:
-        """What the order of the samples is drawn from, at its beginning."""
+        """A new generator, from which the order of the samples is drawn."""
         return torch.Generator().manual_seed(self.order_seed)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -65,7 +66,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Run:
-    """One contender's way through a task."""
+    """What one contender made of a task."""
 
     name: str
     path: str  # "loop", or what ran under fit: `History.path`
@@ -114,7 +115,7 @@ class Loop:
 class FitCalls:
     """Calls of `fit`, each training a fresh copy of the model for all steps, at a few of the turns.
 
-    A call is what `fit` is for: cut into turns of 100 steps its time would be that of its checks.
+    Each call takes all steps: in calls of 100 steps the checks of `fit` would take most of the time.
 
     lr: that of `fit`, for an Ensemble. column: the member whose losses are shown, for an Ensemble.
     """
@@ -162,8 +163,8 @@ class FitCalls:
         return self.clock.seconds[0]
 
 
-def fits(model: nn.Module, task: Task, calls: int = FIT_CALLS) -> list[FitCalls]:
-    """`fit` as it chooses for itself and, on a GPU, in each other way that takes this task."""
+def fit_contenders(model: nn.Module, task: Task, calls: int = FIT_CALLS) -> list[FitCalls]:
+    """`fit` with its own choice of implementation and, on a GPU, with each other one that takes this task."""
     found = [FitCalls(model, task, calls=calls)]
     for impl in ("lane", "block", "graph") if task.x.is_cuda else ():
         try:
@@ -180,19 +181,19 @@ def race(task: Task, contenders: Sequence[Loop | FitCalls], progress: bool) -> t
 
     progress: a bar on stderr if that is a terminal, tqdm is installed and it takes longer than two seconds.
     """
-    # No short piece at the end: its time would be noise.
+    # Turns are equally long, since the time of a short last one would be noise.
     turns = max(1, task.steps // TURN)
     bounds = [i * task.steps // turns for i in range(turns + 1)]
     loops = [c for c in contenders if isinstance(c, Loop)]
     calls = [c for c in contenders if isinstance(c, FitCalls)]
-    with _bar(task.steps, progress) as bar:
+    with closing(Bar(task.steps, wanted=False, began=time.perf_counter())) as bar:
         for turn, (start, stop) in enumerate(pairwise(bounds)):
-            # Each loop goes first every other time, so that a steady drift favours none. What follows a call of `fit`
-            # runs a little slower: few calls, at the end of their turns, leave the medians alone.
+            # Loops go first by turns, so that a steady drift favours none. A loop that follows a call of `fit` runs a
+            # little slower; the calls are few and come last in their turns, so the medians do not show it.
             for contender in [*(loops if turn % 2 == 0 else reversed(loops)), *calls]:
                 contender.take(turn, turns, range(start, stop))
-            if bar is not None:
-                bar.update(stop - start)
+            if progress:
+                bar.show(stop)
     base = contenders[0].clock.us
     runs = []
     for c in contenders:
@@ -201,14 +202,14 @@ def race(task: Task, contenders: Sequence[Loop | FitCalls], progress: bool) -> t
         if isinstance(c, Loop):
             ratio = statistics.median(base[turn] / value for turn, value in us.items())
         else:
-            # One turn is too short to set a call of all steps against.
+            # A call takes all steps, so it is compared with the median turn and not with the one it fell into.
             ratio = statistics.median(base.values()) / us_per_step
         runs.append(Run(c.name, c.path, c.model, c.losses, c.seconds, us_per_step, ratio))
     return tuple(runs)
 
 
 class _Clock:
-    """Times of pieces of work, on a GPU until it is done."""
+    """Measures how long pieces of work take, on a GPU until its queue is empty."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -217,24 +218,10 @@ class _Clock:
 
     @contextmanager
     def of(self, turn: int, steps: int) -> Iterator[None]:
-        self._finish()
+        synchronize(self.device)
         began = time.perf_counter()
         yield
-        self._finish()
+        synchronize(self.device)
         seconds = time.perf_counter() - began
         self.seconds.append(seconds)
         self.us[turn] = 1e6 * seconds / steps
-
-    def _finish(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def _bar(steps: int, wanted: bool):
-    with suppress(ImportError):
-        if wanted:
-            from tqdm import tqdm
-
-            # None: unless stderr is a terminal.
-            return tqdm(total=steps, unit="step", delay=2, leave=False, disable=None)
-    return nullcontext()

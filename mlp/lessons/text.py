@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from .race import FUSED, NN, Run
-from .trajectory import Trajectory
+from .trajectory import Losses, Trajectory
 
 WIDTH = 100  # columns
 
@@ -23,15 +23,16 @@ def page(before: str, formulas: str, after: str) -> str:
 
 def training_report(result: Trajectory) -> str:
     """The page of a lesson that returns a Trajectory."""
-    return "\n".join([*losses(result), "", *comparison(result), "", *predictions(result), "", *ran(result)])
+    parts = (loss_table(result), error_table(result), prediction_table(result), how_it_ran(result))
+    return "\n\n".join("\n".join(lines) for lines in parts)
 
 
 def fill(text: str) -> str:
     return textwrap.fill(text, WIDTH)
 
 
-def short(name: str) -> str:
-    """A contender's name at the head of a column."""
+def short_name(name: str) -> str:
+    """A contender's name as the head of a column, 12 characters at most."""
     return {NN: "nn", FUSED: "fused"}.get(name, name.partition(" at once")[0][:12])
 
 
@@ -40,26 +41,29 @@ def row(label: str, values: Iterable[float | str | None], width: int, form: str 
     return label + "".join(f"{'-' if value is None else format(value, form):>{width}}" for value in values)
 
 
-def shown(reference: Sequence[float | None]) -> list[int]:
-    """Indices of the rows of a table of a dozen lines: those with a reference, thinned by ten, and the last."""
+def shown_rows(reference: Losses) -> list[int]:
+    """Indices of about a dozen rows: those with a reference, every tenth if there are more than 13, and the last."""
     compared = [i for i, loss in enumerate(reference) if loss is not None]
     return sorted({*compared[:: 1 if len(compared) <= 13 else 10], len(reference) - 1})
 
 
-def losses(result: Trajectory, head: str = "reference", reference: Sequence[float | None] | None = None) -> list[str]:
-    """The losses of each contender, after those of a reference in a column with this head, if it has one.
+def loss_table(result: Trajectory, head: str = "reference", reference: Losses | None = None) -> list[str]:
+    """A column of losses for each contender, after that of the reference, which has this head or, with "", is left out.
 
-    reference: by default that of the result. It chooses the rows.
+    reference: by default that of the result. The rows are those that `shown_rows` picks from it.
     """
     reference = result.reference if reference is None else reference
     columns = {head: reference} if head else {}
-    columns |= {short(run.name): run.losses for run in result.runs}
-    rows = [(f"  {result.steps[i]:6}", [column[i] for column in columns.values()]) for i in shown(reference)]
+    columns |= {short_name(run.name): run.losses for run in result.runs}
+    rows = [(f"  {result.steps[i]:6}", [column[i] for column in columns.values()]) for i in shown_rows(reference)]
     return [row("    step", columns, 14), *(row(label, values, 14, ".8f") for label, values in rows)]
 
 
-def comparison(result: Trajectory, against: str = "the reference", why: str = "the order of rounding") -> list[str]:
-    """How far each contender is from the reference, and its times."""
+def error_table(result: Trajectory, against: str = "the reference", why: str = "the order of rounding") -> list[str]:
+    """The largest difference of each contender from the reference, its times, and the band for the differences.
+
+    against: what the reference is. why: what moves losses within the band.
+    """
 
     def largest(run: Run) -> str:
         difference, step, _ = result.largest_difference(run)
@@ -70,13 +74,13 @@ def comparison(result: Trajectory, against: str = "the reference", why: str = "t
     verdict = f" All match {against}." if result.matches else ""
     compared = f"Differences are relative to {against}, over {len(bands)} logged steps."
     return [
-        *timed("", f"{'largest difference':>18}  {'at step':>7}", largest, result.runs),
+        *timing_table("", f"{'largest difference':>18}  {'at step':>7}", largest, result.runs),
         fill(f"{compared} The band is {stated}: what {why} can do.{verdict}"),
     ]
 
 
-def timed(title: str, head: str, cells: Callable[[Run], str], runs: Sequence[Run]) -> list[str]:
-    """A line for each run with cells of its own and its times, under a head, and what the times mean."""
+def timing_table(title: str, head: str, cells: Callable[[Run], str], runs: Sequence[Run]) -> list[str]:
+    """A line for each run, with cells(run) under `head`, and one that says what the times mean."""
     lines = [f"  {title:24}  {'ran as':8}  {head}  {'seconds':>8}  {'us/step':>9}  {'speed':>8}"]
     for run in runs:
         us = f"{run.us_per_step:9.1f}" if run.us_per_step >= 1 else f"{run.us_per_step:9.4f}"
@@ -86,9 +90,9 @@ def timed(title: str, head: str, cells: Callable[[Run], str], runs: Sequence[Run
     return [*lines, fill(f"{meaning} {runs[0].name}.")]
 
 
-def predictions(result: Trajectory) -> list[str]:
-    """The p of each contender at the result's points, and its accuracy."""
-    names = [short(run.name) for run in result.runs]
+def prediction_table(result: Trajectory) -> list[str]:
+    """A line for each of the result's points with the p of every contender there, and one with their accuracies."""
+    names = [short_name(run.name) for run in result.runs]
     labelled = torch.equal(result.points, result.samples)
     expected = {"reference": result.expected} if result.expected else {}
     columns = expected | {f"p, {name}": result.predictions(run) for name, run in zip(names, result.runs, strict=True)}
@@ -101,6 +105,6 @@ def predictions(result: Trajectory) -> list[str]:
     return [*lines, f"Accuracy over the {len(result.samples)} samples: {shares}."]
 
 
-def ran(result: Trajectory) -> list[str]:
+def how_it_ran(result: Trajectory) -> list[str]:
     """Which implementation the fused layers took."""
     return [f"How the fused layers ran, on {result.device}:", textwrap.indent(str(result.explanation), "  ")]

@@ -1,7 +1,7 @@
-"""The losses of all who trained, step by step, beside those of a reference."""
+"""The losses of every contender, step by step, beside those of a reference."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,10 +12,12 @@ from ...kernels import Explanation, MlpExplanation, explain
 from .race import Run, Task
 from .values import Result
 
+Losses = Sequence[float | None]  # by logged step; None where there is none
+
 
 @torch.no_grad()
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    """What the model makes of x, wherever the model is, on the CPU."""
+    """The model's output for x, computed on the model's device and returned on the CPU."""
     parameter = next(model.parameters())
     return model(x.to(parameter.device, parameter.dtype)).cpu()
 
@@ -40,8 +42,7 @@ class Trajectory(Result):
 
     def run(self, name: str) -> Run:
         """The contender of that name. Raises KeyError if there is none."""
-        found = {run.name: run for run in self.runs}
-        return found[name]
+        return {run.name: run for run in self.runs}[name]
 
     def differences(self, run: Run) -> list[float | None]:
         """|loss - reference| / reference at each logged step, None where the reference has no loss."""
@@ -80,7 +81,7 @@ class Trajectory(Result):
         return found
 
 
-def followed(
+def trajectory_of(
     task: Task,
     device: torch.device | str,
     sizes: list[int],
@@ -94,10 +95,10 @@ def followed(
     expected: list[float] | None = None,
     prediction_band: float = math.nan,
 ) -> Trajectory:
-    """These runs through the task, as a Trajectory. device: as it was asked for.
+    """The Trajectory of these runs through the task. device: as the lesson's caller gave it.
 
-    reference: the loss by step, by default that of the first run. band: of a loss in the reference. targets, points:
-    by default those of the task and its samples.
+    band(loss): how far, relatively, a loss may be from one in the reference. reference: losses by step, by default
+    those of the first run. targets: by default the task's. points: by default the samples.
     """
     reference = dict(zip(task.logged, runs[0].losses, strict=True)) if reference is None else reference
     losses = [reference.get(step) for step in task.logged]

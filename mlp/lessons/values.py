@@ -23,7 +23,7 @@ class Result(ABC):
 
 @dataclass(frozen=True)
 class Values:
-    """What one way of computing makes of the named quantities; those that it does not show are missing."""
+    """The named quantities that one way of computing arrives at, without those that it does not show."""
 
     name: str
     dtype: torch.dtype

@@ -8,7 +8,7 @@ from ..as_network import Network
 from ..ensemble import Ensemble
 
 
-def check(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl) -> None:
+def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl) -> None:
     kinds = {
         "model": (model, nn.Module),
         "x": (x, Tensor),
@@ -23,7 +23,8 @@ def check(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, g
     if not callable(criterion):
         raise TypeError(f"criterion must be callable, not {type(criterion).__name__}")
     counts = {"steps": (steps, 0), "log_every": (log_every, 0)}
-    for name, (value, least) in (counts if batch_size is None else counts | {"batch_size": (batch_size, 1)}).items():
+    counts |= {} if batch_size is None else {"batch_size": (batch_size, 1)}
+    for name, (value, least) in counts.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an int, not {value!r}")
         if value < least:
@@ -52,9 +53,8 @@ def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, lr: Tensor | None) ->
     for name, tensor, width in (("x", x, model.sizes[0]), ("y", y, model.sizes[-1])):
         fits = tensor.dim() == 2 or (tensor.dim() == 3 and tensor.shape[0] == members)
         if not fits or tensor.shape[-1] != width:
-            raise ValueError(
-                f"{name} {tuple(tensor.shape)} is neither (samples, {width}) nor ({members}, samples, {width})"
-            )
+            forms = f"(samples, {width}) nor ({members}, samples, {width})"
+            raise ValueError(f"{name} {tuple(tensor.shape)} is neither {forms}")
     if x.shape[-2] != y.shape[-2]:
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
     if lr is None:
@@ -68,12 +68,12 @@ def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, lr: Tensor | None) ->
 
 
 def check_data(network: Network, config: TrainConfig, x: Tensor, y: Tensor) -> None:
-    """What would only fail inside the loop, or broadcast there."""
+    """Raises ValueError for data that would fail inside the loop, or be broadcast there."""
     p = network.parameters[0]
     for name, tensor, width in (("x", x, network.widths[0]), ("y", y, network.widths[-1])):
         if tensor.shape[-1] != width or (network.members is None and tensor.dim() != 2):
             raise ValueError(f"{name} {tuple(tensor.shape)} is not ({x.shape[0]}, {width})")
-        # Of the criteria, BCELoss does not promote its target, and only MSELoss takes whole numbers.
+        # torch promotes y to the dtype of the output: MSELoss from any dtype, BCEWithLogitsLoss from floating ones.
         promoted = tensor is y and (config.loss == "mse" or (config.loss == "bce_logits" and y.is_floating_point()))
         if tensor.dtype != p.dtype and not promoted:
             raise ValueError(f"{name} is {tensor.dtype}, but the model's parameters {p.dtype}")

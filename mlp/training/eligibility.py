@@ -1,4 +1,4 @@
-"""What may be trained without autograd, and the reasons of what may not."""
+"""What may be trained without autograd: the loop's record, or in its place the reason why there is none."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ...kernels.records import TrainConfig
-from ..as_network import Network, apart, as_network, has_hooks, training_refusal
+from ..as_network import Network, as_network, has_hooks, lie_apart, training_refusal
 from ..ensemble import Ensemble
 from .checks import check_data
 from .jobs import FastJob
@@ -21,10 +21,10 @@ def fast_job(model, x, y, criterion, optimizer, lr) -> FastJob | str:
         return network
     if reason := training_refusal(network):
         return reason
-    loss = _loss_of(criterion, network)
+    loss = _loss_fields(criterion, network)
     if isinstance(loss, str):
         return loss
-    steps = _optimizer_of(optimizer, network)
+    steps = _optimizer_fields(optimizer, network)
     if isinstance(steps, str):
         return steps
     fields, rate = steps
@@ -44,7 +44,7 @@ def fast_job(model, x, y, criterion, optimizer, lr) -> FastJob | str:
     check_data(network, config, x, y)
     if y.dtype != p.dtype:
         return f"y is {y.dtype}, the parameters {p.dtype}"
-    if not all(apart(t, p) for t in (x, y) for p in network.parameters):
+    if not all(lie_apart(t, p) for t in (x, y) for p in network.parameters):
         return "x or y shares memory with a parameter"
     rates = p.new_full((network.members or 1,), rate) if lr is None else lr.detach().to(p.device, p.dtype)
     return FastJob(network, config, state, x, y, rates.detach())
@@ -55,13 +55,11 @@ def _network(model: nn.Module) -> Network | str:
         return as_network(model)
     if has_hooks(model):
         return "the model has hooks or a forward of its own"
-    parameters = tuple(model._in_order())
-    return Network(
-        model.sizes, model.activation, model.output_activation, len(model.biases) > 0, parameters, len(model)
-    )
+    options = (model.activation, model.output_activation, len(model.biases) > 0)
+    return Network(model.sizes, *options, tuple(model._in_order()), len(model))
 
 
-def _loss_of(criterion: object, network: Network) -> dict[str, str] | str:
+def _loss_fields(criterion: object, network: Network) -> dict[str, str] | str:
     names = {nn.BCELoss: "bce", nn.BCEWithLogitsLoss: "bce_logits", nn.MSELoss: "mse"}
     kind = type(criterion)
     if kind not in names or not isinstance(criterion, nn.Module):
@@ -78,8 +76,8 @@ def _loss_of(criterion: object, network: Network) -> dict[str, str] | str:
     return {"loss": names[kind], "reduction": str(criterion.reduction)}
 
 
-def _optimizer_of(optimizer: torch.optim.Optimizer, network: Network) -> tuple[dict[str, Any], float] | str:
-    """The config's fields and the learning rate."""
+def _optimizer_fields(optimizer: torch.optim.Optimizer, network: Network) -> tuple[dict[str, Any], float] | str:
+    """(fields of TrainConfig, learning rate), or the reason why the optimizer's steps cannot be written out."""
     kind = type(optimizer)
     if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         return f"the optimizer is a {kind.__name__}"
@@ -91,7 +89,7 @@ def _optimizer_of(optimizer: torch.optim.Optimizer, network: Network) -> tuple[d
     own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     if own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
         return "the optimizer has hooks"
-    # A learning rate scheduler replaces `step` by one that only takes note that it was called.
+    # A learning rate scheduler replaces `step` too, by one that only counts its calls.
     if "step" in optimizer.__dict__ and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         return "the optimizer has a step of its own"
     for flag in ("amsgrad", "maximize", "differentiable", "capturable"):

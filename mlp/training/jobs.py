@@ -1,4 +1,4 @@
-"""A chunk of steps, without autograd or in the loop that everyone writes."""
+"""Chunks of steps: in a loop without autograd, or in an ordinary one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,26 +10,27 @@ from ...kernels import train
 from ...kernels.records import TrainConfig
 from ..as_network import Network
 from ..ensemble import Ensemble
-from .pacing import Order, finish, logged_steps
+from .pacing import SampleOrder, logged_steps, synchronize
 from .state import State
 
 
 class FastJob:
     """Steps on copies of the parameters and of the optimizer's state, written back after every chunk."""
 
-    def __init__(self, network: Network, config: TrainConfig, state: "State", x: Tensor, y: Tensor, lr: Tensor) -> None:
+    def __init__(self, network: Network, config: TrainConfig, state: State, x: Tensor, y: Tensor, lr: Tensor) -> None:
         self.network, self.config, self.state, self.x, self.y, self.lr = network, config, state, x, y, lr
         self.columns, self.samples = network.members or 1, x.shape[-2]
         self.loop: Any = None
 
     def choose(self, batch_size: int | None, impl: str | None) -> None:
+        """Plans the loop. Raises NotImplementedError with the reason where the loop asked for cannot run."""
         p = self.network.parameters[0]
         self.plan = train.plan_train(self.columns, self.samples, batch_size, self.config, p.dtype, p.device, impl)
         self.path = self.plan.impl
 
     def _set_up(self, batch: int) -> Any:
         self.parameters, self.first, self.second = map(self._copies, (self.network.parameters, *self.state.tensors()))
-        # Kernels read memory, which holds the negative of a view like z.conj().imag.
+        # A view like z.conj().imag keeps the negative of its values in memory, which is what a kernel reads.
         x, y, lr = (t.resolve_neg().contiguous() for t in (self.x, self.y, self.lr))
         x, y = (t if t.dim() == 3 else t[None] for t in (x, y))
         arguments = (self.parameters, self.first, self.second, lr, x, y, batch, self.state.taken, self.plan)
@@ -39,14 +40,14 @@ class FastJob:
         copies = (t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
         return tuple(copy if self.network.members else copy[None] for copy in copies)
 
-    def run(self, start: int, steps: int, order: "Order | None", log_every: int) -> Tensor:
+    def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> Tensor:
         p = self.network.parameters[0]
         if self.loop is None:
             self.loop = self._set_up(self.samples if order is None else order.batch)
         losses = p.new_empty(logged_steps(start, steps, log_every), self.columns)
         rows = None if order is None else order.rows(start, steps).to(p.device)
         self.loop.run(rows, start, steps, log_every, losses)
-        finish(p.device)
+        synchronize(p.device)
         with torch.no_grad():
             for own, copy in zip(self.network.parameters, self.parameters, strict=True):
                 own.copy_(copy.view(own.shape))
@@ -55,7 +56,7 @@ class FastJob:
 
 
 class GeneralJob:
-    """The loop that everyone writes."""
+    """An ordinary loop: for each step a forward pass, a backward pass and a step of the optimizer."""
 
     path = "general"
 
@@ -64,14 +65,12 @@ class GeneralJob:
         many = isinstance(model, Ensemble)
         self.columns, self.samples = (len(model), x.shape[-2]) if many else (1, x.shape[0])
 
-    def run(self, start: int, steps: int, order: "Order | None", log_every: int) -> Tensor:
+    def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> Tensor:
         batches = None if order is None else order.batches(start, steps)
         losses = []
         for step in range(start, start + steps):
-            x, y = self.x, self.y
-            if batches is not None:
-                indices = next(batches)
-                x, y = self._take(x, indices), self._take(y, indices)
+            indices = None if batches is None else next(batches)
+            x, y = (data if indices is None else self._take(data, indices) for data in (self.x, self.y))
             logged = None
 
             def closure(x=x, y=y):
@@ -84,14 +83,14 @@ class GeneralJob:
                 return loss
 
             with torch.enable_grad():
-                if isinstance(self.optimizer, torch.optim.LBFGS):
+                if isinstance(self.optimizer, torch.optim.LBFGS):  # it evaluates the loss several times in a step
                     self.optimizer.step(closure)  # pyright: ignore[reportArgumentType]
                 else:
                     closure()
                     self.optimizer.step()
             if log_every and step % log_every == 0 and logged is not None:
                 losses.append(logged)
-        finish(self.x.device)
+        synchronize(self.x.device)
         return torch.stack(losses) if losses else torch.empty(0, self.columns, device="cpu")
 
     def _take(self, data: Tensor, indices: Tensor) -> Tensor:
@@ -99,7 +98,7 @@ class GeneralJob:
         return data.index_select(dimension, indices.to(data.device))
 
     def _losses(self, x: Tensor, y: Tensor) -> Tensor:
-        """(1,), of an Ensemble (E,)"""
+        """The loss of each network, (1,) or, of an Ensemble, (E,)."""
         output = self.model(x)
         if not isinstance(self.model, Ensemble):
             return self._loss(output, y).reshape(1)
@@ -113,3 +112,6 @@ class GeneralJob:
         if loss.numel() != 1:
             raise ValueError(f"criterion must return a tensor with one number, not one of shape {tuple(loss.shape)}")
         return loss
+
+
+Job = FastJob | GeneralJob

@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_SECONDS = 0.2  # between two moments at which progress shows and an interrupt counts
-PATIENCE_SECONDS = 2.0  # after which a terminal is shown a bar that nobody asked for
+CHUNK_SECONDS = 0.2  # of training, after which progress is shown and an interrupt takes effect
+PATIENCE_SECONDS = 2.0  # of training, after which a terminal shows a bar even without progress=True
 
 
 def chunks(steps: int) -> Iterator[tuple[int, int]]:
-    """(first step, number of steps), each as many as take about CHUNK_SECONDS by the time that the last one took."""
+    """(first step, number of steps) of chunks that take about CHUNK_SECONDS, going by the time the last one took."""
     start, count = 0, 1
     while start < steps:
         count = min(count, steps - start)
         began = time.perf_counter()
         yield start, count
         start += count
-        # A first step takes longer than others, which makes the next chunk too short, never too long.
+        # The first step takes longer than others, so the next chunk may be too short, but not too long.
         count = max(1, int(count * CHUNK_SECONDS / max(time.perf_counter() - began, 1e-6)))
 
 
-def finish(device: torch.device) -> None:
-    """Waits for what was launched: progress and interrupts are about steps that are done."""
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what was launched, so that progress and interrupts count finished steps."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -37,17 +37,17 @@ def logged_steps(start: int, steps: int, log_every: int) -> int:
     return len(range(-(-start // log_every) * log_every, start + steps, log_every)) if log_every else 0
 
 
-class Order:
+class SampleOrder:
     """The order of the samples: one permutation per epoch, drawn when its first batch comes up."""
 
     def __init__(self, samples: int, batch_size: int, generator: torch.Generator | None) -> None:
         self.samples, self.batch, self.generator = samples, min(batch_size, samples), generator
         self.per_epoch = -(-samples // self.batch)
-        self.epoch = -1  # of the last row drawn
+        self.epoch = -1  # of self.row, the last one drawn
         self.row: Tensor
 
     def rows(self, start: int, steps: int) -> Tensor:
-        """(epochs, samples), int32: those in which the steps lie."""
+        """(epochs, samples), int32: the order of the samples in each epoch that these steps touch."""
         first, last = start // self.per_epoch, (start + steps - 1) // self.per_epoch
         rows = []
         for epoch in range(first, last + 1):
@@ -59,7 +59,7 @@ class Order:
 
     def batches(self, start: int, steps: int) -> Iterator[Tensor]:
         for step in range(start, start + steps):
-            # Drawn when its first batch comes up: a model that draws numbers itself must find them in the same order
+            # One step at a time: a model that draws random numbers too must find the generator in the same state
             # whatever the size of a chunk.
             row = self.rows(step, 1)[0]
             begin = step % self.per_epoch * self.batch
@@ -73,11 +73,9 @@ class Interrupts:
         self.pending = self.installed = False
 
     def __enter__(self) -> "Interrupts":
-        # Python delivers signals to the main thread; a handler that is not Python's own belongs to someone else.
-        if (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        ):
+        # Only the main thread may set a handler, and one that is not Python's own is the caller's, which stays.
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._handle)
             self.installed = True
         return self
@@ -87,8 +85,7 @@ class Interrupts:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _handle(self, *_: object) -> None:
-        if self.pending:
-            raise KeyboardInterrupt
+        self.raise_pending()
         self.pending = True
 
     def raise_pending(self) -> None:
@@ -97,7 +94,7 @@ class Interrupts:
 
 
 class Bar:
-    """A progress bar on stderr, from the moment that somebody is seen to wait for it."""
+    """A progress bar on stderr if that is a terminal, at once where it is wanted and after PATIENCE_SECONDS if not."""
 
     def __init__(self, steps: int, wanted: bool, began: float) -> None:
         self.steps, self.wanted, self.began = steps, wanted, began

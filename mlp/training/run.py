@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ..ensemble import Ensemble
 from ..history import History
-from .checks import check
+from .checks import check_arguments
 from .eligibility import fast_job
-from .jobs import FastJob, GeneralJob
-from .pacing import Bar, Interrupts, Order, chunks
+from .jobs import GeneralJob, Job
+from .pacing import Bar, Interrupts, SampleOrder, chunks
 
 
 def fit(
@@ -61,11 +61,11 @@ def fit(
     """
     began = time.perf_counter()
     job = prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
-    order = None if batch_size is None else Order(job.samples, batch_size, generator)
+    order = None if batch_size is None else SampleOrder(job.samples, batch_size, generator)
     bar = Bar(steps, progress, began)
     rows: list[Tensor] = []
     try:
-        # Of a state made in inference mode, no ordinary step could go on.
+        # A state made in inference mode could not be updated by the caller's ordinary steps.
         with Interrupts() as interrupts, torch.inference_mode(False):
             for start, count in chunks(steps):
                 rows.append(job.run(start, count, order, log_every).cpu())
@@ -75,10 +75,10 @@ def fit(
         bar.close()
         for p in model.parameters():
             p.grad = None
+    # With no step logged, the loss has no rows, but the dtype that they would have had.
     rows = [row for row in rows if len(row)]
-    # Without a row, that of the losses there would have been.
-    empty = torch.empty(0, job.columns, device="cpu", dtype=next(model.parameters(), x).dtype)
-    loss = torch.cat(rows) if rows else empty
+    rows = rows or [torch.empty(0, job.columns, device="cpu", dtype=next(model.parameters(), x).dtype)]
+    loss = torch.cat(rows)
     return History(
         list(range(0, steps, log_every)) if log_every else [],
         loss if isinstance(model, Ensemble) else loss.squeeze(1),
@@ -87,11 +87,9 @@ def fit(
     )
 
 
-def prepare(
-    model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl
-) -> "FastJob | GeneralJob":
-    """Raises whatever may be refused; has trained nothing, and copied nothing."""
-    check(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
+def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl) -> Job:
+    """The job that will train, of which nothing is computed or copied yet. Raises all that `fit` refuses."""
+    check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
     x, y = x.detach(), y.detach()
     job = fast_job(model, x, y, criterion, optimizer, lr)
     if isinstance(job, str):

@@ -16,7 +16,12 @@ from .run import fit, prepare
 __all__ = ["fit_sharded"]
 
 FAILED = -1
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # that losses may have
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+)  # a rank tells the others the dtype of its losses by the index in here
 
 
 def fit_sharded(
@@ -51,20 +56,20 @@ def fit_sharded(
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be an Ensemble, not {type(ensemble).__name__}")
     began = time.perf_counter()
-    # The whole is checked by everyone: an error in one share alone would leave the other ranks waiting for it.
+    # Every rank checks the whole ensemble: after an error on one rank alone, the others would wait for it forever.
     whole = optimizer(ensemble.parameters())
     prepare(ensemble, x, y, criterion, whole, steps, batch_size, log_every, lr, generator, impl)
-    many = dist.is_available() and dist.is_initialized()
-    rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if many else (0, 1)
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if distributed else (0, 1)
     # Rank 0 always has members; the last ranks have none if there are more processes than members.
     bounds = [-(-len(ensemble) * r // ranks) for r in range(ranks + 1)]
     shares = [slice(*pair) for pair in pairwise(bounds)]
     device = ensemble.weights[0].device
 
     def send(tensor: Tensor, source: int) -> None:
-        """The tensor of rank `source` to all ranks, in place."""
+        """Overwrites the tensor on every rank with that of rank `source`."""
         if ranks > 1:
-            # A group may know one kind of device only, that of the parameters, and takes dense memory.
+            # A group may communicate on the device of the parameters only, and sends dense memory only.
             buffer = tensor.to(device, copy=True).contiguous()
             dist.broadcast(buffer, source if group is None else dist.get_global_rank(group, source), group)
             tensor.copy_(buffer)
@@ -95,9 +100,9 @@ def fit_sharded(
             progress=progress and rank == 0,
             impl=impl,
         )
-    except BaseException as error:  # what it is, this rank raises once the others know
+    except BaseException as error:  # raised again below, once the other ranks know of it
         failure = error
-    # What each rank has: losses of a dtype, which an idle one cannot know, or a failure.
+    # By rank: the dtype of its losses, which an idle rank must learn from rank 0, or FAILED.
     outcomes = torch.full((ranks,), FAILED)
     if history is not None:
         outcomes[rank] = DTYPES.index(history.loss.dtype)

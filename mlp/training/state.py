@@ -10,28 +10,26 @@ from ..as_network import Network
 
 
 class State:
-    """The optimizer's state of each parameter: found as earlier steps left it, and left as ordinary steps would."""
+    """The optimizer's state of each parameter, which earlier steps left and ordinary later steps can go on from."""
 
     def __init__(self, optimizer, network: Network, names: tuple[str, ...], taken: int) -> None:
         self.optimizer, self.network, self.names = optimizer, network, names
-        self.taken = taken  # by the steps that the state has seen
+        self.taken = taken  # how many steps have updated the state
 
     @classmethod
     def read(cls, optimizer: torch.optim.Optimizer, network: Network, config: TrainConfig) -> "State | str":
         """The state, or the reason why it is not that of ordinary steps."""
+        names = ("exp_avg", "exp_avg_sq")
         if config.optimizer == "sgd":
             names = ("momentum_buffer",) if config.momentum else ()
-        else:
-            names = ("exp_avg", "exp_avg_sq")
         entries = [optimizer.state.get(p, {}) for p in network.parameters]
         found = [tuple(entry.get(name) for name in names) for entry in entries]
-        missing = [all(value is None for value in values) for values in found]
-        if all(missing):
+        if all(value is None for values in found for value in values):
             return cls(optimizer, network, names, 0)
         for p, values in zip(network.parameters, found, strict=True):
             if any(not isinstance(v, Tensor) or (v.shape, v.dtype) != (p.shape, p.dtype) for v in values):
                 return "the optimizer's state does not fit the parameters, or is there for some only"
-        taken = 1  # momentum knows a first step and others
+        taken = 1  # of SGD's steps only the first differs from the others
         if config.optimizer != "sgd":
             counts = {float(entry.get("step", 0)) for entry in entries}
             if len(counts) > 1 or min(counts) < 1:
@@ -40,12 +38,12 @@ class State:
         return cls(optimizer, network, names, taken)
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The config's `first` and `second`."""
+        """The first and the second tensor of each parameter, zeros before its first step; [] where there is none."""
         lists: list[list[Tensor]] = [[], []]
-        for index, name in enumerate(self.names):
+        for found, name in zip(lists, self.names, strict=False):
             for p in self.network.parameters:
-                found = self.optimizer.state.get(p, {}).get(name)
-                lists[index].append(torch.zeros_like(p) if found is None else found)
+                value = self.optimizer.state.get(p, {}).get(name)
+                found.append(torch.zeros_like(p) if value is None else value)
         return lists[0], lists[1]
 
     def write(self, steps: int, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
@@ -67,6 +65,6 @@ class State:
 
 
 def _step_counter(p: Tensor, fused: bool) -> Tensor:
-    # As torch.optim.Adam makes it.
+    # dtype and device are those that torch.optim.Adam gives its counter.
     double = torch.get_default_dtype() == torch.float64 and not fused
     return torch.zeros((), dtype=torch.float64 if double else torch.float32, device=p.device if fused else "cpu")
