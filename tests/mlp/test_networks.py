@@ -202,9 +202,7 @@ def test_any_leading_shape(path, leading, take):
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [every_other, inside, transposed, one_row, one_value, negated, conjugated],
-    ids=lambda f: f.__name__,
+    "layout", [every_other, inside, transposed, one_row, one_value, negated, conjugated], ids=lambda f: f.__name__
 )
 @pytest.mark.parametrize("operand", ["x", "weight", "bias", "dy"])
 @pytest.mark.parametrize("path", OWN)
