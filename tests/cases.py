@@ -2,12 +2,15 @@
 
 import contextlib
 import importlib.util
+import itertools
 import os
 
 import pytest
 import torch
+from torch import nn
 
 from perceptriton.kernels import crossover, ops, plan, tables
+from perceptriton.mlp import MLP
 
 # (rows, in_features, out_features): why
 SHAPES = {
@@ -222,6 +225,54 @@ def torch_layer(x, weight, bias, dy, activation, dtype=None):
     z = torch.nn.functional.linear(*inputs)
     y = z if activation == "identity" else getattr(torch, activation)(z)
     return (y.detach(), *torch.autograd.grad(y, inputs, dy))
+
+
+def second_order(y, inputs, dy):
+    """The gradients of y, again with a graph, and those of the sum of their squares."""
+    first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    double = torch.autograd.grad(y, inputs, dy, create_graph=True)
+    penalty = sum(g.square().sum() for g in double)
+    return [*first, *double, *torch.autograd.grad(penalty, inputs, allow_unused=True, materialize_grads=True)]
+
+
+def written(y):
+    """What in-place operations make of an output, in a way that each of its elements still counts."""
+    y.mul_(2).add_(1)
+    y[y > 1.5] = 0.5
+    return y.square()
+
+
+MODULES = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}
+
+
+def sequential(sizes, activation="sigmoid", output_activation=None, **options):
+    """What an MLP stands for."""
+    names = [activation] * (len(sizes) - 2) + [output_activation or activation]
+    layers = zip(itertools.pairwise(sizes), names, strict=True)
+    return nn.Sequential(*(module for pair, n in layers for module in (nn.Linear(*pair, **options), MODULES[n]())))
+
+
+def twins(*sizes, **options):
+    """An MLP and the nn.Sequential of the same parameters."""
+    model, twin = MLP(sizes, **options), sequential(sizes, **options)
+    twin.load_state_dict(model.state_dict())
+    return model, twin
+
+
+def train_step(model, x):
+    """y and every gradient."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return y.detach(), *torch.autograd.grad(y.square().sum(), [x, *parameters])
+
+
+def assert_same(model, twin, x=None, **tolerance):
+    """Both networks compute the same outputs and the same gradients."""
+    if x is None:
+        first = next(twin.parameters())
+        x = torch.randn(7, first.shape[1], device=first.device)
+    torch.testing.assert_close(train_step(model, x), train_step(twin, x), **tolerance)
 
 
 def same_bits(actual, expected):

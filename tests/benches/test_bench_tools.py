@@ -578,11 +578,7 @@ def document(*benchmarks):
             "cpu": {"brand_raw": "Some CPU"},
             "threads": 2,
             "versions": {"torch": "9.9", "cuda": None},
-            "limits": {
-                "copy_bytes_per_s": 1e9,
-                "flops_per_s": {"float32": 1e12},
-                "last_level_cache_bytes": 1000,
-            },
+            "limits": {"copy_bytes_per_s": 1e9, "flops_per_s": {"float32": 1e12}, "last_level_cache_bytes": 1000},
         },
         "datetime": "2026-01-02T03:04:05",
         "benchmarks": list(benchmarks),

@@ -23,11 +23,7 @@ pytestmark = pytest.mark.compiles
 
 SHAPE = (8192, 4096, 4096)
 PRODUCTS = ("half", "tf32", *records.SPLITS)
-KINDS = (
-    *PRODUCTS,
-    *(f"dgrad-{product}" for product in PRODUCTS),
-    *(f"wgrad-{product}" for product in records.SPLITS),
-)
+KINDS = (*PRODUCTS, *(f"dgrad-{product}" for product in PRODUCTS), *(f"wgrad-{product}" for product in records.SPLITS))
 # Products of tensor cores for each product, and the depth of one instruction.
 DOTS = {"half": (1, 16), "tf32": (1, 8), "tf32x3": (3, 8), "bf16x6": (6, 16), "bf16x3": (3, 16)}
 

@@ -107,12 +107,7 @@ def test_lesson_writes_its_picture_and_nothing_else(name, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "wrong"),
-    [
-        ("xor", {"seed": 778}),
-        ("xor-deep", {"seed": 778}),
-        ("blobs", {"seed": 3}),
-        ("sweep", {"first_seed": 778}),
-    ],
+    [("xor", {"seed": 778}), ("xor-deep", {"seed": 778}), ("blobs", {"seed": 3}), ("sweep", {"first_seed": 778})],
     ids=["xor", "xor-deep", "blobs", "sweep"],
 )
 def test_lesson_that_misses_the_table_is_a_failure(name, wrong, monkeypatch, capsys):

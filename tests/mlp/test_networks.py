@@ -1,5 +1,6 @@
 """mlp_act, the fused cross entropy and MLP: every path of a whole network, autograd, and what torch builds on top."""
 
+import functools
 import itertools
 import types
 
@@ -11,6 +12,7 @@ from cases import (
     DTYPES,
     FLOOR,
     IDS,
+    assert_same,
     conjugated,
     every_other,
     inside,
@@ -20,7 +22,11 @@ from cases import (
     one_row,
     one_value,
     relative_error,
+    same_bits,
+    second_order,
     transposed,
+    twins,
+    written,
 )
 from torch import nn
 from torch.autograd import forward_ad
@@ -52,32 +58,24 @@ def rounding(request):
 def explicit(chunk):
     def plans(layers):
         own = (Plan("explicit", "the test says so"),) * layers
-        return planning.MlpPlans(MlpPlan("explicit", "", layers=own), MlpPlan("explicit", "", layers=own, chunk=chunk))
+        return MlpPlan("explicit", "", layers=own), MlpPlan("explicit", "", layers=own, chunk=chunk)
 
     return plans
 
 
 def fused(cuts):
     def plans(layers):
-        ends = (0, *range(1, layers), layers) if cuts else (0, layers)
-        tile = MlpTile(16, 4, 1)
-        plan = MlpPlan("fused", "", tuple(MlpSegment(*pair, tile, 3) for pair in itertools.pairwise(ends)))
-        return planning.MlpPlans(plan, plan)
+        ends = range(layers + 1) if cuts else (0, layers)
+        segments = tuple(MlpSegment(*pair, MlpTile(16, 4, 1), 3) for pair in itertools.pairwise(ends))
+        return (MlpPlan("fused", "", segments),) * 2
 
     return plans
 
 
-def aten(layers):
-    return planning.MlpPlans(MlpPlan("aten", ""), MlpPlan("aten", ""))
-
-
-def layers_alone(layers):
-    return planning.MlpPlans(MlpPlan("layers", ""), MlpPlan("layers", ""))
-
-
+# For a number of layers the plans forward and back, and the impl to ask for.
 PATHS = {
-    "aten": (aten, None),
-    "layers": (layers_alone, None),
+    "aten": (lambda layers: (MlpPlan("aten", ""),) * 2, None),
+    "layers": (lambda layers: (MlpPlan("layers", ""),) * 2, None),
     "explicit": (explicit(0), None),
     "chunked": (explicit(7), None),
     "kernel": (fused(False), "triton"),
@@ -111,6 +109,12 @@ def take(monkeypatch):
     return take
 
 
+@pytest.fixture(autouse=True)
+def impl(request, take):
+    """The impl to ask for, where a test has a path: its networks go that way."""
+    return take(request.getfixturevalue("path")) if "path" in request.fixturenames else None
+
+
 class Net:
     """x, weights, biases (None without), dy: pre-activations of std 1 to 2, upstream gradients of order 1."""
 
@@ -121,9 +125,8 @@ class Net:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         gains = [1.4] + [4.0] * (len(widths) - 2)
-        self.widths, self.dtype = widths, dtype
-        self.x = normal(*(leading or (m,)), widths[0]).to(DEVICE, dtype)
-        self.dy = normal(*(leading or (m,)), widths[-1]).to(DEVICE, dtype)
+        self.dtype, leading = dtype, (m,) if leading is None else leading
+        self.x, self.dy = (normal(*leading, width).to(DEVICE, dtype) for width in (widths[0], widths[-1]))
         pairs = list(itertools.pairwise(widths))
         self.weights = [(g * normal(n, k) / k**0.5).to(DEVICE, dtype) for g, (k, n) in zip(gains, pairs, strict=True)]
         self.biases = [(0.5 * normal(n)).to(DEVICE, dtype) for n in widths[1:]] if bias else None
@@ -160,9 +163,9 @@ def check(net, ours, theirs=plain, dy=None):
     exact = differentiate(net, theirs, dy, torch.float64)
     layers = len(net.weights)
     kinds = ["y", "dx", *["dweight"] * layers, *["dbias"] * (layers if net.biases else 0)]
-    errors = {}
+    errors = dict.fromkeys(kinds, 0)
     for kind, e, truth in zip(kinds, expected, exact, strict=True):
-        errors[kind] = max(errors.get(kind, 0), relative_error(e, truth))
+        errors[kind] = max(errors[kind], relative_error(e, truth))
     for kind, a, e, truth in zip(kinds, actual, expected, exact, strict=True):
         assert a.dtype is e.dtype, kind
         error = relative_error(a, truth)
@@ -176,84 +179,69 @@ def check(net, ours, theirs=plain, dy=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("path", PATHS)
-def test_as_good_as_torch(path, widths, dtype, bias, take):
-    impl = take(path)
+def test_as_good_as_torch(path, widths, dtype, bias, impl):
     check(Net(WIDTHS[widths], dtype=dtype, bias=bias), lambda *net: mlp_act(*net, impl=impl))
 
 
 @pytest.mark.parametrize(("hidden", "output"), [*itertools.product(ACTIVATIONS, ACTIVATIONS)], ids=str)
 @pytest.mark.core
 @pytest.mark.parametrize("path", paths("chunked", "segments"))
-def test_activations(path, hidden, output, take):
-    impl = take(path)
+def test_activations(path, hidden, output, impl):
     net = Net((7, 20, 5, 3), m=20)
     check(net, lambda *net: mlp_act(*net, hidden, output, impl=impl), lambda *net: plain(*net, hidden, output))
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("path", PATHS)
-def test_any_leading_shape(path, leading, take):
-    impl = take(path)
-    net = Net((7, 20, 3), leading=leading if leading else (1,))
-    if not leading:
-        net.x, net.dy = net.x[0], net.dy[0]
-    for a, e in zip(differentiate(net, lambda *net: mlp_act(*net, impl=impl)), differentiate(net, plain), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+def test_any_leading_shape(path, leading, impl):
+    net = Net((7, 20, 3), leading=leading)
+    torch.testing.assert_close(
+        differentiate(net, lambda *net: mlp_act(*net, impl=impl)), differentiate(net, plain), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [every_other, inside, transposed, one_row, one_value, negated, conjugated],
-    ids=lambda f: f.__name__,
+    "layout", [every_other, inside, transposed, one_row, one_value, negated, conjugated], ids=lambda f: f.__name__
 )
 @pytest.mark.parametrize("operand", ["x", "weight", "bias", "dy"])
 @pytest.mark.parametrize("path", OWN)
-def test_layouts(path, operand, layout, take):
+def test_layouts(path, operand, layout, impl):
     if operand == "bias" and layout is transposed:
         pytest.skip("a vector has no transpose")
-    impl = take(path)
     net = Net((7, 20, 3))
     if operand in ("x", "dy"):
         setattr(net, operand, layout(getattr(net, operand)))
     else:
         tensors = net.weights if operand == "weight" else net.biases
         tensors[1] = layout(tensors[1])
-
-    def network(x, weights, biases):
-        # detach() keeps strides; the gradient of an expanded parameter is that of its elements one by one
-        return mlp_act(x, weights, biases, impl=impl)
-
-    check(net, network)
+    # detach() keeps strides; the gradient of an expanded parameter is that of its elements one by one
+    check(net, lambda *net: mlp_act(*net, impl=impl))
 
 
 @pytest.mark.parametrize("loss", ["activation", "bce"])
 @pytest.mark.parametrize("path", OWN)
-def test_gradients_that_come_through_complex_numbers(path, loss, take):
+def test_gradients_that_come_through_complex_numbers(path, loss, impl):
     # They are negative views: only who asks knows that memory holds -dy.
-    impl = take(path)
     net = Net((7, 20, 3))
     target, other = torch.rand(40, 3, device=DEVICE), torch.randn(40, 3, dtype=torch.complex64, device=DEVICE)
     results = []
     for ours in (True, False):
         inputs = [t.detach().requires_grad_() for t in net.tensors]
         if loss == "bce":
-            y = (bce if ours else torch_bce)(net, target, reduction="none", **{"impl": impl} if ours else {})(
-                *net.split(inputs)
-            )
+            network = bce(target, reduction="none", impl=impl) if ours else torch_bce(target, reduction="none")
         else:
-            y = mlp_act(*net.split(inputs), impl=impl) if ours else plain(*net.split(inputs))
+            network = functools.partial(mlp_act, impl=impl) if ours else plain
+        y = network(*net.split(inputs))
         seen = []
         y.register_hook(lambda dy, seen=seen: seen.append(dy.is_neg()))
         (torch.complex(torch.zeros_like(y), y).conj() * other).real.sum().backward()
         assert seen == [True]
         results.append([t.grad for t in inputs])
-    for a, e in zip(*results, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", OWN)
-def test_inputs_are_left_alone(path, take):
-    impl = take(path)
+def test_inputs_are_left_alone(path, impl):
     net = Net()
     inputs = [t.requires_grad_() for t in net.tensors]
     before = [t.detach().clone() for t in (*inputs, net.dy)]
@@ -262,10 +250,8 @@ def test_inputs_are_left_alone(path, take):
     first = torch.autograd.grad(y, inputs, net.dy, retain_graph=True)
     copies = [g.clone() for g in first]
     second = torch.autograd.grad(y, inputs, net.dy)
-    for a, b in zip((*inputs, net.dy, y, *first), (*before, output, *copies), strict=True):
-        assert torch.equal(a, b)
-    # the same bits every time
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert same_bits((*inputs, net.dy, y, *first), (*before, output, *copies))
+    assert same_bits(first, second)
 
 
 WANTED = {
@@ -279,8 +265,7 @@ WANTED = {
 
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
 @pytest.mark.parametrize("path", OWN)
-def test_only_what_is_wanted(path, wanted, take, monkeypatch):
-    impl = take(path)
+def test_only_what_is_wanted(path, wanted, impl, monkeypatch):
     net = Net()
     need_x, need_weights, need_biases = wanted(len(net.weights))
     flags = [need_x, *need_weights, *need_biases]
@@ -291,15 +276,12 @@ def test_only_what_is_wanted(path, wanted, take, monkeypatch):
     inputs = [t.detach().requires_grad_(flag) for t, flag in zip(net.tensors, flags, strict=True)]
     mlp_act(*net.split(inputs), impl=impl).backward(net.dy)
     assert asked == [(need_x, tuple(need_weights), tuple(need_biases))]
-    for t, flag, expected in zip(inputs, flags, everything, strict=True):
-        assert (t.grad is not None) == flag
-        if flag:
-            torch.testing.assert_close(t.grad, expected, rtol=1e-4, atol=1e-4)
+    expected = [e if flag else None for e, flag in zip(everything, flags, strict=True)]
+    torch.testing.assert_close([t.grad for t in inputs], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("path", OWN)
-def test_inference_saves_nothing(path, take, monkeypatch):
-    impl = take(path)
+def test_inference_saves_nothing(path, impl, monkeypatch):
     net = Net()
     calls = []
     forward = ops.mlp_fwd
@@ -329,13 +311,8 @@ def test_wrong_results_are_refused():
 def test_pieces_change_nothing(chunk, need_dx, gemm, monkeypatch):
     net = Net()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # whatever this machine has
-    own = {
-        "mm": Plan("explicit", ""),
-        "onednn": Plan("explicit", "", dx_gemm="onednn", dweight_gemm="onednn"),
-        "shared": Plan("explicit", "", split_rows=2),
-    }
-    own = (own[gemm],) * 4
-    plan = MlpPlan("explicit", "", layers=own, chunk=chunk)
+    choices = {"mm": {}, "onednn": {"dx_gemm": "onednn", "dweight_gemm": "onednn"}, "shared": {"split_rows": 2}}
+    plan = MlpPlan("explicit", "", layers=(Plan("explicit", "", **choices[gemm]),) * 4, chunk=chunk)
     y, saved = reference.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "tanh", plan, plan.boundaries)
     wanted = (need_dx, (True,) * 4, (True,) * 4)
     dx, dweights, dbiases = reference.mlp_bwd(
@@ -344,8 +321,7 @@ def test_pieces_change_nothing(chunk, need_dx, gemm, monkeypatch):
     expected = differentiate(net, lambda *net: plain(*net, "sigmoid", "tanh"))
     assert (dx is not None) == need_dx
     actual = [y, dx if need_dx else expected[1], *dweights, *dbiases]
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_sums_over_pieces_stay_in_fp32():
@@ -356,14 +332,12 @@ def test_sums_over_pieces_stay_in_fp32():
     _, saved = reference.mlp_fwd(x, weights, None, "identity", "identity", plan, plan.boundaries)
     wanted = (False, (True, True), (True, True))
     _, dweights, dbiases = reference.mlp_bwd(dy, x, saved, weights, None, "identity", "identity", wanted, plan)
-    for gradient in (*dweights, *dbiases):
-        assert (gradient == 16).all()
+    assert all((gradient == 16).all() for gradient in (*dweights, *dbiases))
 
 
 @pytest.mark.parametrize("path", OWN)
-def test_dead_units_stop_infinite_gradients(path, take):
+def test_dead_units_stop_infinite_gradients(path, impl):
     """torch's relu selects: where its output is 0, nothing is left of a gradient, and NaN passes one on."""
-    impl = take(path)
     net = Net((4, 8, 8, 3), m=12)
     net.biases[-1] = torch.tensor([-50.0, 50.0, 1.0], device=DEVICE)  # dead everywhere, alive everywhere
     net.biases[0][2] = -50.0
@@ -373,8 +347,7 @@ def test_dead_units_stop_infinite_gradients(path, take):
         for network in (lambda *net: mlp_act(*net, impl=impl), plain)
     )
     assert all(t.isfinite().all() for t in expected)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 # --- autograd ----------------------------------------------------------------------------------------------------
@@ -389,17 +362,14 @@ def penalty(net, network):
 
 
 @pytest.mark.parametrize("path", OWN)
-def test_second_order(path, take):
-    impl = take(path)
+def test_second_order(path, impl):
     net = Net((5, 8, 6, 2), m=12)
     actual = penalty(net, lambda *net: mlp_act(*net, "sigmoid", "tanh", impl=impl))
-    for a, e in zip(actual, penalty(net, lambda *net: plain(*net, "sigmoid", "tanh")), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, penalty(net, lambda *net: plain(*net, "sigmoid", "tanh")), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", OWN)
-def test_a_weight_that_is_used_twice_or_depends_on_x(path, take):
-    impl = take(path)
+def test_a_weight_that_is_used_twice_or_depends_on_x(path, impl):
     net = Net((6, 6, 6), m=12)
 
     def tied(network):
@@ -413,13 +383,11 @@ def test_a_weight_that_is_used_twice_or_depends_on_x(path, take):
     for order in (differentiate, penalty):
         inputs = [net.x, *net.weights[:1], *net.biases[:1]]
         small = types.SimpleNamespace(tensors=inputs, dy=net.dy, split=lambda t: (t[0], [t[1]], [t[2]]))
-        for a, e in zip(order(small, ours), order(small, theirs), strict=True):
-            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(order(small, ours), order(small, theirs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", paths("aten", "explicit", "kernel"))
-def test_fp64_is_exact_to_second_order(path, take):
-    impl = take(path)
+def test_fp64_is_exact_to_second_order(path, impl):
     net = Net((3, 4, 2), m=3, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in net.tensors]
 
@@ -434,9 +402,8 @@ def test_fp64_is_exact_to_second_order(path, take):
 
 
 @pytest.mark.parametrize("path", OWN)
-def test_checkpoint(path, take):
+def test_checkpoint(path, impl):
     # It unpacks what was saved once only.
-    impl = take(path)
     net = Net((5, 8, 3), m=6)
     target = torch.rand(6, 3, device=DEVICE)
     for network, dy in (
@@ -446,12 +413,11 @@ def test_checkpoint(path, take):
         net.dy = dy
         expected = differentiate(net, network)
         actual = differentiate(net, lambda *net, network=network: checkpoint(network, *net, use_reentrant=False))
-        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+        assert same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("path", OWN)
-def test_batched_backward(path, take):
-    impl = take(path)
+def test_batched_backward(path, impl):
     net = Net((5, 8, 3), m=6)
     inputs = [t.requires_grad_() for t in net.tensors]
     dy = torch.randn(4, 6, 3, device=DEVICE)
@@ -463,8 +429,7 @@ def test_batched_backward(path, take):
 
 
 @pytest.mark.parametrize("path", OWN)
-def test_transforms(path, take):
-    take(path)
+def test_transforms(path):
     net = Net((5, 8, 3), m=6)
     x, weights, biases = net.split(net.tensors)
 
@@ -484,8 +449,7 @@ def test_transforms(path, take):
 
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=IDS.get)
 @pytest.mark.parametrize("path", PATHS)
-def test_autocast(path, parameters, take):
-    impl = take(path)
+def test_autocast(path, parameters, impl):
     net = Net(dtype=parameters)
     net.x = net.x.float()
     inputs = [t.detach().requires_grad_() for t in net.tensors]
@@ -500,15 +464,15 @@ def test_autocast(path, parameters, take):
 
 
 @pytest.mark.parametrize("path", OWN)
-def test_two_forwards_then_a_joint_backward(path, take):
-    impl = take(path)
+def test_two_forwards_then_a_joint_backward(path, impl):
     net = Net()
     inputs = [t.requires_grad_() for t in net.tensors]
     x, weights, biases = net.split(inputs)
     y = mlp_act(x, weights, biases, impl=impl) * mlp_act(2 * x, weights, biases, impl=impl)
     expected = plain(x, weights, biases) * plain(2 * x, weights, biases)
-    for a, e in zip(torch.autograd.grad(y, inputs, net.dy), torch.autograd.grad(expected, inputs, net.dy), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, inputs, net.dy), torch.autograd.grad(expected, inputs, net.dy), rtol=1e-4, atol=1e-4
+    )
 
 
 # (operand, whether x wants a gradient): whether torch's own operations need it
@@ -523,8 +487,7 @@ WRITTEN = {
 
 @pytest.mark.parametrize(("operand", "need_dx", "needed"), WRITTEN.values(), ids=WRITTEN)
 @pytest.mark.parametrize("path", paths("aten", "explicit", "chunked", "kernel"))
-def test_what_gradients_need_may_not_be_written_over(path, operand, need_dx, needed, take):
-    impl = take(path)
+def test_what_gradients_need_may_not_be_written_over(path, operand, need_dx, needed, impl):
     net = Net()
     expected = differentiate(net, plain)[1:]
     inputs = [t.detach().clone().requires_grad_() for t in net.tensors]
@@ -548,9 +511,8 @@ def test_what_gradients_need_may_not_be_written_over(path, operand, need_dx, nee
 
 
 @pytest.mark.parametrize("path", paths("explicit", "chunked"))
-def test_second_order_after_a_bias_was_written_over(path, take):
+def test_second_order_after_a_bias_was_written_over(path):
     # Of what was saved, not of what a second forward pass would make of the parameters as they are now.
-    take(path)
     net = Net((5, 8, 6, 2), m=12)
     results = []
     for network in (mlp_act, plain):
@@ -562,8 +524,7 @@ def test_second_order_after_a_bias_was_written_over(path, take):
             weights[0].mul_(2)
         gradients = torch.autograd.grad((y * net.dy).sum(), inputs, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs))
-    for a, e in zip(*results, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 KEEPS = {
@@ -581,8 +542,7 @@ KEEPS = {
 
 @pytest.mark.parametrize(("wanted", "output", "keeps"), KEEPS.values(), ids=KEEPS)
 @pytest.mark.parametrize("path", paths("explicit", "chunked"))
-def test_keeps_only_what_gradients_need(path, wanted, output, keeps, take):
-    take(path)
+def test_keeps_only_what_gradients_need(path, wanted, output, keeps):
     net = Net()
     need_x, need_weights, need_biases = wanted(len(net.weights))
     for t, flag in zip(net.tensors, (need_x, *need_weights, *need_biases), strict=True):
@@ -598,46 +558,25 @@ def test_keeps_only_what_gradients_need(path, wanted, output, keeps, take):
     assert len(kept) == keep_x + keep_weights.count("1") + keep_hs.count("1") + keep_y
 
 
-def written(y):
-    """What in-place operations make of an output, in a way that each of its elements still counts."""
-    y.mul_(2).add_(1)
-    y[y > 1.5] = 0.5
-    return y.square()
-
-
 @pytest.mark.parametrize("gradients", [True, False], ids=["", "no-gradients"])
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("path", PATHS)
-def test_outputs_may_be_written_to(path, leading, gradients, take):
-    impl = take(path)
-    net = Net((7, 20, 3), leading=leading if leading else (1,))
-    if not leading:
-        net.x, net.dy = net.x[0], net.dy[0]
+def test_outputs_may_be_written_to(path, leading, gradients, impl):
+    net = Net((7, 20, 3), leading=leading)
     results = []
-    for network in (
-        lambda *net: mlp_act(*net, "relu", "identity", impl=impl),
-        lambda *n: plain(*n, "relu", "identity"),
-    ):
+    for network in (functools.partial(mlp_act, impl=impl), plain):
         inputs = [t.detach().requires_grad_(gradients) for t in net.tensors]
-        y = written(network(*net.split(inputs)))
+        y = written(network(*net.split(inputs), "relu", "identity"))
         results.append([y])
         if gradients:
-            results[-1] += torch.autograd.grad(y, inputs, net.dy, retain_graph=True)
-            double = torch.autograd.grad(y, inputs, net.dy, create_graph=True)
-            results[-1] += double
-            penalty = sum(g.square().sum() for g in double)
-            results[-1] += torch.autograd.grad(penalty, inputs, allow_unused=True, materialize_grads=True)
-    for a, e in zip(*results, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
+            results[-1] += second_order(y, inputs, net.dy)
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,)], ids=str)
 @pytest.mark.parametrize("path", PATHS)
-def test_losses_may_be_written_to(path, leading, take):
-    impl = take(path)
-    net = Net((7, 20, 3), leading=leading if leading else (1,))
-    if not leading:
-        net.x, net.dy = net.x[0], net.dy[0]
+def test_losses_may_be_written_to(path, leading, impl):
+    net = Net((7, 20, 3), leading=leading)
     target, ignored = torch.rand(*leading, 3, device=DEVICE), torch.rand(*leading, 3, device=DEVICE) < 0.5
 
     def masked(loss):
@@ -648,12 +587,8 @@ def test_losses_may_be_written_to(path, leading, take):
 
         return network
 
-    results = [
-        differentiate(net, masked(network))
-        for network in (bce(net, target, reduction="none", impl=impl), torch_bce(net, target, reduction="none"))
-    ]
-    for a, e in zip(*results, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    losses = bce(target, reduction="none", impl=impl), torch_bce(target, reduction="none")
+    torch.testing.assert_close(*(differentiate(net, masked(loss)) for loss in losses), rtol=1e-4, atol=1e-5)
 
 
 # torch broadcasts such a bias; kernels would read behind it.
@@ -662,12 +597,11 @@ BROADCAST = {"one": (1,), "no-dimensions": (), "row": (1, 20)}
 
 @pytest.mark.parametrize("shape", BROADCAST.values(), ids=BROADCAST)
 @pytest.mark.parametrize("path", PATHS)
-def test_a_bias_that_torch_broadcasts(path, shape, take, monkeypatch):
+def test_a_bias_that_torch_broadcasts(path, shape, impl, monkeypatch):
     net = Net((7, 20, 3))
     net.biases[0] = torch.full(shape, 0.5, device=DEVICE)
     target = torch.rand_like(net.dy)
-    ours, theirs = bce(net, target), torch_bce(net, target)
-    impl = take(path)
+    ours, theirs = bce(target), torch_bce(target)
     results = []
     for large in (True, False):
         if not large:
@@ -697,22 +631,18 @@ def test_a_compiled_network_broadcasts_a_bias(shape, monkeypatch):
 def test_compiled(dynamic):
     torch.compiler.reset()
     net = Net((7, 20, 3))
-    impl = None if KERNELS is None else "triton"
-
-    def network(x, weights, biases):
-        return mlp_act(x, weights, biases, impl=impl)
-
+    network = functools.partial(mlp_act, impl=None if KERNELS is None else "triton")
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for a, e in zip(differentiate(net, compiled), differentiate(net, plain), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(differentiate(net, compiled), differentiate(net, plain), rtol=1e-4, atol=1e-5)
 
 
 # --- MLP ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def whole(monkeypatch):
-    """The networks that ran as a whole."""
+def whole(monkeypatch, take):
+    """The networks that ran as a whole, as all do that can."""
+    take(WHOLE)
     calls = []
     forward = ops.mlp_fwd
     monkeypatch.setattr(ops, "mlp_fwd", lambda *a: calls.append(a) or forward(*a))
@@ -720,37 +650,21 @@ def whole(monkeypatch):
 
 
 def model_pair(sizes=(4, 8, 3), **options):
-    model = MLP(sizes, **options).to(DEVICE)
-    acts = [options.get("activation", "sigmoid")] * (len(sizes) - 2) + [options.get("output_activation", "sigmoid")]
-    modules = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}
-    pairs = itertools.pairwise(sizes)
-    bias = options.get("bias", True)
-    twin = nn.Sequential(
-        *[m for (i, o), a in zip(pairs, acts, strict=True) for m in (nn.Linear(i, o, bias), modules[a]())]
-    )
-    twin.load_state_dict(model.state_dict())
-    return model, twin.to(DEVICE)
+    return twins(*sizes, device=DEVICE, **options)
 
 
 def same(model, twin):
-    x = torch.randn(7, 4, device=DEVICE, requires_grad=True)
-    results = []
-    for net in (model, twin):
-        y = net(x)
-        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert_same(model, twin, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_runs_as_a_whole(take, whole):
-    take(WHOLE)
+def test_a_model_runs_as_a_whole(whole):
     for options in ({}, {"bias": False}, {"activation": "tanh", "output_activation": "identity"}):
         same(*model_pair(**options))
     assert len(whole) == 3
 
 
 @pytest.mark.parametrize("hook", ["forward", "pre", "full-backward", "identity", "global"])
-def test_hooks_still_fire(hook, take, whole):
-    take(WHOLE)
+def test_hooks_still_fire(hook, whole):
     model, twin = model_pair()
     seen = []
     register = {
@@ -769,8 +683,7 @@ def test_hooks_still_fire(hook, take, whole):
     assert len(whole) == 1
 
 
-def test_a_parametrized_or_mixed_model_runs_layer_by_layer(take, whole):
-    take(WHOLE)
+def test_a_parametrized_or_mixed_model_runs_layer_by_layer(whole):
     model, twin = model_pair()
     for net in (model, twin):
         nn.utils.parametrizations.weight_norm(net[2])
@@ -859,23 +772,19 @@ def test_impl():
         mlp_act(X, W, B, impl="cuda")
     torch.testing.assert_close(mlp_act(X, W, B, impl="torch"), plain(X, W, B))
     if KERNELS is None:
-        with pytest.raises(NotImplementedError, match="interpreter"):
-            mlp_act(X, W, B, impl="triton")
-        with pytest.raises(NotImplementedError, match="interpreter"):
-            mlp_sigmoid_bce(X, W, B, torch.ones(4, 2), impl="triton")
+        for call in (mlp_act, functools.partial(mlp_sigmoid_bce, target=torch.ones(4, 2))):
+            with pytest.raises(NotImplementedError, match="interpreter"):
+                call(X, W, B, impl="triton")
 
 
 # --- binary cross entropy ----------------------------------------------------------------------------------------
 
 
-def bce(net, target, pos_weight=None, reduction="mean", impl=None):
-    def network(x, weights, biases):
-        return mlp_sigmoid_bce(x, weights, biases, target, pos_weight=pos_weight, reduction=reduction, impl=impl)
-
-    return network
+def bce(target, pos_weight=None, reduction="mean", impl=None):
+    return functools.partial(mlp_sigmoid_bce, target=target, pos_weight=pos_weight, reduction=reduction, impl=impl)
 
 
-def torch_bce(net, target, pos_weight=None, reduction="mean"):
+def torch_bce(target, pos_weight=None, reduction="mean"):
     def network(x, weights, biases):
         z = plain(x, weights, biases, output="identity")
         weight = None if pos_weight is None else pos_weight.to(z.dtype)
@@ -891,22 +800,20 @@ BCE_PATHS = paths("aten", "layers", "explicit", "kernel", "segments")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 @pytest.mark.parametrize("path", BCE_PATHS)
-def test_bce(path, dtype, reduction, weighted, take):
-    impl = take(path)
+def test_bce(path, dtype, reduction, weighted, impl):
     net = Net((7, 20, 3), dtype=dtype)
     target = torch.rand(40, 3, device=DEVICE).to(dtype)
     pos_weight = torch.tensor([0.3, 1.0, 8.0], device=DEVICE, dtype=dtype) if weighted else None
     dy = net.dy if reduction == "none" else torch.tensor(0.7, device=DEVICE)
     options = (target, pos_weight, reduction)
-    check(net, bce(net, *options, impl), torch_bce(net, *options), dy)
+    check(net, bce(*options, impl), torch_bce(*options), dy)
 
 
 @pytest.mark.parametrize("layout", [negated, conjugated], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("operand", ["x", "weight", "bias", "target", "pos_weight", "dloss"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("path", paths("explicit", "kernel", "segments"))
-def test_bce_of_negative_views(path, reduction, operand, layout, take):
-    impl = take(path)
+def test_bce_of_negative_views(path, reduction, operand, layout, impl):
     net = Net((7, 20, 3))
     head = {
         "target": torch.rand(40, 3, device=DEVICE),
@@ -921,22 +828,21 @@ def test_bce_of_negative_views(path, reduction, operand, layout, take):
         tensors = net.weights if operand == "weight" else net.biases
         tensors[:] = map(layout, tensors)
     options = (head["target"], head["pos_weight"], reduction)
-    check(net, bce(net, *options, impl), torch_bce(net, *options), head["dloss"])
+    check(net, bce(*options, impl), torch_bce(*options), head["dloss"])
 
 
 @pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("path", BCE_PATHS)
-def test_bce_has_the_dtype_of_torch(path, autocast, target_dtype, take):
-    impl = take(path)
+def test_bce_has_the_dtype_of_torch(path, autocast, target_dtype, impl):
     net = Net((7, 20, 3))
     target = torch.rand(40, 3, device=DEVICE).to(target_dtype)
     if target_dtype is torch.float64 and impl == "triton":
         with pytest.raises(NotImplementedError, match=r"target is torch\.float64"):
-            bce(net, target, impl=impl)(*net.split(net.tensors))
+            bce(target, impl=impl)(*net.split(net.tensors))
         impl = None
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-        loss = bce(net, target, impl=impl)(*net.split(net.tensors))
+        loss = bce(target, impl=impl)(*net.split(net.tensors))
         z = plain(*net.split(net.tensors), output="identity")
         expected = F.binary_cross_entropy_with_logits(z, target)
     assert loss.dtype is expected.dtype
@@ -944,33 +850,28 @@ def test_bce_has_the_dtype_of_torch(path, autocast, target_dtype, take):
 
 
 @pytest.mark.parametrize("path", BCE_PATHS)
-def test_bce_second_order(path, take):
-    impl = take(path)
+def test_bce_second_order(path, impl):
     net = Net((5, 8, 2), m=12)
     target = torch.rand(12, 2, device=DEVICE)
     net.dy = torch.tensor(0.7, device=DEVICE)
     options = (target, torch.tensor([0.5, 3.0], device=DEVICE), "sum")
-    for a, e in zip(penalty(net, bce(net, *options, impl)), penalty(net, torch_bce(net, *options)), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        penalty(net, bce(*options, impl)), penalty(net, torch_bce(*options)), rtol=1e-3, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("path", paths("explicit", "kernel"))
-def test_gradients_of_targets(path, take):
+def test_gradients_of_targets(path):
     # Nobody's fast path, but nobody's zero either.
-    take(path)
     net = Net((5, 8, 2), m=12)
     target = torch.rand(12, 2, device=DEVICE, requires_grad=True)
     pos_weight = torch.tensor([0.5, 3.0], device=DEVICE)
-    results = []
-    for make in (bce, torch_bce):
-        loss = make(net, target, pos_weight)(*net.split(net.tensors))
-        results.append(torch.autograd.grad(loss, target))
-    torch.testing.assert_close(*results)
+    losses = (make(target, pos_weight)(*net.split(net.tensors)) for make in (bce, torch_bce))
+    torch.testing.assert_close(*(torch.autograd.grad(loss, target) for loss in losses))
 
 
 @pytest.mark.parametrize("path", paths("aten", "kernel"))
-def test_bce_leading_shapes(path, take):
-    impl = take(path)
+def test_bce_leading_shapes(path, impl):
     for leading in ((), (2, 3)):
         x, weight = torch.randn(*leading, 5, device=DEVICE), torch.randn(2, 5, device=DEVICE)
         target = torch.rand(*leading, 2, device=DEVICE)
@@ -1073,8 +974,5 @@ def test_plans_of_losses():
         plan = planning.mlp_bwd(4096, widths, "bfloat16", "ieee", h200, loss=True)
         assert (plan.impl, len(plan.segments)) == ("fused", segments)
     # One program covers a small batch: one launch forward, one back.
-    plans = (
-        planning.mlp_fwd(4, (2, 2, 1), "float32", "ieee", h200, loss=True),
-        planning.mlp_bwd(4, (2, 2, 1), "float32", "ieee", h200, loss=True),
-    )
+    plans = [f(4, (2, 2, 1), "float32", "ieee", h200, loss=True) for f in (planning.mlp_fwd, planning.mlp_bwd)]
     assert [segment.programs for plan in plans for segment in plan.segments] == [1, 1]
