@@ -8,15 +8,13 @@ from .chips import cdiv, generation, next_power_of_2, product_kind, refusal
 from .cpu import cpu_bwd, cpu_fwd
 from .wide import TILED_MAX_K, wide_fwd
 
-# Output tiles of the general kernel, by product kind and chip generation: (block_m, block_n, block_k, warps, stages),
-# largest first. The first whose tile count fills the chip is taken.
+# Output tiles of the general kernel by kind of product, on the chips that are named by tiles of their own: largest first.
+# The first whose tile count fills the chip is taken.
 TILED = {
-    ("half", "sm_90"): (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
-    ("half", "sm_80"): (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
-    ("tf32", "sm_90"): (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    ("tf32", "sm_80"): (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    ("ieee", "sm_90"): (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
-    ("ieee", "sm_80"): (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
+    "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
+    "half on sm_90": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
+    "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    "ieee": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
 }
 
 # fp32 products on the FMA units make the one-kernel backward compute-bound beyond this width.
@@ -55,7 +53,7 @@ def linear_act_fwd(
         return plan
     if impl is None and k > TILED_MAX_K[kind]:
         return Plan("library", f"{k} in_features: bound by arithmetic, where the library GEMM is faster")
-    tiles = TILED[kind, generation(device.arch)]
+    tiles = TILED.get(f"{kind} on {generation(device.arch)}", TILED[kind])
     counts = [cdiv(m, t.block_m) * cdiv(n, t.block_n) for t in tiles]
     pick = next((i for i, count in enumerate(counts) if count >= device.units), len(tiles) - 1)
     reason = "bias and activation in the epilogue of the product"
