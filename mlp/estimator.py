@@ -29,7 +29,7 @@ __all__ = ["FusedMLPClassifier", "FusedMLPRegressor"]
 SOLVERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-@dataclass(eq=False, repr=False)  # which scikit-learn has its own ways for
+@dataclass(eq=False, repr=False)  # scikit-learn has a repr of its own, and estimators are equal to themselves alone
 class _FusedMLP(BaseEstimator):
     """What the classifier and the regressor share."""
 
