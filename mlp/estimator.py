@@ -29,7 +29,7 @@ __all__ = ["FusedMLPClassifier", "FusedMLPRegressor"]
 SOLVERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-@dataclass(eq=False, repr=False)  # which scikit-learn has its own ways for
+@dataclass(eq=False, repr=False)  # scikit-learn has a repr of its own, and estimators are equal to themselves alone
 class _FusedMLP(BaseEstimator):
     """What the classifier and the regressor share."""
 
@@ -58,22 +58,14 @@ class _FusedMLP(BaseEstimator):
         generator = torch.Generator().manual_seed(int(seed))
         sizes = [X.shape[1], *hidden, targets.shape[1]]
         # An Ensemble draws from this generator, an MLP from torch's, which other threads draw from meanwhile.
-        options = {"device": self.device, "dtype": torch.float32, "generator": generator}
-        model = Ensemble(1, sizes, self.activation, output_activation, **options).member(0)
+        where = {"device": self.device, "dtype": torch.float32, "generator": generator}
+        model = Ensemble(1, sizes, self.activation, output_activation, **where).member(0)
         momentum = {"momentum": self.momentum} if self.solver == "sgd" else {}
         rates = {"lr": self.learning_rate, "weight_decay": self.weight_decay, **momentum}
         per_epoch = -(-samples // batch)
-        history = fit(
-            model,
-            self._tensor(X),
-            self._tensor(targets),
-            criterion=criterion,
-            optimizer=SOLVERS[self.solver](model.parameters(), **rates),
-            steps=epochs * per_epoch,
-            batch_size=None if batch == samples else batch,
-            log_every=1,
-            generator=generator,
-        )
+        options = {"criterion": criterion, "optimizer": SOLVERS[self.solver](model.parameters(), **rates)}
+        options |= {"batch_size": None if batch == samples else batch, "log_every": 1, "generator": generator}
+        history = fit(model, self._tensor(X), self._tensor(targets), steps=epochs * per_epoch, **options)
         losses = history.loss.double().numpy().reshape(epochs, per_epoch)
         batches = [batch] * (per_epoch - 1) + [samples - (per_epoch - 1) * batch]
         self.model_ = model

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.fx
 from torch import Tensor
 
 from ...kernels import eligibility
@@ -16,7 +15,10 @@ REDUCTIONS = ("none", "mean", "sum")
 
 def check_layer(x, weight, bias, activation, impl) -> None:
     """Raises the error that says what is wrong with the arguments of `linear_act`, if anything is."""
-    _check_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}") from None
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}") from None
     if impl not in IMPLS:
@@ -36,12 +38,6 @@ def check_layer(x, weight, bias, activation, impl) -> None:
         raise ValueError(reason) from None
     if impl != "triton" and not (x.is_floating_point() and x.dtype.itemsize > 1):
         raise ValueError(f"x is {x.dtype}, for which torch has no product or no {activation}") from None
-
-
-def _check_tensors(**named) -> None:
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}") from None
 
 
 def check_network(x, weights, biases, activations, impl) -> None:
@@ -76,7 +72,8 @@ def check_loss(x, weights, target, pos_weight, reduction) -> None:
     """Raises the error that says what is wrong with the arguments of the loss, if anything is."""
     tensors = {"target": target} | ({} if pos_weight is None else {"pos_weight": pos_weight})
     for name, tensor in tensors.items():
-        _check_tensors(**{name: tensor})
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}") from None
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating, not {tensor.dtype}") from None
         if tensor.dtype.itemsize == 1:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.fx
 from torch import Tensor
 
 from ...kernels import eligibility, ops, reference

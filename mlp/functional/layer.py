@@ -1,7 +1,6 @@
 """One layer as a function of tensors."""
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 

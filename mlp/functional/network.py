@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.fx
 from torch import Tensor
 
 from ...kernels import eligibility, ops

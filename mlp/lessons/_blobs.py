@@ -40,18 +40,12 @@ def blobs(
     x, y = (t.to(device) for t in blobs_data())
     task = Task(x, y, nn.BCELoss(), partial(torch.optim.SGD, lr=0.01), steps, log_every=1)
     network = network_from_seed(seed, device, sizes)
-    return trajectory_of(
-        task,
-        device,
-        sizes,
-        network(MLP),
-        race(task, contenders(task, network, ways), progress),
-        lambda loss: BLOBS_BAND,
-        dict(enumerate(given["loss_first"])) | {int(step): loss for step, loss in given["loss_last"].items()},
-        points=torch.tensor([[1.0, -1.0], [-1.0, 1.0]]),
-        expected=list(given["probability"].values()) if steps == BLOBS_STEPS else None,
-        prediction_band=BLOBS_BAND,
-    )
+    runs = race(task, contenders(task, network, ways), progress)
+    losses = dict(enumerate(given["loss_first"])) | {int(step): loss for step, loss in given["loss_last"].items()}
+    expected = list(given["probability"].values()) if steps == BLOBS_STEPS else None
+    bands = {"band": lambda loss: BLOBS_BAND, "prediction_band": BLOBS_BAND}
+    options = {"points": torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), "expected": expected, **bands}
+    return trajectory_of(task, device, sizes, network(MLP), runs, reference=losses, **options)
 
 
 def blobs_data() -> tuple[Tensor, Tensor]:

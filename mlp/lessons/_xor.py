@@ -43,17 +43,11 @@ def xor(
     """
     given, sizes = table("xor_2-2-1"), [2, 2, 1]
     task, network = xor_task(steps, device), network_from_seed(seed, device, sizes)
-    return trajectory_of(
-        task,
-        device,
-        sizes,
-        network(MLP),
-        race(task, contenders(task, network, ways), progress),
-        lambda loss: XOR_BAND,
-        dict(given["loss"]),
-        expected=given["prediction"] if steps == XOR_STEPS else None,
-        prediction_band=1e-4,  # p is printed with eight decimals, and near 0.001
-    )
+    runs = race(task, contenders(task, network, ways), progress)
+    losses, expected = dict(given["loss"]), given["prediction"] if steps == XOR_STEPS else None
+    # The table prints p, which is near 0.001, with eight decimals.
+    bands = {"band": lambda loss: XOR_BAND, "prediction_band": 1e-4}
+    return trajectory_of(task, device, sizes, network(MLP), runs, reference=losses, expected=expected, **bands)
 
 
 def xor_task(steps: int, device: torch.device | str) -> Task:

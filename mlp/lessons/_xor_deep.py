@@ -39,17 +39,10 @@ def xor_deep(
         raise ValueError(f"draws must be 1 or 2, not {draws}")
     given, sizes = table("xor_2-10-10-10-1")["runs"][draws - 1], [2, 10, 10, 10, 1]
     task, network = xor_task(steps, device), network_from_seed(seed, device, [2, 2, 1], *draws * [sizes])
-    return trajectory_of(
-        task,
-        device,
-        sizes,
-        network(MLP),
-        race(task, contenders(task, network, ways), progress),
-        lambda loss: DEEP_BANDS[loss < PLATEAU],
-        dict(given["loss"]),
-        expected=given["prediction"] if steps == XOR_STEPS else None,
-        prediction_band=DEEP_PREDICTION_BAND,
-    )
+    runs = race(task, contenders(task, network, ways), progress)
+    losses, expected = dict(given["loss"]), given["prediction"] if steps == XOR_STEPS else None
+    bands = {"band": lambda loss: DEEP_BANDS[loss < PLATEAU], "prediction_band": DEEP_PREDICTION_BAND}
+    return trajectory_of(task, device, sizes, network(MLP), runs, reference=losses, expected=expected, **bands)
 
 
 def _intro(steps: int, draws: int) -> str:

@@ -16,12 +16,8 @@ from .run import fit, prepare
 __all__ = ["fit_sharded"]
 
 FAILED = -1
-DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.float16,
-)  # a rank tells the others the dtype of its losses by the index in here
+# Ranks tell each other the dtype of their losses by its index in here.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def fit_sharded(
@@ -88,8 +84,7 @@ def fit_sharded(
     try:
         history = fit(
             share,
-            x[mine] if x.dim() == 3 else x,
-            y[mine] if y.dim() == 3 else y,
+            *(t[mine] if t.dim() == 3 else t for t in (x, y)),
             criterion=criterion,
             optimizer=optimizer(share.parameters()),
             steps=0 if idle else steps,
