@@ -8,7 +8,7 @@ from .chips import cdiv, generation, next_power_of_2, product_kind, refusal
 from .cpu import cpu_bwd, cpu_fwd
 from .wide import TILED_MAX_K, wide_fwd
 
-# Output tiles of the general kernel by kind of product, on the chips that are named by tiles of their own: largest first.
+# Output tiles of the general kernel by kind of product, and those of a chip of their own: largest first.
 # The first whose tile count fills the chip is taken.
 TILED = {
     "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
