@@ -59,7 +59,7 @@ def look_at(device: torch.device) -> Device:
 def describe(device: torch.device, interpreted: bool = False) -> Device:
     """What plans need to know of a device. Says once if it is a GPU that the kernels cannot use."""
     described = look_at(device)
-    if device.type == "cuda" and (reason := planning.refusal(1, 1, 1, "float32", described)):
+    if device.type == "cuda" and (reason := planning.device_refusal(1, 1, 1, "float32", described)):
         warnings.warn(f"perceptriton runs as plain torch on {device}: {reason}", stacklevel=2)
     return dataclasses.replace(described, triton=True) if interpreted else described
 

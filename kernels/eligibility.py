@@ -10,7 +10,7 @@ from . import plan as planning
 from .devices import DTYPE_NAMES, gpu, has_triton, look_at
 
 
-def refusal(
+def layer_refusal(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, autocast: bool, impl: str | None
 ) -> str | None:
     """Why this call of a layer is left to plain torch operations (which may in turn raise), or None.
@@ -155,7 +155,9 @@ def launchable(device: torch.device, dtype: torch.dtype) -> bool:
     `torch.compiler.is_exporting()` to be true whenever it traces.
     """
     described = look_at(device)  # `describe` may warn, which is an error in a traced program
-    usable = described.triton and planning.refusal(1, 1, 1, DTYPE_NAMES.get(dtype, str(dtype)), described) is None
+    usable = (
+        described.triton and planning.device_refusal(1, 1, 1, DTYPE_NAMES.get(dtype, str(dtype)), described) is None
+    )
     return usable and not torch.compiler.is_exporting()
 
 

@@ -135,7 +135,7 @@ def explain(
     else:
         explanation = Explanation(forwards[0], backwards[0])
     obey(impl, explanation.forward)
-    if device.kind != "cuda" or planning.refusal(rows, min(widths), 1, name, device):
+    if device.kind != "cuda" or planning.device_refusal(rows, min(widths), 1, name, device):
         return explanation
     nbytes = rows * widths[0] * dtype.itemsize
 

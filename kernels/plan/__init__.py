@@ -3,7 +3,7 @@
 Pure functions of numbers and names: no torch, no triton, no device is touched. The tables under `tuned/` are data.
 """
 
-from .chips import refusal
+from .chips import device_refusal
 from .layer import linear_act_bwd, linear_act_fwd
 from .network import MlpPlans, mlp_both, mlp_bwd, mlp_bytes, mlp_columns, mlp_fwd
 from .predict import predict, predict_bwd, predict_mlp
@@ -12,6 +12,7 @@ from .wide import linear_act_dgrad, linear_act_wgrad, wide_candidates, wide_spli
 
 __all__ = [
     "MlpPlans",
+    "device_refusal",
     "linear_act_bwd",
     "linear_act_dgrad",
     "linear_act_fwd",
@@ -24,7 +25,6 @@ __all__ = [
     "predict",
     "predict_bwd",
     "predict_mlp",
-    "refusal",
     "train",
     "train_loop",
     "wide_candidates",

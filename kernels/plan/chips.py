@@ -38,7 +38,7 @@ def wide_generation(arch: int) -> str:
 SMALL_SHARED = (86, 89)
 
 
-def refusal(m: int, k: int, n: int, dtype: str, device: Device) -> str | None:
+def device_refusal(m: int, k: int, n: int, dtype: str, device: Device) -> str | None:
     """Why plain torch has to do it, or None."""
     if 0 in (m, k, n):
         return EMPTY

@@ -4,7 +4,7 @@ import functools
 
 from ..records import Device, Plan, Tile
 from ..tables import LAYER_TILES, tile_rows
-from .chips import cdiv, generation, next_power_of_2, product_kind, refusal
+from .chips import cdiv, device_refusal, generation, next_power_of_2, product_kind
 from .cpu import cpu_bwd, cpu_fwd
 from .wide import TILED_MAX_K, wide_fwd
 
@@ -38,7 +38,7 @@ def linear_act_fwd(
     split: the one of SPLITS that fp32 products of wide layers may use, or None. readable: TMA can read x and weight as
     they lie in memory.
     """
-    if reason := refusal(m, k, n, dtype, device):
+    if reason := device_refusal(m, k, n, dtype, device):
         return Plan("aten", reason)
     if device.kind == "cpu" and not device.triton:
         return cpu_fwd(m, k, n, dtype, device)
@@ -63,7 +63,7 @@ def linear_act_fwd(
 @functools.lru_cache(maxsize=4096)
 def linear_act_bwd(m: int, k: int, n: int, dtype: str, precision: str, device: Device, impl: str | None = None) -> Plan:
     """The plan for (dx, dweight, dbias) of the same layer from dy, y, x and weight."""
-    if reason := refusal(m, k, n, dtype, device):
+    if reason := device_refusal(m, k, n, dtype, device):
         return Plan("aten", reason)
     if device.kind == "cpu" and not device.triton:
         return cpu_bwd(m, k, n, dtype, device)

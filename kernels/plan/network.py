@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..records import Device, MlpPlan, MlpSegment, MlpTile, TileRow
 from ..tables import MLP_TILES, tile_rows
-from .chips import cdiv, generation, itemsize, next_power_of_2, product_kind, refusal
+from .chips import cdiv, device_refusal, generation, itemsize, next_power_of_2, product_kind
 from .cpu import cpu_mlp
 from .layer import linear_act_bwd, linear_act_fwd
 from .wide import linear_act_dgrad, linear_act_wgrad
@@ -99,7 +99,7 @@ def mlp_columns(widths: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _mlp(op: str, m, widths, dtype, precision, device, loss, impl, split) -> MlpPlan:
-    if reason := refusal(m, min(widths), 1, dtype, device):
+    if reason := device_refusal(m, min(widths), 1, dtype, device):
         return MlpPlan("layers", reason)
     if len(widths) == 2 and not loss and impl != "triton":
         return MlpPlan("layers", "a single layer has kernels of its own, which compute nothing twice")

@@ -4,7 +4,7 @@ import functools
 import itertools
 
 from ..records import EMPTY, Device, LoopPlan, TrainConfig, TrainPlan
-from .chips import cdiv, next_power_of_2, refusal
+from .chips import cdiv, device_refusal, next_power_of_2
 
 # The most parameters of a network that one lane trains, by the tensors of state that the optimizer keeps for each.
 # Registers would take some more; the compiler's time, which grows faster than the code that is unrolled, would not.
@@ -74,7 +74,7 @@ def loop_refusal(members: int, samples: int, config: TrainConfig, dtype: str, de
         return "no kernels for the CPU"
     if dtype != "float32":
         return f"{dtype}: whole loops take float32"
-    if reason := refusal(1, 1, 1, dtype, device):
+    if reason := device_refusal(1, 1, 1, dtype, device):
         return reason
     if config.optimizer != "sgd" and config.eps < 1e-30:
         return f"eps {config.eps}: padded parameters would divide 0 by 0"

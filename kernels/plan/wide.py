@@ -6,7 +6,7 @@ import math
 
 from ..records import SPLITS, Device, Plan, Tile, WideTile
 from ..tables import WIDE_TILES, read_table, tile_rows, wide_key
-from .chips import cdiv, itemsize, product_kind, refusal, wide_generation
+from .chips import cdiv, device_refusal, itemsize, product_kind, wide_generation
 
 # Up to this many in_features a layer is bound by memory, and writing y once beats a library GEMM followed by a
 # pass over its output. Derived from peak rates, 2 K flops against 2 passes saved per output; not yet measured.
@@ -58,7 +58,7 @@ def linear_act_dgrad(
 
     split: as for `linear_act_fwd`.
     """
-    if refusal(m, k, n, dtype, device) or any(size * itemsize(dtype) % 16 for size in (k, n)):
+    if device_refusal(m, k, n, dtype, device) or any(size * itemsize(dtype) % 16 for size in (k, n)):
         return None
     precision = split or precision
     kind = product_kind(dtype, precision)

@@ -62,7 +62,7 @@ def _planned(x, weight, bias, activation, impl):
     if activation not in ACTIVATIONS or impl not in IMPLS:
         raise ValueError
     dtype, autocast = product_dtype(x)
-    if refused := eligibility.refusal(x, weight, bias, dtype, autocast, impl):
+    if refused := eligibility.layer_refusal(x, weight, bias, dtype, autocast, impl):
         if impl == "triton":
             check_layer(x, weight, bias, activation, impl)
             raise NotImplementedError(f'impl="triton": {refused}')
