@@ -2,12 +2,11 @@
 
 import copy
 import io
-import itertools
 import pickle
 
 import pytest
 import torch
-from cases import assert_as_good_as_torch
+from cases import assert_as_good_as_torch, assert_same, sequential, train_step, twins
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -15,40 +14,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from perceptriton.mlp import MLP, LinearReLU, LinearSigmoid, LinearTanh
 
 LAYERS = {LinearSigmoid: nn.Sigmoid, LinearTanh: nn.Tanh, LinearReLU: nn.ReLU}
-ACTIVATIONS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}
-
-
-def sequential(sizes, activation="sigmoid", output_activation=None, **options):
-    """What an MLP stands for."""
-    names = [activation] * (len(sizes) - 2) + [output_activation or activation]
-    layers = [
-        (nn.Linear(i, o, **options), ACTIVATIONS[n]())
-        for (i, o), n in zip(itertools.pairwise(sizes), names, strict=True)
-    ]
-    return nn.Sequential(*itertools.chain.from_iterable(layers))
-
-
-def pair(*sizes, **options):
-    model = MLP(sizes, **options)
-    twin = sequential(sizes, **options)
-    twin.load_state_dict(model.state_dict())
-    return model, twin
-
-
-def train_step(model, x):
-    """y and every gradient."""
-    x = x.clone().requires_grad_()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    y = model(x)
-    return (y.detach(), *torch.autograd.grad(y.square().sum(), [x, *parameters]))
-
-
-def assert_same(model, twin, x=None):
-    """Both networks compute the same outputs and the same gradients."""
-    if x is None:
-        x = torch.randn(7, next(twin.parameters()).shape[1])
-    torch.testing.assert_close(train_step(model, x), train_step(twin, x))
-
 
 # --- layers -------------------------------------------------------------------------------------------------------
 
@@ -165,7 +130,7 @@ def test_network_on_meta_knows_its_shapes():
 
 @pytest.mark.parametrize("leading", [(), (2, 3), (0,)], ids=str)
 def test_network_takes_any_leading_shape(leading, size):
-    model, twin = pair(4, 8, 2)
+    model, twin = twins(4, 8, 2)
     x = torch.randn(*leading, 4)
     assert model(x).shape == (*leading, 2)
     assert_same(model, twin, x)
@@ -200,7 +165,7 @@ def test_network_errors_are_those_of_the_function(x, error, message):
 
 
 def test_load_state_dict_assign(size):
-    model, twin = pair(4, 8, 2)
+    model, twin = twins(4, 8, 2)
     model(torch.randn(3, 4))
     state = {key: nn.Parameter(torch.randn_like(value)) for key, value in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
@@ -210,7 +175,7 @@ def test_load_state_dict_assign(size):
 
 
 def test_functional_call(size):
-    model, twin = pair(4, 8, 2)
+    model, twin = twins(4, 8, 2)
     x = torch.randn(3, 4)
     before = model(x)
     state = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
@@ -239,41 +204,52 @@ def test_to_empty(size):
 
 
 def test_double_after_use(size):
-    model, twin = pair(4, 8, 2)
+    model, twin = twins(4, 8, 2)
     x = torch.randn(3, 4)
     model(x)
     assert_same(model.double(), twin.double(), x.double())
 
 
-def test_replaced_parameter(size):
-    model, twin = pair(4, 8, 2)
+def delete_a_layer(net):
+    del net[2]
+    del net[2]
+
+
+# sizes, what is done to a network that has been called and to its twin, what is seen of it
+CHANGES = {
+    "replaced-parameter": (
+        (4, 8, 2),
+        lambda net: setattr(net[0], "weight", nn.Parameter(torch.linspace(-2, 2, 32).view(8, 4))),
+        lambda net: net[0].weight[0, 0] == -2,
+    ),
+    "written-data": ((4, 8, 2), torch.no_grad()(lambda net: [p.mul_(-1.5) for p in net.parameters()]), len),
+    "tied-weights": (
+        (4, 4, 4),
+        lambda net: setattr(net[2], "weight", net[0].weight),
+        lambda net: len(list(net.parameters())) == 3,
+    ),
+    "pruning": (
+        (4, 8, 2),
+        lambda net: prune.l1_unstructured(net[0], "weight", amount=0.5),
+        lambda net: (net[0].weight == 0).sum() == 16,
+    ),
+    "delete": ((4, 8, 8, 2), delete_a_layer, lambda net: len(net) == 4),
+    "pop": ((4, 8, 2), lambda net: (net.pop(3), net.pop(2)), lambda net: len(net) == 2),
+}
+
+
+@pytest.mark.parametrize(("sizes", "change", "seen"), CHANGES.values(), ids=CHANGES)
+def test_changes(sizes, change, seen, size):
+    model, twin = twins(*sizes)
     model(torch.randn(3, 4))
-    weight = torch.randn(8, 4)
-    model[0].weight = nn.Parameter(weight)
-    twin[0].weight = nn.Parameter(weight.clone())
-    assert_same(model, twin)
-
-
-def test_written_data(size):
-    model, twin = pair(4, 8, 2)
-    model(torch.randn(3, 4))
-    with torch.no_grad():
-        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            p.mul_(-1.5)
-            q.mul_(-1.5)
-    assert_same(model, twin)
-
-
-def test_tied_weights(size):
-    model, twin = pair(4, 4, 4)
     for net in (model, twin):
-        net[2].weight = net[0].weight
-    assert len(list(model.parameters())) == 3
-    assert_same(model, twin)
+        change(net)
+    assert seen(model)
+    assert_same(model, twin, torch.randn(7, 4))
 
 
 def test_frozen_layer(size):
-    model, twin = pair(4, 8, 2)
+    model, twin = twins(4, 8, 2)
     for net in (model, twin):
         net[0].requires_grad_(False)
     x = torch.randn(3, 4)
@@ -287,7 +263,7 @@ def test_frozen_layer(size):
 )
 def test_copies_are_independent(copied, size):
     # The identity is the activation whose function is a lambda, which pickle refuses.
-    model, twin = pair(4, 8, 2, output_activation="identity")
+    model, twin = twins(4, 8, 2, output_activation="identity")
     x = torch.randn(3, 4)
     before = model(x)  # whatever a call leaves behind must not tie the copy to the original
     other = copied(model)
@@ -301,7 +277,7 @@ def test_copies_are_independent(copied, size):
 
 
 def test_parametrization_on_and_off(size):
-    model, twin = pair(4, 8, 2)
+    model, twin = twins(4, 8, 2)
     model(torch.randn(3, 4))
     for net in (model, twin):
         parametrizations.weight_norm(net[0])
@@ -312,21 +288,12 @@ def test_parametrization_on_and_off(size):
     assert_same(model, twin, torch.randn(7, 4))
 
 
-def test_pruning(size):
-    model, twin = pair(4, 8, 2)
-    model(torch.randn(3, 4))
-    for net in (model, twin):
-        prune.l1_unstructured(net[0], "weight", amount=0.5)
-    assert (model[0].weight == 0).sum() == 16
-    assert_same(model, twin, torch.randn(7, 4))
-
-
 # --- hooks --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slot", range(4))
 def test_forward_hooks_fire_on_every_slot(slot, size):
-    model, twin = pair(4, 8, 2)
+    model, twin = twins(4, 8, 2)
     x = torch.randn(3, 4)
     model(x)  # a hook that comes later counts too
     seen = []
@@ -346,7 +313,7 @@ def test_forward_hooks_fire_on_every_slot(slot, size):
 
 @pytest.mark.parametrize("slot", range(4))
 def test_forward_pre_hooks_fire_on_every_slot(slot, size):
-    model, _ = pair(4, 8, 2)
+    model, _ = twins(4, 8, 2)
     x = torch.randn(3, 4)
     plain = model(x)
     handle = model[slot].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
@@ -357,7 +324,7 @@ def test_forward_pre_hooks_fire_on_every_slot(slot, size):
 
 @pytest.mark.parametrize("slot", range(4))
 def test_backward_hooks_fire_on_every_slot(slot, size):
-    model, twin = pair(4, 8, 2)
+    model, twin = twins(4, 8, 2)
     x = torch.randn(3, 4)
     expected = train_step(twin, x)
     seen = []
@@ -384,7 +351,7 @@ def test_global_hooks_see_every_module(register, size):
 @pytest.mark.parametrize("slot", range(4))
 def test_replaced_forward_of_an_instance(slot, size):
     # What accelerate, offloading and profiling tools do to a module.
-    model, _ = pair(4, 8, 2)
+    model, _ = twins(4, 8, 2)
     x = torch.randn(3, 4)
     plain = model(x)
     forward = model[slot].forward
@@ -401,7 +368,7 @@ def test_replaced_forward_of_an_instance(slot, size):
     "index", [slice(2, None), slice(None, 2), slice(None, None, 2), slice(-2, None), slice(0, 0)], ids=str
 )
 def test_slices_are_plain(index, size):
-    model, twin = pair(4, 8, 8, 2)
+    model, twin = twins(4, 8, 8, 2)
     part, other = model[index], twin[index]
     assert type(part) is nn.Sequential
     # The keys are those of the slots in the whole network, as those of any nn.Sequential's slice.
@@ -410,7 +377,7 @@ def test_slices_are_plain(index, size):
 
 
 def test_slices_compute(size):
-    model, twin = pair(4, 8, 8, 2)
+    model, twin = twins(4, 8, 8, 2)
     assert_same(model[:2], twin[:2], torch.randn(7, 4))
     assert_same(model[2:], twin[2:], torch.randn(7, 8))
     assert model[2:][0] is model[2]
@@ -435,7 +402,7 @@ SURGERY = {
 
 @pytest.mark.parametrize("operate", SURGERY.values(), ids=SURGERY)
 def test_surgery(operate, size):
-    model, twin = pair(4, 8, 2)
+    model, twin = twins(4, 8, 2)
     # The twin's activations stand in slots that are identities in the model.
     twin[1] = nn.Sequential(twin[1])
     x = torch.randn(3, 4)
@@ -450,27 +417,8 @@ def test_surgery(operate, size):
     assert_same(model, twin, x)
 
 
-def test_delete(size):
-    model, twin = pair(4, 8, 8, 2)
-    model(torch.randn(3, 4))
-    for net in (model, twin):
-        del net[2]
-        del net[2]
-    assert len(model) == 4
-    assert_same(model, twin)
-
-
-def test_pop(size):
-    model, twin = pair(4, 8, 2)
-    model(torch.randn(3, 4))
-    for net in (model, twin):
-        net.pop(3)
-        net.pop(2)
-    assert_same(model, twin)
-
-
 def test_replace_a_layer(size):
-    model, twin = pair(4, 8, 2)
+    model, twin = twins(4, 8, 2)
     model(torch.randn(3, 4))
     model[0] = LinearTanh(4, 8)
     twin[0], twin[1] = nn.Linear(4, 8), nn.Tanh()
@@ -483,7 +431,7 @@ def test_subclass_of_a_layer(size):
         def forward(self, input):
             return 2 * super().forward(input)
 
-    model, twin = pair(4, 8, 2)
+    model, twin = twins(4, 8, 2)
     x = torch.randn(3, 4)
     model[2] = Doubled(8, 2)
     twin[2].load_state_dict(model[2].state_dict())
