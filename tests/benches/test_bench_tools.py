@@ -996,7 +996,7 @@ tune.main()
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("kind", ["bf16x6", "dgrad-half", "wgrad-tf32x3"])
+@pytest.mark.parametrize("kind", ["bf16x6", "tf32", "dgrad-half", "wgrad-tf32x3"])
 @pytest.mark.parametrize("kernel", ["right", "wrong", "one-wrong"])
 def test_tuning_rehearsed(kernel, kind, tmp_path):
     pytest.importorskip("triton")
