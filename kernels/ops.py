@@ -193,18 +193,23 @@ def mlp_fwd(
     output: str,
     plan: MlpPlan,
     save: tuple[int, ...] = (),
+    head: tuple[Tensor, Tensor | None, str, torch.dtype] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(y, saved): y (..., N), and what `mlp_bwd` needs beside the arguments if `save` is its plan's boundaries.
 
     x (..., K), weights (N_l, K_l) each, biases (N_l,) each or None, of any strides. hidden, output: activations.
+
+    head: (target, pos_weight, reduction, dtype) gives, by a fused plan and in the place of y, the binary cross entropy
+    from the logits of the last layer, an identity, in `dtype`. target (..., N) and pos_weight (N,) or None: any strides
+    and floating dtypes. reduction: "none", "mean", "sum".
     """
-    if plan.impl == "fused":
-        y, saved = gpu("network").mlp_fwd(_flat(x), *_dense(weights, biases), hidden, output, plan, save)
-    elif plan.impl == "stack":
-        y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save, _stacked_fwd)
-    else:
-        y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save)
-    return _led(y, x.shape), saved
+    if plan.impl != "fused":
+        layer_fwd = (_stacked_fwd,) if plan.impl == "stack" else ()
+        y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save, *layer_fwd)
+        return _led(y, x.shape), saved
+    flat_head = None if head is None else (_flat(head[0]), _stored(head[1]), *head[2:])
+    y, saved = gpu("network").mlp_fwd(_flat(x), *_dense(weights, biases), hidden, output, plan, save, flat_head)
+    return _led(y, x.shape) if y.dim() else y, saved
 
 
 def mlp_bwd(
@@ -217,18 +222,21 @@ def mlp_bwd(
     output: str,
     wanted: NeedsGrad,
     plan: MlpPlan,
+    head: tuple[Tensor, Tensor | None, str] | None = None,
 ) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
     """(dx, dweights, dbiases) of `mlp_fwd` from dy (..., N) of any strides. What is not wanted is None.
 
     saved: what a "fused" plan has at its boundaries, and then x and all parameters too; of other plans the outputs of
-    all layers, y (..., N) last, where None will do for what `reference.mlp_bwd` does not need.
+    all layers, y (..., N) last, where None will do for what `reference.mlp_bwd` does not need. head: the target,
+    pos_weight and reduction of the loss, of which dy is then the gradient.
     """
     options = (hidden, output, wanted, plan)
-    flat_dy, flat_x = _flat(dy), None if x is None else _flat(x)
+    flat_dy, flat_x = _flat(dy) if dy.dim() else _stored(dy), None if x is None else _flat(x)
     if plan.impl == "fused":
         inputs = (cast(Tensor, flat_x), cast("tuple[Tensor, ...]", saved))
         parameters = _dense(cast(Sequence[Tensor], weights), biases)
-        gradients = gpu("network").mlp_bwd(flat_dy, *inputs, *parameters, *options)
+        flat_head = None if head is None else (_flat(head[0]), _stored(head[1]), head[2])
+        gradients = gpu("network").mlp_bwd(flat_dy, *inputs, *parameters, *options, flat_head)
     else:
         *hs, y = saved
         flat_y = None if y is None else _flat(y)
@@ -239,45 +247,4 @@ def mlp_bwd(
         else:
             gradients = reference.mlp_bwd(flat_dy, flat_x, (*hs, flat_y), weights, biases, *options)
     dx, dweights, dbiases = gradients
-    return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]), dweights, dbiases
-
-
-def mlp_bce_fwd(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    hidden: str,
-    target: Tensor,
-    pos_weight: Tensor | None,
-    reduction: str,
-    dtype: torch.dtype,
-    plan: MlpPlan,
-    save: tuple[int, ...] = (),
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(loss, saved): binary cross entropy from the logits of the last layer, in `dtype`, by a fused plan.
-
-    target (..., N) and pos_weight (N,) or None: any strides and floating dtypes. reduction: "none", "mean", "sum".
-    """
-    head = (_flat(target), _stored(pos_weight), reduction, dtype)
-    loss, saved = gpu("network").mlp_fwd(_flat(x), *_dense(weights, biases), hidden, "identity", plan, save, head)
-    return _led(loss, target.shape) if reduction == "none" else loss, saved
-
-
-def mlp_bce_bwd(
-    dloss: Tensor,
-    x: Tensor,
-    saved: tuple[Tensor, ...],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    hidden: str,
-    target: Tensor,
-    pos_weight: Tensor | None,
-    reduction: str,
-    wanted: NeedsGrad,
-    plan: MlpPlan,
-) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
-    """(dx, dweights, dbiases) of `mlp_bce_fwd`; dloss has the shape of the loss."""
-    options = (hidden, "identity", wanted, plan, (_flat(target), _stored(pos_weight), reduction))
-    dloss = _flat(dloss) if reduction == "none" else _stored(dloss)
-    dx, dweights, dbiases = gpu("network").mlp_bwd(dloss, _flat(x), saved, *_dense(weights, biases), *options)
-    return None if dx is None else dx.view(x.shape), dweights, dbiases
+    return None if dx is None else dx.view(*(dy if x is None else x).shape[:-1], dx.shape[1]), dweights, dbiases

@@ -119,8 +119,8 @@ class MlpBceFunction(torch.autograd.Function):
     def forward(ctx, x, target, pos_weight, reduction, dtype, hidden, plans, layers, *parameters):
         ctx.reduction, ctx.hidden, ctx.plan, ctx.layers = reduction, hidden, plans.backward, layers
         weights, biases = split_parameters(parameters, layers)
-        head = (target, pos_weight, reduction, dtype)
-        loss, saved = ops.mlp_bce_fwd(x, weights, biases, hidden, *head, plans.forward, plans.backward.boundaries)
+        options = (hidden, "identity", plans.forward, plans.backward.boundaries, (target, pos_weight, reduction, dtype))
+        loss, saved = ops.mlp_fwd(x, weights, biases, *options)
         ctx.save_for_backward(x, *parameters, target, pos_weight, *saved)
         return loss
 
@@ -130,7 +130,8 @@ class MlpBceFunction(torch.autograd.Function):
         head = (target, pos_weight, ctx.reduction)
 
         def fused(x, weights, biases, needs_grad):
-            return ops.mlp_bce_bwd(dloss, x, tuple(saved), weights, biases, ctx.hidden, *head, needs_grad, ctx.plan)
+            options = (ctx.hidden, "identity", needs_grad, ctx.plan, head)
+            return ops.mlp_bwd(dloss, x, tuple(saved), weights, biases, *options)
 
         def in_torch(x, weights, biases):
             return torch_bce(torch_network(x, weights, biases, ctx.hidden, "identity"), *head)

@@ -87,7 +87,7 @@ def mlp_sigmoid_bce(
         (x, weights, biases), plans = found
         head = (target, None if pos_weight is None else pos_weight.expand(n), reduction, dtype)
         if plans.backward is None:
-            return ops.mlp_bce_fwd(x, weights, biases, activation, *head, plans.forward)[0]
+            return ops.mlp_fwd(x, weights, biases, activation, "identity", plans.forward, head=head)[0]
         parameters = (*weights, *(biases or ()))
         return MlpBceFunction.apply(x, *head, activation, plans, len(weights), *parameters)
     except ERRORS as error:
