@@ -296,6 +296,12 @@ def relative_error(actual, truth):
     return ((actual - truth).norm() / (truth.norm() if truth.norm() > 0 else 1)).item()
 
 
+def assert_near(actual, expected, bound):
+    """Every relative error is below the bound."""
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < bound
+
+
 def assert_as_good_as_torch(actual, torch_result, truth, dtype, names=("y", "dx", "dweight", "dbias"), allowance=0.0):
     """Each result no farther from the fp64 truth than twice torch's own in this dtype, plus the dtype's floor."""
     for name, a, t, exact in zip(names, actual, torch_result, truth, strict=True):

@@ -12,6 +12,7 @@ from cases import (
     FLOOR,
     IDS,
     NO_KERNELS,
+    assert_near,
     core,
     every_other,
     inside,
@@ -184,8 +185,7 @@ def test_segments_change_nothing(cuts, dtype):
     for l, saved, h in zip(cuts, actual[1], (net.torch(torch.float64)[0][cut - 1] for cut in cuts), strict=True):
         assert relative_error(saved[:, : net.widths[l]], h) <= 8 * FLOOR[dtype], l
     if dtype is torch.float32:
-        for a, b in zip(flat(net.run(fused(8))), flat((actual[0], (), *actual[2:])), strict=True):
-            assert relative_error(a, b) < 2e-6
+        assert_near(flat(net.run(fused(8))), flat((actual[0], (), *actual[2:])), 2e-6)
 
 
 @pytest.mark.parametrize("cuts", [(), (2,)], ids=["whole", "segments"])
@@ -269,8 +269,7 @@ def test_batch_equals_rows_one_by_one():
         for batched, alone in zip((y, *saved, dx), (row[0], *row[1], row[2]), strict=True):
             assert relative_error(alone, batched[i : i + 1]) < 1e-6
         sums = [s + t.double() for s, t in zip(sums, (*row[3], *row[4]), strict=True)]
-    for total, s in zip((*dweights, *dbiases), sums, strict=True):
-        assert relative_error(total, s) < 2e-6
+    assert_near((*dweights, *dbiases), sums, 2e-6)
 
 
 def test_two_forwards_then_a_joint_backward():

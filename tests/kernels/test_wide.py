@@ -14,6 +14,7 @@ from cases import (
     NO_KERNELS,
     TF32,
     assert_as_good_as_torch,
+    assert_near,
     conjugated,
     core,
     join,
@@ -467,8 +468,7 @@ def test_networks_of_negative_views(operand, layout):
     actual = (y.detach(), *torch.autograd.grad(y, (x, *weights, *biases), dy))
     dense = mlp_act(*inputs[:1], inputs[1:4], inputs[4:], "tanh", impl="triton")
     expected = (dense.detach(), *torch.autograd.grad(dense, inputs, dy.resolve_neg()))
-    for a, e in zip(actual, expected, strict=True):
-        assert relative_error(a, e) < FLOOR[torch.float16]
+    assert_near(actual, expected, FLOOR[torch.float16])
 
 
 def test_networks_stop_infinite_gradients_at_dead_units():
@@ -514,8 +514,7 @@ def test_second_order_of_networks(hidden):
                 y = activations.ACTIVATIONS["tanh" if l == 2 else hidden].forward(y)
         first = torch.autograd.grad((y * dy.to(dtype)).sum(), own, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().mean() for g in first), own))
-    for a, e in zip(*results, strict=True):
-        assert relative_error(a, e) < 0.02
+    assert_near(*results, 0.02)
 
 
 WANTED = {
