@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from perceptriton.kernels import crossover, ops, plan, tables
-from perceptriton.mlp import MLP
+from perceptriton.mlp import MLP, linear_act
 
 # (rows, in_features, out_features): why
 SHAPES = {
@@ -87,6 +87,13 @@ class Spy:
             return self.kernel[grid](**arguments)
 
         return launch
+
+
+def spy_on(monkeypatch, module, name):
+    """The kernel of that name, which keeps what it is launched with from now on."""
+    spy = Spy(getattr(module, name))
+    monkeypatch.setattr(module, name, spy)
+    return spy
 
 
 def nothing_is_small(monkeypatch):
@@ -289,6 +296,12 @@ def relative_error(actual, truth):
     return ((actual - truth).norm() / (truth.norm() if truth.norm() > 0 else 1)).item()
 
 
+def assert_near(actual, expected, bound):
+    """Every relative error is below the bound."""
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < bound
+
+
 def assert_as_good_as_torch(actual, torch_result, truth, dtype, names=("y", "dx", "dweight", "dbias"), allowance=0.0):
     """Each result no farther from the fp64 truth than twice torch's own in this dtype, plus the dtype's floor."""
     for name, a, t, exact in zip(names, actual, torch_result, truth, strict=True):
@@ -303,6 +316,99 @@ def assert_as_good_as_torch(actual, torch_result, truth, dtype, names=("y", "dx"
                 f"{name}: error {error:.2e} > {bound:.2e} (torch {torch_error:.2e}); "
                 f"at {index}: {a[index].item()} instead of {exact[index].item()}"
             )
+
+
+def plain(x, weight, bias=None, activation="sigmoid"):
+    z = nn.functional.linear(x, weight, bias)
+    return z if activation == "identity" else getattr(torch, activation)(z)
+
+
+def run_layer(x, weight, bias, dy, activation="sigmoid", layer=linear_act, **options):
+    """y and the gradients of x, weight and bias (where there is one)."""
+    inputs = [t if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = layer(*inputs, activation, **options)
+    return (y.detach(), *torch.autograd.grad(y, [t for t in inputs if t is not None], dy))
+
+
+def check_layer(actual, x, weight, bias, dy, activation="sigmoid"):
+    expected = torch_layer(x, weight, bias, dy, activation)
+    exact = torch_layer(x, weight, bias, dy, activation, torch.float64)
+    names = ("y", "dx", "dweight", "dbias")[: len(exact)]
+    for name, result in zip(names, actual, strict=True):
+        assert result.dtype is x.dtype, name
+    assert_as_good_as_torch(actual, expected, exact, x.dtype, names)
+
+
+# Checks of every way through a layer: run(x, weight, bias, dy, activation) gives y and the gradients.
+
+
+def check_shape(run, shape, activation, dtype, device="cpu"):
+    layers = make_layers(*SHAPES[shape], dtype, device)
+    actual = [run(*layer, activation) for layer in layers]
+    assert [t.shape for t in actual[0]] == [t.shape for t in torch_layer(*layers[0], activation)]
+    expected = [torch_layer(*layer, activation) for layer in layers]
+    exact = [torch_layer(*layer, activation, torch.float64) for layer in layers]
+    assert_as_good_as_torch(join(actual), join(expected), join(exact), dtype)
+
+
+def check_empty(run, shape, device="cpu"):
+    x, weight, bias, dy = make_layer(*EMPTY_SHAPES[shape], torch.float32, device)
+    y, dx, dweight, dbias = run(x, weight, bias, dy)
+    torch.testing.assert_close(y, torch.sigmoid(bias).expand_as(y))
+    assert [t.shape for t in (dx, dweight, dbias)] == [t.shape for t in (x, weight, bias)]
+    torch.testing.assert_close(dbias, (dy * y * (1 - y)).sum(0))
+    assert not dx.any()
+    assert not dweight.any()
+
+
+def check_yardstick(run, check, name, wrong, device="cpu"):
+    """The yardstick takes run's results, and refuses them with that one of them wrong."""
+    # Square, so that a transposed gradient has the right shape.
+    tensors = make_layer(50, 16, 16, torch.bfloat16, device)
+    results = dict(zip(("y", "dx", "dweight", "dbias"), run(*tensors), strict=True))
+    check(*tensors, actual=tuple(results.values()))
+    results[name] = wrong(results[name])
+    with pytest.raises(AssertionError, match=f"^{name}: error"):
+        check(*tensors, actual=tuple(results.values()))
+
+
+def check_inputs_are_left_alone(layer, x, weight, bias, dy):
+    before = [t.clone() for t in (x, weight, bias, dy)]
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    y = layer(*inputs)
+    output = y.detach().clone()
+    first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    copies = [g.clone() for g in first]
+    other = torch.autograd.grad(y, inputs, 2 * dy, retain_graph=True)
+    again = torch.autograd.grad(y, inputs, dy)
+    assert same_bits((*inputs, dy, y), (*before, output))
+    # Neither do later calls reach into what earlier ones returned.
+    assert same_bits((*again, *first), copies * 2)
+    # A factor of 2 is exact.
+    assert same_bits(other, [2 * g for g in first])
+
+
+def check_gradients(differentiate, layer, x, weight, bias, dy):
+    """differentiate(layer, x, weight, bias, dy), the gradients of some loss, is as good as torch's."""
+    tensors = (x, weight, bias, dy)
+    actual, expected = differentiate(layer, *tensors), differentiate(plain, *tensors)
+    exact = differentiate(plain, *(t.double() for t in tensors))
+    assert_as_good_as_torch(actual, expected, exact, torch.float32, ("dx", "dweight", "dbias"))
+
+
+def check_loss(layer, loss, *tensors):
+    def gradients(layer, x, weight, bias, c):
+        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        return torch.autograd.grad(LOSSES[loss][0](layer(*inputs), c), inputs)
+
+    check_gradients(gradients, layer, *tensors)
+
+
+def gradient_penalty(layer, x, weight, bias, dy):
+    """Gradients of a 1-Lipschitz penalty, which are second derivatives of the layer."""
+    inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    (dx,) = torch.autograd.grad((layer(*inputs) * dy).sum(), inputs[0], create_graph=True)
+    return torch.autograd.grad(((dx.norm(dim=-1) - 1) ** 2).sum(), inputs)
 
 
 # Results that the yardstick has to refuse, as (name of the result, what is done to it).

@@ -108,6 +108,15 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture
+def matmul():
+    """torch's settings of products on a GPU, of which that for fp32 comes back after the test."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    yield settings
+    settings.fp32_precision = before
+
+
 @pytest.fixture(autouse=True)
 def watched_memory(request):
     if not request.config.getoption("--watch-memory"):

@@ -1,5 +1,6 @@
 """What each process of `test_two_processes_train_as_one` runs: python gloo_sweep.py RANK RANKS STORE OUT."""
 
+import functools
 import sys
 
 import torch
@@ -24,18 +25,10 @@ def sweep(members=5, seed=3, dtype=torch.float32, spoil=False, mixed=False, brok
     criterion = nn.BCEWithLogitsLoss() if mixed else fails if broken else nn.BCELoss()
     y = y.double() if mixed else y
     ensemble = Ensemble(members, [3, 4, 2], generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    history = fit_sharded(
-        ensemble,
-        x,
-        y,
-        criterion=criterion,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0, momentum=0.5),
-        steps=25,
-        batch_size=4,
-        log_every=6,
-        lr=None if mixed or broken else torch.linspace(0.1, 1.0, members),
-        generator=(generator := torch.Generator().manual_seed(seed)),
-    )
+    generator, lr = torch.Generator().manual_seed(seed), torch.linspace(0.1, 1.0, members)
+    options = {"steps": 25, "batch_size": 4, "log_every": 6, "lr": None if mixed or broken else lr}
+    options |= {"optimizer": functools.partial(torch.optim.SGD, lr=1.0, momentum=0.5), "generator": generator}
+    history = fit_sharded(ensemble, x, y, criterion=criterion, **options)
     return {
         "parameters": [p.detach() for p in ensemble.parameters()],
         "loss": history.loss,

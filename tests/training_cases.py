@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -49,6 +50,12 @@ LOSSES = {
     "mse-relu": (nn.MSELoss(), "relu"),
     "mse-sum": (nn.MSELoss(reduction="sum"), "identity"),
 }
+
+
+def needs_images(name):
+    """Skips a test of the lesson on digits where nothing has them."""
+    if name == "digits":
+        pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
 
 
 @contextlib.contextmanager
@@ -135,6 +142,23 @@ def ordinary(model, x, y, criterion, optimizer, steps, batch_size=None, generato
     for p in model.parameters():
         p.grad = None
     return torch.tensor(losses, dtype=torch.float64)
+
+
+def values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def chunks_of(*sizes):
+    """In place of the chunks by time: these sizes in turn."""
+
+    def chunks(steps):
+        start, turn = 0, 0
+        while start < steps:
+            count = min(sizes[turn % len(sizes)], steps - start)
+            yield start, count
+            start, turn = start + count, turn + 1
+
+    return chunks
 
 
 def relative(actual, expected):

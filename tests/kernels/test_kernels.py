@@ -19,18 +19,26 @@ from cases import (
     SHAPES,
     TF32,
     WRONG,
-    Spy,
     assert_as_good_as_torch,
+    check_empty,
+    check_gradients,
+    check_inputs_are_left_alone,
+    check_layer,
+    check_loss,
+    check_shape,
+    check_yardstick,
     every_other,
-    join,
+    gradient_penalty,
     kernel_device,
     lay_out,
     make_layer,
-    make_layers,
     relative_error,
+    run_layer,
     same_bits,
+    spy_on,
     torch_layer,
     transposed,
+    written,
 )
 from emulation import round_tf32
 
@@ -53,31 +61,20 @@ KERNELS = (
 )
 
 
-def run(x, weight, bias, dy, activation="sigmoid", impl="triton"):
-    """y and the gradients of x, weight and bias (where there is one) through the public function."""
-    inputs = [t if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
-    y = linear_act(*inputs, activation, impl=impl)
-    return (y.detach(), *torch.autograd.grad(y, [t for t in inputs if t is not None], dy))
+run = functools.partial(run_layer, impl="triton")
+triton_layer = functools.partial(linear_act, impl="triton")
 
 
-def check(x, weight, bias, dy, activation="sigmoid", actual=None):
-    actual = run(x, weight, bias, dy, activation) if actual is None else actual
-    expected = torch_layer(x, weight, bias, dy, activation)
-    exact = torch_layer(x, weight, bias, dy, activation, torch.float64)
-    names = ("y", "dx", "dweight", "dbias")[: len(exact)]
-    for name, result in zip(names, actual, strict=True):
-        assert result.dtype is x.dtype, name
-        assert result.is_contiguous(), name
-    assert_as_good_as_torch(actual, expected, exact, x.dtype, names)
+def check(*tensors, actual=None):
+    actual = run(*tensors) if actual is None else actual
+    check_layer(actual, *tensors)
+    assert all(result.is_contiguous() for result in actual)
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """{kernel name: [arguments of each launch]}"""
-    spies = {name: Spy(getattr(layer, name)) for name in KERNELS}
-    for name, spy in spies.items():
-        monkeypatch.setattr(layer, name, spy)
-    return {name: spy.launches for name, spy in spies.items()}
+    return {name: spy_on(monkeypatch, layer, name).launches for name in KERNELS}
 
 
 # --- plans, so that a test says which kernel it means -------------------------------------------------------------
@@ -117,6 +114,16 @@ PATHS = {
     # 10 row tiles in two column tiles: a full group of 8 and one of 2
     "tiled-groups": ((150, 5, 20), tiled(150, 20, 16, 16, 16), passes(16, 16)),
 }
+
+
+@pytest.fixture
+def path_shape(path, force):
+    """(m, k, n) of the test's path, whose plans are taken."""
+    shape, *plans = PATHS[path]
+    force(*plans)
+    return shape
+
+
 ROWS, TILED = PATHS["rows-three"], PATHS["tiled-ragged"]
 
 
@@ -136,21 +143,15 @@ COMBINATIONS = {
 @pytest.mark.more
 @pytest.mark.parametrize(("shape", "activation", "dtype"), COMBINATIONS.values(), ids=COMBINATIONS)
 def test_shapes(shape, activation, dtype):
-    layers = make_layers(*SHAPES[shape], dtype, DEVICE)
-    actual = [run(*layer, activation) for layer in layers]
-    assert [t.shape for t in actual[0]] == [t.shape for t in torch_layer(*layers[0], activation)]
-    expected = [torch_layer(*layer, activation) for layer in layers]
-    exact = [torch_layer(*layer, activation, torch.float64) for layer in layers]
-    assert_as_good_as_torch(join(actual), join(expected), join(exact), dtype)
+    check_shape(run, shape, activation, dtype, DEVICE)
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 @pytest.mark.parametrize("path", PATHS)
-def test_paths(path, dtype, force, launches):
-    shape, forward, backward = PATHS[path]
-    force(forward, backward)
-    check(*make_layer(*shape, dtype, DEVICE))
+def test_paths(path, dtype, path_shape, launches):
+    _, forward, backward = PATHS[path]
+    check(*make_layer(*path_shape, dtype, DEVICE))
     fired = {name for name in KERNELS if launches[name]}
     expected = {f"linear_act_fwd_{forward.impl}_kernel"}
     expected.add("linear_act_bwd_rows_kernel" if backward.impl == "rows" else "act_bwd_kernel")
@@ -161,10 +162,8 @@ def test_paths(path, dtype, force, launches):
 
 @pytest.mark.core
 @pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
-def test_without_bias(path, force):
-    shape, forward, backward = PATHS[path]
-    force(forward, backward)
-    x, weight, _, dy = make_layer(*shape, torch.float32, DEVICE)
+def test_without_bias(path, path_shape):
+    x, weight, _, dy = make_layer(*path_shape, torch.float32, DEVICE)
     check(x, weight, None, dy)
 
 
@@ -206,13 +205,7 @@ def test_sums_over_many_rows_stay_in_fp32(backward, dtype, force):
 @pytest.mark.core
 @pytest.mark.parametrize("shape", EMPTY_SHAPES)
 def test_empty(shape):
-    x, weight, bias, dy = make_layer(*EMPTY_SHAPES[shape], torch.float32, DEVICE)
-    y, dx, dweight, dbias = run(x, weight, bias, dy)
-    torch.testing.assert_close(y, torch.sigmoid(bias).expand_as(y))
-    assert [t.shape for t in (dx, dweight, dbias)] == [t.shape for t in (x, weight, bias)]
-    torch.testing.assert_close(dbias, (dy * y * (1 - y)).sum(0))
-    assert not dx.any()
-    assert not dweight.any()
+    check_empty(run, shape, DEVICE)
 
 
 @pytest.mark.core
@@ -281,14 +274,12 @@ def test_every_value_counts(activation):
 @pytest.mark.core
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
-def test_nan_and_inf_stay_in_their_rows(path, force):
-    shape, forward, backward = PATHS[path]
-    force(forward, backward)
-    x, weight, bias, dy = make_layer(*shape, torch.float32, DEVICE)
+def test_nan_and_inf_stay_in_their_rows(path, path_shape):
+    x, weight, bias, dy = make_layer(*path_shape, torch.float32, DEVICE)
     clean = run(x, weight, bias, dy)
     x[40, 3], x[41, 0] = torch.nan, torch.inf
     y, dx, *_ = run(x, weight, bias, dy)
-    others = [row for row in range(shape[0]) if row not in (40, 41)]
+    others = [row for row in range(path_shape[0]) if row not in (40, 41)]
     assert same_bits((y[others], dx[others]), (clean[0][others], clean[1][others]))
     assert y[40].isnan().all()
     assert dx[40].isnan().all()
@@ -298,13 +289,7 @@ def test_nan_and_inf_stay_in_their_rows(path, force):
 @pytest.mark.core
 @pytest.mark.parametrize(("name", "wrong"), WRONG.values(), ids=WRONG)
 def test_yardstick_fails_wrong_results(name, wrong):
-    # Square, so that a transposed gradient has the right shape.
-    tensors = make_layer(50, 16, 16, torch.bfloat16, DEVICE)
-    results = dict(zip(("y", "dx", "dweight", "dbias"), run(*tensors), strict=True))
-    check(*tensors, actual=tuple(results.values()))
-    results[name] = wrong(results[name])
-    with pytest.raises(AssertionError, match=f"^{name}: error"):
-        check(*tensors, actual=tuple(results.values()))
+    check_yardstick(run, check, name, wrong, DEVICE)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------
@@ -312,10 +297,8 @@ def test_yardstick_fails_wrong_results(name, wrong):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
-def test_layouts(path, layout, force, launches):
-    shape, forward, backward = PATHS[path]
-    force(forward, backward)
-    tensors = lay_out(make_layer(*shape, torch.float32, DEVICE), layout)
+def test_layouts(path, layout, path_shape, launches):
+    tensors = lay_out(make_layer(*path_shape, torch.float32, DEVICE), layout)
     check(*tensors)
     # Seen as it is: a launcher that makes its operands dense first would pass everything above.
     operand = layout.partition("-")[0]
@@ -343,11 +326,9 @@ def test_dense_and_other_layouts_agree_to_the_bit(force):
 
 @pytest.mark.core
 @pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
-def test_output_in_another_layout(path, force):
+def test_output_in_another_layout(path, path_shape):
     # A compiler may hand the saved output back with strides of its own.
-    shape, forward, backward = PATHS[path]
-    force(forward, backward)
-    x, weight, bias, dy = make_layer(*shape, torch.float32, DEVICE)
+    x, weight, bias, dy = make_layer(*path_shape, torch.float32, DEVICE)
     y, *expected = run(x, weight, bias, dy)
     for layout in (transposed, every_other):
         actual = torch.ops.perceptriton.linear_act_backward(
@@ -358,25 +339,13 @@ def test_output_in_another_layout(path, force):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
-def test_losses(path, loss, force, launches):
-    shape, forward, backward = PATHS[path]
-    force(forward, backward)
-    x, weight, bias, c = make_layer(*shape, torch.float32, DEVICE)
-    function, strides = LOSSES[loss]
-
-    def gradients(layer, dtype):
-        inputs = [t.to(dtype).detach().requires_grad_() for t in (x, weight, bias)]
-        return torch.autograd.grad(function(layer(*inputs), c.to(dtype)), inputs)
-
-    def plain(x, weight, bias):
-        return torch.sigmoid(F.linear(x, weight, bias))
-
-    actual = gradients(functools.partial(linear_act, impl="triton"), torch.float32)
-    expected, exact = gradients(plain, torch.float32), gradients(plain, torch.float64)
-    assert_as_good_as_torch(actual, expected, exact, torch.float32, ("dx", "dweight", "dbias"))
+def test_losses(path, loss, path_shape, launches):
+    x, weight, bias, c = make_layer(*path_shape, torch.float32, DEVICE)
+    check_loss(triton_layer, loss, x, weight, bias, c)
+    strides = LOSSES[loss][1]
     if strides is not None:
         (arguments,) = launches["linear_act_bwd_rows_kernel"] + launches["act_bwd_kernel"]
-        assert (arguments["stride_dym"], arguments["stride_dyn"]) == strides(shape[0], shape[2])
+        assert (arguments["stride_dym"], arguments["stride_dyn"]) == strides(path_shape[0], path_shape[2])
 
 
 @pytest.fixture
@@ -403,10 +372,9 @@ def guarded(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=IDS.get)
 @pytest.mark.parametrize("path", PATHS)
-def test_writes_everything_and_nothing_else(path, dtype, force, guarded):
-    shape, forward, backward = PATHS[path]
-    force(forward, backward)
-    tensors = make_layer(*shape, dtype, DEVICE)
+def test_writes_everything_and_nothing_else(path, dtype, path_shape, guarded):
+    _, forward, backward = PATHS[path]
+    tensors = make_layer(*path_shape, dtype, DEVICE)
     y = layer.linear_act_fwd(*tensors[:3], "sigmoid", forward)
     gradients = layer.linear_act_bwd(tensors[3], y, *tensors[:2], "sigmoid", (True, True, True), backward)
     # y, dx, dweight, dbias; instead of dx and dweight the two passes make dz; and slots.
@@ -460,23 +428,8 @@ def test_offsets_beyond_int32(operand, stride, path, force, wide_memory):
 # Not fp16, in which a factor of 2 is not exact below 6e-5.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=IDS.get)
 @pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
-def test_inputs_are_left_alone(path, dtype, force):
-    shape, forward, backward = PATHS[path]
-    force(forward, backward)
-    x, weight, bias, dy = make_layer(*shape, dtype, DEVICE)
-    before = [t.clone() for t in (x, weight, bias, dy)]
-    inputs = [t.requires_grad_() for t in (x, weight, bias)]
-    y = linear_act(*inputs, impl="triton")
-    output = y.detach().clone()
-    first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
-    first_copies = [g.clone() for g in first]
-    other = torch.autograd.grad(y, inputs, 2 * dy, retain_graph=True)
-    again = torch.autograd.grad(y, inputs, dy)
-    assert same_bits((*(t.detach() for t in inputs), dy, y.detach()), (*before, output))
-    # Neither do later calls reach into what earlier ones returned.
-    assert same_bits(again, first_copies)
-    assert same_bits(first, first_copies)
-    assert same_bits(other, [2 * g for g in first])
+def test_inputs_are_left_alone(path, dtype, path_shape):
+    check_inputs_are_left_alone(triton_layer, *make_layer(*path_shape, dtype, DEVICE))
 
 
 @pytest.mark.parametrize(
@@ -501,10 +454,9 @@ WANTED = [(dx, dw, db) for dx in (True, False) for dw in (True, False) for db in
     "wanted", WANTED, ids=lambda w: "+".join(n for n, on in zip(("dx", "dw", "db"), w, strict=True) if on)
 )
 @pytest.mark.parametrize("path", ["rows-alone", "rows-three", "tiled-ragged"])
-def test_computes_only_what_is_asked_for(path, wanted, force, launches, monkeypatch):
-    shape, forward, backward = PATHS[path]
-    force(forward, backward)
-    x, weight, bias, dy = make_layer(*shape, torch.float32, DEVICE)
+def test_computes_only_what_is_asked_for(path, wanted, path_shape, launches, monkeypatch):
+    _, _, backward = PATHS[path]
+    x, weight, bias, dy = make_layer(*path_shape, torch.float32, DEVICE)
     full = run(x, weight, bias, dy)[1:]
     for calls in launches.values():
         calls.clear()
@@ -544,32 +496,18 @@ def test_no_backward_without_gradients(launches):
 
 def test_second_order_is_exact():
     # Under create_graph the gradients come from differentiable operations; 1-Lipschitz penalties depend on it.
-    def penalty(layer, dtype):
-        x, weight, bias, dy = (t.to(dtype) for t in make_layer(33, 7, 5, torch.float32, DEVICE))
-        inputs = [t.requires_grad_() for t in (x, weight, bias)]
-        (dx,) = torch.autograd.grad((layer(*inputs) * dy).sum(), x, create_graph=True)
-        return torch.autograd.grad(((dx.norm(dim=1) - 1) ** 2).sum(), inputs)
-
-    def plain(x, weight, bias):
-        return torch.sigmoid(F.linear(x, weight, bias))
-
-    actual = penalty(functools.partial(linear_act, impl="triton"), torch.float32)
-    expected, exact = penalty(plain, torch.float32), penalty(plain, torch.float64)
-    assert_as_good_as_torch(actual, expected, exact, torch.float32, ("dx", "dweight", "dbias"))
+    check_gradients(gradient_penalty, triton_layer, *make_layer(33, 7, 5, torch.float32, DEVICE))
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("path", ["rows-three", "tiled-ragged"])
-def test_what_is_not_finite_takes_torchs_way_through_relu(path, force):
-    shape, forward, backward = PATHS[path]
-    force(forward, backward)
-    x, weight, bias, dy = make_layer(*shape, torch.float32, DEVICE)
+def test_what_is_not_finite_takes_torchs_way_through_relu(path, path_shape):
+    x, weight, bias, dy = make_layer(*path_shape, torch.float32, DEVICE)
     bias[:3] = torch.tensor([-200.0, 200.0, torch.nan])  # dead, alive, NaN
     dy[::2, 0], dy[1::2, 0] = torch.inf, torch.nan
     actual, expected = run(x, weight, bias, dy, "relu"), torch_layer(x, weight, bias, dy, "relu")
     assert all(t.isfinite().all() for t in expected[1:])
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("leading", [(), (6,), (2, 3), (2, 0)], ids=str)
@@ -579,11 +517,9 @@ def test_in_place_operations_on_the_output(leading):
     results = []
     for layer in (functools.partial(linear_act, activation="identity", impl="triton"), F.linear):
         inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
-        y = layer(*inputs).mul_(2).add_(1)
-        y[y > 1.5] = 0.5
+        y = written(layer(*inputs))
         results.append([y, *torch.autograd.grad(y, inputs, dy)])
-    for a, e in zip(*results, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=IDS.get)
@@ -603,17 +539,11 @@ def test_autocast(dtype):
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_fp32_products_follow_torchs_setting(precision, launches):
+def test_fp32_products_follow_torchs_setting(precision, launches, matmul):
     x, weight, bias, dy = make_layer(*SHAPES["wide"], torch.float32, DEVICE)
     exact = torch_layer(x, weight, bias, dy, "sigmoid", torch.float64)
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = precision
-    try:
-        actual = run(x, weight, bias, dy)
-        expected = torch_layer(x, weight, bias, dy, "sigmoid")
-    finally:
-        setting.fp32_precision = before
+    matmul.fp32_precision = precision
+    actual, expected = run(x, weight, bias, dy), torch_layer(x, weight, bias, dy, "sigmoid")
     # It is a setting for GPUs; a CPU multiplies in fp32 whatever it says.
     used = precision if DEVICE == "cuda" else "ieee"
     (arguments,) = launches["linear_act_fwd_rows_kernel"] + launches["linear_act_fwd_tiled_kernel"]
@@ -716,10 +646,7 @@ def test_compiled(bias, launches):
     eager = run(*tensors)
     for calls in launches.values():
         calls.clear()
-    layer = torch.compile(functools.partial(linear_act, impl="triton"), fullgraph=True, backend="aot_eager")
-    inputs = [t if t is None else t.detach().requires_grad_() for t in tensors[:3]]
-    y = layer(*inputs)
-    compiled = (y.detach(), *torch.autograd.grad(y, [t for t in inputs if t is not None], dy))
+    compiled = run(*tensors, layer=torch.compile(linear_act, fullgraph=True, backend="aot_eager"))
     assert same_bits(compiled, eager)
     assert launches["linear_act_fwd_rows_kernel"] + launches["linear_act_fwd_tiled_kernel"]
     assert launches["linear_act_bwd_rows_kernel"] + launches["act_bwd_kernel"]

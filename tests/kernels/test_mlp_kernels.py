@@ -12,7 +12,7 @@ from cases import (
     FLOOR,
     IDS,
     NO_KERNELS,
-    Spy,
+    assert_near,
     core,
     every_other,
     inside,
@@ -22,6 +22,8 @@ from cases import (
     one_value,
     poisoned,
     relative_error,
+    same_bits,
+    spy_on,
     transposed,
 )
 from emulation import round_tf32
@@ -183,8 +185,7 @@ def test_segments_change_nothing(cuts, dtype):
     for l, saved, h in zip(cuts, actual[1], (net.torch(torch.float64)[0][cut - 1] for cut in cuts), strict=True):
         assert relative_error(saved[:, : net.widths[l]], h) <= 8 * FLOOR[dtype], l
     if dtype is torch.float32:
-        for a, b in zip(flat(net.run(fused(8))), flat((actual[0], (), *actual[2:])), strict=True):
-            assert relative_error(a, b) < 2e-6
+        assert_near(flat(net.run(fused(8))), flat((actual[0], (), *actual[2:])), 2e-6)
 
 
 @pytest.mark.parametrize("cuts", [(), (2,)], ids=["whole", "segments"])
@@ -227,14 +228,12 @@ def test_weights_loaded_for_every_tile():
 
 @pytest.mark.core
 def test_inference_stores_the_output_only(monkeypatch):
-    spy = Spy(network.mlp_fwd_kernel)
-    monkeypatch.setattr(network, "mlp_fwd_kernel", spy)
+    spy = spy_on(monkeypatch, network, "mlp_fwd_kernel")
     net = Net((7, 20, 33, 3))
     y, saved = network.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "sigmoid", fused(3))
     assert saved == ()
-    assert [[pointer is not None for pointer in launch["out_ptrs"]] for launch in spy.launches] == [
-        [False, False, True]
-    ]
+    (launch,) = spy.launches
+    assert [pointer is not None for pointer in launch["out_ptrs"]] == [False, False, True]
     assert relative_error(y, net.torch(torch.float64)[0][-1]) < 1e-6
 
 
@@ -248,7 +247,7 @@ def test_programs(programs):
     plan = fused(3, 1, programs=programs)
     actual, again = net.run(plan), net.run(plan)
     check(net, actual)
-    assert all(torch.equal(a, b) for a, b in zip(flat(actual), flat(again), strict=True))
+    assert same_bits(flat(actual), flat(again))
 
 
 # The interpreter has no warps.
@@ -270,8 +269,7 @@ def test_batch_equals_rows_one_by_one():
         for batched, alone in zip((y, *saved, dx), (row[0], *row[1], row[2]), strict=True):
             assert relative_error(alone, batched[i : i + 1]) < 1e-6
         sums = [s + t.double() for s, t in zip(sums, (*row[3], *row[4]), strict=True)]
-    for total, s in zip((*dweights, *dbiases), sums, strict=True):
-        assert relative_error(total, s) < 2e-6
+    assert_near((*dweights, *dbiases), sums, 2e-6)
 
 
 def test_two_forwards_then_a_joint_backward():
@@ -313,7 +311,7 @@ def test_inputs_are_left_alone():
     parameters = (net.weights, net.biases, "sigmoid", "identity")
     network.mlp_fwd(net.x, *parameters, plan, plan.boundaries, (*head, torch.float32))
     network.mlp_bwd(net.dy, net.x, saved, *parameters, net.everything(), plan, head)
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+    assert same_bits(inputs, before)
 
 
 # numpy, under the interpreter, warns where a GPU has nothing to say.
@@ -378,8 +376,7 @@ def test_only_what_is_wanted(wanted, cuts, programs):
 
 
 def test_no_launch_below_the_first_layer_that_is_wanted(monkeypatch):
-    spy = Spy(network.mlp_bwd_kernel)
-    monkeypatch.setattr(network, "mlp_bwd_kernel", spy)
+    spy = spy_on(monkeypatch, network, "mlp_bwd_kernel")
     net = Net((7, 20, 33, 3))
     net.run(fused(3, 1, 2), wanted=WANTED["last-layer"])
     (launch,) = spy.launches
@@ -391,17 +388,14 @@ def test_no_launch_below_the_first_layer_that_is_wanted(monkeypatch):
 # --- any strides --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", [every_other, inside, off_by_one, transposed, one_row], ids=lambda f: f.__name__)
-def test_strides_of_x(layout):
-    net = Net((7, 20, 3))
-    net.x = layout(net.x)
-    check(net, net.run(fused(2, 1)))
+STRIDES = [("x", one_row), ("dy", one_value)]
+STRIDES += [(name, layout) for name in ("x", "dy") for layout in (every_other, inside, off_by_one, transposed)]
 
 
-@pytest.mark.parametrize("layout", [every_other, inside, off_by_one, transposed, one_value], ids=lambda f: f.__name__)
-def test_strides_of_dy(layout):
+@pytest.mark.parametrize(("name", "layout"), STRIDES, ids=lambda value: getattr(value, "__name__", value))
+def test_strides(name, layout):
     net = Net((7, 20, 3))
-    net.dy = layout(net.dy)
+    setattr(net, name, layout(getattr(net, name)))
     check(net, net.run(fused(2, 1)))
 
 

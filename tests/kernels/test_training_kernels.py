@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from cases import ACTIVATIONS, FLOOR, NO_KERNELS, core, kernel_device, poisoned, relative_error
+from cases import ACTIVATIONS, FLOOR, NO_KERNELS, assert_near, core, kernel_device, poisoned, relative_error, sequential
 from torch import nn
 
 from perceptriton.kernels.records import TrainConfig, TrainPlan
@@ -17,7 +17,6 @@ if DEVICE is None:
 train = pytest.importorskip("perceptriton.kernels.gpu.train")
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.interpreter, pytest.mark.gpu]
 
-MODULES = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}
 CRITERIA = {"bce": nn.BCELoss, "bce_logits": nn.BCEWithLogitsLoss, "mse": nn.MSELoss}
 STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq")}
 
@@ -94,11 +93,7 @@ class Run:
 
     def _torch_member(self, e, steps, dtype, log_every):
         r = self.config
-        layers = []
-        for l, (k, n) in enumerate(itertools.pairwise(r.widths)):
-            act = r.output if l == len(r.widths) - 2 else r.hidden
-            layers += [nn.Linear(k, n, bias=r.bias), MODULES[act]()]
-        model = nn.Sequential(*layers).to(dtype)
+        model = sequential(r.widths, r.hidden, r.output, bias=r.bias, dtype=dtype)
         parameters = list(model.parameters())
         with torch.no_grad():
             for p, initial in zip(parameters, self.initial, strict=True):
@@ -347,8 +342,7 @@ def test_state_of_earlier_steps_is_continued(plan, variant):
     ((parameters, states, _),) = run.torch((5,))
     actual = run.kernel(plan, (7,), taken=5, parameters=parameters, states=states)
     (exact,) = run.torch((12,))
-    for a, e in zip((*actual[0][0], *actual[0][1]), (*exact[0], *exact[1]), strict=True):
-        assert relative_error(a, e) < 4 * FLOOR[torch.float32]
+    assert_near((*actual[0][0], *actual[0][1]), (*exact[0], *exact[1]), 4 * FLOOR[torch.float32])
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -358,7 +352,7 @@ def test_bias_correction_all_along_a_run(plan):
     for taken in (0, 3, 40, 80, 400, 900, 100_000):
         zeros = [torch.zeros_like(t) for _ in range(2) for t in run.initial]
         parameters, _, _ = run.kernel(plan, (1,), taken=taken, states=zeros)[0]
-        model = nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()).double()
+        model = sequential((2, 1), dtype=torch.float64)
         with torch.no_grad():
             for p, initial in zip(model.parameters(), run.initial, strict=True):
                 p.copy_(initial[0])

@@ -13,8 +13,8 @@ from cases import (
     IDS,
     NO_KERNELS,
     TF32,
-    Spy,
     assert_as_good_as_torch,
+    assert_near,
     conjugated,
     core,
     join,
@@ -25,6 +25,7 @@ from cases import (
     off_by_one,
     relative_error,
     same_bits,
+    spy_on,
     torch_layer,
     transposed,
 )
@@ -406,29 +407,31 @@ def torch_network(x, weights, biases, dy, activation, dtype=None):
     return h.detach(), *torch.autograd.grad(h, tensors, dy.to(h.dtype))
 
 
+def check_network(y, x, weights, biases, dy, activation, allowance=0.0):
+    """Rounding adds up from layer to layer, and in another order than torch's: one floor more for that."""
+    assert y.grad_fn.name() == "MlpFunctionBackward"
+    actual = (y.detach(), *torch.autograd.grad(y, (x, *weights, *(biases or ())), dy))
+    own = (None, torch.float64)
+    expected, exact = (torch_network(x, weights, biases, dy, activation, dtype) for dtype in own)
+    names = ["y", "dx", *(f"dweight {l}" for l in range(3)), *(f"dbias {l}" for l in range(3) if biases)]
+    assert_as_good_as_torch(actual, expected, exact, x.dtype, names, allowance=FLOOR[x.dtype] + allowance)
+    return exact
+
+
 @pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, True), (torch.float16, False)], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("net", NETS)
 def test_networks(net, dtype, bias, monkeypatch):
-    spy = Spy(wide.linear_act_dgrad_tma_kernel)
-    monkeypatch.setattr(wide, "linear_act_dgrad_tma_kernel", spy)
+    spy = spy_on(monkeypatch, wide, "linear_act_dgrad_tma_kernel")
     x, weights, biases, dy = network(NETS[net], dtype, bias=bias)
     y = mlp_act(x, weights, biases, "tanh", impl="triton")
-    assert y.grad_fn.name() == "MlpFunctionBackward"
-    inputs = (x, *weights, *(biases or ()))
-    actual = (y.detach(), *torch.autograd.grad(y, inputs, dy))
+    check_network(y, x, weights, biases, dy, "tanh")
     assert len(spy.launches) == {"wide": 2, "ends-narrow": 1, "ragged-in": 2, "ragged-between": 1}[net]
-    expected, exact = (torch_network(x, weights, biases, dy, "tanh", own) for own in (None, torch.float64))
-    names = ["y", "dx", *(f"dweight {l}" for l in range(3)), *(f"dbias {l}" for l in range(3) if bias)]
-    # Rounding adds up from layer to layer, and in another order than torch's.
-    assert_as_good_as_torch(actual, expected, exact, dtype, names, allowance=FLOOR[dtype])
 
 
 @pytest.mark.parametrize("split", [*records.SPLITS, "torch says tf32"])
 def test_fp32_networks(split, monkeypatch, allowed):
     """One node where a split is allowed or torch's setting lets products be TF32's, and no pass between its layers."""
-    spies = [Spy(wide.linear_act_dgrad_tma_kernel), Spy(wide.linear_act_fwd_tma_kernel)]
-    for spy in spies:
-        monkeypatch.setattr(wide, spy.kernel.__name__, spy)
+    spies = [spy_on(monkeypatch, wide, f"linear_act_{kind}_tma_kernel") for kind in ("dgrad", "fwd")]
     x, weights, biases, dy = network(NETS["wide"], torch.float32)
     with pytest.raises(NotImplementedError, match="networks stay on chip up to 128"):
         mlp_act(x, weights, biases, "tanh", impl="triton")
@@ -437,17 +440,12 @@ def test_fp32_networks(split, monkeypatch, allowed):
     else:
         monkeypatch.setattr(ops, "fp32_precision", lambda _: "tf32")
     y = mlp_act(x, weights, biases, "tanh", impl="triton")
-    assert y.grad_fn.name() == "MlpFunctionBackward"
-    actual = (y.detach(), *torch.autograd.grad(y, (x, *weights, *biases), dy))
+    # Three layers add up what their operands lose.
+    check_network(y, x, weights, biases, dy, "tanh", {"bf16x3": 2e-5, "torch says tf32": 3 * TF32}.get(split, 0.0))
     precision = split if split in records.SPLITS else "tf32"
     # Split, the gradients of weights are forward products too.
     for spy, launches in zip(spies, (2, 6 if split in records.SPLITS else 3), strict=True):
         assert [launch["PRECISION"] for launch in spy.launches] == [precision] * launches
-    expected, exact = (torch_network(x, weights, biases, dy, "tanh", own) for own in (None, torch.float64))
-    names = ["y", "dx", *(f"dweight {l}" for l in range(3)), *(f"dbias {l}" for l in range(3))]
-    # Three layers add up what their operands lose.
-    short = {"bf16x3": 2e-5, "torch says tf32": 3 * TF32}.get(split, 0.0)
-    assert_as_good_as_torch(actual, expected, exact, torch.float32, names, allowance=FLOOR[torch.float32] + short)
 
 
 @pytest.mark.more
@@ -470,8 +468,7 @@ def test_networks_of_negative_views(operand, layout):
     actual = (y.detach(), *torch.autograd.grad(y, (x, *weights, *biases), dy))
     dense = mlp_act(*inputs[:1], inputs[1:4], inputs[4:], "tanh", impl="triton")
     expected = (dense.detach(), *torch.autograd.grad(dense, inputs, dy.resolve_neg()))
-    for a, e in zip(actual, expected, strict=True):
-        assert relative_error(a, e) < FLOOR[torch.float16]
+    assert_near(actual, expected, FLOOR[torch.float16])
 
 
 def test_networks_stop_infinite_gradients_at_dead_units():
@@ -480,13 +477,8 @@ def test_networks_stop_infinite_gradients_at_dead_units():
         for bias in biases:
             bias[3] = -100.0
         dy[::2, 3] = torch.inf
-    inputs = (x, *weights, *biases)
-    y = mlp_act(x, weights, biases, "relu", impl="triton")
-    actual = (y.detach(), *torch.autograd.grad(y, inputs, dy))
-    expected, exact = (torch_network(x, weights, biases, dy, "relu", own) for own in (None, torch.float64))
+    exact = check_network(mlp_act(x, weights, biases, "relu", impl="triton"), x, weights, biases, dy, "relu")
     assert all(t.isfinite().all() for t in exact)
-    names = ["y", "dx", *(f"dweight {l}" for l in range(3)), *(f"dbias {l}" for l in range(3))]
-    assert_as_good_as_torch(actual, expected, exact, torch.bfloat16, names, allowance=FLOOR[torch.bfloat16])
 
 
 @pytest.mark.parametrize("output", ["identity", "tanh"])
@@ -503,8 +495,7 @@ def test_networks_keep_what_gradients_need(output):
             if output == "identity":
                 y = y.mul_(1)
         results.append(torch.autograd.grad(y, (*weights, *biases), dy))
-    for a, e in zip(*results, strict=True):
-        assert torch.equal(a, e)
+    assert same_bits(*results)
 
 
 @pytest.mark.parametrize("hidden", ["tanh", "identity"])
@@ -523,8 +514,7 @@ def test_second_order_of_networks(hidden):
                 y = activations.ACTIVATIONS["tanh" if l == 2 else hidden].forward(y)
         first = torch.autograd.grad((y * dy.to(dtype)).sum(), own, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().mean() for g in first), own))
-    for a, e in zip(*results, strict=True):
-        assert relative_error(a, e) < 0.02
+    assert_near(*results, 0.02)
 
 
 WANTED = {
@@ -562,13 +552,11 @@ def test_networks_without_gradients():
 @pytest.fixture
 def fired(monkeypatch):
     """The kernels that ran since the last call."""
-    spies = {}
-    for module, name in ((wide, "linear_act_fwd_tma_kernel"), (layer, "linear_act_fwd_tiled_kernel")):
-        spies[name] = Spy(getattr(module, name))
-        monkeypatch.setattr(module, name, spies[name])
+    kinds = {"tma": wide, "tiled": layer}
+    spies = {kind: spy_on(monkeypatch, module, f"linear_act_fwd_{kind}_kernel") for kind, module in kinds.items()}
 
     def fired():
-        names = [name.split("_")[3] for name, spy in spies.items() for _ in spy.launches]
+        names = [kind for kind, spy in spies.items() for _ in spy.launches]
         for spy in spies.values():
             spy.launches.clear()
         return names
@@ -631,8 +619,7 @@ def test_fp32_keeps_to_fp32_until_a_split_is_allowed(fired, allowed):
 
 
 def test_a_split_is_named_to_the_kernel(allowed, monkeypatch):
-    spy = Spy(wide.linear_act_fwd_tma_kernel)
-    monkeypatch.setattr(wide, "linear_act_fwd_tma_kernel", spy)
+    spy = spy_on(monkeypatch, wide, "linear_act_fwd_tma_kernel")
     tensors = make_layer(20, 264, 40, torch.float32, DEVICE)[:3]
     for before, mode in itertools.pairwise((None, *records.SPLITS)):
         assert allowed(mode) == before

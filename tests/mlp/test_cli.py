@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+from training_cases import needs_images
 
 from perceptriton.kernels import explain
 from perceptriton.mlp import doctor, lessons
@@ -38,11 +39,6 @@ LESSONS = {
     "digits": (["--steps", "301"], r"300 0\.03536\d{3}(?: 0\.03536\d{3}){2}"),
     "sweep": (["--steps", "201", "--seeds", "5"], r"200 0\.69315779(?: 0\.693157\d\d){3}"),
 }
-
-
-def needs_images(name):
-    if name == "digits":
-        pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
 
 
 def run_instead(name, run, monkeypatch):
@@ -302,14 +298,12 @@ def test_doctor_looks_at_the_cache_where_triton_does(unset, tmp_path, monkeypatc
     assert doctor.triton_cache() == f"{expected}, writable"
 
 
+def run_doctor(*flags, **options):
+    return subprocess.run([sys.executable, *flags, "-m", "perceptriton.mlp", "doctor"], timeout=120, **options)
+
+
 def test_doctor_runs_anywhere_and_imports_neither_triton_nor_matplotlib(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-X", "importtime", "-m", "perceptriton.mlp", "doctor"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    run = run_doctor("-W", "error", "-X", "importtime", cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0
     assert "65536  64-64-64-64" in run.stdout
     lines = run.stderr.splitlines()
@@ -323,13 +317,7 @@ def test_doctor_runs_anywhere_and_imports_neither_triton_nor_matplotlib(tmp_path
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 def test_output_onto_a_full_disk_is_a_failure():
     with open("/dev/full", "w") as stdout:
-        run = subprocess.run(
-            [sys.executable, "-m", "perceptriton.mlp", "doctor"],
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=120,
-        )
+        run = run_doctor(stdout=stdout, stderr=subprocess.PIPE, text=True)
     assert run.returncode == 1
     assert run.stderr == "perceptriton: the output could not be written: No space left on device\n"
 
@@ -340,7 +328,5 @@ def test_a_reader_that_leaves_is_no_error():
     read, write = os.pipe()
     os.close(read)
     with open(write, "w") as stdout:
-        run = subprocess.run(
-            [sys.executable, "-m", "perceptriton.mlp", "doctor"], stdout=stdout, stderr=subprocess.PIPE, timeout=120
-        )
+        run = run_doctor(stdout=stdout, stderr=subprocess.PIPE)
     assert (run.returncode, run.stderr) == (141, b"")

@@ -7,8 +7,21 @@ import pickle
 import gloo_sweep
 import pytest
 import torch
+from cases import sequential
 from torch import nn
-from training_cases import LOSSES, OPTIMIZERS, STATEFUL, make, ordinary, quick, relative, state_of, two_ranks
+from training_cases import (
+    LOSSES,
+    OPTIMIZERS,
+    STATEFUL,
+    chunks_of,
+    make,
+    ordinary,
+    quick,
+    relative,
+    state_of,
+    two_ranks,
+    values,
+)
 
 from perceptriton.kernels import plan, records
 from perceptriton.mlp import MLP, Ensemble, History, fit, fit_sharded
@@ -33,10 +46,6 @@ def layout(request, monkeypatch):
 def networks(members, sizes=(3, 4, 3, 2), hidden="tanh", output="sigmoid", bias=True, dtype=torch.float64, samples=6):
     made = [make(sizes, hidden, output, bias, samples, dtype, seed) for seed in range(members)]
     return [model for model, _, _ in made], torch.stack([x for _, x, _ in made]), torch.stack([y for *_, y in made])
-
-
-def values(ensemble):
-    return [p.detach().clone() for p in ensemble.parameters()]
 
 
 def assert_members_are(ensemble, models, bound=EXACT):
@@ -68,10 +77,8 @@ def test_init_is_that_of_linear():
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(0)
     linears = [nn.Linear(5, 3) for _ in range(4000)]
-    for own, theirs in (
-        (ensemble.weights[0], torch.stack([l.weight.detach() for l in linears])),
-        (ensemble.biases[0], torch.stack([l.bias.detach() for l in linears])),
-    ):
+    for own, kind in ((ensemble.weights[0], "weight"), (ensemble.biases[0], "bias")):
+        theirs = torch.stack([getattr(linear, kind).detach() for linear in linears])
         assert own.shape == theirs.shape
         quantiles = torch.linspace(0, 1, 11)
         torch.testing.assert_close(
@@ -101,9 +108,7 @@ def test_from_models_and_member_are_exact():
             member[0].weight.zero_()  # a copy
     assert torch.equal(ensemble.weights[0][2], models[2][0].weight)
     assert torch.equal(ensemble.member(-1)[0].weight, models[2][0].weight)
-    plain = nn.Sequential(
-        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2), nn.Sigmoid()
-    ).double()
+    plain = sequential((3, 4, 3, 2), "tanh", "sigmoid", dtype=torch.float64)
     assert torch.equal(Ensemble.from_models([plain, models[0]]).member(0)[0].weight, plain[0].weight)
 
 
@@ -237,17 +242,9 @@ def test_members_train_as_they_would_alone(optimizer, batch_size, own, layout):
     before = values(ensemble)
     optimize = OPTIMIZERS[optimizer]
     stacked = optimize(ensemble.parameters())
-    common = {"batch_size": batch_size, "log_every": 7}
-    history = fit(
-        ensemble,
-        x if own else x[0],
-        y if own else y[0],
-        criterion=nn.BCELoss(),
-        optimizer=stacked,
-        steps=30,
-        generator=torch.Generator().manual_seed(3),
-        **common,
-    )
+    common, generator = {"batch_size": batch_size, "log_every": 7}, torch.Generator().manual_seed(3)
+    data = (x, y) if own else (x[0], y[0])
+    history = fit(ensemble, *data, criterion=nn.BCELoss(), optimizer=stacked, steps=30, generator=generator, **common)
     assert (history.path, history.steps, history.loss.shape) == ("torch", [0, 7, 14, 21, 28], (5, 3))
     for i, model in enumerate(models):
         single = optimize(model.parameters())
@@ -322,16 +319,8 @@ def test_members_never_influence_each_other(change, optimizer, layout):
                     x[2] += 1
                 else:
                     rates[2] = 0.7
-        history = fit(
-            ensemble,
-            x if change == "data" else x[0],
-            y[0],
-            criterion=nn.BCELoss(),
-            optimizer=OPTIMIZERS[optimizer](ensemble.parameters()),
-            steps=30,
-            log_every=10,
-            lr=rates,
-        )
+        own, data = OPTIMIZERS[optimizer](ensemble.parameters()), (x if change == "data" else x[0], y[0])
+        history = fit(ensemble, *data, criterion=nn.BCELoss(), optimizer=own, steps=30, log_every=10, lr=rates)
         results.append((values(ensemble), history.loss))
     (before, losses), (after, other_losses) = results
     rest = [0, 1, 3]
@@ -346,24 +335,12 @@ def test_members_never_influence_each_other(change, optimizer, layout):
 def test_the_size_of_a_chunk_changes_no_bit(optimizer, batch_size, layout, monkeypatch):
     results = []
     for size in (1, 7, 40):
-        monkeypatch.setattr(
-            "perceptriton.mlp.training.run.chunks",
-            lambda steps, size=size: ((i, min(size, steps - i)) for i in range(0, steps, size)),
-        )
+        monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks_of(size))
         models, x, y = networks(5, dtype=torch.float32)
         ensemble = Ensemble.from_models(models)
         own = OPTIMIZERS[optimizer](ensemble.parameters())
-        history = fit(
-            ensemble,
-            x,
-            y[0],
-            criterion=nn.BCELoss(),
-            optimizer=own,
-            steps=40,
-            batch_size=batch_size,
-            log_every=3,
-            generator=torch.Generator().manual_seed(2),
-        )
+        options = {"batch_size": batch_size, "log_every": 3, "generator": torch.Generator().manual_seed(2)}
+        history = fit(ensemble, x, y[0], criterion=nn.BCELoss(), optimizer=own, steps=40, **options)
         results.append([*values(ensemble), history.loss, *state_of(own)[1]])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -409,18 +386,9 @@ def test_another_criterion_applies_to_each_member(own):
         assert p.shape == t.shape  # of one member
         return (p - t).abs().mean()
 
-    generator = torch.Generator().manual_seed(1)
-    history = fit(
-        ensemble,
-        x if own else x[0],
-        y if own else y[0],
-        criterion=absolute,
-        optimizer=optimizer,
-        steps=12,
-        batch_size=4,
-        log_every=5,
-        generator=generator,
-    )
+    options = {"batch_size": 4, "log_every": 5, "generator": torch.Generator().manual_seed(1)}
+    data = (x, y) if own else (x[0], y[0])
+    history = fit(ensemble, *data, criterion=absolute, optimizer=optimizer, steps=12, **options)
     assert (history.path, history.loss.shape) == ("general", (3, 3))
     for i, model in enumerate(models):
         single = torch.optim.Adam(model.parameters(), lr=0.02, amsgrad=True)
@@ -463,9 +431,7 @@ def test_errors_leave_the_ensemble(case):
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     alone = [
-        gloo_sweep.sweep(),
-        gloo_sweep.sweep(members=1, dtype=torch.float64),
-        gloo_sweep.sweep(members=1, mixed=True),
+        gloo_sweep.sweep(**own) for own in ({}, {"members": 1, "dtype": torch.float64}, {"members": 1, "mixed": True})
     ]
     for rank, (*results, spoiled, broken) in enumerate(two_ranks(gloo_sweep.__file__, tmp_path)):
         # Of what only the second rank would train: the first must not wait for it.

@@ -58,33 +58,17 @@ SOLVERS = {
 def test_is_fit(solver, batch_size):
     options, optimizer = SOLVERS[solver]
     x, y = torch.randn(40, 3), torch.randn(40, 2)
-    estimator = FusedMLPRegressor(
-        [5, 4],
-        activation="tanh",
-        solver=solver,
-        learning_rate=0.02,
-        weight_decay=1e-3,
-        batch_size=batch_size,
-        max_iter=4,
-        random_state=7,
-        **options,
-    ).fit(x.numpy(), y.numpy())
+    options = options | {"solver": solver, "learning_rate": 0.02, "weight_decay": 1e-3, "batch_size": batch_size}
+    estimator = FusedMLPRegressor([5, 4], activation="tanh", max_iter=4, random_state=7, **options)
+    estimator.fit(x.numpy(), y.numpy())
 
     seed = np.random.RandomState(7).randint(np.iinfo(np.int32).max)
     generator = torch.Generator().manual_seed(int(seed))
     model = Ensemble(1, [3, 5, 4, 2], "tanh", "identity", generator=generator).member(0)
     before = [p.clone() for p in model.parameters()]
-    history = fit(
-        model,
-        x,
-        y,
-        criterion=nn.MSELoss(),
-        optimizer=optimizer(model.parameters()),
-        steps=4 if batch_size is None else 12,
-        batch_size=batch_size,
-        log_every=1,
-        generator=generator,
-    )
+    options = {"steps": 4 if batch_size is None else 12, "batch_size": batch_size, "generator": generator}
+    own = optimizer(model.parameters())
+    history = fit(model, x, y, criterion=nn.MSELoss(), optimizer=own, log_every=1, **options)
     for own, by_hand, old in zip(estimator.model_.parameters(), model.parameters(), before, strict=True):
         assert torch.equal(own, by_hand)
         assert not torch.equal(own, old)

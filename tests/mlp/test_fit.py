@@ -14,7 +14,7 @@ import types
 
 import pytest
 import torch
-from cases import conjugated, negated
+from cases import conjugated, negated, same_bits, sequential
 from torch import nn
 from training_cases import (
     LOSSES,
@@ -22,12 +22,14 @@ from training_cases import (
     OPTIMIZERS,
     STATEFUL,
     assert_same_state,
+    chunks_of,
     make,
     make_net,
     ordinary,
     quick,
     relative,
     state_of,
+    values,
     xor,
 )
 
@@ -56,21 +58,11 @@ def twins(name, dtype=torch.float64):
     return model, copy.deepcopy(model), x, y
 
 
-def values(model):
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def chunks_of(*sizes):
-    """In place of the chunks by time: these sizes in turn."""
-
-    def chunks(steps):
-        start, turn = 0, 0
-        while start < steps:
-            count = min(sizes[turn % len(sizes)], steps - start)
-            yield start, count
-            start, turn = start + count, turn + 1
-
-    return chunks
+def assert_trained_alike(model, twin, own, other, *losses):
+    """The same parameters and states of optimizers, and the same losses where they are given, but for rounding."""
+    assert not losses or relative(losses[:1], losses[1:]) <= EXACT
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert_same_state(own, other, EXACT)
 
 
 # --- the same trajectory -------------------------------------------------------------------------------------
@@ -85,10 +77,8 @@ def test_trajectory(net, optimizer):
     history = fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=100, log_every=1)
     losses = ordinary(twin, x, y, nn.BCELoss(), other, 100)
     assert history.path == "torch"
-    assert relative([history.loss], [losses]) <= EXACT
-    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert_trained_alike(model, twin, own, other, history.loss, losses)
     assert relative(before, twin.parameters()) > 1e6 * EXACT  # a loop that does nothing would be seen
-    assert_same_state(own, other, EXACT)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 100])
@@ -101,9 +91,7 @@ def test_losses(loss, steps, layout):
     history = fit(model, x, y, criterion=criterion, optimizer=own, steps=steps, log_every=1)
     losses = ordinary(twin, x, y, criterion, other, steps)
     assert history.path == "torch"
-    assert relative([history.loss], [losses]) <= EXACT
-    assert relative(model.parameters(), twin.parameters()) <= EXACT
-    assert_same_state(own, other, EXACT)
+    assert_trained_alike(model, twin, own, other, history.loss, losses)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adam-decay", "adamw"])
@@ -159,14 +147,8 @@ def test_xor_for_10001_steps():
             ordinary(twin, x, y, nn.BCELoss(), torch.optim.SGD(twin.parameters(), lr=1.0), 10_001)
             errors.append(relative(twin.parameters(), exact.parameters()))
     model = xor_model()
-    history = fit(
-        model,
-        *xor(),
-        criterion=nn.BCELoss(),
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        steps=10_001,
-        log_every=100,
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    history = fit(model, *xor(), criterion=nn.BCELoss(), optimizer=optimizer, steps=10_001, log_every=100)
     assert relative(model.parameters(), exact.parameters()) <= 2 * max(errors) + 2e-6
     table = json.loads((lessons.REFERENCE / "xor_2-2-1.json").read_text())
     assert history.steps == [step for step, _ in table["loss"]]
@@ -183,14 +165,9 @@ def test_deep_xor_follows_the_table(index):
     MLP([2, 2, 1])
     for _ in range(index + 1):
         model = MLP([2, 10, 10, 10, 1])
-    history = fit(
-        model,
-        *xor(),
-        criterion=nn.BCELoss(),
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        steps=run["loss"][-1][0] + 1,
-        log_every=run["loss"][1][0],
-    )
+    length = {"steps": run["loss"][-1][0] + 1, "log_every": run["loss"][1][0]}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    history = fit(model, *xor(), criterion=nn.BCELoss(), optimizer=optimizer, **length)
     assert history.path == "torch"
     for loss, (step, reference) in zip(history.loss.tolist(), run["loss"], strict=True):
         band = 1e-6 if reference > 0.6 else lessons.DEEP_BANDS[1]  # after the fast drop, rounding has had time to grow
@@ -229,9 +206,7 @@ def test_minibatches_come_in_torchs_order(batches, optimizer, layout):
     history = fit(model, x, y, optimizer=own, generator=generators[0], **common)
     losses = ordinary(twin, x, y, nn.BCELoss(), other, 17, size, generators[1], log_every=3)
     assert history.steps == [0, 3, 6, 9, 12, 15]
-    assert relative([history.loss], [losses]) <= EXACT
-    assert relative(model.parameters(), twin.parameters()) <= EXACT
-    assert_same_state(own, other, EXACT)
+    assert_trained_alike(model, twin, own, other, history.loss, losses)
     assert torch.equal(generators[0].get_state(), generators[1].get_state())
     fit(third, x, y, optimizer=another, generator=generators[2], **common)
     if size < samples:
@@ -273,8 +248,7 @@ def test_training_goes_on_seamlessly(optimizer):
     assert {id(v) for v in state_of(own)[1]} == held  # written in place, as ordinary steps write
     ordinary(model, x, y, criterion, own, 4)
     ordinary(twin, x, y, criterion, other, 30)
-    assert relative(model.parameters(), twin.parameters()) <= EXACT
-    assert_same_state(own, other, EXACT)
+    assert_trained_alike(model, twin, own, other)
 
 
 @pytest.mark.parametrize("optimizer", STATEFUL)
@@ -396,20 +370,11 @@ def test_the_size_of_a_chunk_changes_no_bit(optimizer, batch_size, layout, monke
         monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks_of(*sizes))
         model, x, y = make((3, 7, 5, 2), "sigmoid", "sigmoid", True, 10, torch.float32)
         own = OPTIMIZERS[optimizer](model.parameters())
-        history = fit(
-            model,
-            x,
-            y,
-            criterion=nn.BCELoss(),
-            optimizer=own,
-            steps=50,
-            batch_size=batch_size,
-            log_every=7,
-            generator=torch.Generator().manual_seed(2),
-        )
+        options = {"batch_size": batch_size, "log_every": 7, "generator": torch.Generator().manual_seed(2)}
+        history = fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=50, **options)
         results.append([*values(model), history.loss, *state_of(own)[1]])
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert same_bits(results[0], other)
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(None, [10]), (4, [4, 2])], ids=["full", "minibatches"])
@@ -454,8 +419,7 @@ def test_an_interrupted_chunk_leaves_the_one_before(optimizer, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=100)
     ordinary(twin, x, y, nn.BCELoss(), other, 20)
-    assert relative(model.parameters(), twin.parameters()) <= EXACT
-    assert_same_state(own, other, EXACT)
+    assert_trained_alike(model, twin, own, other)
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -480,8 +444,7 @@ def test_an_interrupt_waits_for_its_chunk(path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fit(model, x, y, criterion=criterion, optimizer=own, steps=100)
     ordinary(twin, x, y, nn.BCELoss(), other, 20)
-    assert relative(model.parameters(), twin.parameters()) <= EXACT
-    assert_same_state(own, other, EXACT)
+    assert_trained_alike(model, twin, own, other)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert all(p.grad is None for p in model.parameters())
 
@@ -553,9 +516,9 @@ def tied():
 def sharing(place):
     """A network of which place(numbers) puts some parameters where others are."""
     model = MLP([3, 4, 4, 3], "tanh", "sigmoid")
-    for name, values in place(0.5 * torch.randn(28)).items():
+    for name, numbers in place(0.5 * torch.randn(28)).items():
         layer, kind = name.split()
-        setattr(model[int(layer)], kind, nn.Parameter(values))
+        setattr(model[int(layer)], kind, nn.Parameter(numbers))
     return model
 
 
@@ -585,57 +548,41 @@ def plain():
     return MLP([3, 4, 3])
 
 
-# (model, optimizer, criterion) that are trained by the ordinary loop
+# What is trained by the ordinary loop: for its model, for its optimizer, and (model, optimizer, criterion).
+OTHER_MODELS = {
+    "dropout": lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Sigmoid()),
+    "subclass": lambda: nn.Sequential(Doubled(3, 3), nn.Sigmoid()),
+    "two-activations": lambda: nn.Sequential(*sequential((3, 3), "tanh"), *sequential((3, 3, 3), "relu", "sigmoid")),
+    "twice-activated": lambda: nn.Sequential(LinearSigmoid(3, 3), nn.Sigmoid()),
+    "some-biases": lambda: nn.Sequential(*sequential((3, 3), bias=False), *sequential((3, 3))),
+    "hook": lambda: hook(plain()),
+    "tied": tied,
+    "overlapping": lambda: sharing(lambda t: {"0 weight": t[:12].view(4, 3), "2 weight": t[8:24].view(4, 4)}),
+    "bias-in-a-weight": lambda: sharing(lambda t: {"2 weight": (w := t[:16].view(4, 4)), "0 bias": w[:, 2]}),
+    "overlapping-columns": lambda: sharing(
+        lambda t: {"0 weight": t[:24].view(4, 6)[:, :3], "2 weight": t[:24].view(4, 6)[:, 2:]}
+    ),
+    "sliding-windows": lambda: sharing(lambda t: {"2 weight": t[:7].unfold(0, 4, 1)}),
+    "parametrized": parametrized,
+    "one-bias-for-all": one_bias_for_all,
+    "pruned": pruned,
+}
+OTHER_OPTIMIZERS = {
+    "frozen": frozen,
+    "two-groups": two_groups,
+    "hooked-optimizer": hooked_optimizer,
+    "half-of-a-state": half_of_a_state,
+    "amsgrad": lambda m: torch.optim.Adam(m.parameters(), lr=0.1, amsgrad=True),
+    "maximize": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True),
+    "rmsprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.1),
+}
 GENERAL = {
-    "dropout": (lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Sigmoid()), sgd, nn.BCELoss()),
-    "subclass": (lambda: nn.Sequential(Doubled(3, 3), nn.Sigmoid()), sgd, nn.BCELoss()),
-    "two-activations": (
-        lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Sigmoid()),
-        sgd,
-        nn.BCELoss(),
-    ),
-    "twice-activated": (lambda: nn.Sequential(LinearSigmoid(3, 3), nn.Sigmoid()), sgd, nn.BCELoss()),
-    "some-biases": (
-        lambda: nn.Sequential(nn.Linear(3, 3, bias=False), nn.Sigmoid(), nn.Linear(3, 3), nn.Sigmoid()),
-        sgd,
-        nn.BCELoss(),
-    ),
+    **{name: (build, sgd, nn.BCELoss()) for name, build in OTHER_MODELS.items()},
+    **{name: (plain, optimizer, nn.BCELoss()) for name, optimizer in OTHER_OPTIMIZERS.items()},
     "own-module": (lambda: nn.ModuleList([nn.Linear(3, 3)])[0], sgd, nn.MSELoss()),
-    "hook": (lambda: hook(plain()), sgd, nn.BCELoss()),
-    "tied": (tied, sgd, nn.BCELoss()),
-    "overlapping": (
-        lambda: sharing(lambda t: {"0 weight": t[:12].view(4, 3), "2 weight": t[8:24].view(4, 4)}),
-        sgd,
-        nn.BCELoss(),
-    ),
-    "bias-in-a-weight": (
-        lambda: sharing(lambda t: {"2 weight": t[:16].view(4, 4), "0 bias": t[:16].view(4, 4)[:, 2]}),
-        sgd,
-        nn.BCELoss(),
-    ),
-    "overlapping-columns": (
-        lambda: sharing(lambda t: {"0 weight": t[:24].view(4, 6)[:, :3], "2 weight": t[:24].view(4, 6)[:, 2:]}),
-        sgd,
-        nn.BCELoss(),
-    ),
-    "sliding-windows": (lambda: sharing(lambda t: {"2 weight": t[:7].unfold(0, 4, 1)}), sgd, nn.BCELoss()),
-    "parametrized": (parametrized, sgd, nn.BCELoss()),
-    "one-bias-for-all": (one_bias_for_all, sgd, nn.BCELoss()),
-    "pruned": (pruned, sgd, nn.BCELoss()),
     "bfloat16": (lambda: plain().bfloat16(), sgd, nn.MSELoss()),
-    "frozen": (plain, frozen, nn.BCELoss()),
-    "two-groups": (plain, two_groups, nn.BCELoss()),
-    "hooked-optimizer": (plain, hooked_optimizer, nn.BCELoss()),
-    "half-of-a-state": (plain, half_of_a_state, nn.BCELoss()),
-    "amsgrad": (plain, lambda m: torch.optim.Adam(m.parameters(), lr=0.1, amsgrad=True), nn.BCELoss()),
-    "maximize": (plain, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True), nn.BCELoss()),
-    "rmsprop": (plain, lambda m: torch.optim.RMSprop(m.parameters(), lr=0.1), nn.BCELoss()),
     "own-criterion": (plain, sgd, absolute),
-    "weighted": (
-        lambda: MLP([3, 3], output_activation="identity"),
-        sgd,
-        nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)),
-    ),
+    "weighted": (lambda: MLP([3, 3], "sigmoid", "identity"), sgd, nn.BCEWithLogitsLoss(pos_weight=torch.ones(3))),
     "logits-of-a-sigmoid": (plain, sgd, nn.BCEWithLogitsLoss()),
 }
 
@@ -663,24 +610,17 @@ def test_everything_else_takes_the_ordinary_loop(case, batch_size):
         assert relative(values(model), before) > 1e-3
         assert all(p.grad is None for p in model.parameters())
     # The same operations: the same bits.
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert same_bits(*results)
 
 
 def test_parameters_that_share_one_number_fail_as_in_an_ordinary_loop():
     model = sharing(lambda t: {"2 bias": t[:1].expand(4)})
     before = values(model)
+    x, y = torch.randn(5, 3), torch.rand(5, 3)
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory"):
-        fit(model, torch.randn(5, 3), torch.rand(5, 3), criterion=nn.BCELoss(), optimizer=sgd(model), steps=1)
+        fit(model, x, y, criterion=nn.BCELoss(), optimizer=sgd(model), steps=1)
     with pytest.raises(NotImplementedError, match="parameters share memory"):
-        fit(
-            model,
-            torch.randn(5, 3),
-            torch.rand(5, 3),
-            criterion=nn.MSELoss(),
-            optimizer=sgd(model),
-            steps=1,
-            impl="torch",
-        )
+        fit(model, x, y, criterion=nn.MSELoss(), optimizer=sgd(model), steps=1, impl="torch")
     assert torch.equal(values(model)[-1], before[-1])
 
 
@@ -723,7 +663,7 @@ def test_data_that_lie_in_a_parameter_change_with_it(batch_size):
         else:
             ordinary(model, x, y, nn.BCELoss(), sgd(model), 8, **common)
         results.append(values(model))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert same_bits(*results)
 
 
 def test_lbfgs_gets_its_closure():
@@ -881,7 +821,7 @@ def test_errors_name_the_argument_and_leave_the_model(case):
     before = values(trained)
     with pytest.raises(error, match=message):
         fit(given.pop("model"), given.pop("x"), given.pop("y"), **given)
-    assert all(torch.equal(a, b) for a, b in zip(values(trained), before, strict=True))
+    assert same_bits(values(trained), before)
     assert not getattr(given["optimizer"], "state", None)
 
 
@@ -954,7 +894,7 @@ def test_a_model_that_draws_numbers_finds_them_in_the_same_order_whatever_the_ch
         fit(model, x, y, criterion=nn.MSELoss(), optimizer=optimizer, steps=6, batch_size=4)
         results.append([p.detach() for p in model.parameters()])
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+        assert same_bits(other, results[0])
 
 
 def test_progress_needs_no_tqdm(monkeypatch):
@@ -993,19 +933,11 @@ def test_negative_views(impl, operand, layout, request):
                     parameters[l] = nn.Parameter(layout(p.detach()))
         elif negative:
             x, y, lr = (layout(t) if name == operand else t for name, t in (("x", x), ("y", y), ("lr", lr)))
-        history = fit(
-            ensemble,
-            x,
-            y,
-            criterion=nn.BCELoss(),
-            optimizer=torch.optim.SGD(ensemble.parameters(), lr=1.0, momentum=0.9),
-            steps=3,
-            log_every=2,
-            lr=lr,
-            impl=impl,
-        )
+        own = torch.optim.SGD(ensemble.parameters(), lr=1.0, momentum=0.9)
+        options = {"steps": 3, "log_every": 2, "lr": lr, "impl": impl}
+        history = fit(ensemble, x, y, criterion=nn.BCELoss(), optimizer=own, **options)
         results.append([*(p.detach().resolve_neg() for p in ensemble.parameters()), history.loss])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert same_bits(*results)
 
 
 # --- the kernels -----------------------------------------------------------------------------------------------
@@ -1046,19 +978,9 @@ def test_kernels_train_alike(impl, optimizer, batch_size, device):
         ensemble = Ensemble(3, [2, 3, 1], generator=torch.Generator().manual_seed(1)).to(device, dtype)
         x, y = xor(dtype)
         own = OPTIMIZERS[optimizer](ensemble.parameters())
-        history = fit(
-            ensemble,
-            x.to(device),
-            y.to(device),
-            criterion=nn.BCELoss(),
-            optimizer=own,
-            steps=9,
-            batch_size=batch_size,
-            log_every=2,
-            lr=torch.tensor([0.02, 0.05, 0.1]),
-            generator=torch.Generator().manual_seed(2),
-            impl=path,
-        )
+        options = {"batch_size": batch_size, "log_every": 2, "generator": torch.Generator().manual_seed(2)}
+        options |= {"lr": torch.tensor([0.02, 0.05, 0.1]), "impl": path}
+        history = fit(ensemble, x.to(device), y.to(device), criterion=nn.BCELoss(), optimizer=own, steps=9, **options)
         assert history.path == path
         results.append([*ensemble.parameters(), history.loss, *state_of(own)[1]])
         errors.append(relative([t.cpu() for t in results[-1]], [t.cpu() for t in results[0]]))

@@ -22,11 +22,19 @@ from cases import (
     SHAPES,
     WRONG,
     assert_as_good_as_torch,
+    check_empty,
+    check_gradients,
+    check_inputs_are_left_alone,
+    check_layer,
+    check_loss,
+    check_shape,
+    check_yardstick,
     forget_plans,
-    join,
+    gradient_penalty,
     lay_out,
     make_layer,
-    make_layers,
+    plain,
+    run_layer,
     same_bits,
     second_order,
     torch_layer,
@@ -104,11 +112,6 @@ def fused(monkeypatch):
     return calls
 
 
-def plain(x, weight, bias=None, activation="sigmoid"):
-    z = F.linear(x, weight, bias)
-    return z if activation == "identity" else getattr(torch, activation)(z)
-
-
 @pytest.mark.parametrize("path", PATHS)
 def test_gradients_have_the_shapes_of_their_inputs(path):
     """Autograd would sum a gradient that has a dimension too many."""
@@ -119,20 +122,8 @@ def test_gradients_have_the_shapes_of_their_inputs(path):
     assert [gradient.shape for gradient in gradients] == [(20, 3), (5, 3), (5,)]
 
 
-def run(x, weight, bias, dy, activation="sigmoid", layer=linear_act):
-    inputs = [t if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
-    y = layer(*inputs, activation)
-    return (y.detach(), *torch.autograd.grad(y, [t for t in inputs if t is not None], dy))
-
-
-def check(x, weight, bias, dy, activation="sigmoid", actual=None):
-    actual = run(x, weight, bias, dy, activation) if actual is None else actual
-    expected = torch_layer(x, weight, bias, dy, activation)
-    exact = torch_layer(x, weight, bias, dy, activation, torch.float64)
-    names = ("y", "dx", "dweight", "dbias")[: len(exact)]
-    for name, result in zip(names, actual, strict=True):
-        assert result.dtype is x.dtype, name
-    assert_as_good_as_torch(actual, expected, exact, x.dtype, names)
+def check(*tensors, actual=None):
+    check_layer(run_layer(*tensors) if actual is None else actual, *tensors)
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
@@ -149,12 +140,7 @@ COMBINATIONS = {
 
 @pytest.mark.parametrize(("path", "shape", "activation", "dtype"), COMBINATIONS.values(), ids=COMBINATIONS)
 def test_shapes(path, shape, activation, dtype):
-    layers = make_layers(*SHAPES[shape], dtype)
-    actual = [run(*layer, activation) for layer in layers]
-    assert [t.shape for t in actual[0]] == [t.shape for t in torch_layer(*layers[0], activation)]
-    expected = [torch_layer(*layer, activation) for layer in layers]
-    exact = [torch_layer(*layer, activation, torch.float64) for layer in layers]
-    assert_as_good_as_torch(join(actual), join(expected), join(exact), dtype)
+    check_shape(run_layer, shape, activation, dtype)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -207,7 +193,7 @@ def test_extremes(activation, path):
     for z in (*ZS, *(-z for z in ZS), torch.nan):
         # z comes in through the bias, so that its gradient is dz.
         x, weight, bias, dy = torch.zeros(1, 1), torch.full((1, 1), 0.5), torch.tensor([z]), torch.ones(1, 1)
-        actual = run(x, weight, bias, dy, activation)
+        actual = run_layer(x, weight, bias, dy, activation)
         expected = torch_layer(x, weight, bias, dy, activation)
         # The gradient of a saturated unit is made of the last bit of y.
         for results, atol in ((slice(1), 2e-38), (slice(1, 4), 2e-7 if z > 0 else 2e-38)):
@@ -219,13 +205,7 @@ def test_extremes(activation, path):
 @pytest.mark.parametrize(("name", "wrong"), WRONG.values(), ids=WRONG)
 def test_yardstick_fails_wrong_results(name, wrong, take):
     take("mm")
-    # Square, so that a transposed gradient has the right shape.
-    tensors = make_layer(50, 16, 16, torch.bfloat16)
-    results = dict(zip(("y", "dx", "dweight", "dbias"), run(*tensors), strict=True))
-    check(*tensors, actual=tuple(results.values()))
-    results[name] = wrong(results[name])
-    with pytest.raises(AssertionError, match=f"^{name}: error"):
-        check(*tensors, actual=tuple(results.values()))
+    check_yardstick(run_layer, check, name, wrong)
 
 
 # --- shapes -------------------------------------------------------------------------------------------------------
@@ -234,13 +214,7 @@ def test_yardstick_fails_wrong_results(name, wrong, take):
 @pytest.mark.parametrize("impl", [None, "torch"], ids=str)
 @pytest.mark.parametrize("shape", EMPTY_SHAPES)
 def test_empty(shape, impl):
-    x, weight, bias, dy = make_layer(*EMPTY_SHAPES[shape], torch.float32)
-    y, dx, dweight, dbias = run(x, weight, bias, dy, layer=functools.partial(linear_act, impl=impl))
-    torch.testing.assert_close(y, torch.sigmoid(bias).expand_as(y))
-    assert [t.shape for t in (dx, dweight, dbias)] == [t.shape for t in (x, weight, bias)]
-    torch.testing.assert_close(dbias, (dy * y * (1 - y)).sum(0))
-    assert not dx.any()
-    assert not dweight.any()
+    check_empty(functools.partial(run_layer, impl=impl), shape)
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 1, 2), (2, 0)], ids=str)
@@ -248,8 +222,8 @@ def test_empty(shape, impl):
 def test_leading_dimensions(impl, leading):
     x, weight, bias, dy = make_layer(math.prod(leading), 5, 3, torch.float32)
     x, dy = x.view(*leading, 5), dy.view(*leading, 3)
-    actual = run(x, weight, bias, dy, layer=functools.partial(linear_act, impl=impl))
-    torch.testing.assert_close(actual, run(x, weight, bias, dy, layer=plain))
+    actual = run_layer(x, weight, bias, dy, impl=impl)
+    torch.testing.assert_close(actual, run_layer(x, weight, bias, dy, layer=plain))
 
 
 @pytest.mark.parametrize("path", ["small", "mm", "onednn", "chunked"])
@@ -263,7 +237,7 @@ def test_layouts(layout, path):
 def test_a_bias_that_torch_broadcasts(path, shape):
     x, weight, _, dy = make_layer(6, 4, 3, torch.float32)
     bias = torch.randn(shape)
-    torch.testing.assert_close(run(x, weight, bias, dy), torch_layer(x, weight, bias, dy, "sigmoid"))
+    torch.testing.assert_close(run_layer(x, weight, bias, dy), torch_layer(x, weight, bias, dy, "sigmoid"))
 
 
 def test_sigmoid_is_the_default():
@@ -284,16 +258,7 @@ def test_permuted_leading_dimensions(path):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("path", ["small", "mm", "onednn", "chunked"])
 def test_losses(path, loss):
-    x, weight, bias, c = make_layer(*SHAPES["ragged"], torch.float32)
-    function, _ = LOSSES[loss]
-
-    def gradients(layer, dtype):
-        inputs = [t.to(dtype).detach().requires_grad_() for t in (x, weight, bias)]
-        return torch.autograd.grad(function(layer(*inputs), c.to(dtype)), inputs)
-
-    actual, expected = gradients(linear_act, torch.float32), gradients(plain, torch.float32)
-    exact = gradients(plain, torch.float64)
-    assert_as_good_as_torch(actual, expected, exact, torch.float32, ("dx", "dweight", "dbias"))
+    check_loss(linear_act, loss, *make_layer(*SHAPES["ragged"], torch.float32))
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------
@@ -320,7 +285,7 @@ class CountOps(TorchDispatchMode):
 @pytest.mark.parametrize("path", ["small", "mm", "onednn", "chunked"])
 def test_computes_and_keeps_only_what_is_asked_for(path, wanted):
     x, weight, bias, dy = make_layer(*SHAPES["ragged"], torch.float32)
-    full = run(x, weight, bias, dy)[1:]
+    full = run_layer(x, weight, bias, dy)[1:]
     for tensor, want in zip((x, weight, bias), wanted, strict=True):
         tensor.requires_grad_(want)
     kept = []
@@ -425,13 +390,6 @@ def test_operands_that_share_memory(path, activation, overlapping, operand):
     check(*layer.values(), activation)
 
 
-def gradient_penalty(layer, x, weight, bias, dy):
-    """Gradients of a 1-Lipschitz penalty, which are second derivatives of the layer."""
-    inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
-    (dx,) = torch.autograd.grad((layer(*inputs) * dy).sum(), inputs[0], create_graph=True)
-    return torch.autograd.grad(((dx.norm(dim=-1) - 1) ** 2).sum(), inputs)
-
-
 def third_order(layer, x, weight, bias, dy):
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
     value = (layer(*inputs) * dy).sum()
@@ -446,10 +404,7 @@ def third_order(layer, x, weight, bias, dy):
 @pytest.mark.parametrize("order", [gradient_penalty, third_order], ids=lambda function: function.__name__)
 def test_higher_orders(order, path, leading):
     x, weight, bias, dy = make_layer(math.prod(leading), 7, 5, torch.float32)
-    layer = (x.view(*leading, 7), weight, bias, dy.view(*leading, 5))
-    actual, expected = order(linear_act, *layer), order(plain, *layer)
-    exact = order(plain, *(t.double() for t in layer))
-    assert_as_good_as_torch(actual, expected, exact, torch.float32, ("dx", "dweight", "dbias"))
+    check_gradients(order, linear_act, x.view(*leading, 7), weight, bias, dy.view(*leading, 5))
 
 
 @pytest.mark.parametrize("order", [gradient_penalty, third_order], ids=lambda function: function.__name__)
@@ -461,20 +416,7 @@ def test_higher_orders_in_fp64(order):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_inputs_are_left_alone(path):
-    x, weight, bias, dy = make_layer(*SHAPES["ragged"], torch.float32)
-    before = [t.clone() for t in (x, weight, bias, dy)]
-    inputs = [t.requires_grad_() for t in (x, weight, bias)]
-    y = linear_act(*inputs)
-    output = y.detach().clone()
-    first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
-    copies = [g.clone() for g in first]
-    other = torch.autograd.grad(y, inputs, 2 * dy, retain_graph=True)
-    again = torch.autograd.grad(y, inputs, dy)
-    assert same_bits((*inputs, dy, y), (*before, output))
-    # Neither do later calls reach into what earlier ones returned.
-    assert same_bits((*again, *first), copies * 2)
-    # A factor of 2 is exact.
-    assert same_bits(other, [2 * g for g in first])
+    check_inputs_are_left_alone(linear_act, *make_layer(*SHAPES["ragged"], torch.float32))
 
 
 @pytest.mark.parametrize("path", ["small", "mm"])
@@ -510,9 +452,9 @@ def test_in_place_operations_on_the_output(path, leading):
 @pytest.mark.parametrize("path", PATHS)
 def test_same_bits_every_time(path):
     tensors = make_layer(*SHAPES["one-off"], torch.float32)
-    first = run(*tensors)
+    first = run_layer(*tensors)
     for _ in range(50):
-        assert same_bits(run(*tensors), first)
+        assert same_bits(run_layer(*tensors), first)
 
 
 @pytest.mark.parametrize("path", ["mm", "onednn"])
@@ -522,7 +464,7 @@ def test_checkpoint(path):
     def checkpointed(*arguments):
         return torch.utils.checkpoint.checkpoint(linear_act, *arguments, use_reentrant=False)
 
-    assert same_bits(run(x, weight, bias, dy, layer=checkpointed), run(x, weight, bias, dy))
+    assert same_bits(run_layer(x, weight, bias, dy, layer=checkpointed), run_layer(x, weight, bias, dy))
 
 
 # Both are process-wide settings that a user may have for reasons of his own.
@@ -530,15 +472,15 @@ def test_checkpoint(path):
 @pytest.mark.parametrize("path", ["mm", "onednn", "chunked", "chunked-onednn"])
 def test_defaults_of_the_process_do_not_matter(path, setting):
     tensors = make_layer(*SHAPES["ragged"], torch.float32)
-    expected = run(*tensors)
+    expected = run_layer(*tensors)
     reference.onednn_linear.cache_clear()
     try:
         if setting == "default-device":
             with torch.device("meta"):
-                actual = run(*tensors)
+                actual = run_layer(*tensors)
         else:
             torch.set_default_dtype(torch.float64)
-            actual = run(*tensors)
+            actual = run_layer(*tensors)
         had_onednn = reference.onednn_linear() is not None
     finally:
         torch.set_default_dtype(torch.float32)
@@ -762,7 +704,7 @@ def test_dtensors_are_left_to_torch(path, mesh, fused):
     x, weight, bias, dy = (
         distribute_tensor(t, mesh, [p]) for t, p in zip((x, weight, bias, dy), placements, strict=True)
     )
-    y, dx, dweight, dbias = run(x, weight, bias, dy)
+    y, dx, dweight, dbias = run_layer(x, weight, bias, dy)
     assert not fused
     assert isinstance(dweight, DTensor)
     assert dweight.placements == (Shard(0),)
@@ -772,13 +714,13 @@ def test_dtensors_are_left_to_torch(path, mesh, fused):
 def test_fp64_is_left_to_torch(take, fused):
     take("mm")
     tensors = make_layer(*SHAPES["ragged"], torch.float64)
-    torch.testing.assert_close(run(*tensors), torch_layer(*tensors, "sigmoid"), rtol=0, atol=0)
+    torch.testing.assert_close(run_layer(*tensors), torch_layer(*tensors, "sigmoid"), rtol=0, atol=0)
     assert not fused
 
 
 def test_meta_tensors(fused):
     x, weight, bias, dy = make_layer(4, 3, 2, torch.float32, "meta")
-    results = run(x, weight, bias, dy)
+    results = run_layer(x, weight, bias, dy)
     assert [tuple(t.shape) for t in results] == [(4, 2), (4, 3), (2, 3), (2,)]
     assert {t.device.type for t in results} == {"meta"}
     assert not fused
@@ -1206,14 +1148,9 @@ def test_explain(x_shape, weight_shape, dtype, device, forward, backward, reason
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_explain_follows_torchs_precision(precision):
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = precision
-    try:
-        plans = explain((1 << 20, 64), (64, 64), torch.float32, H100)
-    finally:
-        setting.fp32_precision = before
+def test_explain_follows_torchs_precision(precision, matmul):
+    matmul.fp32_precision = precision
+    plans = explain((1 << 20, 64), (64, 64), torch.float32, H100)
     assert [plan.precision for plan in plans] == [precision, precision]
 
 

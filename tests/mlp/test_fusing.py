@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from cases import sequential
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -58,16 +59,8 @@ MODELS = {
     "head": (Head, (5, 1, 4, 4), ["classifier.0", "classifier.3"]),
     "actor-critic": (ActorCritic, (5, 4), ["body.0", "body.2"]),
     "gated": (Gated, (5, 4), ["inner", "gate", "out"]),
-    "sequential": (
-        lambda: nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 2), nn.Sigmoid()),
-        (5, 4),
-        ["0", "2"],
-    ),
-    "nested": (
-        lambda: nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 2), nn.Sigmoid())),
-        (5, 4),
-        ["0.0", "1.0"],
-    ),
+    "sequential": (lambda: sequential((4, 8, 2)), (5, 4), ["0", "2"]),
+    "nested": (lambda: nn.Sequential(sequential((4, 8), "tanh"), sequential((8, 2))), (5, 4), ["0.0", "1.0"]),
 }
 
 
@@ -150,15 +143,7 @@ def test_a_sequential_runs_its_layers_as_one_network(monkeypatch):
     networks = []
     forward = ops.mlp_fwd
     monkeypatch.setattr(ops, "mlp_fwd", lambda *a: networks.append(len(a[1])) or forward(*a))
-    model = nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(64, 600),
-        nn.Sigmoid(),
-        nn.Linear(600, 600),
-        nn.Sigmoid(),
-        nn.Dropout(0.0),
-        nn.Linear(600, 3),
-    )
+    model = nn.Sequential(nn.Flatten(), *sequential((64, 600, 600)), nn.Dropout(0.0), nn.Linear(600, 3))
     x = torch.randn(2000, 8, 8)
     expected = results(model, x)
     fuse_(model)
@@ -206,57 +191,52 @@ class OwnSequential(nn.Sequential):
         return self[0](x) + 1  # the activation is not what its place suggests
 
 
-class Branches(nn.Module):
-    """Forwards that cannot be traced keep their modules."""
-
+class OneLayer(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer, self.act = nn.Linear(4, 2), nn.Sigmoid()
+        self.layer, self.act = nn.Linear(4, 4), nn.Sigmoid()
+
+
+class Branches(OneLayer):
+    """Forwards that cannot be traced keep their modules."""
 
     def forward(self, x):
         return self.act(self.layer(x)) if x.sum() > 0 else self.layer(x)
 
 
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer, self.act = nn.Linear(4, 4), nn.Sigmoid()
-
+class Twice(OneLayer):
     def forward(self, x):
         return self.act(self.layer(self.act(self.layer(x))))
 
 
-class Peeks(nn.Module):
+class Peeks(OneLayer):
     """The output before the activation is wanted too."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.act = nn.Linear(4, 4), nn.Sigmoid()
 
     def forward(self, x):
         z = self.layer(x)
         return self.act(z) * z
 
 
-class Reads(nn.Module):
+class Reads(OneLayer):
     """The weight is used past the layer: harmless, but not ours to judge."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.act = nn.Linear(4, 4), nn.Sigmoid()
 
     def forward(self, x):
         return self.act(self.layer(x)) + self.layer.weight.sum()
 
 
-def pair():
-    return nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
-
-
 def with_(change):
-    model = pair()
-    change(model)
-    return model
+    """What makes a layer and its activation that are changed."""
+
+    def make():
+        model = sequential((4, 4))
+        change(model)
+        return model
+
+    return make
+
+
+def no_hook(*_):
+    pass
 
 
 def shared_activation():
@@ -270,25 +250,13 @@ def shared_linear():
 
 
 REFUSED = {
-    "linear-hook": (lambda: with_(lambda m: m[0].register_forward_hook(lambda *_: None)), {"0": "it has hooks"}),
-    "activation-hook": (
-        lambda: with_(lambda m: m[1].register_full_backward_hook(lambda *_: None)),
-        {"0": "the activation has hooks"},
-    ),
-    "parametrization": (
-        lambda: with_(lambda m: parametrizations.weight_norm(m[0])),
-        {"0": "it is a ParametrizedLinear"},
-    ),
+    "linear-hook": (with_(lambda m: m[0].register_forward_hook(no_hook)), {"0": "it has hooks"}),
+    "activation-hook": (with_(lambda m: m[1].register_full_backward_hook(no_hook)), {"0": "the activation has hooks"}),
+    "parametrization": (with_(lambda m: parametrizations.weight_norm(m[0])), {"0": "it is a ParametrizedLinear"}),
     "subclass": (lambda: nn.Sequential(OwnLinear(4, 4), nn.Sigmoid()), {"0": "it is a OwnLinear"}),
-    "own-forward": (
-        lambda: with_(lambda m: setattr(m[0], "forward", lambda x: 0 * x)),
-        {"0": "it has a forward of its own"},
-    ),
-    "shared-activation": (
-        shared_activation,
-        {"0": "the activation is used elsewhere too", "2": "the activation is used elsewhere too"},
-    ),
-    "shared-linear": (shared_linear, {"0": "it is used elsewhere too", "2": "it is used elsewhere too"}),
+    "own-forward": (with_(lambda m: setattr(m[0], "forward", lambda x: 0 * x)), {"0": "it has a forward of its own"}),
+    "shared-activation": (shared_activation, dict.fromkeys("02", "the activation is used elsewhere too")),
+    "shared-linear": (shared_linear, dict.fromkeys("02", "it is used elsewhere too")),
     "already": (lambda: nn.Sequential(LinearTanh(4, 4), nn.Sigmoid()), {"0": "it is a LinearTanh"}),
     "own-sequential": (lambda: OwnSequential(nn.Linear(4, 4), nn.Sigmoid()), {}),
     "untraceable": (Branches, {}),

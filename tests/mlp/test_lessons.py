@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from training_cases import needs_images
 
 from perceptriton.kernels import explain
 from perceptriton.mlp import MLP, lessons
@@ -79,11 +80,6 @@ def sweep():
 def digits(one_thread):
     needs_images("digits")
     return lessons.digits()
-
-
-def needs_images(name):
-    if name == "digits":
-        pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
 
 
 @pytest.fixture
@@ -567,23 +563,15 @@ def test_lessons_refuse_what_they_do_not_have(call, message):
         lambda: lessons.xor_deep(1001, "cuda"),
         lambda: lessons.blobs(1000, "cuda"),
         lambda: lessons.sweep(1001, "cuda", seeds=100),
+        lambda: needs_images("digits") or lessons.digits(device="cuda"),
     ],
-    ids=["chain-rule", "worked-step", "by-hand", "xor", "xor-deep", "blobs", "sweep"],
+    ids=["chain-rule", "worked-step", "by-hand", "xor", "xor-deep", "blobs", "sweep", "digits"],
 )
 def test_lessons_on_cuda(run):
     result = run()
     assert result.matches, result.misses
     for one in getattr(getattr(result, "trajectory", result), "runs", ()):
         assert next(one.model.parameters()).is_cuda
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_digits_on_cuda():
-    needs_images("digits")
-    result = lessons.digits(device="cuda")
-    assert result.matches, result.misses
-    for run in result.trajectory.runs:
-        assert next(run.model.parameters()).is_cuda
 
 
 class Recording(Loop):
