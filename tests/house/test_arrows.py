@@ -75,29 +75,21 @@ def dotted(path):
 MODULES = {dotted(path) for path in PACKAGE}
 
 
-def rooms_met(source, module, folder):
-    """The other rooms that a source text of this module imports from; of a folder's face, that folder."""
-    home = module if folder else module.rpartition(".")[0]
-    names = imported(source, home) & MODULES
-    # Of "a.b" and "a", which both stand for `from .a import b`, the longer one is meant if b is a module.
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            here = imported(ast.unparse(node), home)
-            base = min(here, key=len)
-            if all(f"{base}.{alias.name}" in MODULES for alias in node.names):
-                names.discard(base)
-    return {room_of(name) for name in names} - {room_of(module)}
-
-
 def room_of(module):
     """The room in which a module lies: "mlp.lessons" for "perceptriton.mlp.lessons.race"."""
     return ".".join(module.split(".")[1:3])
 
 
 def climbs(source, module, folder=False):
-    """The rooms that a source text imports although they do not lie below its own."""
+    """The rooms that a source text of this module, or of this folder's face, imports although they lie no lower."""
+    met = set()
+    for node in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)):
+        names = imported(ast.unparse(node), module if folder else module.rpartition(".")[0])
+        base = min(names, key=len)
+        # `from .a import b` means the module a.b if there is one.
+        met |= {room_of(name if name in MODULES else base) for name in names - {base} if base in MODULES}
     floor = next(i for i, rooms in enumerate(FLOORS) if room_of(module) in rooms)
-    return sorted(rooms_met(source, module, folder) - set().union(*FLOORS[:floor]))
+    return sorted(met - {room_of(module)} - set().union(*FLOORS[:floor]))
 
 
 def under(names, *roots):
