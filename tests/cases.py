@@ -29,7 +29,8 @@ EMPTY_SHAPES = {
     "no-inputs": (5, 0, 2),  # act(bias)
     "no-outputs": (5, 3, 0),
 }
-ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
+MODULES = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}
+ACTIVATIONS = tuple(MODULES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -247,9 +248,6 @@ def written(y):
     y.mul_(2).add_(1)
     y[y > 1.5] = 0.5
     return y.square()
-
-
-MODULES = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}
 
 
 def sequential(sizes, activation="sigmoid", output_activation=None, **options):
