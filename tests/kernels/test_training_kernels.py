@@ -246,7 +246,7 @@ def test_long_trajectories(plan, steps):
             assert relative_error(ours, truth) <= BAND
 
 
-@pytest.mark.parametrize("variant", core(OPTIMIZERS, "nesterov", "adamw"))
+@pytest.mark.parametrize("variant", core(OPTIMIZERS, "nesterov", "dampening", "adamw"))
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_optimizers(plan, variant):
     run = Run(TrainConfig((3, 2, 2), **OPTIMIZERS[variant]), samples=3, members=2)
@@ -274,7 +274,7 @@ def test_losses(plan, loss, output, reduction):
 
 # numpy, under the interpreter, warns where a GPU has nothing to say.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("t", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("t", [0.0, pytest.param(0.25, marks=pytest.mark.core), 1.0])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_the_logarithm_of_a_saturated_output_is_cut_off(plan, t):
     # at -100, as torch.nn.BCELoss does: from z = 16.64 on 1 - y is 0, and y below -88.7
