@@ -856,6 +856,7 @@ def test_a_rehearsal_has_something_to_run(bench, tmp_path, suite):
 TUNERS = {"layers": "gpu_tiles.json", "networks": "mlp_tiles.json", "wide": "wide.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TUNERS)
 def test_what_the_tables_hold_is_what_was_tried(bench, name):
     pytest.importorskip("triton")
@@ -918,6 +919,7 @@ def test_a_search_goes_on_where_the_table_is(bench, monkeypatch):
             search(old=[row(128, 32)], **options)
 
 
+@pytest.mark.slow
 def test_tiles_are_found_by_compiling(bench):
     triton = pytest.importorskip("triton")
     common = bench("tuning.common")

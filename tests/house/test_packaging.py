@@ -153,6 +153,7 @@ def test_installed_package_works_from_anywhere(installed):
     assert result["on a chip"] == ["rows", "rows"]
 
 
+@pytest.mark.slow
 def test_editable_install_works_from_anywhere():
     try:
         about = json.loads(importlib.metadata.distribution("perceptriton").read_text("direct_url.json") or "{}")

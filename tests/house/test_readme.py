@@ -31,6 +31,7 @@ def run(line, code):
     assert not said, "".join(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "code"), [pytest.param(*block, id=f"line-{block[0]}") for block in blocks(README)])
 def test_every_block_runs(line, code, tmp_path, monkeypatch):
     if "perceptriton.mlp.estimator" in code:

@@ -76,6 +76,7 @@ def test_eight_processes_share_a_cold_cache(digests):
     assert list(folder.rglob("*.cubin")) == cubins
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_made_is_an_error_that_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     (found,) = compiled(tmp_path / "file" / "cache")

@@ -213,6 +213,7 @@ def test_results_do_not_depend_on_tables(folder):
     assert torch.equal(y, torch.sigmoid(x @ weight.t()))
 
 
+@pytest.mark.slow
 def test_import_reads_no_table():
     """What is damaged is found by those who ask for a plan, not by everyone who imports the package."""
     code = (

@@ -302,6 +302,7 @@ def run_doctor(*flags, **options):
     return subprocess.run([sys.executable, *flags, "-m", "perceptriton.mlp", "doctor"], timeout=120, **options)
 
 
+@pytest.mark.slow
 def test_doctor_runs_anywhere_and_imports_neither_triton_nor_matplotlib(tmp_path):
     run = run_doctor("-W", "error", "-X", "importtime", cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0

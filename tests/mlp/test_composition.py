@@ -149,6 +149,7 @@ def test_inductor():
     torch.testing.assert_close(results(torch.compile(model), x), results(twin, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @every_model
 def test_exports_as_plain_operations(name, strict, size):
@@ -300,6 +301,7 @@ def test_selective_checkpoint_sees_the_operations_of_nn(name, size):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["small", "onednn"])
 @every_model
 def test_same_flops_as_nn(name, path, force):

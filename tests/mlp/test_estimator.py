@@ -166,6 +166,7 @@ def test_learns_digits_in_a_pipeline(digits):
     assert curve[-1] < 0.05 * curve[0]
 
 
+@pytest.mark.slow
 def test_grid_search_in_two_processes(digits):
     x, _, y, _ = digits
     # numpy's numbers are what searches over distributions draw.

@@ -305,6 +305,7 @@ def test_errors(function):
         function([nn.Linear(2, 2)])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler itself uses what torch deprecates
 def test_compiles_after_fusing(case):
     model, x, _ = case

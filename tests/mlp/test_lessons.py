@@ -191,6 +191,7 @@ def deep_band(loss):
     return PLATEAU_BAND if loss > 0.6 else DROPPED_BAND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draws", [1, 2])
 def test_deep_xor_follows_the_table_in_one_call_of_fit(draws):
     result = lessons.xor_deep(draws=draws, ways=["fit"])
@@ -373,6 +374,7 @@ def test_by_hand_from_a_seed_that_stays_in_a_local_minimum_is_a_miss():
 # --- digits ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_digits_are_read_alike_all_three_ways(digits):
     trajectory = digits.trajectory
     assert trajectory.steps == list(range(0, 661, 10))
@@ -455,6 +457,7 @@ def test_sweep_holds_the_network_of_the_table(sweep):
     assert not dataclasses.replace(sweep, trajectory=wrong).matches
 
 
+@pytest.mark.slow
 def test_sweep_counts_success(sweep):
     assert (sweep.losses.shape, sweep.success.shape) == ((26, 3, 30), (26, 3))
     for step, rate in itertools.product((0, 10, 25), range(3)):
@@ -586,6 +589,7 @@ class Recording(Loop):
         super().take(turn, turns, steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "turns"), [(1, 1), (99, 1), (250, 2), (1001, 10)])
 def test_contenders_take_turns(steps, turns):
     x, y = xor_data()
@@ -757,6 +761,7 @@ def test_digits_picture_shows_three_curves_and_the_surest_mistakes(digits):
     assert surest == sorted(surest, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_surface_on_one_side_of_one_half_has_no_contour(short, tmp_path):
     pytest.importorskip("matplotlib")
     model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Sigmoid())
