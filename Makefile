@@ -122,7 +122,7 @@ check-others: $(READY)
 	$(call step,other fast tests,$(PYTEST) -m 'not (slow or more or compiles)' tests/kernels tests/benches tests/house)
 
 check-core: $(READY)
-	$(call step,core of the kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) -m core tests/kernels)
+	$(call step,core of the kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) -m core)
 
 .PHONY: test-mlp test-others test-compile test-kernels test-networks test-old-triton test-benches test-slowest test-fuzz
 test-mlp: $(READY)
