@@ -4,6 +4,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from gloo_sweep import finish
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -119,8 +120,7 @@ def main(rank, ranks, store, out):
                 results[case, name, size] = train(wrap(make(size), mesh), size, rank, ranks)
             for case, wrap in TENSOR_PARALLEL.items():
                 results[case, name, size] = train(wrap(make(size), mesh), size)
-    dist.destroy_process_group()
-    torch.save(results, out)
+    finish(results, out)
 
 
 if __name__ == "__main__":

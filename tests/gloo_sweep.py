@@ -1,6 +1,7 @@
 """What each process of `test_two_processes_train_as_one` runs: python gloo_sweep.py RANK RANKS STORE OUT."""
 
 import functools
+import os
 import sys
 
 import torch
@@ -38,6 +39,15 @@ def sweep(members=5, seed=3, dtype=torch.float32, spoil=False, mixed=False, brok
     }
 
 
+def finish(results, out):
+    """Saves the results, leaves the group together with the other ranks, and ends this process."""
+    torch.save(results, out)
+    dist.barrier()
+    dist.destroy_process_group()
+    # The threads of gloo may still run when an interpreter that ends in order destroys them, which aborts it.
+    os._exit(0)
+
+
 if __name__ == "__main__":
     rank, ranks, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
@@ -51,5 +61,4 @@ if __name__ == "__main__":
             sweep(**trouble)
         except (ValueError, ArithmeticError, RuntimeError) as error:
             results.append(f"{type(error).__name__}: {error}")
-    dist.destroy_process_group()
-    torch.save(results, out)
+    finish(results, out)
