@@ -170,6 +170,11 @@ def _flat(x: Tensor) -> Tensor:
     return _stored(x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
 
+def _flat_head(head: tuple | None) -> tuple | None:
+    """The target, pos_weight and options of a loss, as the kernels of whole networks read them."""
+    return None if head is None else (_flat(head[0]), _stored(head[1]), *head[2:])
+
+
 def _stacked_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
     """A layer of a stack, planned by shapes alone: operands that TMA cannot read as they lie are copied."""
     if plan.impl == "tma":
@@ -207,8 +212,7 @@ def mlp_fwd(
         layer_fwd = (_stacked_fwd,) if plan.impl == "stack" else ()
         y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save, *layer_fwd)
         return _led(y, x.shape), saved
-    flat_head = None if head is None else (_flat(head[0]), _stored(head[1]), *head[2:])
-    y, saved = gpu("network").mlp_fwd(_flat(x), *_dense(weights, biases), hidden, output, plan, save, flat_head)
+    y, saved = gpu("network").mlp_fwd(_flat(x), *_dense(weights, biases), hidden, output, plan, save, _flat_head(head))
     return _led(y, x.shape) if y.dim() else y, saved
 
 
@@ -235,8 +239,7 @@ def mlp_bwd(
     if plan.impl == "fused":
         inputs = (cast(Tensor, flat_x), cast("tuple[Tensor, ...]", saved))
         parameters = _dense(cast(Sequence[Tensor], weights), biases)
-        flat_head = None if head is None else (_flat(head[0]), _stored(head[1]), head[2])
-        gradients = gpu("network").mlp_bwd(flat_dy, *inputs, *parameters, *options, flat_head)
+        gradients = gpu("network").mlp_bwd(flat_dy, *inputs, *parameters, *options, _flat_head(head))
     else:
         *hs, y = saved
         flat_y = None if y is None else _flat(y)
