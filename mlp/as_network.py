@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels.reference import shares_nothing
-from .layers import FUSED, LAYERS, activation_of
 from .model import MLP
-from .sequential import FusedSequential, hooks_of, is_identity
+from .sequential import Chain, FusedSequential, chains, runs_only_forward
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Network:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module may run more than the `forward` of its class."""
-    return any(hooks_of(module)) or "forward" in module.__dict__ or bool(_has_any_global_hook())
+    return not runs_only_forward(module) or bool(_has_any_global_hook())
 
 
 def as_network(model: nn.Module) -> Network | str:
@@ -38,35 +37,26 @@ def as_network(model: nn.Module) -> Network | str:
         return f"{type(model).__name__} is neither an MLP nor an nn.Sequential"
     if found := next((name or "the model" for name, module in model.named_modules() if has_hooks(module)), None):
         return f"{found} has hooks or a forward of its own"
-    layers: list[nn.Linear] = []
-    names: list[str] = []
-    for module in model:
-        kind = type(module)
-        if kind in LAYERS.values() and isinstance(module, nn.Linear):
-            layers.append(module)
-            names.append(activation_of(module))
-        elif is_identity(module) and layers:
-            continue
-        elif kind not in FUSED or not layers:
-            return f"{kind.__name__} is not part of a chain of linear layers and activations"
-        elif names[-1] != "identity":
-            return f"{kind.__name__} follows another activation"
-        else:
-            names[-1] = FUSED[kind].activation
-    if not layers:
+    if not len(model):
         return "the model has no layers"
-    if len(set(names[:-1])) > 1:
-        return f"hidden layers have different activations: {', '.join(names[:-1])}"
-    bias = layers[0].bias is not None
-    if any((layer.bias is not None) != bias for layer in layers):
+    # An identity behind the last module changes nothing, and makes a layer that stands alone a chain.
+    steps = chains([*model, nn.Identity()], seen=True)
+    if found := next((step for step in steps if not isinstance(step, Chain)), None):
+        return f"{type(found).__name__} is not part of a chain of linear layers and activations"
+    chain, *others = cast("list[Chain]", steps)
+    if others:
+        names = [name for step in (chain, *others) for name in step.activations]
+        return f"hidden layers have different activations: {', '.join(names)}"
+    layers = chain.layers
+    if any((layer.bias is None) != (layers[0].bias is None) for layer in layers):
         return "some layers have a bias and some have none"
     if any(below.out_features != above.in_features for below, above in pairwise(layers)):
         return "the widths of its layers do not fit"
     if any(set(layer._parameters) != {"weight", "bias"} for layer in layers):
         return "a layer has parameters of other names"
     parameters = tuple(cast(nn.Parameter, p) for layer in layers for p in (layer.weight, layer.bias) if p is not None)
-    widths = (layers[0].in_features, *(layer.out_features for layer in layers))
-    return Network(widths, names[0], names[-1], bias, parameters)
+    hidden, output = chain.activations[0], chain.activations[-1]
+    return Network(chain.widths, hidden, output, layers[0].bias is not None, parameters)
 
 
 def training_refusal(network: Network) -> str | None:

@@ -1,158 +1,138 @@
-"""Fused layers in the place of Linear + activation, in models that exist already."""
+"""`fuse_`: Sequentials that exist already run fused, their modules staying what they are."""
 
-from collections import Counter
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
+from typing import cast
 
-import torch.fx
+import torch
 from torch import nn
 
-from .layers import FUSED
-from .sequential import FusedSequential, hooks_of
+from .layers import LAYERS, MODULES, LinearAct
+from .model import MLP
+from .sequential import Chain, FusedSequential, chains, fused_class, runs_only_forward
 
 __all__ = ["fuse_", "unfuse_"]
 
-CLASS_BEFORE = "_class_before_fuse"  # the attribute in which a module remembers its class
-ACTIVATIONS = tuple(FUSED)
-
-
-class Applied(nn.Identity):
-    """In the place of an activation that the layer before it has applied."""
-
-    def extra_repr(self) -> str:
-        return self.__dict__[CLASS_BEFORE].__name__
-
-
-def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    # Fused layers add no state to that of nn.Linear, so the same object goes on in optimizers and references to it.
-    module.__dict__[CLASS_BEFORE] = type(module)
-    module.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
-
 
 def fuse_(model: nn.Module, refused: dict[str, str] | None = None) -> list[str]:
-    """Fuses every `nn.Linear` with the `nn.Sigmoid`, `nn.Tanh` or `nn.ReLU` that follows it, in place.
+    """Makes every `nn.Sequential` of the model run its Linears fused with the activations behind them, in place.
 
-    Returns the qualified names of the Linears that became `LinearSigmoid`, `LinearTanh` or `LinearReLU`. The modules
-    stay the same objects with the same parameters, so optimizers, `state_dict` and references go on working; the
-    activations do nothing any more. An `nn.Sequential` runs such layers that follow each other as one network.
-    Calling it again changes nothing. `unfuse_` undoes it.
+    A pair is an `nn.Linear` and the `nn.Sigmoid`, `nn.Tanh` or `nn.ReLU` behind it; pairs that follow each other run as
+    one network. Returns the qualified names of the Linears in pairs. All that changes is the class of the Sequentials,
+    whose `forward` looks for pairs at every call. Their modules stay what they are: optimizers, `state_dict`, hooks,
+    modules that are replaced or inserted, slices, copies and tools that look at modules mean what they mean in torch.
+    No forward is run. Calling it again changes nothing; `unfuse_` undoes it.
 
-    A pair is found in an `nn.Sequential`, or in a module whose forward `torch.fx` can trace, where the Linear is used
-    once, its output goes to the activation alone and the activation is used once. What is called from a forward as a
-    function (`torch.sigmoid`) stays as it is. refused: takes the qualified names of Linears that are followed by an
-    activation and were left alone, with the reason: hooks on either of them, parametrizations, a module of another
-    class or with a forward of its own, a Linear or an activation that is used elsewhere. An `nn.Sequential` is taken
-    to be called as a whole.
+    A subclass of `nn.Sequential` counts if it has the forward and the iteration of that class. What other forwards call
+    is fused by `torch.compile(model, backend="perceptriton")`. refused: takes the qualified name of every Linear that
+    was left alone, with the reason.
 
     Raises TypeError if the model is no nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
-    uses = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    replaced: list[str] = []
+    _check(model)
+    names: list[str] = []
     for name, module in model.named_modules():
-        here: list[str] = []
-        for first, second in _pairs(module):
-            linear, activation = (module.get_submodule(child) for child in (first, second))
-            full = f"{name}.{first}" if name else first
-            if (reason := _pair_refusal(linear, activation, uses)) is None:
-                here.append(full)
-                _set_class(linear, FUSED[type(activation)])
-                _set_class(activation, Applied)
-            elif refused is not None:
-                refused[full] = reason
-        if here and type(module) is nn.Sequential:
-            _set_class(module, FusedSequential)
-        replaced += here
-    return replaced
+        if not isinstance(module, FusedSequential) and _is_sequential(module) and (found := _in_pairs(name, module)):
+            module.__class__ = fused_class(type(module))
+            names += found
+    if refused is not None:
+        refused |= {name: reason for name, reason in linears(model) if reason}
+    return names
 
 
 def unfuse_(model: nn.Module) -> list[str]:
-    """Undoes `fuse_`: every module has its old class again. Returns the qualified names of the Linears.
+    """Undoes `fuse_`: every Sequential has its old class again. Returns the qualified names of the Linears in pairs.
 
-    An `MLP` or a layer that was built fused stays as it is. Raises TypeError if the model is no nn.Module, and
-    ValueError if a module has got another class since, as `parametrize` and `fully_shard` give it one; the model stays
-    as it is then.
+    An `MLP` stays as it is. Raises TypeError if the model is no nn.Module, and ValueError if a Sequential has got
+    another class since, as `fully_shard` gives it one; the model stays as it is then.
     """
+    _check(model)
+    fused = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, FusedSequential) and not isinstance(module, MLP)
+    ]
+    for name, module in fused:
+        if type(module) is not fused_class(module.unfused):
+            raise ValueError(f"model{name and '.' + name} has become a {type(module).__name__}: undo that first")
+    names: list[str] = []
+    for name, module in fused:
+        names += _in_pairs(name, module)
+        module.__dict__.pop("_planned", None)
+        module.__class__ = module.unfused  # pyright: ignore[reportAttributeAccessIssue]
+    return names
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, str | None]]:
+    """The qualified name of every Linear that stands below the model, and why no fused call takes it, or None."""
+    if isinstance(model, nn.Linear):
+        yield "", None if isinstance(model, LinearAct) else "no nn.Sequential calls it"
+    for name, module in model.named_modules():
+        pairs = _in_pairs(name, module) if isinstance(module, FusedSequential) else []
+        for child, linear in module._modules.items():
+            scripted = isinstance(linear, torch.jit.ScriptModule) and linear.original_name == "Linear"
+            if isinstance(linear, nn.Linear) or scripted:
+                full = _joined(name, child)
+                taken = full in pairs or isinstance(linear, LinearAct)
+                yield full, None if taken else "it is scripted" if scripted else _reason(model, name, child)
+
+
+def _check(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
-    for name, module in model.named_modules():
-        if CLASS_BEFORE in module.__dict__ and type(module) not in (*FUSED.values(), Applied, FusedSequential):
-            raise ValueError(f"model{name and '.' + name} has become a {type(module).__name__}: undo that first")
-    restored: list[str] = []
-    for name, module in model.named_modules():
-        if kind := module.__dict__.pop(CLASS_BEFORE, None):
-            module.__dict__.pop("_planned", None)
-            module.__class__ = kind
-            if kind is nn.Linear:
-                restored.append(name)
-    return restored
 
 
-# --- where layers follow each other ------------------------------------------------------------------------
+def _joined(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child
 
 
-def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The names, below this module, of each linear layer and the activation right behind it."""
-    sequential = type(module).forward in (nn.Sequential.forward, FusedSequential.forward)
-    # A list, so that tracing ends before the first pair is fused.
-    for first, second in list(pairwise(module._modules) if sequential else _traced(module)):
-        linear, activation = (module.get_submodule(name) for name in (first, second))
-        if isinstance(linear, nn.Linear) and isinstance(activation, ACTIVATIONS):
-            yield first, second
+def _is_sequential(module: nn.Module) -> bool:
+    """Whether the module calls its children in order, as `nn.Sequential` does and subclasses may."""
+    if not isinstance(module, nn.Sequential):
+        return False
+    kind = type(module)
+    return (
+        kind.forward in (nn.Sequential.forward, FusedSequential.forward)
+        and kind.__iter__ is nn.Sequential.__iter__
+        and kind.__call__ is nn.Module.__call__
+        and "forward" not in module.__dict__
+    )
 
 
-class _Tracer(torch.fx.Tracer):
-    """Traces one forward; the modules that it calls stay calls."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _traced(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Calls of which the second is the only user of the first, each module being called once."""
-    children = [child for child in module._modules.values() if child is not None]
-    if not any(isinstance(child, ACTIVATIONS) for child in _with_containers_opened(children)):
-        return
-    try:
-        graph = _Tracer().trace(module)
-    except Exception:  # a forward that cannot be traced may raise anything, and is left alone
-        return
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    times = Counter(id(module.get_submodule(str(node.target))) for node in calls)
-    # A module whose parameters the forward reads itself is used twice.
-    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    for node in calls:
-        users = list(node.users)
-        if len(users) != 1 or users[0].op != "call_module" or users[0].args != (node,) or users[0].kwargs:
-            continue
-        first, second = str(node.target), str(users[0].target)
-        once = all(times[id(module.get_submodule(name))] == 1 for name in (first, second))
-        if once and not {first, second} & read:
-            yield first, second
+def _in_pairs(name: str, module: nn.Module) -> list[str]:
+    """The qualified names of the layers of a Sequential whose activation runs with them."""
+    taken = {
+        id(layer)
+        for chain in chains(cast("Iterable[nn.Module]", module._modules.values()), seen=True)
+        if isinstance(chain, Chain)
+        for layer, activation in zip(chain.layers, chain.activations, strict=True)
+        if activation != "identity"
+    }
+    return [_joined(name, child) for child, layer in module._modules.items() if id(layer) in taken]
 
 
-def _with_containers_opened(modules: list[nn.Module]) -> Iterator[nn.Module]:
-    """The modules that a forward may call: these and, where one is a container, its entries."""
-    for module in modules:
-        yield module
-        # The containers of a GraphModule are bare Modules.
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or type(module) is nn.Module:
-            yield from _with_containers_opened([child for child in module._modules.values() if child is not None])
-
-
-# --- what must stay as it is -------------------------------------------------------------------------------
-
-
-def _pair_refusal(linear: nn.Module, activation: nn.Module, uses: Counter) -> str | None:
-    """Why this pair cannot be fused, or None."""
-    for what, module, kinds in (("it", linear, (nn.Linear,)), ("the activation", activation, ACTIVATIONS)):
+def _reason(model: nn.Module, name: str, child: str) -> str:
+    """Why the Linear `child` of the module `name` is called as it is."""
+    parent = model.get_submodule(name)
+    if not _is_sequential(parent):
+        while isinstance(parent, (nn.ModuleList, nn.ModuleDict)) and name:
+            name = name.rpartition(".")[0]
+            parent = model.get_submodule(name)
+        return f'it is called by the forward of {type(parent).__name__}: torch.compile(model, backend="perceptriton")'
+    children = list(parent._modules.items())
+    at = [other for other, _ in children].index(child)
+    following = next((other for _, other in children[at + 1 :] if type(other) is not nn.Identity), None)
+    for what, module, kinds in (
+        ("it", children[at][1], LAYERS),
+        ("the activation", following, tuple(MODULES.values())),
+    ):
+        if module is None:
+            return "no activation follows it"
         if type(module) not in kinds:
-            return f"{what} is a {type(module).__name__}"
-        if any(hooks_of(module)):
-            return f"{what} has hooks"
+            return f"{what} is a {type(module).__name__}" if what == "it" else f"a {type(module).__name__} follows it"
         if "forward" in module.__dict__:
             return f"{what} has a forward of its own"
-        if uses[id(module)] > 1:
-            return f"{what} is used elsewhere too"
-    return None
+        if "_compiled_call_impl" in module.__dict__:
+            return f"{what} has been compiled"
+        if not runs_only_forward(module):
+            return f"{what} has hooks"
+    return "its weight is no parameter, or torch has global hooks"

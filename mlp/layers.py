@@ -83,11 +83,14 @@ class LinearSigmoidBCELoss(nn.Linear):
         return linear_act(input, self.weight, self.bias, "sigmoid")
 
 
-# The layer that does what an nn.Linear and this activation behind it do.
-FUSED: dict[type[nn.Module], type[LinearAct]] = {nn.Sigmoid: LinearSigmoid, nn.Tanh: LinearTanh, nn.ReLU: LinearReLU}
-
-# The layer with the activation of this name.
-LAYERS: dict[str, type[nn.Linear]] = {layer.activation: layer for layer in FUSED.values()} | {"identity": nn.Linear}
+# The modules of torch that apply an activation, by its name.
+MODULES: dict[str, type[nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "identity": nn.Identity,
+}
+LAYERS: tuple[type[nn.Linear], ...] = (nn.Linear, LinearSigmoid, LinearTanh, LinearReLU)
 
 
 def activation_of(layer: nn.Linear) -> str:

@@ -1,161 +1,264 @@
-"""An `nn.Sequential` that runs fused layers which follow each other as one network."""
+"""An `nn.Sequential` that pairs linear layers and activations when it is called, and runs those in a row as one."""
 
+import copyreg
+import functools
+import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
-from torch import Tensor, is_grad_enabled, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, is_grad_enabled, nn
 from torch.compiler import is_compiling
-from torch.nn.functional import linear
-from torch.nn.modules import module as _modules
+from torch.nn.modules.module import _has_any_global_hook
 
-from ..kernels import ops
+from ..kernels import eligibility, ops
 from ..kernels.activations import ACTIVATIONS
-from .functional.eager import ERRORS
-from .functional.network import mlp_act
-from .layers import LAYERS, activation_of
+from .functional import linear_act, mlp_act
+from .functional.eager import ERRORS, product_dtype
+from .layers import LAYERS, MODULES, activation_of
 
-# Where torch.nn.modules.module.register_module_*_hook put hooks that run for every module.
-_GLOBAL_HOOKS = (
-    _modules._global_forward_hooks,
-    _modules._global_forward_pre_hooks,
-    _modules._global_backward_hooks,
-    _modules._global_backward_pre_hooks,
-)
+# The `forward` of each class that a chain stands for. One that was patched since must run itself.
+_FORWARDS = {kind: kind.forward for kind in (*LAYERS, *MODULES.values())}
+_NAMES = {kind: name for name, kind in MODULES.items()}
+# How many attributes a module of each class has if nobody has set another: then none hides its `forward` or parameters.
+_SIZES = {kind: len(kind(1, 1, device="meta").__dict__) for kind in LAYERS} | {
+    kind: len(kind().__dict__) for kind in _NAMES
+}
 
 
-@dataclass(frozen=True, slots=True)
+def runs_only_forward(module: nn.Module) -> bool:
+    """Whether a call of the module runs the `forward` of its class and nothing else, but for torch's global hooks."""
+    own = module.__dict__
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or "_compiled_call_impl" in own
+    )
+
+
+def _is_hidden(own: dict) -> bool:
+    """Whether a linear layer of these attributes computes from something else than its parameters."""
+    parameters = own["_parameters"]
+    # An attribute of the instance hides the parameter of that name.
+    return "weight" in own or "bias" in own or "weight" not in parameters or "bias" not in parameters
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module, of a class in `_FORWARDS`, computes what that class does from its parameters."""
+    kind = type(module)
+    unpatched = runs_only_forward(module) and kind.forward is _FORWARDS[kind]
+    return unpatched and (kind in _NAMES or not _is_hidden(module.__dict__))
+
+
+@dataclass(frozen=True)
 class Chain:
-    """Fused layers that follow each other in an `nn.Sequential`, and what it takes to run them as one network."""
+    """Modules in a row that are a network, and how to run them as one.
 
-    modules: tuple[nn.Module, ...]
-    layers: tuple[tuple[dict, Callable[[Tensor], Tensor]], ...]  # (parameters by name, activation) of each layer
-    # The dicts of the modules themselves, not copies: they show what is set or registered later.
-    attributes: tuple[dict, ...]  # of every module; an instance may get a `forward` of its own
-    hooks: tuple[dict, ...]  # of every module, and torch's global ones
+    Only which modules they are is kept: every call reads their hooks and parameters anew.
+    """
+
+    modules: tuple[nn.Module, ...]  # linear layers, activations, identities
+    layers: tuple[nn.Linear, ...]
+    activations: tuple[str, ...]  # behind each layer; those of hidden layers are the same
     widths: tuple[int, ...]
-    activations: tuple[str, str] | None  # hidden, output; None where hidden layers differ
+    # Of each module: itself, its class, how many attributes that has, whether it is a layer, what it applies.
+    parts: tuple[tuple[nn.Module, type, int, bool, Callable | None], ...]
+    kinds: tuple[tuple[type[nn.Module], Callable], ...]  # the classes of the modules with their `forward`
 
     @classmethod
-    def of(cls, modules: tuple[nn.Module, ...]) -> "Chain":
-        layers = [cast(nn.Linear, module) for module in modules if not is_identity(module)]
-        names = [activation_of(layer) for layer in layers]
-        return cls(
-            modules,
-            tuple((layer._parameters, ACTIVATIONS[name].forward) for layer, name in zip(layers, names, strict=True)),
-            tuple(module.__dict__ for module in modules),
-            (*_GLOBAL_HOOKS, *(hooks for module in modules for hooks in hooks_of(module))),
-            (layers[0].in_features, *(layer.out_features for layer in layers)),
-            (names[0], names[-1]) if len(set(names[:-1])) <= 1 else None,
-        )
+    def of(cls, modules: tuple[nn.Module, ...], layers: tuple[nn.Linear, ...], activations: tuple[str, ...]) -> "Chain":
+        parts = []
+        for module in modules:
+            kind = type(module)
+            name = activation_of(module) if isinstance(module, nn.Linear) else _NAMES[kind]
+            function = None if name == "identity" else ACTIVATIONS[name].forward
+            parts.append((module, kind, _SIZES[kind], isinstance(module, nn.Linear), function))
+        widths = (layers[0].in_features, *(layer.out_features for layer in layers))
+        kinds = tuple((kind, _FORWARDS[kind]) for kind in dict.fromkeys(map(type, modules)))
+        return cls(modules, layers, activations, widths, tuple(parts), kinds)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether calling the modules would run nothing but the `forward` of their classes."""
-        return not any(self.hooks) and not any("forward" in own for own in self.attributes)
-
-    def parameters(self) -> tuple[list[Tensor], list[Tensor] | None] | None:
-        """(weights, biases), without biases None; None where only some layers have one, or a layer is parametrized."""
-        found = [(own.get("weight"), own.get("bias")) for own, _ in self.layers]
-        weights = [weight for weight, _ in found if weight is not None]
-        biases = [bias for _, bias in found if bias is not None]
-        every = len(weights) == len(self.layers) and len(biases) in (0, len(weights))
-        return (weights, biases or None) if every else None
+    def parameters(self) -> tuple[list[Tensor], list[Tensor | None]] | None:
+        """(weights, biases), or None where calling the modules would run anything but the forwards of their classes."""
+        if _has_any_global_hook() or not all(map(_is_plain, self.modules)):
+            return None
+        found = [layer._parameters for layer in self.layers]
+        return [cast(Tensor, own["weight"]) for own in found], [own["bias"] for own in found]
 
     def run(self, input: Tensor) -> Tensor:
         """What calling the modules in turn computes."""
-        # `is_plain` and the layers' choice of torch are written out here, since calls are what a tiny network costs.
-        if any(self.hooks):
-            return self._one_by_one(input)
-        for own in self.attributes:
-            if "forward" in own:
-                return self._one_by_one(input)
         try:
             if on_cpu := input.is_cpu:
                 few = input.numel() < ops.few_elements(self.widths, input.dtype, is_grad_enabled())
             else:
                 few = ops.prefers_torch(input, self.widths)
-            if few:
-                y = input
-                for parameters, activation in self.layers:
-                    weight = parameters["weight"]
-                    if not (weight.is_cpu if on_cpu else weight.device == input.device):
-                        raise ValueError  # torch misses a weight on the meta device; the layer has an error for it
-                    y = activation(linear(y, weight, parameters["bias"]))
-                return y
+            if not few or _has_any_global_hook():
+                return self._dispatch(input)
+            for kind, forward in self.kinds:
+                if kind.forward is not forward:
+                    return self._dispatch(input)
+            # Written out, as `_is_plain` and a layer have it: calls are what a tiny network costs.
+            y = input
+            for module, kind, size, is_layer, activation in self.parts:
+                own = module.__dict__
+                if (
+                    own["_forward_hooks"]
+                    or own["_forward_pre_hooks"]
+                    or own["_backward_hooks"]
+                    or own["_backward_pre_hooks"]
+                    or type(module) is not kind
+                    or (len(own) != size and not _is_plain(module))
+                ):
+                    y = module(y)
+                    continue
+                if is_layer:
+                    try:
+                        weight, bias = own["_parameters"]["weight"], own["_parameters"]["bias"]
+                    except KeyError:
+                        y = module(y)
+                        continue
+                    # torch misses a weight on the meta device; the layer has an error for it.
+                    if not (weight.is_cpu if on_cpu else weight.device == y.device):
+                        raise ValueError
+                    y = F.linear(y, weight, bias)
+                if activation is not None:
+                    y = activation(y)
+            return y
         except ERRORS:
-            # Layers called one by one say what is wrong, run parametrizations, and are seen by a tracer of torch.fx.
-            return self._one_by_one(input)
-        try:
-            if self.activations is not None and (found := self.parameters()) is not None:
-                return mlp_act(input, *found, *self.activations)
-        except (TypeError, ValueError):
-            pass  # the layer that is called next raises it again and names its own arguments
-        return self._one_by_one(input)
+            # What a hook or a module of the caller's raised is not tried again.
+            if self.parameters() is None:
+                raise
+        return self._dispatch(input)
 
-    def _one_by_one(self, input: Tensor) -> Tensor:
-        for module in self.modules:
-            input = module(input)
-        return input
+    def _dispatch(self, input: Tensor) -> Tensor:
+        found = self.parameters()
+        if found is not None and not isinstance(input, fx.Proxy):
+            return self.fused(input, *found)
+        # torch.fx records calls of modules.
+        return run(self.modules if found else chains(self.modules, seen=True), input)
+
+    def fused(self, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+        """The network by the functions of the package, as a whole if all layers have a bias or none has."""
+        given = [bias for bias in biases if bias is not None]
+        if len(weights) > 1 and len(given) in (0, len(weights)):
+            try:
+                return mlp_act(x, weights, given or None, self.activations[0], self.activations[-1])
+            except (TypeError, ValueError):
+                pass  # the layer that is called next raises it again and names its own arguments
+        for weight, bias, activation in zip(weights, biases, self.activations, strict=True):
+            x = linear_act(x, weight, bias, activation)
+        return x
 
 
-def hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    """The dicts of the hooks that run when this module is called."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+def run(steps: Iterable[Chain | nn.Module], input: Tensor) -> Tensor:
+    """What the steps compute in turn."""
+    for step in steps:
+        input = step.run(input) if isinstance(step, Chain) else step(input)
+    return input
 
 
-def is_identity(module: nn.Module) -> bool:
-    """Whether the module returns its input, as `nn.Identity` and classes derived from it do."""
-    return type(module).forward is nn.Identity.forward
+def chains(modules: Iterable[nn.Module], seen: bool = False) -> list[Chain | nn.Module]:
+    """The modules in order, where those in a row that are a network, and more than one module, are one chain.
 
-
-def _steps(modules: tuple[nn.Module, ...]) -> list[Chain | nn.Module]:
-    """The modules, where layers that follow each other, with any nn.Identity behind them, are one chain."""
-    groups: list[list[nn.Module]] = []
+    seen: what would run something besides the forwards of their classes is in no chain.
+    """
+    groups: list[tuple[list[nn.Module], list[nn.Linear], list[str]]] = []
+    hooked = seen and _has_any_global_hook()
     for module in modules:
-        follows = bool(groups) and type(groups[-1][0]) in LAYERS.values()
-        if follows and (type(module) in LAYERS.values() or is_identity(module)):
-            groups[-1].append(module)
+        kind = type(module)
+        own, layers, names = groups[-1] if groups else ([], [], [])
+        plain = kind in _FORWARDS and not (seen and (hooked or not _is_plain(module)))
+        if plain and kind in LAYERS:
+            # Hidden layers of a network have one activation.
+            if not layers or names[-1] != names[0]:
+                own, layers, names = [], [], []
+                groups.append((own, layers, names))
+            layers.append(cast(nn.Linear, module))
+            names.append(activation_of(layers[-1]))
+        elif plain and layers and (names[-1] == "identity" or kind is nn.Identity):
+            names[-1] = _NAMES[kind] if names[-1] == "identity" else names[-1]
         else:
-            groups.append([module])
-    return [Chain.of(tuple(group)) if len(group) > 1 else group[0] for group in groups]
+            groups.append(([module], [], []))
+            continue
+        own.append(module)
+    return [
+        Chain.of(tuple(own), tuple(layers), tuple(names)) if layers and len(own) > 1 else own[0]
+        for own, layers, names in groups
+    ]
 
 
 class FusedSequential(nn.Sequential):
-    """An `nn.Sequential` that runs fused layers which follow each other as one network.
+    """An `nn.Sequential` whose forward runs linear layers and activations that follow each other as one network.
 
-    What it computes is what calling its modules in turn computes. Hooks, parametrizations and a `forward` of an
-    instance's own are noticed at every call; then those layers are called one by one.
+    Its modules stay what they are, and what it computes is what calling them in turn computes: at every call they are
+    looked at anew, and those with hooks, parametrizations or a `forward` of their own are called one by one.
     """
 
-    _planned: tuple[tuple[nn.Module, ...], list[Chain | nn.Module]] | None = None  # what `_plan` returned last
+    unfused: ClassVar[type[nn.Sequential]] = nn.Sequential  # the class that `fuse_` takes this one for
+    _planned: tuple[tuple, list[nn.Module], list[type], list[Chain | nn.Module]] | None = None  # see `steps`
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features of the first layer) -> (..., out_features of the last)."""
         if is_compiling():
-            return super().forward(input)
-        # The comparison in `_plan` is written out here too, which saves a tiny network the call.
+            return self._traced(input)
         planned = self._planned
-        if planned is None or planned[0] != tuple(self._modules.values()):
-            planned = self._plan()
-        for step in planned[1]:
+        # The comparison in `steps` is written out here too, for it costs a tiny network less than the call.
+        if planned is None or planned[0] != tuple(self._modules.values()) or planned[1]:
+            steps = self.steps()
+        else:
+            steps = planned[3]
+        for step in steps:
             input = step.run(input) if isinstance(step, Chain) else step(input)
         return input
 
-    def _plan(self) -> tuple[tuple[nn.Module, ...], list[Chain | nn.Module]]:
-        """(the modules, the steps that run in their place), made anew when modules have come or gone."""
-        modules = tuple(self._modules.values())
+    def steps(self) -> list[Chain | nn.Module]:
+        """What runs in the place of the modules, planned anew when one has come, gone or changed its class."""
         planned = self._planned
-        if planned is None or planned[0] != modules:
-            planned = self.__dict__["_planned"] = modules, _steps(cast(tuple[nn.Module, ...], modules))
-        return planned
+        modules = tuple(self._modules.values())
+        # A chain looks at the classes of its modules itself.
+        if planned is None or planned[0] != modules or list(map(type, planned[1])) != planned[2]:
+            steps = chains(modules)
+            alone = [step for step in steps if not isinstance(step, Chain)]
+            planned = self.__dict__["_planned"] = modules, alone, list(map(type, alone)), steps
+        return planned[3]
+
+    def _traced(self, input: Tensor) -> Tensor:
+        if not eligibility.launchable(input.device, product_dtype(input)[0]):
+            return super().forward(input)
+        for step in chains(self._modules.values(), seen=True):
+            if isinstance(step, Chain):
+                input = step.fused(input, *cast("tuple[list, list]", step.parameters()))
+            else:
+                input = step(input)
+        return input
+
+    def __prepare_scriptable__(self) -> nn.Sequential:
+        return nn.Sequential(OrderedDict(self._modules))  # torch.jit.script compiles that of the class
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_planned"}
+        return {name: value for name, value in super().__getstate__().items() if name != "_planned"}
 
-    def __getitem__(self, index):
-        # A slice is no longer the network that the constructor describes. Its modules keep their names, as in torch.
-        if isinstance(index, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
-        return super().__getitem__(index)
+
+@functools.cache
+def fused_class(kind: type[nn.Sequential]) -> type[FusedSequential]:
+    """The class of `nn.Sequential`s that are of this one but for the `forward`, which is that of `FusedSequential`."""
+    if kind is nn.Sequential:
+        return FusedSequential
+    body = {"unfused": kind, "__module__": kind.__module__, "__reduce_ex__": _reduce_ex}
+    return types.new_class(f"Fused{kind.__name__}", (FusedSequential, kind), {}, lambda own: own.update(body))
+
+
+def _reduce_ex(module: FusedSequential, protocol: int) -> str | tuple:
+    # No module holds a class that was made here, so copies and pickles name the one that it was made of.
+    reduced = super(FusedSequential, module).__reduce_ex__(protocol)
+    if isinstance(reduced, str) or reduced[0] is not copyreg.__newobj__:  # pyright: ignore[reportAttributeAccessIssue]
+        return reduced
+    return _new_fused, (module.unfused, *reduced[1][1:]), *reduced[2:]
+
+
+def _new_fused(kind: type[nn.Sequential], *arguments) -> nn.Sequential:
+    return kind.__new__(fused_class(kind), *arguments)

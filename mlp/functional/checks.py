@@ -74,9 +74,9 @@ def check_loss(x, weights, target, pos_weight, reduction) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}") from None
-        if not tensor.is_floating_point():
+        if not (is_real(tensor) if name == "pos_weight" else tensor.is_floating_point()):
             raise ValueError(f"{name} must be floating, not {tensor.dtype}") from None
-        if tensor.dtype.itemsize == 1:
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
             raise ValueError(f"{name} is {tensor.dtype}, for which torch has no loss") from None
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}") from None
@@ -94,6 +94,11 @@ def check_loss(x, weights, target, pos_weight, reduction) -> None:
             fits = False
         if not fits:
             raise ValueError(f"pos_weight {tuple(pos_weight.shape)} does not fit the output {shape}") from None
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Whether the tensor holds floating numbers or integers."""
+    return not (tensor.is_complex() or tensor.dtype is torch.bool)
 
 
 def broadcast_bias(x, weights, biases) -> int | None:

@@ -36,15 +36,19 @@ def product_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
 def is_for_torch(error: Exception, x, weights, activations, impl) -> bool:
     """Whether torch's own operations take a call that failed with this error, one of ERRORS.
 
-    They do while torch.fx traces: x is a symbol then, without a shape to plan with or to check. They do too while a
-    CUDA graph is captured whose kernels are not compiled, if an eager call of this size launches none: whoever has
-    warmed up on the default stream has done all that `torch.nn` asks for.
+    They do while torch.fx traces: x is a symbol then, without a shape to plan with or to check. They do where weights
+    are of a class that answers nothing but some of torch's functions, as those of per-sample gradients. They do too
+    while a CUDA graph is captured whose kernels are not compiled, if an eager call of this size launches none: whoever
+    has warmed up on the default stream has done all that `torch.nn` asks for.
     """
     if isinstance(x, torch.fx.Proxy):
         if impl not in IMPLS or not all(act in ACTIVATIONS for act in activations):
             return False
         if impl == "triton":
             raise NotImplementedError('impl="triton": torch.fx is tracing') from None
+        return True
+    own_rules = any(type(weight) not in (Tensor, torch.nn.Parameter) for weight in weights)
+    if impl != "triton" and isinstance(error, RuntimeError) and own_rules:
         return True
     if not isinstance(error, NotCompiledError) or impl is not None:
         return False

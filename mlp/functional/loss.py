@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import ops
-from .checks import REDUCTIONS, check_loss, check_network, loss_refusal
+from .checks import REDUCTIONS, check_loss, check_network, is_real, loss_refusal
 from .eager import ERRORS, is_for_torch, product_dtype, torch_bce, torch_network
 from .functions import MlpBceFunction
 from .network import mlp_act, network_plans, network_takes_torch
@@ -53,8 +53,8 @@ def mlp_sigmoid_bce(
 
         loss = -(w t log p + (1 - t) log(1 - p)) = (1 - t) z + (1 + (w - 1) t) log(1 + e^-z)
 
-    target: (..., N), floating; soft targets in [0, 1] are fine. pos_weight: (N,) or None. reduction: "mean" over all
-    elements, "sum", or "none" for the shape of target. The rest as for `mlp_act`.
+    target: (..., N), floating; soft targets in [0, 1] are fine. pos_weight: (N,), floating or integers, or None.
+    reduction: "mean" over all elements, "sum", or "none" for the shape of target. The rest as for `mlp_act`.
 
     It equals `torch.nn.BCEWithLogitsLoss` of the logits, the dtype of the result included: that of target, fp32 under
     autocast, where `torch.nn.BCELoss` refuses to run on a GPU. `nn.Sigmoid` followed by `nn.BCELoss` differs from both
@@ -71,7 +71,7 @@ def mlp_sigmoid_bce(
             reduction not in REDUCTIONS
             or not target.is_floating_point()
             or target.shape != (*x.shape[:-1], n)
-            or not (pos_weight is None or pos_weight.is_floating_point())
+            or not (pos_weight is None or is_real(pos_weight))
         ):
             raise ValueError
         if network_takes_torch(x, weights, biases, (activation,), impl):
@@ -85,7 +85,9 @@ def mlp_sigmoid_bce(
             return torch_bce(z, target, pos_weight, reduction)
         dtype = torch.float32 if product_dtype(x)[1] else target.dtype
         (x, weights, biases), plans = found
-        head = (target, None if pos_weight is None else pos_weight.expand(n), reduction, dtype)
+        if pos_weight is not None:
+            pos_weight = (pos_weight if pos_weight.is_floating_point() else pos_weight.float()).expand(n)
+        head = (target, pos_weight, reduction, dtype)
         if plans.backward is None:
             return ops.mlp_fwd(x, weights, biases, activation, "identity", plans.forward, head=head)[0]
         parameters = (*weights, *(biases or ()))

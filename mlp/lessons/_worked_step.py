@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..functional import linear_sigmoid
 from ..model import MLP
 from .lesson import Count, Lesson
 from .problem import Build, contenders, draw, table, unfused
@@ -109,16 +110,20 @@ def _by_hand(x: Tensor, target: Tensor, hidden: Tensor, output: Tensor) -> dict[
 
 def _by_autograd(x: Tensor, target: Tensor, model: nn.Sequential) -> dict[str, float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    z_h = model[0](x)
-    h = model[1](z_h)
-    z_o = model[2](h)
-    o = model[3](z_o)
+    if isinstance(model, MLP):
+        # A fused layer returns its activation and shows no z.
+        hidden, output = model.parameters()
+        h = linear_sigmoid(x, hidden)
+        o, sums = linear_sigmoid(h, output), {}
+    else:
+        z_h = model[0](x)
+        h = model[1](z_h)
+        z_o = model[2](h)
+        o, sums = model[3](z_o), _sums(z_h, z_o)
     error = (target - o) ** 2 / 2
     error.sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     optimizer.step()
-    # A fused layer returns its activation and shows no z.
-    sums = {} if isinstance(model[1], nn.Identity) else _sums(z_h, z_o)
     return sums | _named(h, o, error, gradients, model.parameters())
 
 
