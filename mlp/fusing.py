@@ -12,6 +12,8 @@ from .sequential import Chain, FusedSequential, chains, fused_class, runs_only_f
 
 __all__ = ["fuse_", "unfuse_"]
 
+COMPILE = 'torch.compile(model, backend="perceptriton")'
+
 
 def fuse_(model: nn.Module, refused: dict[str, str] | None = None) -> list[str]:
     """Makes every `nn.Sequential` of the model run its Linears fused with the activations behind them, in place.
@@ -65,7 +67,7 @@ def unfuse_(model: nn.Module) -> list[str]:
 def linears(model: nn.Module) -> Iterator[tuple[str, str | None]]:
     """The qualified name of every Linear that stands below the model, and why no fused call takes it, or None."""
     if isinstance(model, nn.Linear):
-        yield "", None if isinstance(model, LinearAct) else "no nn.Sequential calls it"
+        yield "", None if isinstance(model, LinearAct) else f"it stands alone: {COMPILE}"
     for name, module in model.named_modules():
         pairs = _in_pairs(name, module) if isinstance(module, FusedSequential) else []
         for child, linear in module._modules.items():
@@ -117,7 +119,7 @@ def _reason(model: nn.Module, name: str, child: str) -> str:
         while isinstance(parent, (nn.ModuleList, nn.ModuleDict)) and name:
             name = name.rpartition(".")[0]
             parent = model.get_submodule(name)
-        return f'it is called by the forward of {type(parent).__name__}: torch.compile(model, backend="perceptriton")'
+        return f"it belongs to {type(parent).__name__}, which has a forward of its own: {COMPILE} fuses what that calls"
     children = list(parent._modules.items())
     at = [other for other, _ in children].index(child)
     following = next((other for _, other in children[at + 1 :] if type(other) is not nn.Identity), None)

@@ -10,6 +10,7 @@ from typing import ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, fx, is_grad_enabled, nn
+from torch._C import _get_tracing_state  # pyright: ignore[reportAttributeAccessIssue]
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -84,62 +85,59 @@ class Chain:
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor | None]] | None:
         """(weights, biases), or None where calling the modules would run anything but the forwards of their classes."""
-        if _has_any_global_hook() or not all(map(_is_plain, self.modules)):
+        if _has_any_global_hook() or not all(type(m) is kind and _is_plain(m) for m, kind, *_ in self.parts):
             return None
         found = [layer._parameters for layer in self.layers]
         return [cast(Tensor, own["weight"]) for own in found], [own["bias"] for own in found]
 
     def run(self, input: Tensor) -> Tensor:
         """What calling the modules in turn computes."""
+        called = False
         try:
             if on_cpu := input.is_cpu:
                 few = input.numel() < ops.few_elements(self.widths, input.dtype, is_grad_enabled())
             else:
                 few = ops.prefers_torch(input, self.widths)
-            if not few or _has_any_global_hook():
-                return self._dispatch(input)
             for kind, forward in self.kinds:
-                if kind.forward is not forward:
-                    return self._dispatch(input)
-            # Written out, as `_is_plain` and a layer have it: calls are what a tiny network costs.
-            y = input
-            for module, kind, size, is_layer, activation in self.parts:
-                own = module.__dict__
-                if (
-                    own["_forward_hooks"]
-                    or own["_forward_pre_hooks"]
-                    or own["_backward_hooks"]
-                    or own["_backward_pre_hooks"]
-                    or type(module) is not kind
-                    or (len(own) != size and not _is_plain(module))
-                ):
-                    y = module(y)
-                    continue
-                if is_layer:
-                    try:
-                        weight, bias = own["_parameters"]["weight"], own["_parameters"]["bias"]
-                    except KeyError:
+                few = few and kind.forward is forward
+            if few and not _has_any_global_hook():
+                # Written out, as `_is_plain` and a layer have it: calls are what a tiny network costs.
+                y = input
+                for module, kind, size, is_layer, activation in self.parts:
+                    own = module.__dict__
+                    parameters = own["_parameters"]
+                    if (
+                        own["_forward_hooks"]
+                        or own["_forward_pre_hooks"]
+                        or own["_backward_hooks"]
+                        or own["_backward_pre_hooks"]
+                        or type(module) is not kind
+                        or (len(own) != size and not _is_plain(module))
+                        or (is_layer and ("weight" not in parameters or "bias" not in parameters))
+                    ):
+                        called = True
                         y = module(y)
                         continue
-                    # torch misses a weight on the meta device; the layer has an error for it.
-                    if not (weight.is_cpu if on_cpu else weight.device == y.device):
-                        raise ValueError
-                    y = F.linear(y, weight, bias)
-                if activation is not None:
-                    y = activation(y)
-            return y
+                    if is_layer:
+                        weight = parameters["weight"]
+                        # torch misses a weight on the meta device; the layer has an error for it.
+                        if not (weight.is_cpu if on_cpu else weight.device == y.device):
+                            raise ValueError
+                        y = F.linear(y, weight, parameters["bias"])
+                    if activation is not None:
+                        y = activation(y)
+                return y
         except ERRORS:
-            # What a hook or a module of the caller's raised is not tried again.
-            if self.parameters() is None:
+            if called:  # what a hook has seen or raised is not tried again
                 raise
         return self._dispatch(input)
 
     def _dispatch(self, input: Tensor) -> Tensor:
-        found = self.parameters()
-        if found is not None and not isinstance(input, fx.Proxy):
+        if isinstance(input, fx.Proxy):
+            return run(self.modules, input)  # torch.fx records calls of modules
+        if (found := self.parameters()) is not None:
             return self.fused(input, *found)
-        # torch.fx records calls of modules.
-        return run(self.modules if found else chains(self.modules, seen=True), input)
+        return run(chains(self.modules, seen=True), input)
 
     def fused(self, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
         """The network by the functions of the package, as a whole if all layers have a bias or none has."""
@@ -205,6 +203,8 @@ class FusedSequential(nn.Sequential):
         """input (..., in_features of the first layer) -> (..., out_features of the last)."""
         if is_compiling():
             return self._traced(input)
+        if _get_tracing_state() is not None:
+            return super().forward(input)  # torch.jit records calls of modules
         planned = self._planned
         # The comparison in `steps` is written out here too, for it costs a tiny network less than the call.
         if planned is None or planned[0] != tuple(self._modules.values()) or planned[1]:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
+from torch._C import _get_tracing_state  # pyright: ignore[reportAttributeAccessIssue]
 
 from ...kernels import eligibility, ops
 from ...kernels.activations import ACTIVATIONS
@@ -36,6 +37,9 @@ def linear_act(
     if torch.compiler.is_compiling():
         return _traced(x, weight, bias, activation, impl)
     try:
+        if _get_tracing_state() is not None and impl is None:
+            # Under torch.jit sizes are tensors: a choice by them would warn, and would hold for the next sizes too.
+            return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         # The devices are compared because torch's product takes a weight on the meta device and reads foreign memory.
         if impl is None and x.is_cpu and weight.is_cpu:
             n, k = weight.shape

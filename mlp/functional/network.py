@@ -67,6 +67,8 @@ def network_takes_torch(x, weights, biases, activations, impl) -> bool:
         raise ValueError
     if torch.compiler.is_compiling():
         return False  # reading sizes here would compile a dynamic batch once for each of its sizes
+    if impl is None and torch._C._get_tracing_state() is not None:
+        return True  # sizes are tensors
     if (misfit := broadcast_bias(x, weights, biases)) is not None:
         if not isinstance(biases, Sequence) or any(tensor.device != x.device for tensor in (*weights, *biases)):
             raise ValueError

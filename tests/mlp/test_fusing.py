@@ -11,9 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from perceptriton.kernels import ops
-from perceptriton.mlp import MLP, LinearReLU, LinearSigmoid, LinearTanh, fit, fuse_, unfuse_
-
-ACTIVATIONS = {nn.Sigmoid: LinearSigmoid, nn.Tanh: LinearTanh, nn.ReLU: LinearReLU}
+from perceptriton.mlp import MLP, LinearSigmoid, LinearTanh, fit, fuse_, unfuse_
 
 
 class Head(nn.Module):
@@ -43,23 +41,27 @@ class ActorCritic(nn.Module):
         return torch.cat([self.policy(h), self.value(h)], 1)
 
 
-class Gated(nn.Module):
-    """Several sigmoid heads, called by name."""
+class Tower(nn.Sequential):
+    """A subclass with a constructor of its own."""
 
-    def __init__(self):
-        super().__init__()
-        self.inner, self.gate, self.out = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 2)
-        self.open, self.squash, self.last = nn.Sigmoid(), nn.Tanh(), nn.Sigmoid()
+    def __init__(self, inputs, outputs):
+        super().__init__(nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, outputs), nn.Tanh())
+        self.outputs = outputs
 
-    def forward(self, x):
-        return self.last(self.out(self.open(self.gate(x)) * self.squash(self.inner(x))))
+
+def shared():
+    """A layer and an activation in several places."""
+    layer, act = nn.Linear(4, 4), nn.Sigmoid()
+    return nn.Sequential(layer, act, nn.Linear(4, 4), act, layer, nn.Tanh())
 
 
 MODELS = {
     "head": (Head, (5, 1, 4, 4), ["classifier.0", "classifier.3"]),
     "actor-critic": (ActorCritic, (5, 4), ["body.0", "body.2"]),
-    "gated": (Gated, (5, 4), ["inner", "gate", "out"]),
+    "subclass": (lambda: nn.Sequential(Tower(4, 3), nn.Dropout(0.0)), (5, 4), ["0.0", "0.2"]),
     "sequential": (lambda: sequential((4, 8, 2)), (5, 4), ["0", "2"]),
+    "shared": (shared, (5, 4), ["0", "2", "4"]),
+    "layers": (lambda: nn.Sequential(LinearTanh(4, 8), LinearSigmoid(8, 2)), (5, 4), ["0", "1"]),
     "nested": (lambda: nn.Sequential(sequential((4, 8), "tanh"), sequential((8, 2))), (5, 4), ["0.0", "1.0"]),
 }
 
@@ -82,11 +84,15 @@ def test_models_of_real_life(case):
     model, x, names = case
     before, parameters = copy.deepcopy(model), list(model.parameters())
     modules = list(model.modules())
+    kinds = {module: type(module) for module in modules if not isinstance(module, nn.Sequential)}
     expected = results(model, x)
-    assert sorted(fuse_(model)) == sorted(names)
-    for name in names:
-        assert type(model.get_submodule(name)) in ACTIVATIONS.values()
-    # The same objects, to whoever holds them.
+    refused = {}
+    assert sorted(fuse_(model, refused)) == sorted(names)
+    # Every other Linear is named with a reason.
+    others = {name for name, module in model.named_modules() if type(module) is nn.Linear} - set(names)
+    assert set(refused) == others
+    # The same objects of the same classes, to whoever holds them.
+    assert all(type(module) is kind for module, kind in kinds.items())
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     torch.testing.assert_close(results(model, x), expected)
@@ -94,9 +100,9 @@ def test_models_of_real_life(case):
     model.load_state_dict(before.state_dict(), strict=True)
     before.load_state_dict(model.state_dict(), strict=True)
     # Once more changes nothing.
-    refused = {}
-    assert fuse_(model, refused) == []
-    assert refused == {}
+    again = {}
+    assert fuse_(model, again) == []
+    assert again == refused
     assert sorted(unfuse_(model)) == sorted(names)
     assert repr(model) == repr(before)
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
@@ -186,9 +192,14 @@ class OwnLinear(nn.Linear):
     pass
 
 
-class OwnSequential(nn.Sequential):
+class OwnForward(nn.Sequential):
     def forward(self, x):
         return self[0](x) + 1  # the activation is not what its place suggests
+
+
+class OwnOrder(nn.Sequential):
+    def __iter__(self):
+        return reversed(list(self._modules.values()))
 
 
 class OneLayer(nn.Module):
@@ -196,32 +207,17 @@ class OneLayer(nn.Module):
         super().__init__()
         self.layer, self.act = nn.Linear(4, 4), nn.Sigmoid()
 
+    def forward(self, x):
+        return self.act(self.layer(x))
 
-class Branches(OneLayer):
-    """Forwards that cannot be traced keep their modules."""
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(4, 4)})])
 
     def forward(self, x):
-        return self.act(self.layer(x)) if x.sum() > 0 else self.layer(x)
-
-
-class Twice(OneLayer):
-    def forward(self, x):
-        return self.act(self.layer(self.act(self.layer(x))))
-
-
-class Peeks(OneLayer):
-    """The output before the activation is wanted too."""
-
-    def forward(self, x):
-        z = self.layer(x)
-        return self.act(z) * z
-
-
-class Reads(OneLayer):
-    """The weight is used past the layer: harmless, but not ours to judge."""
-
-    def forward(self, x):
-        return self.act(self.layer(x)) + self.layer.weight.sum()
+        return torch.tanh(self.layers[0]["fc"](x))
 
 
 def with_(change):
@@ -239,14 +235,9 @@ def no_hook(*_):
     pass
 
 
-def shared_activation():
-    act = nn.Sigmoid()
-    return nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act)
-
-
-def shared_linear():
-    linear = nn.Linear(4, 4)
-    return nn.Sequential(linear, nn.Sigmoid(), linear, nn.Tanh())
+def belongs(kind):
+    compiler = 'torch.compile(model, backend="perceptriton")'
+    return f"it belongs to {kind}, which has a forward of its own: {compiler} fuses what that calls"
 
 
 REFUSED = {
@@ -255,16 +246,32 @@ REFUSED = {
     "parametrization": (with_(lambda m: parametrizations.weight_norm(m[0])), {"0": "it is a ParametrizedLinear"}),
     "subclass": (lambda: nn.Sequential(OwnLinear(4, 4), nn.Sigmoid()), {"0": "it is a OwnLinear"}),
     "own-forward": (with_(lambda m: setattr(m[0], "forward", lambda x: 0 * x)), {"0": "it has a forward of its own"}),
-    "shared-activation": (shared_activation, dict.fromkeys("02", "the activation is used elsewhere too")),
-    "shared-linear": (shared_linear, dict.fromkeys("02", "it is used elsewhere too")),
-    "already": (lambda: nn.Sequential(LinearTanh(4, 4), nn.Sigmoid()), {"0": "it is a LinearTanh"}),
-    "own-sequential": (lambda: OwnSequential(nn.Linear(4, 4), nn.Sigmoid()), {}),
-    "untraceable": (Branches, {}),
-    "called-twice": (Twice, {}),
-    "peeks": (Peeks, {}),
-    "reads": (Reads, {}),
-    "other-activation": (lambda: nn.Sequential(nn.Linear(4, 4), nn.GELU()), {}),
+    "activation-forward": (
+        with_(lambda m: setattr(m[1], "forward", torch.cos)),
+        {"0": "the activation has a forward of its own"},
+    ),
+    "compiled-layer": (with_(lambda m: m[0].compile(backend="eager")), {"0": "it has been compiled"}),
+    "replaced-weight": (
+        with_(lambda m: m[0].__dict__.update(weight=m[0]._parameters.pop("weight").detach())),
+        {"0": "its weight is no parameter, or torch has global hooks"},
+    ),
+    "own-sequential": (lambda: OwnForward(nn.Linear(4, 4), nn.Sigmoid()), {"0": belongs("OwnForward")}),
+    "own-order": (lambda: OwnOrder(nn.Linear(4, 4), nn.Sigmoid()), {"0": belongs("OwnOrder")}),
+    "own-call": (
+        with_(lambda m: setattr(m, "forward", lambda x: nn.Sequential.forward(m, x) + 1)),
+        {"0": belongs("Sequential")},
+    ),
+    "attributes": (OneLayer, {"layer": belongs("OneLayer")}),
+    "listed": (Listed, {"layers.0.fc": belongs("Listed")}),
+    "alone": (lambda: nn.Linear(4, 4), {"": 'it stands alone: torch.compile(model, backend="perceptriton")'}),
+    "other-activation": (lambda: nn.Sequential(nn.Linear(4, 4), nn.GELU()), {"0": "a GELU follows it"}),
+    "batchnorm": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()).eval(),
+        {"0": "a BatchNorm1d follows it"},
+    ),
+    "nothing": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Identity()), {"0": "no activation follows it"}),
     "mlp": (lambda: MLP([4, 4, 4]), {}),
+    "already": (lambda: LinearTanh(4, 4), {}),
 }
 
 
@@ -281,22 +288,28 @@ def test_left_alone(make, reasons):
     assert unfuse_(model) == []
 
 
-def test_what_can_be_fused_is_fused_beside_what_cannot():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 4), nn.Tanh())
-    model[0].register_forward_hook(lambda *_: None)
-    refused = {}
-    assert fuse_(model, refused) == ["2"]
-    assert refused == {"0": "it has hooks"}
+def test_what_can_be_fused_is_fused_beside_what_cannot(monkeypatch):
+    model = sequential((64, 600, 600, 600, 2), "tanh", "sigmoid")
+    seen, refused = [], {}
+    model[2].register_forward_hook(lambda *_: seen.append(1))
+    x = torch.randn(2000, 64)
+    expected = results(model, x)
+    assert fuse_(model, refused) == ["0", "4", "6"]
+    assert refused == {"2": "it has hooks"}
+    networks = []
+    forward = ops.mlp_fwd
+    monkeypatch.setattr(ops, "mlp_fwd", lambda *a: networks.append(len(a[1])) or forward(*a))
+    torch.testing.assert_close(results(model, x), expected, rtol=1e-4, atol=1e-4)
+    assert seen == [1, 1]
+    assert networks == [2]  # the two layers behind the one that is looked at
 
 
-def test_hooks_that_come_later_fire():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 2), nn.Sigmoid())
+def test_an_unfused_class_is_undone_first():
+    model = sequential((4, 4))
     fuse_(model)
-    seen = []
-    for i in range(4):
-        model[i].register_forward_hook(lambda m, *_: seen.append(type(m).__name__))
-    model(torch.randn(3, 4))
-    assert seen == ["LinearSigmoid", "Applied", "LinearSigmoid", "Applied"]
+    model.__class__ = type("Wrapped", (type(model),), {})
+    with pytest.raises(ValueError, match=r"^model has become a Wrapped: undo that first$"):
+        unfuse_(model)
 
 
 @pytest.mark.parametrize("function", [fuse_, unfuse_])
