@@ -7,7 +7,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels.reference import shares_nothing
 from .model import MLP
@@ -26,16 +25,13 @@ class Network:
     members: int | None = None  # of a stack, whose parameters have a leading dimension; None for one network
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module may run more than the `forward` of its class."""
-    return not runs_only_forward(module) or bool(_has_any_global_hook())
-
-
 def as_network(model: nn.Module) -> Network | str:
     """The network that an `MLP` or an `nn.Sequential` is, or the reason why it is none."""
     if not isinstance(model, nn.Sequential) or type(model) not in (MLP, FusedSequential, nn.Sequential):
         return f"{type(model).__name__} is neither an MLP nor an nn.Sequential"
-    if found := next((name or "the model" for name, module in model.named_modules() if has_hooks(module)), None):
+    if found := next(
+        (name or "the model" for name, module in model.named_modules() if not runs_only_forward(module)), None
+    ):
         return f"{found} has hooks or a forward of its own"
     if not len(model):
         return "the model has no layers"

@@ -1,12 +1,12 @@
 """`fuse_`: Sequentials that exist already run fused, their modules staying what they are."""
 
-from collections.abc import Iterable, Iterator
-from typing import cast
+from collections.abc import Iterator
+from itertools import dropwhile
 
 import torch
 from torch import nn
 
-from .layers import LAYERS, MODULES, LinearAct
+from .layers import NAMES, LinearAct
 from .model import MLP
 from .sequential import Chain, FusedSequential, chains, fused_class, runs_only_forward
 
@@ -65,17 +65,18 @@ def unfuse_(model: nn.Module) -> list[str]:
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """The qualified name of every Linear that stands below the model, and why no fused call takes it, or None."""
+    """The qualified name of each Linear of the model, and why no fused call takes it, or None."""
     if isinstance(model, nn.Linear):
         yield "", None if isinstance(model, LinearAct) else f"it stands alone: {COMPILE}"
     for name, module in model.named_modules():
         pairs = _in_pairs(name, module) if isinstance(module, FusedSequential) else []
         for child, linear in module._modules.items():
-            scripted = isinstance(linear, torch.jit.ScriptModule) and linear.original_name == "Linear"
-            if isinstance(linear, nn.Linear) or scripted:
-                full = _joined(name, child)
+            full = f"{name}.{child}".lstrip(".")
+            if isinstance(linear, nn.Linear):
                 taken = full in pairs or isinstance(linear, LinearAct)
-                yield full, None if taken else "it is scripted" if scripted else _reason(model, name, child)
+                yield full, None if taken else _reason(model, name, child)
+            elif isinstance(linear, torch.jit.ScriptModule) and linear.original_name == "Linear":
+                yield full, "it is scripted"
 
 
 def _check(model: object) -> None:
@@ -83,17 +84,12 @@ def _check(model: object) -> None:
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
 
 
-def _joined(name: str, child: str) -> str:
-    return f"{name}.{child}" if name else child
-
-
 def _is_sequential(module: nn.Module) -> bool:
     """Whether the module calls its children in order, as `nn.Sequential` does and subclasses may."""
-    if not isinstance(module, nn.Sequential):
-        return False
     kind = type(module)
     return (
-        kind.forward in (nn.Sequential.forward, FusedSequential.forward)
+        isinstance(module, nn.Sequential)
+        and kind.forward in (nn.Sequential.forward, FusedSequential.forward)
         and kind.__iter__ is nn.Sequential.__iter__
         and kind.__call__ is nn.Module.__call__
         and "forward" not in module.__dict__
@@ -101,40 +97,32 @@ def _is_sequential(module: nn.Module) -> bool:
 
 
 def _in_pairs(name: str, module: nn.Module) -> list[str]:
-    """The qualified names of the layers of a Sequential whose activation runs with them."""
-    taken = {
-        id(layer)
-        for chain in chains(cast("Iterable[nn.Module]", module._modules.values()), seen=True)
-        if isinstance(chain, Chain)
-        for layer, activation in zip(chain.layers, chain.activations, strict=True)
-        if activation != "identity"
-    }
-    return [_joined(name, child) for child, layer in module._modules.items() if id(layer) in taken]
+    """The qualified names of the layers of a Sequential that run with their activations."""
+    found = [chain for chain in chains(module._modules.values(), seen=True) if isinstance(chain, Chain)]
+    pairs = [pair for chain in found for pair in zip(chain.layers, chain.activations, strict=True)]
+    taken = {id(layer) for layer, activation in pairs if activation != "identity"}
+    return [f"{name}.{child}".lstrip(".") for child, layer in module._modules.items() if id(layer) in taken]
 
 
 def _reason(model: nn.Module, name: str, child: str) -> str:
     """Why the Linear `child` of the module `name` is called as it is."""
     parent = model.get_submodule(name)
+    while isinstance(parent, (nn.ModuleList, nn.ModuleDict)) and name:
+        name = name.rpartition(".")[0]
+        parent = model.get_submodule(name)
     if not _is_sequential(parent):
-        while isinstance(parent, (nn.ModuleList, nn.ModuleDict)) and name:
-            name = name.rpartition(".")[0]
-            parent = model.get_submodule(name)
         return f"it belongs to {type(parent).__name__}, which has a forward of its own: {COMPILE} fuses what that calls"
-    children = list(parent._modules.items())
-    at = [other for other, _ in children].index(child)
-    following = next((other for _, other in children[at + 1 :] if type(other) is not nn.Identity), None)
-    for what, module, kinds in (
-        ("it", children[at][1], LAYERS),
-        ("the activation", following, tuple(MODULES.values())),
-    ):
+    _, *behind = dropwhile(lambda item: item[0] != child, parent._modules.items())
+    activation = next((module for _, module in behind if type(module) is not nn.Identity), None)
+    for what, module in (("it", parent._modules[child]), ("the activation", activation)):
         if module is None:
             return "no activation follows it"
-        if type(module) not in kinds:
-            return f"{what} is a {type(module).__name__}" if what == "it" else f"a {type(module).__name__} follows it"
+        if type(module) not in NAMES or isinstance(module, nn.Linear) != (what == "it"):
+            return f"it is a {type(module).__name__}" if what == "it" else f"a {type(module).__name__} follows it"
         if "forward" in module.__dict__:
             return f"{what} has a forward of its own"
         if "_compiled_call_impl" in module.__dict__:
             return f"{what} has been compiled"
         if not runs_only_forward(module):
             return f"{what} has hooks"
-    return "its weight is no parameter, or torch has global hooks"
+    return "its weight is no parameter, or its class was patched"

@@ -84,15 +84,8 @@ class LinearSigmoidBCELoss(nn.Linear):
 
 
 # The modules of torch that apply an activation, by its name.
-MODULES: dict[str, type[nn.Module]] = {
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "identity": nn.Identity,
-}
-LAYERS: tuple[type[nn.Linear], ...] = (nn.Linear, LinearSigmoid, LinearTanh, LinearReLU)
+MODULES: dict[str, type[nn.Module]] = dict(sigmoid=nn.Sigmoid, tanh=nn.Tanh, relu=nn.ReLU, identity=nn.Identity)
 
-
-def activation_of(layer: nn.Linear) -> str:
-    """The name of the activation that the layer applies."""
-    return layer.activation if isinstance(layer, LinearAct) else "identity"
+# The activation that a module of each class applies: layers, and what may stand behind one.
+NAMES: dict[type[nn.Module], str] = {nn.Linear: "identity", **{kind: name for name, kind in MODULES.items()}}
+NAMES |= {layer: layer.activation for layer in (LinearSigmoid, LinearTanh, LinearReLU)}

@@ -4,8 +4,7 @@ import copyreg
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import ClassVar, cast
 
 import torch.nn.functional as F
@@ -18,19 +17,18 @@ from ..kernels import eligibility, ops
 from ..kernels.activations import ACTIVATIONS
 from .functional import linear_act, mlp_act
 from .functional.eager import ERRORS, product_dtype
-from .layers import LAYERS, MODULES, activation_of
+from .layers import NAMES
 
-# The `forward` of each class that a chain stands for. One that was patched since must run itself.
-_FORWARDS = {kind: kind.forward for kind in (*LAYERS, *MODULES.values())}
-_NAMES = {kind: name for name, kind in MODULES.items()}
-# How many attributes a module of each class has if nobody has set another: then none hides its `forward` or parameters.
-_SIZES = {kind: len(kind(1, 1, device="meta").__dict__) for kind in LAYERS} | {
-    kind: len(kind().__dict__) for kind in _NAMES
+# Of each class in a chain: its `forward`, which must run itself if it was patched since, and how many attributes a
+# module has. With as many, none hides the `forward` or a parameter.
+_KINDS = {
+    kind: (kind.forward, len(vars(kind(1, 1, device="meta") if issubclass(kind, nn.Linear) else kind())))
+    for kind in NAMES
 }
 
 
 def runs_only_forward(module: nn.Module) -> bool:
-    """Whether a call of the module runs the `forward` of its class and nothing else, but for torch's global hooks."""
+    """Whether a call of the module runs the `forward` of its class and nothing else, torch's global hooks included."""
     own = module.__dict__
     return not (
         own["_forward_hooks"]
@@ -39,53 +37,46 @@ def runs_only_forward(module: nn.Module) -> bool:
         or own["_backward_pre_hooks"]
         or "forward" in own
         or "_compiled_call_impl" in own
+        or _has_any_global_hook()
     )
 
 
-def _is_hidden(own: dict) -> bool:
-    """Whether a linear layer of these attributes computes from something else than its parameters."""
-    parameters = own["_parameters"]
-    # An attribute of the instance hides the parameter of that name.
-    return "weight" in own or "bias" in own or "weight" not in parameters or "bias" not in parameters
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module, of a class in `NAMES`, computes what that class does from its parameters."""
+    kind, own, parameters = type(module), module.__dict__, module._parameters
+    return (
+        runs_only_forward(module)
+        and kind.forward is _KINDS[kind][0]
+        # An attribute of the instance hides the parameter of that name.
+        and not ("weight" in own or "bias" in own)
+        and (not issubclass(kind, nn.Linear) or ("weight" in parameters and "bias" in parameters))
+    )
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a call of the module, of a class in `_FORWARDS`, computes what that class does from its parameters."""
-    kind = type(module)
-    unpatched = runs_only_forward(module) and kind.forward is _FORWARDS[kind]
-    return unpatched and (kind in _NAMES or not _is_hidden(module.__dict__))
-
-
-@dataclass(frozen=True)
 class Chain:
-    """Modules in a row that are a network, and how to run them as one.
+    """Modules in a row that are a network: layers, of which hidden ones have one activation, and what stands between.
 
-    Only which modules they are is kept: every call reads their hooks and parameters anew.
+    Only which modules they are is kept: every call looks at their hooks and parameters anew.
     """
 
-    modules: tuple[nn.Module, ...]  # linear layers, activations, identities
-    layers: tuple[nn.Linear, ...]
-    activations: tuple[str, ...]  # behind each layer; those of hidden layers are the same
-    widths: tuple[int, ...]
-    # Of each module: itself, its class, how many attributes that has, whether it is a layer, what it applies.
-    parts: tuple[tuple[nn.Module, type, int, bool, Callable | None], ...]
-    kinds: tuple[tuple[type[nn.Module], Callable], ...]  # the classes of the modules with their `forward`
-
-    @classmethod
-    def of(cls, modules: tuple[nn.Module, ...], layers: tuple[nn.Linear, ...], activations: tuple[str, ...]) -> "Chain":
-        parts = []
-        for module in modules:
-            kind = type(module)
-            name = activation_of(module) if isinstance(module, nn.Linear) else _NAMES[kind]
+    def __init__(self, layers: list[tuple[nn.Linear, list[nn.Module], str]]) -> None:
+        """layers: each with the modules behind it, of which at most one is no identity, and its activation."""
+        self.layers = [layer for layer, _, _ in layers]
+        self.activations = [name for _, _, name in layers]
+        self.modules = [module for layer, behind, _ in layers for module in (layer, *behind)]
+        self.kinds = list(map(type, self.modules))
+        self.widths = (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
+        # Of each layer and the one module behind it, or the layer once more: what `run` needs and what it compares.
+        self.pairs: list[tuple] = []
+        for layer, behind, name in layers:
+            one = behind[0] if behind else layer
             function = None if name == "identity" else ACTIVATIONS[name].forward
-            parts.append((module, kind, _SIZES[kind], isinstance(module, nn.Linear), function))
-        widths = (layers[0].in_features, *(layer.out_features for layer in layers))
-        kinds = tuple((kind, _FORWARDS[kind]) for kind in dict.fromkeys(map(type, modules)))
-        return cls(modules, layers, activations, widths, tuple(parts), kinds)
+            self.pairs.append((layer, type(layer), *_KINDS[type(layer)], one, type(one), *_KINDS[type(one)], function))
+        self.paired = all(len(behind) < 2 for _, behind, _ in layers)
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor | None]] | None:
         """(weights, biases), or None where calling the modules would run anything but the forwards of their classes."""
-        if _has_any_global_hook() or not all(type(m) is kind and _is_plain(m) for m, kind, *_ in self.parts):
+        if list(map(type, self.modules)) != self.kinds or not all(map(is_plain, self.modules)):
             return None
         found = [layer._parameters for layer in self.layers]
         return [cast(Tensor, own["weight"]) for own in found], [own["bias"] for own in found]
@@ -98,49 +89,62 @@ class Chain:
                 few = input.numel() < ops.few_elements(self.widths, input.dtype, is_grad_enabled())
             else:
                 few = ops.prefers_torch(input, self.widths)
-            for kind, forward in self.kinds:
-                few = few and kind.forward is forward
-            if few and not _has_any_global_hook():
-                # Written out, as `_is_plain` and a layer have it: calls are what a tiny network costs.
+            if few and self.paired and not _has_any_global_hook():
+                # Written out, as `is_plain` and a layer have it, since calls are what a tiny network costs.
                 y = input
-                for module, kind, size, is_layer, activation in self.parts:
-                    own = module.__dict__
-                    parameters = own["_parameters"]
+                for (
+                    layer,
+                    kind,
+                    forward,
+                    size,
+                    behind,
+                    kind_behind,
+                    forward_behind,
+                    size_behind,
+                    activation,
+                ) in self.pairs:
+                    own, own_behind, parameters = layer.__dict__, behind.__dict__, layer._parameters
                     if (
                         own["_forward_hooks"]
                         or own["_forward_pre_hooks"]
                         or own["_backward_hooks"]
                         or own["_backward_pre_hooks"]
-                        or type(module) is not kind
-                        or (len(own) != size and not _is_plain(module))
-                        or (is_layer and ("weight" not in parameters or "bias" not in parameters))
+                        or len(own) != size
+                        or type(layer) is not kind
+                        or kind.forward is not forward
+                        or own_behind["_forward_hooks"]
+                        or own_behind["_forward_pre_hooks"]
+                        or own_behind["_backward_hooks"]
+                        or own_behind["_backward_pre_hooks"]
+                        or len(own_behind) != size_behind
+                        or type(behind) is not kind_behind
+                        or kind_behind.forward is not forward_behind
+                        or "weight" not in parameters
+                        or "bias" not in parameters
                     ):
                         called = True
-                        y = module(y)
+                        y = layer(y) if behind is layer else behind(layer(y))
                         continue
-                    if is_layer:
-                        weight = parameters["weight"]
-                        # torch misses a weight on the meta device; the layer has an error for it.
-                        if not (weight.is_cpu if on_cpu else weight.device == y.device):
-                            raise ValueError
-                        y = F.linear(y, weight, parameters["bias"])
+                    weight = parameters["weight"]
+                    # torch misses a weight on the meta device; the layer has an error for it.
+                    if not (weight.is_cpu if on_cpu else weight.device == y.device):
+                        raise ValueError
+                    y = F.linear(y, weight, parameters["bias"])
                     if activation is not None:
                         y = activation(y)
                 return y
         except ERRORS:
             if called:  # what a hook has seen or raised is not tried again
                 raise
-        return self._dispatch(input)
-
-    def _dispatch(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
             return run(self.modules, input)  # torch.fx records calls of modules
-        if (found := self.parameters()) is not None:
-            return self.fused(input, *found)
-        return run(chains(self.modules, seen=True), input)
+        return self.fused(input)
 
-    def fused(self, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
-        """The network by the functions of the package, as a whole if all layers have a bias or none has."""
+    def fused(self, x: Tensor) -> Tensor:
+        """The same by the functions of the package, as a whole if all layers have a bias or none has."""
+        if (found := self.parameters()) is None:
+            return run(chains(self.modules, seen=True), x)
+        weights, biases = found
         given = [bias for bias in biases if bias is not None]
         if len(weights) > 1 and len(given) in (0, len(weights)):
             try:
@@ -159,33 +163,30 @@ def run(steps: Iterable[Chain | nn.Module], input: Tensor) -> Tensor:
     return input
 
 
-def chains(modules: Iterable[nn.Module], seen: bool = False) -> list[Chain | nn.Module]:
+def chains(modules: Iterable[nn.Module | None], seen: bool = False) -> list[Chain | nn.Module]:
     """The modules in order, where those in a row that are a network, and more than one module, are one chain.
 
     seen: what would run something besides the forwards of their classes is in no chain.
     """
-    groups: list[tuple[list[nn.Module], list[nn.Linear], list[str]]] = []
-    hooked = seen and _has_any_global_hook()
+    groups: list[nn.Module | list[tuple[nn.Linear, list[nn.Module], str]] | None] = []
     for module in modules:
+        layers = groups[-1] if groups and isinstance(groups[-1], list) else []
         kind = type(module)
-        own, layers, names = groups[-1] if groups else ([], [], [])
-        plain = kind in _FORWARDS and not (seen and (hooked or not _is_plain(module)))
-        if plain and kind in LAYERS:
-            # Hidden layers of a network have one activation.
-            if not layers or names[-1] != names[0]:
-                own, layers, names = [], [], []
-                groups.append((own, layers, names))
-            layers.append(cast(nn.Linear, module))
-            names.append(activation_of(layers[-1]))
-        elif plain and layers and (names[-1] == "identity" or kind is nn.Identity):
-            names[-1] = _NAMES[kind] if names[-1] == "identity" else names[-1]
+        name = NAMES.get(kind) if not seen or (kind in NAMES and is_plain(cast(nn.Module, module))) else None
+        if name is None or module is None:
+            groups.append(module)
+        elif isinstance(module, nn.Linear):
+            if not layers or layers[-1][2] != layers[0][2]:
+                groups.append(layers := [])
+            layers.append((module, [], name))
+        elif layers and "identity" in (name, layers[-1][2]):
+            layer, behind, before = layers.pop()
+            layers.append((layer, [*behind, module], name if before == "identity" else before))
         else:
-            groups.append(([module], [], []))
-            continue
-        own.append(module)
+            groups.append(module)
     return [
-        Chain.of(tuple(own), tuple(layers), tuple(names)) if layers and len(own) > 1 else own[0]
-        for own, layers, names in groups
+        group if not isinstance(group, list) else Chain(group) if len(group) > 1 or group[0][1] else group[0][0]
+        for group in groups
     ]
 
 
@@ -202,7 +203,11 @@ class FusedSequential(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features of the first layer) -> (..., out_features of the last)."""
         if is_compiling():
-            return self._traced(input)
+            if not eligibility.launchable(input.device, product_dtype(input)[0]):
+                return super().forward(input)
+            for step in chains(self._modules.values(), seen=True):
+                input = step.fused(input) if isinstance(step, Chain) else step(input)
+            return input
         if _get_tracing_state() is not None:
             return super().forward(input)  # torch.jit records calls of modules
         planned = self._planned
@@ -217,8 +222,7 @@ class FusedSequential(nn.Sequential):
 
     def steps(self) -> list[Chain | nn.Module]:
         """What runs in the place of the modules, planned anew when one has come, gone or changed its class."""
-        planned = self._planned
-        modules = tuple(self._modules.values())
+        planned, modules = self._planned, tuple(self._modules.values())
         # A chain looks at the classes of its modules itself.
         if planned is None or planned[0] != modules or list(map(type, planned[1])) != planned[2]:
             steps = chains(modules)
@@ -226,18 +230,8 @@ class FusedSequential(nn.Sequential):
             planned = self.__dict__["_planned"] = modules, alone, list(map(type, alone)), steps
         return planned[3]
 
-    def _traced(self, input: Tensor) -> Tensor:
-        if not eligibility.launchable(input.device, product_dtype(input)[0]):
-            return super().forward(input)
-        for step in chains(self._modules.values(), seen=True):
-            if isinstance(step, Chain):
-                input = step.fused(input, *cast("tuple[list, list]", step.parameters()))
-            else:
-                input = step(input)
-        return input
-
     def __prepare_scriptable__(self) -> nn.Sequential:
-        return nn.Sequential(OrderedDict(self._modules))  # torch.jit.script compiles that of the class
+        return nn.Sequential(OrderedDict(self._modules))  # what torch.jit.script compiles
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in super().__getstate__().items() if name != "_planned"}
@@ -245,7 +239,7 @@ class FusedSequential(nn.Sequential):
 
 @functools.cache
 def fused_class(kind: type[nn.Sequential]) -> type[FusedSequential]:
-    """The class of `nn.Sequential`s that are of this one but for the `forward`, which is that of `FusedSequential`."""
+    """The subclass of a class of `nn.Sequential`s that has the `forward` of `FusedSequential`."""
     if kind is nn.Sequential:
         return FusedSequential
     body = {"unfused": kind, "__module__": kind.__module__, "__reduce_ex__": _reduce_ex}
@@ -253,7 +247,7 @@ def fused_class(kind: type[nn.Sequential]) -> type[FusedSequential]:
 
 
 def _reduce_ex(module: FusedSequential, protocol: int) -> str | tuple:
-    # No module holds a class that was made here, so copies and pickles name the one that it was made of.
+    # No file has a class that was made here, so copies and pickles name the one that it was made of.
     reduced = super(FusedSequential, module).__reduce_ex__(protocol)
     if isinstance(reduced, str) or reduced[0] is not copyreg.__newobj__:  # pyright: ignore[reportAttributeAccessIssue]
         return reduced

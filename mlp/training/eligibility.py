@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ...kernels.records import TrainConfig
-from ..as_network import Network, as_network, has_hooks, lie_apart, training_refusal
+from ..as_network import Network, as_network, lie_apart, training_refusal
 from ..ensemble import Ensemble
+from ..sequential import runs_only_forward
 from .checks import check_data
 from .jobs import FastJob
 from .state import State
@@ -53,7 +54,7 @@ def fast_job(model, x, y, criterion, optimizer, lr) -> FastJob | str:
 def _network(model: nn.Module) -> Network | str:
     if type(model) is not Ensemble:
         return as_network(model)
-    if has_hooks(model):
+    if not runs_only_forward(model):
         return "the model has hooks or a forward of its own"
     options = (model.activation, model.output_activation, len(model.biases) > 0)
     return Network(model.sizes, *options, tuple(model._in_order()), len(model))
@@ -64,7 +65,7 @@ def _loss_fields(criterion: object, network: Network) -> dict[str, str] | str:
     kind = type(criterion)
     if kind not in names or not isinstance(criterion, nn.Module):
         return f"the criterion is a {kind.__name__}"
-    if has_hooks(criterion):
+    if not runs_only_forward(criterion):
         return "the criterion has hooks or a forward of its own"
     if getattr(criterion, "weight", None) is not None or getattr(criterion, "pos_weight", None) is not None:
         return "the criterion has weights"

@@ -253,7 +253,7 @@ REFUSED = {
     "compiled-layer": (with_(lambda m: m[0].compile(backend="eager")), {"0": "it has been compiled"}),
     "replaced-weight": (
         with_(lambda m: m[0].__dict__.update(weight=m[0]._parameters.pop("weight").detach())),
-        {"0": "its weight is no parameter, or torch has global hooks"},
+        {"0": "its weight is no parameter, or its class was patched"},
     ),
     "own-sequential": (lambda: OwnForward(nn.Linear(4, 4), nn.Sigmoid()), {"0": belongs("OwnForward")}),
     "own-order": (lambda: OwnOrder(nn.Linear(4, 4), nn.Sigmoid()), {"0": belongs("OwnOrder")}),
