@@ -53,11 +53,11 @@ HALVES = WideTile(64, 64, 32, 4, 3, group_m=2, subtiles=2)
 SHAPES = {
     "one-by-eight": (1, 8, 8),  # every size is smaller than the tile
     "exact": (128, 64, 128),  # whole tiles
-    "ragged": (100, 72, 136),  # the last tile of every size is cut
+    "ragged": (100, 72, 88),  # the last tile of every size is cut
     "one-more": (129, 40, 72),  # a tile of one row
     "deep-k": (33, 520, 24),  # many steps, the last one of 8
     "groups": (330, 16, 72),  # 6 row tiles in groups of 2, two column tiles
-    "odd-groups": (300, 16, 200),  # the last group has one row tile
+    "odd-groups": (150, 16, 72),  # the last group has one row tile
 }
 
 
@@ -363,7 +363,7 @@ def test_offsets_beyond_int32(operand, shape, stride, wide_memory):
 def test_same_bits_every_time_and_for_any_number_of_programs():
     tensors = make_layer(*SHAPES["odd-groups"], torch.float32, DEVICE)[:3]
     first = run(*tensors, programs=1)
-    for programs in (1, 2, 3, 7, 20, 20):
+    for programs in (1, 2, 4, 6, 9, 9):
         assert same_bits(run(*tensors, programs=programs), first)
 
 

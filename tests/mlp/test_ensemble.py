@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 
-import gloo_sweep
 import pytest
 import torch
 from cases import sequential
@@ -19,7 +18,6 @@ from training_cases import (
     quick,
     relative,
     state_of,
-    two_ranks,
     values,
 )
 
@@ -423,29 +421,3 @@ def test_errors_leave_the_ensemble(case):
     with pytest.raises(error, match=message):
         fit(ensemble, optimizer=torch.optim.SGD(ensemble.parameters(), lr=1.0), steps=2, **given)
     assert all(torch.equal(a, b) for a, b in zip(before, values(ensemble), strict=True))
-
-
-# --- several processes -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    alone = [
-        gloo_sweep.sweep(**own) for own in ({}, {"members": 1, "dtype": torch.float64}, {"members": 1, "mixed": True})
-    ]
-    for rank, (*results, spoiled, broken) in enumerate(two_ranks(gloo_sweep.__file__, tmp_path)):
-        # Of what only the second rank would train: the first must not wait for it.
-        assert spoiled.startswith("ValueError: y must lie in [0, 1] for BCELoss, not in [0.01251")
-        other = "RuntimeError: rank 1 of 2 could not train its share"
-        assert broken == ("ArithmeticError: not on this rank" if rank else other)
-        # One member is less than two processes: the second one is idle then.
-        for found, expected in zip(results, alone, strict=True):
-            assert found["steps"] == expected["steps"] == [0, 6, 12, 18, 24]
-            assert found["best"][:1] == expected["best"][:1]
-            assert torch.equal(found["random"], expected["random"])
-            assert relative(found["parameters"], expected["parameters"]) < 1e-5
-            assert relative([found["loss"]], [expected["loss"]]) < 1e-5
-            assert found["loss"].dtype is expected["loss"].dtype
-    # Each process drew its own; without rank 0's, the second would have ended elsewhere.
-    other = gloo_sweep.sweep(seed=4)
-    assert relative(other["parameters"], alone[0]["parameters"]) > 1e-2

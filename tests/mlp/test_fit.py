@@ -135,7 +135,7 @@ def xor_model(dtype=torch.float32):
     return MLP([2, 2, 1]).to(dtype)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_xor_for_10001_steps():
     errors = []
     exact = xor_model(torch.float64)

@@ -1353,7 +1353,7 @@ def test_the_warning_waits_for_eager_code(pretend):
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def train_xor(models, steps=500):
+def train_xor(models, steps=400):
     """The last loss of each; one optimizer for all, since no gradient of one reaches another."""
     x, target = xor()
     optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=2.0, momentum=0.9)
@@ -1370,11 +1370,11 @@ def test_xor_is_learned_from_the_same_seeds(take):
     # 2-2-1 is the smallest net that can, and gets stuck for some seeds: both must happen to the same ones.
     take("mm")
     pairs = []
-    for seed in range(20):
+    for seed in range(10):
         torch.manual_seed(seed)
         pairs.append(twins(2, 2, 1))
     ours, theirs = (train_xor(models) for models in zip(*pairs, strict=True))
     learned = theirs < 0.01
-    assert 0 < learned.sum() < 20
+    assert 0 < learned.sum() < 10
     assert torch.equal(ours < 0.01, learned)
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=0)
