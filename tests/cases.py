@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from perceptriton.kernels import crossover, ops, plan, tables
@@ -210,6 +211,22 @@ def make_layer(m, k, n, dtype, device="cpu", seed=0):
     return tuple(t.to(device, dtype) for t in (x, weight, bias, dy))
 
 
+def make_network(widths, leading, dtype, device="cpu", gain=4.0, seed=0):
+    """x, weights, biases, dy with pre-activations of std 1 to 2 and upstream gradients of order 1.
+
+    Sigmoids spread by 0.2 around 0.5: it takes weights of 4 / sqrt(K) to keep pre-activations that large.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, gain=1.0):
+        return (gain * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(device, dtype)
+
+    x, dy = normal(*leading, widths[0]), normal(*leading, widths[-1])
+    pairs = list(enumerate(itertools.pairwise(widths)))
+    weights = [normal(n, k, gain=(gain if l else 1.4) / k**0.5) for l, (k, n) in pairs]
+    return x, weights, [normal(n, gain=0.5) for n in widths[1:]], dy
+
+
 def make_layers(m, k, n, dtype, device="cpu"):
     """make_layer for as many seeds as it takes that a layer of a few numbers is not near the truth by luck."""
     return [make_layer(m, k, n, dtype, device, seed) for seed in range(max(1, 32 // (m * n)))]
@@ -230,7 +247,7 @@ def torch_layer(x, weight, bias, dy, activation, dtype=None):
         t if t is None else t.detach().to(dtype or t.dtype).contiguous() for t in (x, weight, bias, dy)
     )
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
-    z = torch.nn.functional.linear(*inputs)
+    z = F.linear(*inputs)
     y = z if activation == "identity" else getattr(torch, activation)(z)
     return (y.detach(), *torch.autograd.grad(y, inputs, dy))
 
@@ -316,8 +333,30 @@ def assert_as_good_as_torch(actual, torch_result, truth, dtype, names=("y", "dx"
             )
 
 
+def assert_as_good_as_the_worst(kinds, dtype):
+    """Every tensor no farther from the fp64 truth than twice the worst of its kind that torch computes in this dtype.
+
+    kinds: by name, the (actual, torch's, exact) of each tensor. One of a few numbers may be near the truth by luck; the
+    worst of torch's is not.
+    """
+    for name, tensors in kinds.items():
+        torch_error = max((relative_error(t, exact) for _, t, exact in tensors), default=0)
+        bound = 2 * torch_error + FLOOR[dtype]
+        for index, (actual, _, exact) in enumerate(tensors):
+            error = relative_error(actual, exact)
+            # `not <=`: a NaN must fail
+            if not error <= bound:
+                raise AssertionError(f"{name} {index}: error {error:.2e} > {bound:.2e} (torch {torch_error:.2e})")
+
+
+def torch_bce(z, target, pos_weight=None, reduction="mean"):
+    """F.binary_cross_entropy_with_logits with everything in the dtype of z."""
+    weight = None if pos_weight is None else pos_weight.to(z.dtype)
+    return F.binary_cross_entropy_with_logits(z, target.to(z.dtype), pos_weight=weight, reduction=reduction)
+
+
 def plain(x, weight, bias=None, activation="sigmoid"):
-    z = nn.functional.linear(x, weight, bias)
+    z = F.linear(x, weight, bias)
     return z if activation == "identity" else getattr(torch, activation)(z)
 
 
