@@ -18,6 +18,7 @@ from cases import (
     sequential,
 )
 from torch import nn
+from training_cases import RECIPES
 
 from perceptriton.kernels.records import TrainConfig, TrainPlan
 
@@ -35,18 +36,6 @@ LANE = TrainPlan("lane", "the test says so", rows=2, networks=4, num_warps=1)
 BLOCK = TrainPlan("block", "the test says so", rows=16, num_warps=4)
 PLANS = {"lane": LANE, "block": BLOCK}
 XOR = TrainConfig((2, 2, 1))
-
-OPTIMIZERS = {
-    "sgd": {},
-    "decay": {"weight_decay": 0.1},
-    "momentum": {"momentum": 0.9},
-    "dampening": {"momentum": 0.8, "dampening": 0.3},
-    "nesterov": {"momentum": 0.7, "nesterov": True, "weight_decay": 0.1},
-    "adam": {"optimizer": "adam"},
-    "adam-decay": {"optimizer": "adam", "weight_decay": 0.1, "beta1": 0.5, "beta2": 0.9, "eps": 1e-3},
-    "adam-no-averages": {"optimizer": "adam", "beta1": 0.0, "beta2": 0.0, "eps": 0.1},
-    "adamw": {"optimizer": "adamw", "weight_decay": 0.3},
-}
 
 
 def guarded(*shape):
@@ -240,10 +229,10 @@ def test_long_trajectories(plan):
             assert relative_error(ours, truth) <= BAND
 
 
-@pytest.mark.parametrize("variant", core(OPTIMIZERS, "nesterov", "dampening", "adamw"))
+@pytest.mark.parametrize("variant", core(RECIPES, "nesterov", "dampening", "adamw"))
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_optimizers(plan, variant):
-    run = Run(TrainConfig((3, 2, 2), **OPTIMIZERS[variant]), samples=3, members=2)
+    run = Run(TrainConfig((3, 2, 2), **RECIPES[variant]), samples=3, members=2)
     steps = (1, 2, 8)
     check(run, run.kernel(plan, steps), steps)
 
@@ -317,7 +306,7 @@ BITS = {
 @pytest.mark.more
 @pytest.mark.parametrize(("plan", "data", "variant"), BITS.values(), ids=BITS)
 def test_the_size_of_a_launch_changes_no_bit(plan, data, variant):
-    run = Run(dataclasses.replace(XOR, **OPTIMIZERS[variant]), **data)
+    run = Run(dataclasses.replace(XOR, **RECIPES[variant]), **data)
     once = run.kernel(plan, (24,), log_every=7)
     assert len(once[0][2]) == 4
     thrice = run.kernel(plan, (9, 16, 24), log_every=7)
@@ -332,7 +321,7 @@ def test_the_size_of_a_launch_changes_no_bit(plan, data, variant):
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_state_of_earlier_steps_is_continued(plan, variant):
     # Torch takes five steps, the kernels four more, as another run of which they are the first.
-    run = Run(TrainConfig((3, 4, 2), **OPTIMIZERS[variant]), samples=5)
+    run = Run(TrainConfig((3, 4, 2), **RECIPES[variant]), samples=5)
     ((parameters, states, _),) = run.torch((5,))
     actual = run.kernel(plan, (4,), taken=5, parameters=parameters, states=states)
     (exact,) = run.torch((9,))
