@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import itertools
+import math
 import os
 
 import pytest
@@ -398,6 +399,57 @@ def check_empty(run, shape, device="cpu"):
     assert not dweight.any()
 
 
+def check_extremes(run, activation, dtype, device="cpu"):
+    """Pre-activations that are 0, near or beyond where exp overflows or underflows, infinite and NaN."""
+    zs = (0.0, 17.0, 88.0, 89.0, 104.0, 1e4, torch.inf)
+    for z in (*zs, *(-z for z in zs), torch.nan):
+        # z comes in through the bias, so that its gradient is dz; a row of 1 by 1 keeps the extremes apart.
+        operands = (((1, 1), 0.0), ((1, 1), 0.5), ((1,), z), ((1, 1), 1.0))
+        tensors = [torch.full(size, value, dtype=dtype, device=device) for size, value in operands]
+        actual, expected = run(*tensors, activation), torch_layer(*tensors, activation)
+        # A rounding or two of the dtype. The approximate reciprocal root flushes the subnormal y below z = -87; the
+        # gradient of a saturated unit is made of the last bit of y.
+        eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+        for results, atol in ((slice(1), 2 * tiny), (slice(1, 4), eps if z > 0 else 2 * tiny)):
+            close = {"rtol": max(4 * eps, 2e-6), "atol": atol, "equal_nan": True, "msg": f"z = {z}: {{}}".format}
+            torch.testing.assert_close(actual[results], expected[results], **close)
+
+
+def check_autocast(layer, dtype, device="cpu", inside=False):
+    """The layer under autocast, its backward pass inside or outside of it."""
+    x, weight, bias, dy = make_layer(*SHAPES["ragged"], torch.float32, device)
+    dy = dy.to(dtype)
+
+    def gradients(layer):
+        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        with torch.autocast(device, dtype):
+            y = layer(*inputs)
+            if inside:
+                y.backward(dy)
+        if not inside:
+            y.backward(dy)
+        return y.detach(), *(t.grad for t in inputs)
+
+    actual, expected = gradients(layer), gradients(plain)
+    assert actual[0].dtype is expected[0].dtype is dtype
+    assert [t.dtype for t in actual[1:]] == [torch.float32] * 3
+    # The values that both see are the parameters rounded to the dtype.
+    exact = torch_layer(*(t.to(dtype) for t in (x, weight, bias)), dy, "sigmoid", torch.float64)
+    assert_as_good_as_torch(actual, expected, exact, dtype)
+
+
+def check_written(layer, leading, device="cpu", results=second_order):
+    """Outputs that in-place operations have written to, and results(y, inputs, dy), are those of torch."""
+    x, weight, bias, dy = make_layer(math.prod(leading), 7, 5, torch.float32, device)
+    x, dy = x.view(*leading, 7), dy.view(*leading, 5)
+    found = []
+    for own in (layer, plain):
+        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        y = written(own(*inputs, "identity"))
+        found.append([y, *results(y, inputs, dy)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def check_yardstick(run, check, name, wrong, device="cpu"):
     """The yardstick takes run's results, and refuses them with that one of them wrong."""
     # Square, so that a transposed gradient has the right shape.
@@ -448,6 +500,12 @@ def gradient_penalty(layer, x, weight, bias, dy):
     return torch.autograd.grad(((dx.norm(dim=-1) - 1) ** 2).sum(), inputs)
 
 
+# Which of dx, dweight and dbias are asked for, by name.
+WANTED = {
+    "+".join(itertools.compress(("dx", "dw", "db"), wanted)): wanted
+    for wanted in itertools.product((True, False), repeat=3)
+    if any(wanted)
+}
 # Results that the yardstick has to refuse, as (name of the result, what is done to it).
 WRONG = {
     **{f"{name}-zeros": (name, torch.zeros_like) for name in ("y", "dx", "dweight", "dbias")},

@@ -245,17 +245,6 @@ def test_batch_equals_rows_one_by_one():
     assert_near((*dweights, *dbiases), sums, 2e-6)
 
 
-def test_two_forwards_then_a_joint_backward():
-    # What the second pass does must not disturb what the first one saved.
-    first, second = Net((7, 20, 33, 3), seed=1), Net((7, 20, 33, 3), seed=2)
-    plan, results = fused(3, 1), []
-    for net in (first, second):
-        results.append(network.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "sigmoid", plan, plan.boundaries))
-    for net, (y, saved) in zip((first, second), results, strict=True):
-        parameters = (net.weights, net.biases, "sigmoid", "sigmoid")
-        check(net, (y, saved, *network.mlp_bwd(net.dy, net.x, saved, *parameters, net.everything(), plan)))
-
-
 @pytest.mark.core
 def test_slots_hold_nothing_that_was_in_memory(monkeypatch):
     # Gradients are aligned to 16 bytes; what lies between them is summed like everything else.

@@ -19,14 +19,17 @@ from cases import (
     LAYOUTS,
     LOSSES,
     SHAPES,
+    WANTED,
     WRONG,
-    assert_as_good_as_torch,
+    check_autocast,
     check_empty,
+    check_extremes,
     check_gradients,
     check_inputs_are_left_alone,
     check_layer,
     check_loss,
     check_shape,
+    check_written,
     check_yardstick,
     forget_plans,
     gradient_penalty,
@@ -35,11 +38,9 @@ from cases import (
     plain,
     run_layer,
     same_bits,
-    second_order,
     torch_layer,
     train_step,
     twins,
-    written,
 )
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend, EagerAndRecordGraphs
@@ -183,22 +184,10 @@ def test_sums_over_many_rows_stay_in_fp32(dtype, take):
     check(x.abs(), weight, bias, dy.abs())
 
 
-ZS = (0.0, 17.0, 88.0, 89.0, 104.0, 1e4, torch.inf)
-
-
 @pytest.mark.parametrize("path", ["mm", "onednn"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_extremes(activation, path):
-    for z in (*ZS, *(-z for z in ZS), torch.nan):
-        # z comes in through the bias, so that its gradient is dz.
-        x, weight, bias, dy = torch.zeros(1, 1), torch.full((1, 1), 0.5), torch.tensor([z]), torch.ones(1, 1)
-        actual = run_layer(x, weight, bias, dy, activation)
-        expected = torch_layer(x, weight, bias, dy, activation)
-        # The gradient of a saturated unit is made of the last bit of y.
-        for results, atol in ((slice(1), 2e-38), (slice(1, 4), 2e-7 if z > 0 else 2e-38)):
-            torch.testing.assert_close(
-                actual[results], expected[results], rtol=1e-6, atol=atol, equal_nan=True, msg=f"z = {z}: {{}}".format
-            )
+    check_extremes(run_layer, activation, torch.float32)
 
 
 @pytest.mark.parametrize(("name", "wrong"), WRONG.values(), ids=WRONG)
@@ -262,8 +251,6 @@ def test_losses(path, loss):
 
 # --- autograd -----------------------------------------------------------------------------------------------------
 
-WANTED = [wanted for wanted in itertools.product((True, False), repeat=3) if any(wanted)]
-
 
 class CountOps(TorchDispatchMode):
     """Counts torch's operations by name."""
@@ -278,9 +265,7 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "wanted", WANTED, ids=lambda w: "+".join(n for n, on in zip(("dx", "dw", "db"), w, strict=True) if on)
-)
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
 @pytest.mark.parametrize("path", ["small", "mm", "onednn", "chunked"])
 def test_computes_and_keeps_only_what_is_asked_for(path, wanted):
     x, weight, bias, dy = make_layer(*SHAPES["ragged"], torch.float32)
@@ -437,15 +422,7 @@ def test_writing_over_the_output(activation, path):
 @pytest.mark.parametrize("leading", [(), (6,), (2, 3), (2, 0)], ids=str)
 @pytest.mark.parametrize("path", ["small", "mm", "onednn", "chunked"])
 def test_in_place_operations_on_the_output(path, leading):
-    x, weight, bias, dy = make_layer(math.prod(leading), 7, 5, torch.float32)
-    x, dy = x.view(*leading, 7), dy.view(*leading, 5)
-
-    results = []
-    for layer in (linear_act, plain):
-        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
-        y = written(layer(*inputs, "identity"))
-        results.append([y, *second_order(y, inputs, dy)])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    check_written(linear_act, leading)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -546,24 +523,7 @@ def test_mlp_errors(arguments, error, message):
 @pytest.mark.parametrize("path", ["small", "mm"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=IDS.get)
 def test_autocast(dtype, path, inside):
-    x, weight, bias, dy = make_layer(*SHAPES["ragged"], torch.float32)
-
-    def gradients(layer):
-        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
-        with torch.autocast("cpu", dtype):
-            y = layer(*inputs)
-            if inside:
-                y.backward(dy.to(dtype))
-        if not inside:
-            y.backward(dy.to(dtype))
-        return y.detach(), *(t.grad for t in inputs)
-
-    actual, expected = gradients(linear_act), gradients(plain)
-    assert actual[0].dtype is expected[0].dtype is dtype
-    assert [t.dtype for t in actual[1:]] == [torch.float32] * 3
-    # What both compute from: the values rounded to the dtype.
-    exact = torch_layer(*(t.to(dtype) for t in (x, weight, bias, dy)), "sigmoid", torch.float64)
-    assert_as_good_as_torch(actual, expected, exact, dtype)
+    check_autocast(linear_act, dtype, inside=inside)
 
 
 @pytest.mark.parametrize("path", ["mm", "chunked"])
@@ -840,7 +800,7 @@ def test_vmap_takes_a_registered_op_for_plain_operations(in_dims, no_launches):
     torch.testing.assert_close(torch.vmap(op, in_dims)(*inputs), expected)
 
 
-@pytest.mark.parametrize("wanted", WANTED, ids=str)
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
 def test_vmap_takes_a_registered_backward_for_plain_operations(wanted, no_launches):
     x, weight, bias, dy = make_layer(6, 5, 3, torch.float32)
     y, many = plain(x, weight, bias), torch.stack([dy, 2 * dy, -dy], 1)
@@ -970,26 +930,6 @@ def test_compiled_calls_raise_what_eager_ones_do(changes, error, message, monkey
     for call in (linear_act, torch.compile(linear_act, backend="aot_eager")):
         with pytest.raises(error, match=message):
             call(**inputs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
-def test_kernels_see_dynamic_batches_compiled_once(dynamic, traced):
-    counts = []
-    for layer in (linear_act, plain):
-        torch._dynamo.reset()
-        backend = AotEagerAndRecordGraphs()
-        compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
-        for rows in (2, 3, 4, 7, 16, 33, 1, 5):
-            inputs = [t.requires_grad_() for t in make_layer(rows, 5, 3, torch.float32)[:3]]
-            found, expected = (
-                (y.detach(), *torch.autograd.grad(y.square().sum(), inputs))
-                for y in (compiled(*inputs), plain(*inputs))
-            )
-            torch.testing.assert_close(found, expected)
-        counts.append([len(graphs) for graphs in (backend.graphs, backend.fw_graphs, backend.bw_graphs)])
-    ours, theirs = counts
-    assert all(0 < own <= other for own, other in zip(ours, theirs, strict=True)), counts
 
 
 def test_kernels_see_as_many_rows_as_the_program_finds(traced):
