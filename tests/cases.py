@@ -361,6 +361,12 @@ def plain(x, weight, bias=None, activation="sigmoid"):
     return z if activation == "identity" else getattr(torch, activation)(z)
 
 
+def plain_network(x, weights, biases, hidden="sigmoid", output="sigmoid"):
+    for l, weight in enumerate(weights):
+        x = plain(x, weight, biases[l] if biases else None, output if l == len(weights) - 1 else hidden)
+    return x
+
+
 def run_layer(x, weight, bias, dy, activation="sigmoid", layer=linear_act, **options):
     """y and the gradients of x, weight and bias (where there is one)."""
     inputs = [t if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]

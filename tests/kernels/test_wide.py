@@ -1,6 +1,7 @@
 """The product whose tiles travel by TMA against fp64: on a GPU with TMA, or in triton's interpreter."""
 
 import dataclasses
+import functools
 import itertools
 import types
 
@@ -21,8 +22,10 @@ from cases import (
     kernel_device,
     make_layer,
     make_layers,
+    make_network,
     negated,
     off_by_one,
+    plain_network,
     relative_error,
     same_bits,
     spy_on,
@@ -382,18 +385,15 @@ NETS = {
 
 
 def network(widths, dtype, m=70, bias=True):
-    layers = [make_layer(m, k, n, dtype, DEVICE) for k, n in itertools.pairwise(widths)]
-    weights = [layer[1].requires_grad_() for layer in layers]
-    biases = [layer[2].requires_grad_() for layer in layers] if bias else None
-    return layers[0][0].requires_grad_(), weights, biases, layers[-1][3]
+    x, weights, biases, dy = make_network(widths, (m,), dtype, DEVICE, gain=1.4)
+    for t in (x, *weights, *biases):
+        t.requires_grad_()
+    return x, weights, biases if bias else None, dy
 
 
 def torch_network(x, weights, biases, dy, activation, dtype=None):
     tensors = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, *weights, *(biases or ()))]
-    h = tensors[0]
-    for l in range(len(weights)):
-        h = torch.nn.functional.linear(h, tensors[1 + l], tensors[1 + len(weights) + l] if biases else None)
-        h = activations.ACTIVATIONS[activation].forward(h)
+    h = plain_network(tensors[0], tensors[1 : 1 + len(weights)], tensors[1 + len(weights) :], activation, activation)
     return h.detach(), *torch.autograd.grad(h, tensors, dy.to(h.dtype))
 
 
@@ -495,13 +495,8 @@ def test_second_order_of_networks(hidden):
     results = []
     for dtype in (torch.float16, torch.float64):
         own = [t.detach().to(dtype).requires_grad_() for t in inputs]
-        if dtype is torch.float16:
-            y = mlp_act(own[0], own[1:4], own[4:], hidden, "tanh", impl="triton")
-        else:
-            y = own[0]
-            for l in range(3):
-                y = torch.nn.functional.linear(y, own[1 + l], own[4 + l])
-                y = activations.ACTIVATIONS["tanh" if l == 2 else hidden].forward(y)
+        call = functools.partial(mlp_act, impl="triton") if dtype is torch.float16 else plain_network
+        y = call(own[0], own[1:4], own[4:], hidden, "tanh")
         first = torch.autograd.grad((y * dy.to(dtype)).sum(), own, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().mean() for g in first), own))
     assert_near(*results, 0.02)

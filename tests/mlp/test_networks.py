@@ -30,6 +30,7 @@ from cases import (
     twins,
     written,
 )
+from cases import plain_network as plain
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -133,14 +134,6 @@ class Net:
         x, *parameters = tensors
         layers = len(self.weights)
         return x, parameters[:layers], parameters[layers:] or None
-
-
-def plain(x, weights, biases, hidden="sigmoid", output="sigmoid"):
-    for l, weight in enumerate(weights):
-        act = output if l == len(weights) - 1 else hidden
-        x = F.linear(x, weight, None if biases is None else biases[l])
-        x = x if act == "identity" else getattr(torch, act)(x)
-    return x
 
 
 def differentiate(net, network, dy=None, dtype=None):
