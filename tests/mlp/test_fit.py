@@ -692,69 +692,49 @@ def arguments(**changes):
     return given | changes
 
 
+def bad(error, message, **changes):
+    return changes, error, message
+
+
 BAD = {
-    "model": ({"model": 3}, TypeError, r"^model must be of type Module, not int$"),
-    "x": ({"x": [[1.0]]}, TypeError, r"^x must be of type Tensor, not list$"),
-    "y": ({"y": None}, TypeError, r"^y must be of type Tensor, not NoneType$"),
-    "criterion": ({"criterion": "bce"}, TypeError, r"^criterion must be callable, not str$"),
-    "optimizer": ({"optimizer": "sgd"}, TypeError, r"^optimizer must be of type Optimizer, not str$"),
-    "generator": ({"generator": 3}, TypeError, r"^generator must be of type Generator, not int$"),
-    "steps": ({"steps": -1}, ValueError, r"^steps must be at least 0, not -1$"),
-    "steps-type": ({"steps": 2.0}, TypeError, r"^steps must be an int, not 2.0$"),
-    "log_every": ({"log_every": -2}, ValueError, r"^log_every must be at least 0, not -2$"),
-    "batch_size": ({"batch_size": 0}, ValueError, r"^batch_size must be at least 1, not 0$"),
-    "batch_size-type": ({"batch_size": True}, TypeError, r"^batch_size must be an int, not True$"),
-    "impl": (
-        {"impl": "fast"},
-        ValueError,
-        r"^impl must be one of None, 'lane', 'block', 'graph', 'torch', not 'fast'$",
+    "model": bad(TypeError, r"^model must be of type Module, not int$", model=3),
+    "x": bad(TypeError, r"^x must be of type Tensor, not list$", x=[[1.0]]),
+    "y": bad(TypeError, r"^y must be of type Tensor, not NoneType$", y=None),
+    "criterion": bad(TypeError, r"^criterion must be callable, not str$", criterion="bce"),
+    "optimizer": bad(TypeError, r"^optimizer must be of type Optimizer, not str$", optimizer="sgd"),
+    "generator": bad(TypeError, r"^generator must be of type Generator, not int$", generator=3),
+    "steps": bad(ValueError, r"^steps must be at least 0, not -1$", steps=-1),
+    "steps-type": bad(TypeError, r"^steps must be an int, not 2.0$", steps=2.0),
+    "log_every": bad(ValueError, r"^log_every must be at least 0, not -2$", log_every=-2),
+    "batch_size": bad(ValueError, r"^batch_size must be at least 1, not 0$", batch_size=0),
+    "batch_size-type": bad(TypeError, r"^batch_size must be an int, not True$", batch_size=True),
+    "impl": bad(ValueError, r"^impl must be one of None, 'lane', 'block', 'graph', 'torch', not 'fast'$", impl="fast"),
+    "samples": bad(ValueError, r"^x \(5, 3\) and y \(4, 2\) differ in their number of samples$", y=torch.rand(4, 2)),
+    "no-samples": bad(ValueError, r"^x \(0, 3\) holds no samples$", x=torch.rand(0, 3), y=torch.rand(0, 2)),
+    "width": bad(ValueError, r"^x \(5, 4\) is not \(5, 3\)$", x=torch.rand(5, 4)),
+    "target": bad(ValueError, r"^y \(5,\) is not \(5, 2\)$", y=torch.rand(5)),
+    "target-broadcasts": bad(ValueError, r"^y \(5, 1\) is not \(5, 2\)$", y=torch.rand(5, 1), criterion=nn.MSELoss()),
+    "dtype": bad(ValueError, r"^x is torch.float64, but the model's parameters torch.fl", x=torch.rand(5, 3).double()),
+    "target-dtype": bad(
+        ValueError, r"^y is torch.float64, but the model's parameters torch.fl", y=torch.rand(5, 2).double()
     ),
-    "samples": ({"y": torch.rand(4, 2)}, ValueError, r"^x \(5, 3\) and y \(4, 2\) differ in their number of samples$"),
-    "no-samples": ({"x": torch.rand(0, 3), "y": torch.rand(0, 2)}, ValueError, r"^x \(0, 3\) holds no samples$"),
-    "width": ({"x": torch.rand(5, 4)}, ValueError, r"^x \(5, 4\) is not \(5, 3\)$"),
-    "target": ({"y": torch.rand(5)}, ValueError, r"^y \(5,\) is not \(5, 2\)$"),
-    "target-broadcasts": (
-        {"y": torch.rand(5, 1), "criterion": nn.MSELoss()},
-        ValueError,
-        r"^y \(5, 1\) is not \(5, 2\)$",
-    ),
-    "dtype": (
-        {"x": torch.rand(5, 3).double()},
-        ValueError,
-        r"^x is torch.float64, but the model's parameters torch.fl",
-    ),
-    "target-dtype": (
-        {"y": torch.rand(5, 2).double()},
-        ValueError,
-        r"^y is torch.float64, but the model's parameters torch.fl",
-    ),
-    "device": ({"y": torch.rand(5, 2, device="meta")}, ValueError, r"^y is on meta, but the model on cpu$"),
-    "range": ({"y": torch.full((5, 2), 1.5)}, ValueError, r"^y must lie in \[0, 1\] for BCELoss, not in \[1.5, 1.5\]$"),
-    "foreign": (
-        {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(7))], lr=1)},
+    "device": bad(ValueError, r"^y is on meta, but the model on cpu$", y=torch.rand(5, 2, device="meta")),
+    "range": bad(ValueError, r"^y must lie in \[0, 1\] for BCELoss, not in \[1.5, 1.5\]$", y=torch.full((5, 2), 1.5)),
+    "foreign": bad(
         ValueError,
         r"^optimizer holds a parameter \(7,\) that is none of the model's 4$",
+        optimizer=torch.optim.SGD([nn.Parameter(torch.ones(7))], lr=1),
     ),
-    "lr": ({"lr": torch.ones(2)}, ValueError, r"^lr is for an Ensemble; the model is a MLP"),
-    "lr-type": ({"lr": 0.1}, TypeError, r"^lr must be of type Tensor, not float$"),
-    "lane": ({"impl": "lane"}, NotImplementedError, r"^impl='lane': "),
-    "block": ({"impl": "block"}, NotImplementedError, r"^impl='block': "),
-    "graph": ({"impl": "graph"}, NotImplementedError, r"^impl='graph': cpu: only a CUDA device"),
-    "criterion-returns": (
-        {"criterion": lambda p, t: 0.0},
-        TypeError,
-        r"^criterion must return a tensor .* not a float$",
+    "lr": bad(ValueError, r"^lr is for an Ensemble; the model is a MLP", lr=torch.ones(2)),
+    "lr-type": bad(TypeError, r"^lr must be of type Tensor, not float$", lr=0.1),
+    "lane": bad(NotImplementedError, r"^impl='lane': ", impl="lane"),
+    "block": bad(NotImplementedError, r"^impl='block': ", impl="block"),
+    "graph": bad(NotImplementedError, r"^impl='graph': cpu: only a CUDA device", impl="graph"),
+    "criterion-returns": bad(TypeError, r"^criterion must return a tensor .* not a float$", criterion=lambda p, t: 0.0),
+    "criterion-shape": bad(
+        ValueError, r"one number, not one of shape \(5, 2\)$", criterion=nn.BCELoss(reduction="none")
     ),
-    "criterion-shape": (
-        {"criterion": nn.BCELoss(reduction="none")},
-        ValueError,
-        r"one number, not one of shape \(5, 2\)$",
-    ),
-    "general-torch": (
-        {"criterion": absolute, "impl": "torch"},
-        NotImplementedError,
-        r"^impl='torch': the criterion is a",
-    ),
+    "general-torch": bad(NotImplementedError, r"^impl='torch': the criterion is a", criterion=absolute, impl="torch"),
 }
 
 
@@ -767,31 +747,16 @@ def test_errors_name_the_argument_and_leave_the_model(case):
     trained = given["model"] if isinstance(given["model"], nn.Module) else MLP([3, 4, 2])
     before = values(trained)
     with pytest.raises(error, match=message):
-        fit(given.pop("model"), given.pop("x"), given.pop("y"), **given)
+        fit(**given)
     assert same_bits(values(trained), before)
     assert not getattr(given["optimizer"], "state", None)
 
 
 def test_impl_torch_is_obeyed():
-    given = arguments()
-    assert fit(given.pop("model"), given.pop("x"), given.pop("y"), **given, impl="torch").path == "torch"
+    assert fit(**arguments(impl="torch")).path == "torch"
 
 
 # --- progress --------------------------------------------------------------------------------------------------
-
-
-class Terminal:
-    def __init__(self, terminal):
-        self.terminal = terminal
-
-    def isatty(self):
-        return self.terminal
-
-    def write(self, text):
-        pass
-
-    def flush(self):
-        pass
 
 
 @pytest.mark.parametrize(
@@ -821,11 +786,10 @@ def test_progress(terminal, progress, seconds_per_chunk, shown, monkeypatch):
             yield start, 10
 
     monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
-    monkeypatch.setattr(sys, "stderr", Terminal(terminal))
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(isatty=lambda: terminal))
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks)
-    given = arguments(steps=100)
-    fit(given.pop("model"), given.pop("x"), given.pop("y"), **given, progress=progress)
+    fit(**arguments(steps=100, progress=progress))
     assert len(bars) == shown
     assert all((bar.n, bar.total, bar.closed) == (100, 100, True) for bar in bars)
 
@@ -846,9 +810,8 @@ def test_a_model_that_draws_numbers_finds_them_in_the_same_order_whatever_the_ch
 
 def test_progress_needs_no_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.setattr(sys, "stderr", Terminal(True))
-    given = arguments()
-    fit(given.pop("model"), given.pop("x"), given.pop("y"), **given, progress=True)
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(isatty=lambda: True))
+    fit(**arguments(progress=True))
 
 
 def test_an_ensemble_is_no_sequential():
