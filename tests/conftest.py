@@ -155,10 +155,8 @@ def poisoned():
 
 @pytest.fixture(scope="session")
 def compilers():
-    """A process on each core, for all suites of a run, forked from one that has spent the seconds on the imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "triton", "perceptriton.kernels.gpu.aot"])
-    with context.Pool(os.cpu_count()) as pool:
+    """A process on each core, for all suites of a run: to import torch and triton takes each of them seconds."""
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         yield pool
 
 
