@@ -901,7 +901,7 @@ def test_a_search_goes_on_where_the_table_is(bench, monkeypatch):
             search(old=[row(128, 32)], **options)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_tiles_are_found_by_compiling(bench):
     triton = pytest.importorskip("triton")
     common = bench("tuning.common")
