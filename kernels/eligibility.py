@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from . import plan as planning
-from .devices import DTYPE_NAMES, gpu, has_triton, look_at
+from .devices import DTYPE_NAMES, dtype_name, gpu, has_triton, look_at
 
 
 def layer_refusal(
@@ -155,9 +155,7 @@ def launchable(device: torch.device, dtype: torch.dtype) -> bool:
     `torch.compiler.is_exporting()` to be true whenever it traces.
     """
     described = look_at(device)  # `describe` may warn, which is an error in a traced program
-    usable = (
-        described.triton and planning.device_refusal(1, 1, 1, DTYPE_NAMES.get(dtype, str(dtype)), described) is None
-    )
+    usable = described.triton and planning.device_refusal(1, 1, 1, dtype_name(dtype), described) is None
     return usable and not torch.compiler.is_exporting()
 
 
