@@ -32,13 +32,11 @@ from torch import Tensor
 
 from ..records import TrainConfig, TrainPlan
 from .functions import ACTIVATIONS
-from .launch import device_of
+from .launch import Tensors, device_of
 from .network import padded
 from .train_block import train_block_kernel
 from .train_lane import train_lane_kernel
 from .train_rules import LOSSES, OPTIMIZERS
-
-Tensors = tuple[Tensor, ...]
 
 
 class KernelLoop:

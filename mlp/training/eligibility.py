@@ -8,7 +8,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ...kernels.records import TrainConfig
 from ..as_network import Network, as_network, has_hooks, lie_apart, training_refusal
-from ..ensemble import Ensemble
+from ..ensemble import Ensemble, in_order
 from .checks import check_data
 from .jobs import FastJob
 from .state import State
@@ -56,7 +56,7 @@ def _network(model: nn.Module) -> Network | str:
     if has_hooks(model):
         return "the model has hooks or a forward of its own"
     options = (model.activation, model.output_activation, len(model.biases) > 0)
-    return Network(model.sizes, *options, tuple(model._in_order()), len(model))
+    return Network(model.sizes, *options, tuple(in_order(model)), len(model))
 
 
 def _loss_fields(criterion: object, network: Network) -> dict[str, str] | str:

@@ -25,6 +25,7 @@ from training_cases import (
 
 from perceptriton.kernels import plan, records
 from perceptriton.mlp import MLP, Ensemble, History, fit, fit_sharded
+from perceptriton.mlp.ensemble import in_order
 
 EXACT = 1e-10
 LAYOUTS = ("matrices", "arrays")
@@ -199,7 +200,7 @@ def test_gradients_to_the_second_order():
     ensemble(x).sum().backward()
     for i, model in enumerate(models):
         gradients = torch.autograd.grad(model(x[i]).sum(), list(model.parameters()))
-        stacked = [p.grad[i] for p in ensemble._in_order()]
+        stacked = [p.grad[i] for p in in_order(ensemble)]
         assert relative(stacked, gradients) <= EXACT
 
 
@@ -252,7 +253,7 @@ def test_members_train_as_they_would_alone(optimizer, batch_size, own, layout):
         data = (x[i], y[i]) if own else (x[0], y[0])
         losses = ordinary(model, *data, nn.BCELoss(), single, 30, generator=generator, **common)
         assert relative([history.loss[:, i]], [losses]) <= EXACT
-        for p, q in zip(ensemble._in_order(), model.parameters(), strict=True):
+        for p, q in zip(in_order(ensemble), model.parameters(), strict=True):
             for name, value in single.state.get(q, {}).items():
                 state = stacked.state[p][name]
                 assert relative([state if name == "step" else state[i]], [value]) <= EXACT
