@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.activations import ACTIVATIONS
 from .as_network import as_network
+from .history import History
 from .model import MLP
-
-if TYPE_CHECKING:
-    from .history import History
 
 __all__ = ["Ensemble"]
 
@@ -135,7 +132,7 @@ class Ensemble(nn.Module):
                 own.copy_(stacked[chosen.to(stacked.device)])
         return part
 
-    def best(self, losses: "Tensor | History", k: int = 1) -> list[int]:
+    def best(self, losses: Tensor | History, k: int = 1) -> list[int]:
         """The indices of the k members with the lowest losses, the lowest first; equal ones in order, NaN last.
 
         losses: (E,), or the `History` of this ensemble's `fit`, whose last logged row counts.

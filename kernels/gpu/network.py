@@ -50,10 +50,7 @@ def mlp_fwd(
     `boundaries` of the plan for the backward pass, or () for none. M is not 0. Saved activations are contiguous, with
     K_l rounded up to a multiple of 16 columns, of which the first K_l count.
 
-    head: (target, pos_weight, reduction, dtype) gives, in the place of y, which is not written anywhere, the binary
-    cross entropy of sigmoid(z) in `dtype`, from the logits z of a last layer that is an identity. target (M, N), any
-    strides and floating dtype. pos_weight (N,) of any stride and floating dtype, or None. reduction: "none" gives
-    (M, N), "mean" and "sum" a scalar tensor.
+    head: as for `ops.mlp_fwd`; y is then not written anywhere, and a reduced loss is a scalar tensor.
     """
     M, widths = x.shape[0], _widths(weights)
     columns = mlp_columns(widths)

@@ -30,9 +30,8 @@ import math
 import triton
 from torch import Tensor
 
-from ..records import TrainConfig, TrainPlan
 from .functions import ACTIVATIONS
-from .launch import Tensors, device_of
+from .launch import device_of
 from .network import padded
 from .train_block import train_block_kernel
 from .train_lane import train_lane_kernel
@@ -42,19 +41,7 @@ from .train_rules import LOSSES, OPTIMIZERS
 class KernelLoop:
     """A run of training steps in launches. The arguments are those of `TorchLoop`, in float32 and contiguous."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        parameters: Tensors,
-        first: Tensors,
-        second: Tensors,
-        lr: Tensor,
-        x: Tensor,
-        y: Tensor,
-        batch_size: int,
-        taken: int,
-        plan: TrainPlan,
-    ) -> None:
+    def __init__(self, config, parameters, first, second, lr, x, y, batch_size, taken, plan) -> None:
         self.taken, self.plan = taken, plan
         widths, members, self.samples = config.widths, lr.shape[0], x.shape[1]
         batch_size = min(batch_size, self.samples)

@@ -14,7 +14,7 @@ from .jobs import FastJob
 from .state import State
 
 
-def fast_job(model, x, y, criterion, optimizer, lr) -> FastJob | str:
+def fast_job(model, x, y, criterion, optimizer, batch_size, lr, impl) -> FastJob | str:
     """The loop without autograd, or the reason why there is none. Raises ValueError for data that do not fit it."""
     network = _network(model)
     if isinstance(network, str):
@@ -47,7 +47,7 @@ def fast_job(model, x, y, criterion, optimizer, lr) -> FastJob | str:
     if not all(lie_apart(t, p) for t in (x, y) for p in network.parameters):
         return "x or y shares memory with a parameter"
     rates = p.new_full((network.members or 1,), rate) if lr is None else lr.detach().to(p.device, p.dtype)
-    return FastJob(network, config, state, x, y, rates.detach())
+    return FastJob(network, config, state, x, y, rates.detach(), batch_size, impl)
 
 
 def _network(model: nn.Module) -> Network | str:

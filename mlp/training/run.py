@@ -91,12 +91,11 @@ def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr,
     """The job that will train, of which nothing is computed or copied yet. Raises all that `fit` refuses."""
     check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
     x, y = x.detach(), y.detach()
-    job = fast_job(model, x, y, criterion, optimizer, lr)
+    job = fast_job(model, x, y, criterion, optimizer, batch_size, lr, impl)
     if isinstance(job, str):
         if impl is not None:
             raise NotImplementedError(f"impl={impl!r}: {job}")
         if lr is not None:
             raise NotImplementedError(f"lr needs a loop without autograd: {job}")
         return GeneralJob(model, x, y, criterion, optimizer)
-    job.choose(batch_size, impl)
     return job
