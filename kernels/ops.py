@@ -15,10 +15,9 @@ from . import crossover, reference
 from . import plan as planning
 from .devices import cpu_kind, describe, device_for, dtype_name, fp32_precision, fp32_split, gpu
 from .plan import MlpPlans
-from .records import EMPTY, MlpPlan, Plan
-from .reference import NeedsGrad, OptionalTensors
+from .records import EMPTY, MlpPlan, NeedsGrad, Plan, Wanted
+from .reference import Gradients, OptionalTensors
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias
 Operand = TypeVar("Operand", Tensor, Tensor | None)
 # "perceptriton", or the name under which a copy of the package was imported: each copy registers ops of its own.
 NAMESPACE = "_".join(__name__.split(".")[:-2])
@@ -101,13 +100,7 @@ def _layer_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
 
 
 def linear_act_bwd(
-    dy: Tensor,
-    y: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    activation: str,
-    wanted: tuple[bool, bool, bool],
-    impl: str | None,
+    dy: Tensor, y: Tensor, x: Tensor | None, weight: Tensor | None, activation: str, wanted: Wanted, impl: str | None
 ) -> Gradients:
     """(dx, dweight, dbias) of `linear_act_fwd` from its output y and the gradient dy, (..., N) each.
 
@@ -216,8 +209,8 @@ def mlp_fwd(
 def mlp_bwd(
     dy: Tensor,
     x: Tensor | None,
-    saved: Sequence[Tensor | None],
-    weights: Sequence[Tensor | None],
+    saved: OptionalTensors,
+    weights: OptionalTensors,
     biases: Sequence[Tensor] | None,
     hidden: str,
     output: str,

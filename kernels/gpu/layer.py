@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from ..records import Plan
+from ..records import Plan, Wanted
 from .functions import ACTIVATIONS
 from .launch import INTERPRETED, aligned, device_of, known_operands, launch
 from .layer_kernels import (
@@ -58,13 +58,7 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
 
 
 def linear_act_bwd(
-    dy: Tensor,
-    y: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    activation: str,
-    wanted: tuple[bool, bool, bool],
-    plan: Plan,
+    dy: Tensor, y: Tensor, x: Tensor | None, weight: Tensor | None, activation: str, wanted: Wanted, plan: Plan
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias), None where not wanted. x may be None without dweight, weight without dx.
 

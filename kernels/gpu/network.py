@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..plan import mlp_columns
-from ..records import MlpPlan
+from ..records import MlpPlan, NeedsGrad
 from .functions import ACTIVATIONS, UNBOUNDED
 from .launch import INTERPRETED, OptionalTensors, Tensors, aligned, device_of, launch
 from .layer import sum_slots
@@ -150,7 +150,7 @@ def mlp_bwd(
     biases: Tensors | None,
     hidden: str,
     output: str,
-    wanted: tuple[bool, tuple[bool, ...], tuple[bool, ...]],
+    wanted: NeedsGrad,
     plan: MlpPlan,
     head: tuple[Tensor, Tensor | None, str] | None = None,
 ) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:

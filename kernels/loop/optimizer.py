@@ -98,9 +98,8 @@ class Optimizer:
         if self.rates is None:
             beta, alpha = 1 - self.rate * config.weight_decay, -self.rate * batch.scale
             return layout.accumulate(batch, layout.parameters, beta, alpha)
-        decay: list[Call] = []
-        if config.weight_decay:
-            decay = [partial(part.mul_, self.keep) for part in layout.parameters.parts]
+        decayed = layout.parameters.parts if config.weight_decay else ()
+        decay: list[Call] = [partial(part.mul_, self.keep) for part in decayed]
         return decay + layout.accumulate(batch, layout.parameters, 1, -batch.scale)
 
     def _momentum(self) -> None:

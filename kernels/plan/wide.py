@@ -76,15 +76,7 @@ def linear_act_wgrad(m: int, k: int, n: int, precision: str, device: Device, imp
 
 
 def _wide_product(
-    m: int,
-    k: int,
-    n: int,
-    kind: str,
-    precision: str,
-    device: Device,
-    impl: str | None,
-    asked: bool,
-    epilogue: str = "",
+    m: int, k: int, n: int, kind: str, precision: str, device: Device, impl: str | None, asked: bool, epilogue: str = ""
 ) -> Plan | None:
     """The plan for a product that travels by TMA, or None. asked: it may run where nobody has timed it."""
     tiles = wide_candidates(kind, device.arch)

@@ -42,7 +42,7 @@ class FastJob:
         p = self.network.parameters[0]
         if self.loop is None:
             self.loop = self._set_up(self.samples if order is None else order.batch)
-        losses = p.new_empty(logged_steps(start, steps, log_every), self.columns)
+        losses = p.new_empty(len(logged_steps(start, steps, log_every)), self.columns)
         rows = None if order is None else order.rows(start, steps).to(p.device)
         self.loop.run(rows, start, steps, log_every, losses)
         synchronize(p.device)

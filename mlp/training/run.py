@@ -11,7 +11,7 @@ from ..history import History
 from .checks import check_arguments
 from .eligibility import fast_job
 from .jobs import GeneralJob, Job
-from .pacing import Bar, Interrupts, SampleOrder, chunks
+from .pacing import Bar, Interrupts, SampleOrder, chunks, logged_steps
 
 
 def fit(
@@ -80,7 +80,7 @@ def fit(
     rows = rows or [torch.empty(0, job.columns, device="cpu", dtype=next(model.parameters(), x).dtype)]
     loss = torch.cat(rows)
     return History(
-        list(range(0, steps, log_every)) if log_every else [],
+        list(logged_steps(0, steps, log_every)),
         loss if isinstance(model, Ensemble) else loss.squeeze(1),
         time.perf_counter() - began,
         job.path,
