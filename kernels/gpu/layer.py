@@ -1,7 +1,5 @@
 """Launchers of the kernels for one layer: shapes as in `layer_kernels.py`, any strides in, fresh tensors out."""
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-# Launch options (num_warps) and loops over tl.range are not in triton's types.
 import torch
 from torch import Tensor
 

@@ -1,7 +1,7 @@
 """Launchers of the products whose tiles travel by TMA, and the backward pass of a network of wide layers."""
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-# Launch options (num_warps) and loops over tl.range are not in triton's types.
+# pyright: reportCallIssue=false
+# Launch options are not in triton's types.
 from typing import cast
 
 import torch
