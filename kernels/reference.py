@@ -188,8 +188,7 @@ def mlp_bwd(
                 dh = _product(dz, weight, own.dx_gemm, dx[rows] if dx is not None and l == 0 else None)
         if need_dx and dx is None:
             dx = dh
-    dweights = [None if total is None else _summed(total) for total in dweights]
-    return dx, _cast(dweights, dy.dtype), _cast(dbiases, dy.dtype)
+    return dx, _finished(dweights, dy.dtype), _finished(dbiases, dy.dtype)
 
 
 def mlp_bwd_differentiable(
@@ -225,8 +224,8 @@ def mlp_bwd_differentiable(
     return dh, tuple(dweights), tuple(dbiases)
 
 
-def _cast(gradients: list[Tensor | None], dtype: torch.dtype) -> OptionalTensors:
-    return tuple(None if gradient is None else gradient.to(dtype) for gradient in gradients)
+def _finished(totals: OptionalTensors, dtype: torch.dtype) -> OptionalTensors:
+    return tuple(None if total is None else _summed(total).to(dtype) for total in totals)
 
 
 def _product(a: Tensor, b: Tensor, gemm: str, out: Tensor | None = None) -> Tensor:

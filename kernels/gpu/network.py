@@ -156,9 +156,8 @@ def mlp_bwd(
 ) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
     """(dx, dweights, dbiases) from dy (M, N) of any strides, None where not wanted.
 
-    saved: what `mlp_fwd` returned for `plan.boundaries`. wanted: dx, then one flag per weight and
-    one per bias. Shapes and dtypes of the gradients are those of x, weights and biases; the parameters' gradients are
-    views of one tensor, each aligned to 16 bytes. The rest as for `mlp_fwd`.
+    saved: what `mlp_fwd` returned for `plan.boundaries`. Shapes and dtypes of the gradients are those of x, weights and
+    biases; the parameters' gradients are views of one tensor, each aligned to 16 bytes. The rest as for `mlp_fwd`.
 
     head: (target, pos_weight, reduction) makes dy the gradient of the loss: (M, N) of any strides for reduction "none",
     else a tensor of one element, read on the device.
