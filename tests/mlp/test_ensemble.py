@@ -23,6 +23,7 @@ from training_cases import (
 
 from perceptriton.kernels import plan, records
 from perceptriton.mlp import MLP, Ensemble, History, fit, fit_sharded
+from perceptriton.mlp.ensemble import in_order
 
 EXACT = 1e-10
 LAYOUTS = ("matrices", "arrays")
@@ -67,7 +68,7 @@ def assert_trained_as_alone(ensemble, models, x, y, criterion, optimizer, steps,
         data = (t[i] if t.dim() == 3 else t for t in (x, y))
         losses = ordinary(model, *data, optimizer=single, generator=torch.Generator().manual_seed(3), **common)
         assert not options.get("log_every") or relative([history.loss[:, i]], [losses]) <= EXACT
-        for p, q in zip(ensemble._in_order(), model.parameters(), strict=True):
+        for p, q in zip(in_order(ensemble), model.parameters(), strict=True):
             for name, value in single.state.get(q, {}).items():
                 state = stacked.state[p][name]
                 assert relative([state if name == "step" else state[i]], [value]) <= EXACT
@@ -221,7 +222,7 @@ def test_gradients_to_the_second_order():
     ensemble(x).sum().backward()
     for i, model in enumerate(models):
         gradients = torch.autograd.grad(model(x[i]).sum(), list(model.parameters()))
-        stacked = [p.grad[i] for p in ensemble._in_order()]
+        stacked = [p.grad[i] for p in in_order(ensemble)]
         assert relative(stacked, gradients) <= EXACT
 
 
