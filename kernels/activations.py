@@ -25,10 +25,6 @@ class Activation:
     post_op: str  # the name of oneDNN's fused post-operation; "none" where it is missing or wrong
 
 
-def _relu_backward_into(dy: Tensor, y: Tensor, dz: Tensor) -> Tensor:
-    return _aten.threshold_backward.grad_input(dy, y, 0, grad_input=dz)
-
-
 ACTIVATIONS: dict[str, Activation] = {
     record.name: record
     for record in (
@@ -56,7 +52,7 @@ ACTIVATIONS: dict[str, Activation] = {
             torch.relu_,
             lambda z, y: torch.clamp_min(z, 0, out=y),
             lambda dy, y: _aten.threshold_backward.default(dy, y, 0),
-            _relu_backward_into,
+            lambda dy, y, dz: _aten.threshold_backward.grad_input(dy, y, 0, grad_input=dz),
             "none",  # oneDNN's relu turns NaN into 0
         ),
         Activation(

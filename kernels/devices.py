@@ -15,6 +15,12 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 
 
 @functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that plans and tables know, of other dtypes torch's own."""
+    return DTYPE_NAMES.get(dtype, str(dtype))
+
+
+@functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from . import plan as planning
-from .devices import DTYPE_NAMES, gpu, has_triton, look_at
+from .devices import DTYPE_NAMES, dtype_name, gpu, has_triton, look_at
 
 
 def layer_refusal(
@@ -35,7 +35,7 @@ def traced_refusal(
         return 'impl="torch"'
     if impl is None and not launchable(x.device, dtype):
         return f"no kernels for {dtype} on {x.device} in this program"
-    if reason := _kind_refusal(x, (("weight", weight), ("bias", bias)), dtype, autocast):
+    if reason := _tensor_refusal(x, (("weight", weight), ("bias", bias)), dtype, autocast, traced=True):
         return reason
     return bias_refusal("bias", bias, weight) or _mode_refusal(x.device, impl)
 
@@ -54,8 +54,8 @@ def mlp_refusal(
     return _tensor_refusal(x, tensors, dtype, autocast) or _mode_refusal(x.device, impl)
 
 
-def _kind_refusal(
-    x: Tensor, others: Sequence[tuple[str, Tensor | None]], dtype: torch.dtype, autocast: bool
+def _tensor_refusal(
+    x: Tensor, others: Sequence[tuple[str, Tensor | None]], dtype: torch.dtype, autocast: bool, traced: bool = False
 ) -> str | None:
     if dtype not in DTYPE_NAMES:
         return f"x is {dtype}; the kernels take {', '.join(map(str, DTYPE_NAMES))}"
@@ -70,16 +70,8 @@ def _kind_refusal(
             return f"{name} is {tensor.layout}"
         if autocast and tensor.dtype not in DTYPE_NAMES:
             return f"{name} is {tensor.dtype}, which autocast leaves as it is"
-    return None
-
-
-def _tensor_refusal(
-    x: Tensor, others: Sequence[tuple[str, Tensor | None]], dtype: torch.dtype, autocast: bool
-) -> str | None:
-    if reason := _kind_refusal(x, others, dtype, autocast):
-        return reason
     device = x.device
-    for name, tensor in others:
+    for name, tensor in () if traced else others:
         if tensor is not None and (tensor.device != device or not (autocast or tensor.dtype is dtype)):
             return f"{name} is {tensor.dtype} on {tensor.device}, not {dtype} on {device}"
     return None
@@ -155,9 +147,7 @@ def launchable(device: torch.device, dtype: torch.dtype) -> bool:
     `torch.compiler.is_exporting()` to be true whenever it traces.
     """
     described = look_at(device)  # `describe` may warn, which is an error in a traced program
-    usable = (
-        described.triton and planning.device_refusal(1, 1, 1, DTYPE_NAMES.get(dtype, str(dtype)), described) is None
-    )
+    usable = described.triton and planning.device_refusal(1, 1, 1, dtype_name(dtype), described) is None
     return usable and not torch.compiler.is_exporting()
 
 

@@ -9,10 +9,17 @@ import torch
 
 from . import plan as planning
 from .crossover import launch_note
-from .devices import DTYPE_NAMES, device_for, fp32_precision, fp32_split
+from .devices import device_for, dtype_name, fp32_precision, fp32_split
 from .eligibility import cpu_refusal
 from .ops import obey
 from .records import IMPLS, Device, MlpPlan, Plan
+
+
+def _listed(plans: dict[str, Plan] | dict[str, MlpPlan]) -> str:
+    return "\n".join(
+        f"{name:9} {plan.impl:8}  {plan.reason}" + (f"\n{'':20}{plan.prediction}" if plan.prediction else "")
+        for name, plan in plans.items()
+    )
 
 
 class Explanation(NamedTuple):
@@ -36,18 +43,12 @@ class MlpExplanation(NamedTuple):
         return _listed(self._asdict())
 
 
-def _check_shape(name: str, shape: object) -> None:
+def _checked(name: str, shape: object) -> tuple[int, ...]:
     if not isinstance(shape, Sequence) or not all(isinstance(size, int) for size in shape):
         raise TypeError(f"{name} must be a sequence of ints, not {shape!r}")
     if any(size < 0 for size in shape):
         raise ValueError(f"{name} must not be negative: {tuple(shape)}")
-
-
-def _listed(plans: dict[str, Plan] | dict[str, MlpPlan]) -> str:
-    return "\n".join(
-        f"{name:9} {plan.impl:8}  {plan.reason}" + (f"\n{'':20}{plan.prediction}" if plan.prediction else "")
-        for name, plan in plans.items()
-    )
+    return tuple(shape)
 
 
 @overload
@@ -95,11 +96,8 @@ def explain(
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, not {dtype!r}")
     network = isinstance(weight_shape, Sequence) and len(weight_shape) > 0 and not isinstance(weight_shape[0], int)
-    _check_shape("x_shape", x_shape)
-    for shape in cast(Sequence[Sequence[int]], weight_shape if network else [weight_shape]):
-        _check_shape("weight_shape", shape)
-    shapes = [tuple(cast(Sequence[int], shape)) for shape in (weight_shape if network else [weight_shape])]
-    features = x_shape[-1] if x_shape else None
+    *leading, features = _checked("x_shape", x_shape) or (None,)
+    shapes = [_checked("weight_shape", shape) for shape in (weight_shape if network else [weight_shape])]
     for shape in shapes:
         if len(shape) != 2 or shape[1] != features:
             raise ValueError(f"weight_shape {tuple(weight_shape)} does not fit x_shape {tuple(x_shape)}")
@@ -114,26 +112,20 @@ def explain(
         if impl == "triton" and (reason := cpu_refusal(device)):
             raise NotImplementedError(f'impl="triton": {reason}')
         if device.type == "cuda" and device.index is None:
-            device = torch.device(
-                "cuda", torch.cuda.current_device()
-            )  # the current device may be another one at the next call
+            # The current device may be another one at the next call.
+            device = torch.device("cuda", torch.cuda.current_device())
         device = device_for(device, impl)
-    rows, name, precision = math.prod(x_shape[:-1]), DTYPE_NAMES.get(dtype, str(dtype)), fp32_precision(device)
+    rows, name, precision, split = math.prod(leading), dtype_name(dtype), fp32_precision(device), fp32_split(dtype)
     # The plans are those for operands that lie dense in memory.
-    layers = [
-        (rows, k, n, name, precision, device, impl, fp32_split(dtype), k * dtype.itemsize % 16 == 0) for n, k in shapes
-    ]
+    layers = [(rows, k, n, name, precision, device, impl, split, k * dtype.itemsize % 16 == 0) for n, k in shapes]
     forwards = tuple(planning.linear_act_fwd(*arguments) for arguments in layers)
     backwards = tuple(planning.linear_act_bwd(*arguments[:7]) for arguments in layers)
     widths = (shapes[0][1], *(n for n, _ in shapes))
+    explanation = Explanation(forwards[0], backwards[0])
     if network:
-        arguments = (rows, widths, name, precision, device)
-        inference, (forward, backward) = (
-            planning.mlp_both(*arguments, training, False, impl, fp32_split(dtype)) for training in (False, True)
-        )
-        explanation = MlpExplanation(inference.forward, forward, cast(MlpPlan, backward))
-    else:
-        explanation = Explanation(forwards[0], backwards[0])
+        options = (rows, widths, name, precision, device)
+        inference, training = (planning.mlp_both(*options, both, False, impl, split) for both in (False, True))
+        explanation = MlpExplanation(inference.forward, training.forward, cast(MlpPlan, training.backward))
     obey(impl, explanation.forward)
     if device.kind != "cuda" or planning.device_refusal(rows, min(widths), 1, name, device):
         return explanation
@@ -145,13 +137,12 @@ def explain(
 
     if isinstance(explanation, Explanation):
         (k, n), (forward, backward) = widths, explanation
-        return Explanation(
-            with_prediction(forward, planning.predict(rows, k, n, name, forward)),
-            with_prediction(backward, planning.predict_bwd(rows, k, n, name, backward)),
-        )
-    shape, (inference, forward, backward) = (rows, widths, name), explanation
-    return MlpExplanation(
-        with_prediction(inference, planning.predict_mlp(*shape, inference, forwards)),
-        with_prediction(forward, planning.predict_mlp(*shape, forward, forwards, boundaries=backward.boundaries)),
-        with_prediction(backward, planning.predict_mlp(*shape, backward, backwards, backward=True)),
-    )
+        predictions = planning.predict(rows, k, n, name, forward), planning.predict_bwd(rows, k, n, name, backward)
+    else:
+        shape, (inference, forward, backward) = (rows, widths, name), explanation
+        predictions = [
+            planning.predict_mlp(*shape, inference, forwards),
+            planning.predict_mlp(*shape, forward, forwards, boundaries=backward.boundaries),
+            planning.predict_mlp(*shape, backward, backwards, backward=True),
+        ]
+    return type(explanation)(*map(with_prediction, explanation, predictions))

@@ -13,12 +13,11 @@ from torch import Tensor, is_grad_enabled
 
 from . import crossover, reference
 from . import plan as planning
-from .devices import DTYPE_NAMES, cpu_kind, describe, device_for, fp32_precision, fp32_split, gpu
+from .devices import cpu_kind, describe, device_for, dtype_name, fp32_precision, fp32_split, gpu
 from .plan import MlpPlans
-from .records import EMPTY, MlpPlan, Plan
-from .reference import NeedsGrad, OptionalTensors
+from .records import EMPTY, MlpPlan, NeedsGrad, Plan, Wanted
+from .reference import Gradients, OptionalTensors
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias
 Operand = TypeVar("Operand", Tensor, Tensor | None)
 # "perceptriton", or the name under which a copy of the package was imported: each copy registers ops of its own.
 NAMESPACE = "_".join(__name__.split(".")[:-2])
@@ -46,7 +45,7 @@ def few_elements(widths: tuple[int, ...], dtype: torch.dtype, training: bool) ->
 
     Where a layer takes 7 us, the call of `prefers_torch` would be 5% of it: hot paths compare with this.
     """
-    return crossover.cpu_rows(widths, DTYPE_NAMES.get(dtype, ""), cpu_kind(), training) * max(widths[0], 1)
+    return crossover.cpu_rows(widths, dtype_name(dtype), cpu_kind(), training) * max(widths[0], 1)
 
 
 def network_prefers_torch(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -62,8 +61,8 @@ def network_prefers_torch(x: Tensor, weights: Sequence[Tensor]) -> bool:
 def trains_plainly(x: Tensor, weight: Tensor) -> bool:
     """Whether a layer on the CPU that wants gradients costs least as plain torch operations under autograd."""
     n, k = weight.shape
-    rows, name = math.prod(x.shape[:-1]), DTYPE_NAMES.get(x.dtype, str(x.dtype))
-    return planning.linear_act_bwd(rows, k, n, name, "ieee", describe(x.device), None).impl == "aten"
+    rows = math.prod(x.shape[:-1])
+    return planning.linear_act_bwd(rows, k, n, dtype_name(x.dtype), "ieee", describe(x.device), None).impl == "aten"
 
 
 def _stored(tensor: Operand) -> Operand:
@@ -84,8 +83,7 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     # The number of rows is computed, since torch cannot infer a -1 beside a size of 0.
     x2 = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)
     device = device_for(x.device, impl)
-    dtype = DTYPE_NAMES.get(x.dtype, str(x.dtype))
-    arguments = (x2.shape[0], k, n, dtype, fp32_precision(device), device, impl, fp32_split(x.dtype))
+    arguments = (x2.shape[0], k, n, dtype_name(x.dtype), fp32_precision(device), device, impl, fp32_split(x.dtype))
     plan = planning.linear_act_fwd(*arguments)
     # Strides are looked at for wide layers alone: for small ones that would cost more time than it can save.
     if plan.impl == "tma" and not (gpu("wide").readable(x2) and gpu("wide").readable(weight)):
@@ -102,13 +100,7 @@ def _layer_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
 
 
 def linear_act_bwd(
-    dy: Tensor,
-    y: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    activation: str,
-    wanted: tuple[bool, bool, bool],
-    impl: str | None,
+    dy: Tensor, y: Tensor, x: Tensor | None, weight: Tensor | None, activation: str, wanted: Wanted, impl: str | None
 ) -> Gradients:
     """(dx, dweight, dbias) of `linear_act_fwd` from its output y and the gradient dy, (..., N) each.
 
@@ -126,8 +118,7 @@ def linear_act_bwd(
     else:
         rows, flat_y = y.shape[0], y
     device = device_for(y.device, impl)
-    dtype = DTYPE_NAMES.get(y.dtype, str(y.dtype))
-    plan = planning.linear_act_bwd(rows, k, n, dtype, fp32_precision(device), device, impl)
+    plan = planning.linear_act_bwd(rows, k, n, dtype_name(y.dtype), fp32_precision(device), device, impl)
     implementation = reference
     if plan.triton:
         implementation = gpu("layer")
@@ -155,8 +146,7 @@ def mlp_plans(
     """
     rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
     device = device_for(x.device, impl)
-    name, widths = DTYPE_NAMES.get(x.dtype, str(x.dtype)), widths_of(weights)
-    arguments = (rows, widths, name, fp32_precision(device), device)
+    arguments = (rows, widths_of(weights), dtype_name(x.dtype), fp32_precision(device), device)
     plans = planning.mlp_both(*arguments, training, loss, impl, fp32_split(x.dtype))
     obey(impl, plans.forward)
     return plans
@@ -219,8 +209,8 @@ def mlp_fwd(
 def mlp_bwd(
     dy: Tensor,
     x: Tensor | None,
-    saved: Sequence[Tensor | None],
-    weights: Sequence[Tensor | None],
+    saved: OptionalTensors,
+    weights: OptionalTensors,
     biases: Sequence[Tensor] | None,
     hidden: str,
     output: str,

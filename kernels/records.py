@@ -12,6 +12,9 @@ EMPTY = "nothing to compute"
 # capabilities).
 CHIPS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
+Wanted = tuple[bool, bool, bool]  # which gradients of a layer: dx, dweight, dbias
+NeedsGrad = tuple[bool, tuple[bool, ...], tuple[bool, ...]]  # of a network: dx, every dweight, every dbias
+
 # fp32 products as several products of tensor cores, each operand a sum of two or three short numbers.
 SPLITS = ("tf32x3", "bf16x6", "bf16x3")
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .records import MlpPlan, Plan
+from .records import MlpPlan, NeedsGrad, Plan, Wanted
 
-OptionalTensors = tuple[Tensor | None, ...]
-NeedsGrad = tuple[bool, tuple[bool, ...], tuple[bool, ...]]  # dx, every dweight, every dbias
+OptionalTensors = Sequence[Tensor | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias
 
 
 @functools.cache
@@ -77,14 +77,8 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
 
 
 def linear_act_bwd(
-    dy: Tensor,
-    y: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    activation: str,
-    wanted: tuple[bool, bool, bool],
-    plan: Plan,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor, y: Tensor, x: Tensor | None, weight: Tensor | None, activation: str, wanted: Wanted, plan: Plan
+) -> Gradients:
     """(dx, dweight, dbias), None where not wanted. x may be None without dweight, weight without dx."""
     need_dx, need_dweight, need_dbias = wanted
     if not 0 < plan.chunk < dy.shape[0]:
@@ -102,13 +96,8 @@ def linear_act_bwd(
 
 
 def linear_act_bwd_differentiable(
-    dy: Tensor,
-    y: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    activation: str,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor, y: Tensor, x: Tensor | None, weight: Tensor | None, activation: str, wanted: Wanted
+) -> Gradients:
     """The same gradients from differentiable operations, for any leading dimensions: what create_graph needs."""
     need_dx, need_dweight, need_dbias = wanted
     dz = ACTIVATIONS[activation].backward(dy, y)  # torch knows the derivatives of its own operation
@@ -156,8 +145,8 @@ def first_wanted(wanted: NeedsGrad) -> int:
 def mlp_bwd(
     dy: Tensor,
     x: Tensor | None,
-    saved: Sequence[Tensor | None],
-    weights: Sequence[Tensor | None],
+    saved: OptionalTensors,
+    weights: OptionalTensors,
     biases: Sequence[Tensor] | None,
     hidden: str,
     output: str,
@@ -199,15 +188,14 @@ def mlp_bwd(
                 dh = _product(dz, weight, own.dx_gemm, dx[rows] if dx is not None and l == 0 else None)
         if need_dx and dx is None:
             dx = dh
-    dweights = [None if total is None else _summed(total) for total in dweights]
-    return dx, _cast(dweights, dy.dtype), _cast(dbiases, dy.dtype)
+    return dx, _finished(dweights, dy.dtype), _finished(dbiases, dy.dtype)
 
 
 def mlp_bwd_differentiable(
-    dhs: Sequence[Tensor | None],
+    dhs: OptionalTensors,
     x: Tensor | None,
-    saved: Sequence[Tensor | None],
-    weights: Sequence[Tensor | None],
+    saved: OptionalTensors,
+    weights: OptionalTensors,
     hidden: str,
     output: str,
     wanted: NeedsGrad,
@@ -236,8 +224,8 @@ def mlp_bwd_differentiable(
     return dh, tuple(dweights), tuple(dbiases)
 
 
-def _cast(gradients: list[Tensor | None], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    return tuple(None if gradient is None else gradient.to(dtype) for gradient in gradients)
+def _finished(totals: OptionalTensors, dtype: torch.dtype) -> OptionalTensors:
+    return tuple(None if total is None else _summed(total).to(dtype) for total in totals)
 
 
 def _product(a: Tensor, b: Tensor, gemm: str, out: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import reference
 from .activations import ACTIVATIONS
 from .eligibility import bias_refusal, check_alike, check_operands
-from .ops import NAMESPACE, Gradients, in_features_of, linear_act_bwd, linear_act_fwd
+from .ops import NAMESPACE, in_features_of, linear_act_bwd, linear_act_fwd
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str? impl) -> Tensor")
@@ -49,7 +49,7 @@ def _linear_act_backward(dy, y, x, weight, activation, wanted, impl):
     return _tensors(y, linear_act_bwd(dy, y, x, weight, activation, tuple(wanted), impl))
 
 
-def _tensors(y: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
+def _tensors(y: Tensor, gradients: reference.Gradients) -> tuple[Tensor, ...]:
     # A registered op returns tensors: an empty one stands for a gradient that nobody wants.
     return tuple(y.new_empty(0) if g is None else g for g in gradients)
 

@@ -3,7 +3,7 @@
 import torch
 
 from . import plan as planning
-from .devices import DTYPE_NAMES, describe, gpu
+from .devices import describe, dtype_name, gpu
 from .eligibility import cpu_refusal
 from .loop import TorchLoop
 from .records import TrainConfig, TrainPlan
@@ -26,7 +26,7 @@ def plan_train(
     if kernels and (reason := cpu_refusal(device)):
         raise NotImplementedError(f"impl={impl!r}: {reason}")
     described = describe(device, kernels and device.type == "cpu")
-    plan = planning.train(members, samples, batch_size, config, DTYPE_NAMES.get(dtype, str(dtype)), described, impl)
+    plan = planning.train(members, samples, batch_size, config, dtype_name(dtype), described, impl)
     if impl is not None and plan.impl != impl:
         raise NotImplementedError(f"impl={impl!r}: {plan.reason}")
     return plan

@@ -153,8 +153,7 @@ def _export_hub(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    for line in doctor.report():
-        print(line)
+    print(*doctor.report(), sep="\n")
     return 0
 
 

@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.activations import ACTIVATIONS
 from .as_network import as_network
+from .history import History
 from .model import MLP
-
-if TYPE_CHECKING:
-    from .history import History
 
 __all__ = ["Ensemble"]
 
@@ -80,18 +77,12 @@ class Ensemble(nn.Module):
         widths, hidden, output, bias, dtype, device = kinds[0]
         ensemble = cls(len(kinds), widths, hidden, output, bias, "meta", dtype).to_empty(device=device)
         with torch.no_grad():
-            for own, *given in zip(ensemble._in_order(), *parameters, strict=True):
+            for own, *given in zip(in_order(ensemble), *parameters, strict=True):
                 torch.stack(given, out=own)
         return ensemble
 
     def __len__(self) -> int:
         return self.weights[0].shape[0]
-
-    def _in_order(self) -> list[nn.Parameter]:
-        """w0, b0, w1, b1, ..."""
-        if not len(self.biases):
-            return list(self.weights)
-        return [p for pair in zip(self.weights, self.biases, strict=True) for p in pair]
 
     def _arguments(self) -> tuple:
         """Those of an MLP of a member's shape and dtype, on the meta device."""
@@ -124,7 +115,7 @@ class Ensemble(nn.Module):
             raise IndexError(f"index {index} is outside an ensemble of {len(self)}")
         model = MLP(*self._arguments()).to_empty(device=self.weights[0].device)
         with torch.no_grad():
-            for own, stacked in zip(model.parameters(), self._in_order(), strict=True):
+            for own, stacked in zip(model.parameters(), in_order(self), strict=True):
                 own.copy_(stacked[index])
         return model
 
@@ -137,11 +128,11 @@ class Ensemble(nn.Module):
         chosen = torch.arange(len(self), device="cpu")[index]
         part = Ensemble(len(chosen), *self._arguments()).to_empty(device=self.weights[0].device)
         with torch.no_grad():
-            for own, stacked in zip(part._in_order(), self._in_order(), strict=True):
+            for own, stacked in zip(in_order(part), in_order(self), strict=True):
                 own.copy_(stacked[chosen.to(stacked.device)])
         return part
 
-    def best(self, losses: "Tensor | History", k: int = 1) -> list[int]:
+    def best(self, losses: Tensor | History, k: int = 1) -> list[int]:
         """The indices of the k members with the lowest losses, the lowest first; equal ones in order, NaN last.
 
         losses: (E,), or the `History` of this ensemble's `fit`, whose last logged row counts.
@@ -158,6 +149,12 @@ class Ensemble(nn.Module):
     def extra_repr(self) -> str:
         names = f"activation={self.activation!r}, output_activation={self.output_activation!r}"
         return f"{len(self)}, {list(self.sizes)}, {names}, bias={len(self.biases) > 0}"
+
+
+def in_order(ensemble: Ensemble) -> list[nn.Parameter]:
+    """w0, b0, w1, b1, ... (w0, w1, ... without biases)."""
+    lists = (ensemble.weights, ensemble.biases) if len(ensemble.biases) else (ensemble.weights,)
+    return [p for layer in zip(*lists, strict=True) for p in layer]
 
 
 def _draw(shape, bound, device, dtype, generator) -> nn.Parameter:

@@ -86,10 +86,11 @@ def _check(model: object) -> None:
 
 def _is_sequential(module: nn.Module) -> bool:
     """Whether the module calls its children in order, as `nn.Sequential` does and subclasses may."""
+    if not isinstance(module, nn.Sequential):
+        return False
     kind = type(module)
     return (
-        isinstance(module, nn.Sequential)
-        and kind.forward in (nn.Sequential.forward, FusedSequential.forward)
+        kind.forward in (nn.Sequential.forward, FusedSequential.forward)
         and kind.__iter__ is nn.Sequential.__iter__
         and kind.__call__ is nn.Module.__call__
         and "forward" not in module.__dict__

@@ -3,10 +3,12 @@
 import contextlib
 import importlib.util
 import itertools
+import math
 import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from perceptriton.kernels import crossover, ops, plan, tables
@@ -210,6 +212,22 @@ def make_layer(m, k, n, dtype, device="cpu", seed=0):
     return tuple(t.to(device, dtype) for t in (x, weight, bias, dy))
 
 
+def make_network(widths, leading, dtype, device="cpu", gain=4.0, seed=0):
+    """x, weights, biases, dy with pre-activations of std 1 to 2 and upstream gradients of order 1.
+
+    Sigmoids spread by 0.2 around 0.5: it takes weights of 4 / sqrt(K) to keep pre-activations that large.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, gain=1.0):
+        return (gain * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(device, dtype)
+
+    x, dy = normal(*leading, widths[0]), normal(*leading, widths[-1])
+    pairs = list(enumerate(itertools.pairwise(widths)))
+    weights = [normal(n, k, gain=(gain if l else 1.4) / k**0.5) for l, (k, n) in pairs]
+    return x, weights, [normal(n, gain=0.5) for n in widths[1:]], dy
+
+
 def make_layers(m, k, n, dtype, device="cpu"):
     """make_layer for as many seeds as it takes that a layer of a few numbers is not near the truth by luck."""
     return [make_layer(m, k, n, dtype, device, seed) for seed in range(max(1, 32 // (m * n)))]
@@ -230,7 +248,7 @@ def torch_layer(x, weight, bias, dy, activation, dtype=None):
         t if t is None else t.detach().to(dtype or t.dtype).contiguous() for t in (x, weight, bias, dy)
     )
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
-    z = torch.nn.functional.linear(*inputs)
+    z = F.linear(*inputs)
     y = z if activation == "identity" else getattr(torch, activation)(z)
     return (y.detach(), *torch.autograd.grad(y, inputs, dy))
 
@@ -316,9 +334,37 @@ def assert_as_good_as_torch(actual, torch_result, truth, dtype, names=("y", "dx"
             )
 
 
+def assert_as_good_as_the_worst(kinds, dtype):
+    """Every tensor no farther from the fp64 truth than twice the worst of its kind that torch computes in this dtype.
+
+    kinds: by name, the (actual, torch's, exact) of each tensor. One of a few numbers may be near the truth by luck; the
+    worst of torch's is not.
+    """
+    for name, tensors in kinds.items():
+        torch_error = max((relative_error(t, exact) for _, t, exact in tensors), default=0)
+        bound = 2 * torch_error + FLOOR[dtype]
+        for index, (actual, _, exact) in enumerate(tensors):
+            error = relative_error(actual, exact)
+            # `not <=`: a NaN must fail
+            if not error <= bound:
+                raise AssertionError(f"{name} {index}: error {error:.2e} > {bound:.2e} (torch {torch_error:.2e})")
+
+
+def torch_bce(z, target, pos_weight=None, reduction="mean"):
+    """F.binary_cross_entropy_with_logits with everything in the dtype of z."""
+    weight = None if pos_weight is None else pos_weight.to(z.dtype)
+    return F.binary_cross_entropy_with_logits(z, target.to(z.dtype), pos_weight=weight, reduction=reduction)
+
+
 def plain(x, weight, bias=None, activation="sigmoid"):
-    z = nn.functional.linear(x, weight, bias)
+    z = F.linear(x, weight, bias)
     return z if activation == "identity" else getattr(torch, activation)(z)
+
+
+def plain_network(x, weights, biases, hidden="sigmoid", output="sigmoid"):
+    for l, weight in enumerate(weights):
+        x = plain(x, weight, biases[l] if biases else None, output if l == len(weights) - 1 else hidden)
+    return x
 
 
 def run_layer(x, weight, bias, dy, activation="sigmoid", layer=linear_act, **options):
@@ -357,6 +403,57 @@ def check_empty(run, shape, device="cpu"):
     torch.testing.assert_close(dbias, (dy * y * (1 - y)).sum(0))
     assert not dx.any()
     assert not dweight.any()
+
+
+def check_extremes(run, activation, dtype, device="cpu"):
+    """Pre-activations that are 0, near or beyond where exp overflows or underflows, infinite and NaN."""
+    zs = (0.0, 17.0, 88.0, 89.0, 104.0, 1e4, torch.inf)
+    for z in (*zs, *(-z for z in zs), torch.nan):
+        # z comes in through the bias, so that its gradient is dz; a row of 1 by 1 keeps the extremes apart.
+        operands = (((1, 1), 0.0), ((1, 1), 0.5), ((1,), z), ((1, 1), 1.0))
+        tensors = [torch.full(size, value, dtype=dtype, device=device) for size, value in operands]
+        actual, expected = run(*tensors, activation), torch_layer(*tensors, activation)
+        # A rounding or two of the dtype. The approximate reciprocal root flushes the subnormal y below z = -87; the
+        # gradient of a saturated unit is made of the last bit of y.
+        eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+        for results, atol in ((slice(1), 2 * tiny), (slice(1, 4), eps if z > 0 else 2 * tiny)):
+            close = {"rtol": max(4 * eps, 2e-6), "atol": atol, "equal_nan": True, "msg": f"z = {z}: {{}}".format}
+            torch.testing.assert_close(actual[results], expected[results], **close)
+
+
+def check_autocast(layer, dtype, device="cpu", inside=False):
+    """The layer under autocast, its backward pass inside or outside of it."""
+    x, weight, bias, dy = make_layer(*SHAPES["ragged"], torch.float32, device)
+    dy = dy.to(dtype)
+
+    def gradients(layer):
+        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        with torch.autocast(device, dtype):
+            y = layer(*inputs)
+            if inside:
+                y.backward(dy)
+        if not inside:
+            y.backward(dy)
+        return y.detach(), *(t.grad for t in inputs)
+
+    actual, expected = gradients(layer), gradients(plain)
+    assert actual[0].dtype is expected[0].dtype is dtype
+    assert [t.dtype for t in actual[1:]] == [torch.float32] * 3
+    # The values that both see are the parameters rounded to the dtype.
+    exact = torch_layer(*(t.to(dtype) for t in (x, weight, bias)), dy, "sigmoid", torch.float64)
+    assert_as_good_as_torch(actual, expected, exact, dtype)
+
+
+def check_written(layer, leading, device="cpu", results=second_order):
+    """Outputs that in-place operations have written to, and results(y, inputs, dy), are those of torch."""
+    x, weight, bias, dy = make_layer(math.prod(leading), 7, 5, torch.float32, device)
+    x, dy = x.view(*leading, 7), dy.view(*leading, 5)
+    found = []
+    for own in (layer, plain):
+        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        y = written(own(*inputs, "identity"))
+        found.append([y, *results(y, inputs, dy)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def check_yardstick(run, check, name, wrong, device="cpu"):
@@ -409,6 +506,12 @@ def gradient_penalty(layer, x, weight, bias, dy):
     return torch.autograd.grad(((dx.norm(dim=-1) - 1) ** 2).sum(), inputs)
 
 
+# Which of dx, dweight and dbias are asked for, by name.
+WANTED = {
+    "+".join(itertools.compress(("dx", "dw", "db"), wanted)): wanted
+    for wanted in itertools.product((True, False), repeat=3)
+    if any(wanted)
+}
 # Results that the yardstick has to refuse, as (name of the result, what is done to it).
 WRONG = {
     **{f"{name}-zeros": (name, torch.zeros_like) for name in ("y", "dx", "dweight", "dbias")},

@@ -252,3 +252,11 @@ def launch_signature(launch):
     bound, specialization, options = binder(**keywords)
     _, types, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
     return types, constants, {path: value for path, value in attributes.items() if value}
+
+
+def assert_is_what_a_launch_compiles(launch):
+    """What is compiled here ahead of time is what a launch on a GPU would compile."""
+    from perceptriton.kernels.gpu import aot
+
+    source = aot.source(launch)
+    assert (source.signature, source.constants, source.attrs) == launch_signature(launch)

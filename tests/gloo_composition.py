@@ -1,10 +1,11 @@
 """What each process of `test_distributed.py` runs: python gloo_composition.py RANK RANKS STORE OUT."""
 
+import os
 import sys
 
 import torch
 import torch.distributed as dist
-from gloo_sweep import finish
+from gloo_sweep import sweeps
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -120,7 +121,12 @@ def main(rank, ranks, store, out):
                 results[case, name, size] = train(wrap(make(size), mesh), size, rank, ranks)
             for case, wrap in TENSOR_PARALLEL.items():
                 results[case, name, size] = train(wrap(make(size), mesh), size)
-    finish(results, out)
+    torch.save(results | {"sweeps": sweeps(rank)}, out)
+    # Together with the other rank.
+    dist.barrier()
+    dist.destroy_process_group()
+    # The threads of gloo may still run when an interpreter that ends in order destroys them, which aborts it.
+    os._exit(0)
 
 
 if __name__ == "__main__":

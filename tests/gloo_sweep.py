@@ -1,11 +1,8 @@
-"""What each process of `test_two_processes_train_as_one` runs: python gloo_sweep.py RANK RANKS STORE OUT."""
+"""Sweeps that each process of `test_distributed.py` takes its share of."""
 
 import functools
-import os
-import sys
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from perceptriton.mlp import Ensemble, fit_sharded
@@ -39,19 +36,8 @@ def sweep(members=5, seed=3, dtype=torch.float32, spoil=False, mixed=False, brok
     }
 
 
-def finish(results, out):
-    """Saves the results, leaves the group together with the other ranks, and ends this process."""
-    torch.save(results, out)
-    dist.barrier()
-    dist.destroy_process_group()
-    # The threads of gloo may still run when an interpreter that ends in order destroys them, which aborts it.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    rank, ranks, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+def sweeps(rank):
+    """What `test_two_processes_sweep_as_one` looks at."""
     # Only rank 0 has the parameters and the order that count.
     results: list = [sweep(seed=3 + rank), sweep(members=1, seed=3 + rank, dtype=torch.float64)]
     # Losses of another dtype than the parameters, which an idle rank does not see; and errors of one rank alone.
@@ -61,4 +47,4 @@ if __name__ == "__main__":
             sweep(**trouble)
         except (ValueError, ArithmeticError, RuntimeError) as error:
             results.append(f"{type(error).__name__}: {error}")
-    finish(results, out)
+    return results

@@ -38,6 +38,18 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
 }
 STATEFUL = ("momentum", "nesterov", "adam", "adamw")
+# The same kinds as fields of a TrainConfig.
+RECIPES = {
+    "sgd": {},
+    "decay": {"weight_decay": 0.1},
+    "momentum": {"momentum": 0.9},
+    "dampening": {"momentum": 0.8, "dampening": 0.3},
+    "nesterov": {"momentum": 0.7, "nesterov": True, "weight_decay": 0.1},
+    "adam": {"optimizer": "adam"},
+    "adam-decay": {"optimizer": "adam", "weight_decay": 0.1, "beta1": 0.5, "beta2": 0.9, "eps": 1e-3},
+    "adam-no-averages": {"optimizer": "adam", "beta1": 0.0, "beta2": 0.0, "eps": 0.1},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.3},
+}
 
 # name: (criterion, output activation)
 LOSSES = {

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -86,21 +87,11 @@ def launches(launcher: Callable, *arguments: Any) -> list[Launch]:
     recorded: list[Launch] = []
 
     def record(kernel, *_, grid, warmup, **keywords):
-        names = set(kernel.arg_names)
-        recorded.append(
-            Launch(
-                kernel,
-                {name: value for name, value in keywords.items() if name in names},
-                {name: value for name, value in keywords.items() if name not in names},
-            )
-        )
+        names = [name for name in keywords if name in kernel.arg_names]
+        recorded.append(Launch(kernel, {name: keywords.pop(name) for name in names}, keywords))
 
-    run = JITFunction.run
-    JITFunction.run = record  # pyright: ignore[reportAttributeAccessIssue]
-    try:
+    with mock.patch.object(JITFunction, "run", record):
         launcher(*arguments)
-    finally:
-        JITFunction.run = run
     return recorded
 
 
@@ -164,7 +155,8 @@ def measure(compiled: CompiledKernel, findings: Findings | None = None) -> Resou
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(.*?);", code)
     instructions = [(int(address, 16), name, rest) for address, name, rest in lines]
     # A loop ends in a jump back to its head.
-    jumps = [(int(to[1], 16), at) for at, name, rest in instructions if name == "BRA" and (to := _target(rest))]
+    targets = ((re.search(r"0x([0-9a-f]+)", rest), at) for at, name, rest in instructions if name == "BRA")
+    jumps = [(int(target[1], 16), at) for target, at in targets if target]
     loops = [(head, end) for head, end in jumps if head < end]
     begin, end = min((head for head, _ in loops), default=0), max((end for _, end in loops), default=-1)
     texts = {**compiled.asm, "sass": code}
@@ -184,17 +176,9 @@ def _counts(names: list[str]) -> dict[str, int]:
     return {name: counts[name] for name in OPCODES} | {"all": len(names)}
 
 
-def _target(operands: str) -> re.Match[str] | None:
-    return re.search(r"0x([0-9a-f]+)", operands)
-
-
-@functools.cache
-def _tool() -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-
-
 def _cuobjdump(flag: str, path: str) -> str:
-    return subprocess.run([_tool(), flag, path], check=True, capture_output=True, text=True).stdout
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, flag, path], check=True, capture_output=True, text=True).stdout
 
 
 def identity(arch: int, launch: Launch) -> str:

@@ -1,7 +1,5 @@
 """How kernels are launched: on their tensors' device, past triton's search of the compiled version, and in captures."""
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-# Launch options (num_warps) and loops over tl.range are not in triton's types.
 import contextlib
 import threading
 from collections.abc import Callable

@@ -1,11 +1,9 @@
 """Launchers of the kernels for one layer: shapes as in `layer_kernels.py`, any strides in, fresh tensors out."""
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-# Launch options (num_warps) and loops over tl.range are not in triton's types.
 import torch
 from torch import Tensor
 
-from ..records import Plan
+from ..records import Plan, Wanted
 from .functions import ACTIVATIONS
 from .launch import INTERPRETED, aligned, device_of, known_operands, launch
 from .layer_kernels import (
@@ -58,13 +56,7 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
 
 
 def linear_act_bwd(
-    dy: Tensor,
-    y: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    activation: str,
-    wanted: tuple[bool, bool, bool],
-    plan: Plan,
+    dy: Tensor, y: Tensor, x: Tensor | None, weight: Tensor | None, activation: str, wanted: Wanted, plan: Plan
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias), None where not wanted. x may be None without dweight, weight without dx.
 

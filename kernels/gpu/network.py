@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..plan import mlp_columns
-from ..records import MlpPlan
+from ..records import MlpPlan, NeedsGrad
 from .functions import ACTIVATIONS, UNBOUNDED
 from .launch import INTERPRETED, OptionalTensors, Tensors, aligned, device_of, launch
 from .layer import sum_slots
@@ -50,10 +50,7 @@ def mlp_fwd(
     `boundaries` of the plan for the backward pass, or () for none. M is not 0. Saved activations are contiguous, with
     K_l rounded up to a multiple of 16 columns, of which the first K_l count.
 
-    head: (target, pos_weight, reduction, dtype) gives, in the place of y, which is not written anywhere, the binary
-    cross entropy of sigmoid(z) in `dtype`, from the logits z of a last layer that is an identity. target (M, N), any
-    strides and floating dtype. pos_weight (N,) of any stride and floating dtype, or None. reduction: "none" gives
-    (M, N), "mean" and "sum" a scalar tensor.
+    head: as for `ops.mlp_fwd`; y is then not written anywhere, and a reduced loss is a scalar tensor.
     """
     M, widths = x.shape[0], _widths(weights)
     columns = mlp_columns(widths)
@@ -153,15 +150,14 @@ def mlp_bwd(
     biases: Tensors | None,
     hidden: str,
     output: str,
-    wanted: tuple[bool, tuple[bool, ...], tuple[bool, ...]],
+    wanted: NeedsGrad,
     plan: MlpPlan,
     head: tuple[Tensor, Tensor | None, str] | None = None,
 ) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
     """(dx, dweights, dbiases) from dy (M, N) of any strides, None where not wanted.
 
-    saved: what `mlp_fwd` returned for `plan.boundaries`. wanted: dx, then one flag per weight and
-    one per bias. Shapes and dtypes of the gradients are those of x, weights and biases; the parameters' gradients are
-    views of one tensor, each aligned to 16 bytes. The rest as for `mlp_fwd`.
+    saved: what `mlp_fwd` returned for `plan.boundaries`. Shapes and dtypes of the gradients are those of x, weights and
+    biases; the parameters' gradients are views of one tensor, each aligned to 16 bytes. The rest as for `mlp_fwd`.
 
     head: (target, pos_weight, reduction) makes dy the gradient of the loss: (M, N) of any strides for reduction "none",
     else a tensor of one element, read on the device.

@@ -30,7 +30,6 @@ import math
 import triton
 from torch import Tensor
 
-from ..records import TrainConfig, TrainPlan
 from .functions import ACTIVATIONS
 from .launch import device_of
 from .network import padded
@@ -38,25 +37,11 @@ from .train_block import train_block_kernel
 from .train_lane import train_lane_kernel
 from .train_rules import LOSSES, OPTIMIZERS
 
-Tensors = tuple[Tensor, ...]
-
 
 class KernelLoop:
     """A run of training steps in launches. The arguments are those of `TorchLoop`, in float32 and contiguous."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        parameters: Tensors,
-        first: Tensors,
-        second: Tensors,
-        lr: Tensor,
-        x: Tensor,
-        y: Tensor,
-        batch_size: int,
-        taken: int,
-        plan: TrainPlan,
-    ) -> None:
+    def __init__(self, config, parameters, first, second, lr, x, y, batch_size, taken, plan) -> None:
         self.taken, self.plan = taken, plan
         widths, members, self.samples = config.widths, lr.shape[0], x.shape[1]
         batch_size = min(batch_size, self.samples)

@@ -1,14 +1,14 @@
 """Launchers of the products whose tiles travel by TMA, and the backward pass of a network of wide layers."""
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-# Launch options (num_warps) and loops over tl.range are not in triton's types.
+# pyright: reportCallIssue=false
+# Launch options are not in triton's types.
 from typing import cast
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..records import MlpPlan, Plan, WideTile
+from ..records import MlpPlan, NeedsGrad, Plan, WideTile
 from .functions import ACTIVATIONS
 from .launch import INTERPRETED, OptionalTensors, Tensors, device_of
 from .layer import act_bwd, linear_act_bwd, sum_slots
@@ -156,7 +156,7 @@ def mlp_bwd(
     weights: OptionalTensors,
     hidden: str,
     output: str,
-    wanted: tuple[bool, tuple[bool, ...], tuple[bool, ...]],
+    wanted: NeedsGrad,
     plan: MlpPlan,
 ) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
     """(dx, dweights, dbiases), None where not wanted. saved: the outputs of all layers, y last.

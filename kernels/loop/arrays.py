@@ -15,7 +15,7 @@ class Arrays(Layout):
     the columns of one matrix, and its input is (B, K + 1).
     """
 
-    axis = 0
+    axis, rates_shape = 0, (-1,)
 
     def samples(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return x[0] if self.shared else x.permute(1, 2, 0).contiguous(), y.permute(1, 2, 0).contiguous()
@@ -24,16 +24,10 @@ class Arrays(Layout):
         counts = [n * (k + self.bias) for k, n in self.layers]
         whole = self.like.new_zeros(sum(counts), self.members)
         parts = zip(whole.split(counts), self.layers, strict=True)
-        return Storage(whole, [part.view(-1, n, self.members) for part, (_, n) in parts])
+        return Storage([whole], [part.view(-1, n, self.members) for part, (_, n) in parts])
 
     def blocks(self, view: Tensor, inputs: int) -> tuple[Tensor, Tensor | None]:
         return view[:inputs].permute(2, 1, 0), view[inputs].t() if self.bias else None
-
-    def parts(self, storage: Storage) -> list[Tensor]:
-        return [storage.whole]
-
-    def rates(self, lr: Tensor) -> Tensor:
-        return lr
 
     def build(self, batch: Batch) -> None:
         new, ones, size = self.like.new_empty, self.like.new_ones, batch.size

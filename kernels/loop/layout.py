@@ -24,7 +24,7 @@ Call = Callable[[], object]
 class Storage:
     """Something for every parameter: the parameters themselves, their gradients, an optimizer's state."""
 
-    whole: Tensor
+    parts: list[Tensor]  # that elementwise calls take, each of which a rate per member can multiply
     views: list[Tensor]  # one per layer, its weight and bias side by side
 
 
@@ -32,6 +32,7 @@ class Layout(ABC):
     """Where the numbers of a network, or of a stack of them, lie, and which calls compute with them."""
 
     axis: int  # of x and y that counts samples
+    rates_shape: tuple[int, ...]  # in which a rate per member multiplies parts and dz member by member
 
     def __init__(self, config: TrainConfig, parameters: Sequence[Tensor], x: Tensor, y: Tensor) -> None:
         self.config = config
@@ -56,14 +57,6 @@ class Layout(ABC):
     @abstractmethod
     def blocks(self, view: Tensor, inputs: int) -> tuple[Tensor, Tensor | None]:
         """The weight (E, N, K) and the bias (E, N) in a layer's view."""
-
-    @abstractmethod
-    def parts(self, storage: Storage) -> list[Tensor]:
-        """The tensors of a storage that elementwise calls take, each of which a rate per member can multiply."""
-
-    @abstractmethod
-    def rates(self, lr: Tensor) -> Tensor:
-        """lr (E,), in the shape that multiplies parts and dz member by member."""
 
     @abstractmethod
     def build(self, batch: "Batch") -> None:

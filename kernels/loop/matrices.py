@@ -18,7 +18,7 @@ class Matrices(Layout):
     leaves off the diagonal is never read.
     """
 
-    axis = -2
+    axis, rates_shape = -2, (-1, 1, 1)
 
     def __init__(self, config: TrainConfig, parameters: Sequence[Tensor], x: Tensor, y: Tensor, joint: bool) -> None:
         self.joint = joint
@@ -36,21 +36,16 @@ class Matrices(Layout):
             whole = self.like.new_zeros(sum(self.rows), sum(self.columns))
             corners = zip(itertools.accumulate(self.rows), itertools.accumulate(self.columns), strict=True)
             blocks = [whole[i - n : i, j - k : j] for (i, j), (n, k) in zip(corners, sizes, strict=True)]
-            return Storage(whole, blocks)
+            return Storage([whole], blocks)
         counts = [self.members * n * k for n, k in sizes]
         whole = self.like.new_zeros(sum(counts))
         parts = zip(whole.split(counts), sizes, strict=True)
-        return Storage(whole, [part.view(*self.stack, n, k) for part, (n, k) in parts])
+        views = [part.view(*self.stack, n, k) for part, (n, k) in parts]
+        return Storage(views if self.stack else [whole], views)
 
     def blocks(self, view: Tensor, inputs: int) -> tuple[Tensor, Tensor | None]:
         view = view if self.stack else view[None]
         return view[..., :inputs], view[..., inputs] if self.bias else None
-
-    def parts(self, storage: Storage) -> list[Tensor]:
-        return storage.views if self.stack else [storage.whole]
-
-    def rates(self, lr: Tensor) -> Tensor:
-        return lr.view(-1, 1, 1)
 
     def build(self, batch: Batch) -> None:
         new, ones, size = self.like.new_empty, self.like.new_ones, batch.size
@@ -88,7 +83,8 @@ class Matrices(Layout):
 
     def accumulate(self, batch: Batch, storage: Storage, beta: float, alpha: float) -> list[Call]:
         if self.joint:
-            return [partial(storage.whole.addmm_, batch.whole_dz, batch.whole_inputs.mT, beta=beta, alpha=alpha)]
+            (whole,) = storage.parts
+            return [partial(whole.addmm_, batch.whole_dz, batch.whole_inputs.mT, beta=beta, alpha=alpha)]
         calls: list[Call] = []
         for l, (view, dz, h) in enumerate(zip(storage.views, batch.dz, batch.inputs, strict=True)):
             if self._as_one(l):

@@ -23,9 +23,8 @@ def _fused_adam() -> dict[str, Callable]:
         functions = {optimizer: getattr(torch, name) for optimizer, name in names.items()}
         for function in functions.values():
             w, g, m, v = (torch.full((3,), value, device="cpu", dtype=torch.float32) for value in (1, 1, 0, 0))
-            _call_fused(
-                function, w, g, m, v, torch.ones((), device="cpu", dtype=torch.float32), 0.5, TrainConfig((1, 1))
-            )
+            step = torch.ones((), device="cpu", dtype=torch.float32)
+            _with_numbers(function, TrainConfig((1, 1)), 0.5)([w], [g], [m], [v], [], [step])
             found = torch.stack([w, m, v]).mean(1).tolist()
             if any(not math.isclose(a, b, rel_tol=1e-5) for a, b in zip(found, (0.5, 0.1, 0.001), strict=True)):
                 return {}
@@ -34,22 +33,9 @@ def _fused_adam() -> dict[str, Callable]:
         return {}
 
 
-def _call_fused(function, w, g, m, v, step: Tensor, lr: float, config: TrainConfig) -> None:
-    function(
-        [w],
-        [g],
-        [m],
-        [v],
-        [],
-        [step],
-        lr=lr,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        weight_decay=config.weight_decay,
-        eps=config.eps,
-        amsgrad=False,
-        maximize=False,
-    )
+def _with_numbers(function: Callable, config: TrainConfig, lr: float) -> Callable:
+    numbers = {name: getattr(config, name) for name in ("beta1", "beta2", "weight_decay", "eps")}
+    return partial(function, lr=lr, amsgrad=False, maximize=False, **numbers)
 
 
 class Optimizer:
@@ -62,32 +48,30 @@ class Optimizer:
         self.stateless = not first
         # One network's rate is a number, those of a stack are a tensor.
         self.rate = lr.item() if layout.members == 1 else 0.0
-        self.rates = layout.rates(lr) if layout.members > 1 else None
+        self.rates = lr.view(layout.rates_shape) if layout.members > 1 else None
         self.keep = 1 - (self.rate if self.rates is None else self.rates) * self.config.weight_decay
         # Gradients are linear in dz of the output, the smallest tensor to scale: scaled there, they can be added to the
         # parameters at once.
         self.dz_rates = self.rates if self.stateless else None
+        self.states = [layout.storage() for given in (first, second) if given]
         if self.stateless:
             return
-        self.gradients, self.first = layout.storage(), layout.storage()
-        if taken:
-            layout.write(self.first, first)
-        storages = [layout.parameters, self.gradients, self.first]
+        for own, given in zip(self.states if taken else (), (first, second), strict=False):
+            layout.write(own, given)
+        self.gradients = layout.storage()
+        storages = [layout.parameters, self.gradients, *self.states]
+        self.parts = list(zip(*(storage.parts for storage in storages), strict=True))
         if second:
-            self.second = layout.storage()
-            if taken:
-                layout.write(self.second, second)
-            storages.append(self.second)
             self.step = torch.zeros((), dtype=torch.float32, device=lr.device)
             # A captured step reads here what changes from step to step.
             self.factor, self.floor = lr.new_empty(()), lr.new_empty(())
-        self.parts = list(zip(*map(layout.parts, storages), strict=True))
+            mine = graph or not self.step.is_cpu or self.rates is not None
+            fused = None if mine else _fused_adam().get(self.config.optimizer)
+            self.fused = fused and _with_numbers(fused, self.config, self.rate)
 
     def read(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-        if first:
-            self.layout.read(self.first, first)
-        if second:
-            self.layout.read(self.second, second)
+        for own, given in zip(self.states, (first, second), strict=False):
+            self.layout.read(own, given)
 
     def advance(self) -> None:
         """One more step: what changes with their number, outside of the calls, which a graph freezes."""
@@ -107,16 +91,15 @@ class Optimizer:
         config, layout = self.config, self.layout
         if not self.stateless and config.optimizer == "sgd" and not config.nesterov and not config.dampening:
             # A buffer of zeros becomes the gradient itself in the first step, as torch has it.
-            return [*layout.accumulate(batch, self.first, config.momentum, batch.scale), self._plain_momentum]
+            return [*layout.accumulate(batch, self.states[0], config.momentum, batch.scale), self._plain_momentum]
         if not self.stateless:
             update = self._momentum if config.optimizer == "sgd" else self._adam
             return [*layout.accumulate(batch, self.gradients, 0, batch.scale), update]
         if self.rates is None:
             beta, alpha = 1 - self.rate * config.weight_decay, -self.rate * batch.scale
             return layout.accumulate(batch, layout.parameters, beta, alpha)
-        decay: list[Call] = []
-        if config.weight_decay:
-            decay = [partial(part.mul_, self.keep) for part in layout.parts(layout.parameters)]
+        decayed = layout.parameters.parts if config.weight_decay else ()
+        decay: list[Call] = [partial(part.mul_, self.keep) for part in decayed]
         return decay + layout.accumulate(batch, layout.parameters, 1, -batch.scale)
 
     def _momentum(self) -> None:
@@ -144,12 +127,10 @@ class Optimizer:
 
     def _adam(self) -> None:
         config = self.config
-        mine = self.graph or not self.step.is_cpu or self.rates is not None
-        fused = None if mine else _fused_adam().get(config.optimizer)
-        if fused is not None:
+        if self.fused is not None:
             self.step.fill_(self.taken)
             for w, g, m, v in self.parts:
-                _call_fused(fused, w, g, m, v, self.step, self.rate, config)
+                self.fused([w], [g], [m], [v], [], [self.step])
             return
         factor, floor = (self.factor, self.floor) if self.graph else self._corrections()
         for w, g, m, v in self.parts:

@@ -46,10 +46,11 @@ def device_refusal(m: int, k: int, n: int, dtype: str, device: Device) -> str | 
         return f"{dtype}: the kernels take {', '.join(DTYPES)}"
     if device.kind not in ("cpu", "cuda"):
         return f"no kernels for {device.kind} devices"
-    if device.kind == "cuda" and device.arch < 80:
-        return f"compute capability {device.arch // 10}.{device.arch % 10}: the kernels need 8.0"
-    if device.kind == "cuda" and (device.arch in SMALL_SHARED or device.arch >= 120):
-        return f"compute capability {device.arch // 10}.{device.arch % 10}: no tiles yet for its 99 KB of shared memory"
-    if device.kind == "cuda" and not device.triton:
-        return "triton is not installed"
-    return None
+    if device.kind == "cpu":
+        return None
+    capability = f"compute capability {device.arch // 10}.{device.arch % 10}"
+    if device.arch < 80:
+        return f"{capability}: the kernels need 8.0"
+    if device.arch in SMALL_SHARED or device.arch >= 120:
+        return f"{capability}: no tiles yet for its 99 KB of shared memory"
+    return None if device.triton else "triton is not installed"

@@ -118,7 +118,7 @@ def _mlp(op: str, m, widths, dtype, precision, device, loss, impl, split) -> Mlp
     programs = [min(cdiv(m, tile.block_m), device.units * per_sm) for _, _, tile, per_sm in found]
     if backward:
         # Every program writes a slot of sums, and all slots must stay small beside the activations.
-        slot = 4 * sum(n * (k + 1) for k, n in itertools.pairwise(widths))
+        slot = 4 * parameter_count(widths)
         activations = itemsize(dtype) * m * (widths[0] + widths[-1])
         few = all(m <= 4 * tile.block_m for _, _, tile, _ in found)
         programs = [1 if few else min(*programs, max(device.units, activations // (8 * slot)))] * len(found)

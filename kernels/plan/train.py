@@ -38,24 +38,34 @@ def train(
     batch_size: None for all samples. impl: "lane", "block" or "graph" asks for that one; the plan says "torch", and
     why, where it cannot be had.
     """
-    if impl in (None, "graph") and device.kind == "cuda" and 0 not in (members, samples, *config.widths):
-        kernels = _kernel_loop(members, samples, batch_size, config, dtype, device, impl)
-        if kernels.impl == "torch":
-            return TrainPlan("graph", f"{kernels.reason}; a step is one replay of a captured graph")
-        return kernels
-    if impl == "graph":
+    capturing = device.kind == "cuda" and 0 not in (members, samples, *config.widths)
+    if impl == "graph" and not capturing:
         return TrainPlan("torch", f"{device.kind}: only a CUDA device captures graphs")
-    return _kernel_loop(members, samples, batch_size, config, dtype, device, impl)
+    plan = _kernel_loop(members, samples, batch_size, config, dtype, device, impl)
+    if capturing and impl in (None, "graph") and plan.impl == "torch":
+        return TrainPlan("graph", f"{plan.reason}; a step is one replay of a captured graph")
+    return plan
 
 
 def _kernel_loop(members, samples, batch_size, config, dtype, device, impl) -> TrainPlan:
     """The cheapest kernel for the whole loop, or "torch" and why."""
+    refused = None
     if impl == "graph":
-        return TrainPlan("torch", 'impl="graph"')
-    if reason := loop_refusal(members, samples, config, dtype, device):
-        return TrainPlan("torch", reason)
-    if impl == "torch":
-        return TrainPlan("torch", 'impl="torch"')
+        refused = 'impl="graph"'
+    elif 0 in (members, samples, *config.widths):
+        refused = EMPTY
+    elif device.kind == "cpu" and not device.triton:
+        refused = "no kernels for the CPU"
+    elif dtype != "float32":
+        refused = f"{dtype}: whole loops take float32"
+    elif reason := device_refusal(1, 1, 1, dtype, device):
+        refused = reason
+    elif config.optimizer != "sgd" and config.eps < 1e-30:
+        refused = f"eps {config.eps}: padded parameters would divide 0 by 0"
+    elif impl == "torch":
+        refused = 'impl="torch"'
+    if refused:
+        return TrainPlan("torch", refused)
     batch = min(batch_size or samples, samples)
     options = {"lane": _lane(members, batch, config, device), "block": _block(members, batch, config, device)}
     if impl in options:
@@ -64,21 +74,6 @@ def _kernel_loop(members, samples, batch_size, config, dtype, device, impl) -> T
     if not plans:
         return TrainPlan("torch", "; ".join(plan.reason for _, plan in options.values()))
     return min(plans, key=lambda option: option[0])[1]
-
-
-def loop_refusal(members: int, samples: int, config: TrainConfig, dtype: str, device: Device) -> str | None:
-    """Why no kernel runs the whole loop, whatever its tile, or None."""
-    if 0 in (members, samples, *config.widths):
-        return EMPTY
-    if device.kind == "cpu" and not device.triton:
-        return "no kernels for the CPU"
-    if dtype != "float32":
-        return f"{dtype}: whole loops take float32"
-    if reason := device_refusal(1, 1, 1, dtype, device):
-        return reason
-    if config.optimizer != "sgd" and config.eps < 1e-30:
-        return f"eps {config.eps}: padded parameters would divide 0 by 0"
-    return None
 
 
 def _states(config: TrainConfig) -> int:

@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 import math
+from collections.abc import Container
 
 from ..records import SPLITS, Device, Plan, Tile, WideTile
 from ..tables import WIDE_TILES, read_table, tile_rows, wide_key
@@ -34,9 +35,7 @@ SPLIT_MIN_K = 1024
 def wide_fwd(m: int, k: int, n: int, dtype: str, precision: str, device: Device, impl: str | None) -> Plan | None:
     """The plan for a forward product by the TMA kernel, or None where it cannot run or nobody asked for it."""
     kind = product_kind(dtype, precision)
-    asked = impl == "triton" or kind in SPLITS
-    if k <= TILED_MAX_K["ieee" if kind in SPLITS else kind]:
-        asked = False
+    asked = (impl == "triton" or kind in SPLITS) and k > TILED_MAX_K["ieee" if kind in SPLITS else kind]
     # TMA writes only rows that start at multiples of 16 bytes.
     if n * itemsize(dtype) % 16:
         return None
@@ -77,39 +76,23 @@ def linear_act_wgrad(m: int, k: int, n: int, precision: str, device: Device, imp
 
 
 def _wide_product(
-    m: int,
-    k: int,
-    n: int,
-    kind: str,
-    precision: str,
-    device: Device,
-    impl: str | None,
-    asked: bool,
-    epilogue: str = "",
+    m: int, k: int, n: int, kind: str, precision: str, device: Device, impl: str | None, asked: bool, epilogue: str = ""
 ) -> Plan | None:
     """The plan for a product that travels by TMA, or None. asked: it may run where nobody has timed it."""
     tiles = wide_candidates(kind, device.arch)
-    tile, splits, reason = _measured_tile(m, k, n, kind, device) or (None, 1, "")
-    if tile is None and asked and (impl == "triton" or not reason):
-        tile, splits, reason = _likely_tile(m, k, n, kind, tuple(tiles), device, epilogue)
+    tile, splits, reason = _measured_tile(m, k, n, kind, tiles, device)
+    # Where products on the FMA units spill there are no tiles, and other chips have none.
+    if tile is None and tiles and asked and (impl == "triton" or not reason):
+        cuts = [1 if kind.startswith("dgrad") else wide_splits(m, k, n, own, device.units) for own in tiles]
+        waste = [wave_waste(m, n, own, device.units, cut) for own, cut in zip(tiles, cuts, strict=True)]
+        likely = zip(tiles, cuts, waste, strict=True)
+        tile, splits = next((own, cut) for own, cut, wasted in likely if wasted <= WIDE_WASTE * min(waste))
+        cut = f", {splits} programs to a tile" if splits > 1 else ""
+        reason = f"tiles travel by TMA{cut}{epilogue}; not measured on this device"
     if tile is None:
         return None
     programs = min(cdiv(m, tile.block_m) * cdiv(n, tile.block_n) * splits, device.units * tiles[tile])
     return Plan("tma", reason, tile, programs, precision, splits=splits)
-
-
-def _likely_tile(
-    m: int, k: int, n: int, kind: str, tiles: tuple[WideTile, ...], device: Device, epilogue: str
-) -> tuple[WideTile | None, int, str]:
-    """(tile, splits, reason), unmeasured."""
-    if not tiles:
-        return None, 1, ""  # products on the FMA units spill here, and other chips have no tiles
-    cuts = [1 if kind.startswith("dgrad") else wide_splits(m, k, n, tile, device.units) for tile in tiles]
-    waste = [wave_waste(m, n, tile, device.units, splits) for tile, splits in zip(tiles, cuts, strict=True)]
-    pick = next(i for i, own in enumerate(waste) if own <= WIDE_WASTE * min(waste))
-    tile, splits = tiles[pick], cuts[pick]
-    cut = f", {splits} programs to a tile" if splits > 1 else ""
-    return tile, splits, f"tiles travel by TMA{cut}{epilogue}; not measured on this device"
 
 
 def wide_splits(m: int, k: int, n: int, tile: Tile, units: int) -> int:
@@ -133,13 +116,16 @@ def wide_candidates(kind: str, arch: int) -> dict[WideTile, int]:
     return {row.wide_tile: row.programs_per_sm for row in rows}
 
 
-def _measured_tile(m: int, k: int, n: int, kind: str, device: Device) -> tuple[WideTile | None, int, str] | None:
-    """What the nearest shape measured on this device says: tile and splits, no tile for the library; None if none."""
+def _measured_tile(
+    m: int, k: int, n: int, kind: str, tiles: Container[WideTile], device: Device
+) -> tuple[WideTile | None, int, str]:
+    """(tile, splits, reason) of the nearest shape measured on this device, no tile for the library; no reason if none.
+
+    A pattern may match a chip of another generation, for which its tiles were not compiled: only `tiles` count.
+    """
     names = (device.name, wide_generation(device.arch))
-    tiles = wide_candidates(kind, device.arch)
     for pattern, measured in read_table(WIDE_TILES)["devices"].items():
         if any(name and fnmatch.fnmatchcase(name, pattern) for name in names):
-            # A pattern may match a chip of another generation, for which its tiles were not compiled.
             rows = [row for row in measured["rows"].get(kind, ()) if row.tile is None or row.tile in tiles]
             far = [[abs(math.log2(a / b)) for a, b in zip((m, k, n), row.shape, strict=True)] for row in rows]
             near = [(sum(f), i) for i, f in enumerate(far) if max(f) <= math.log2(WIDE_REACH)]
@@ -149,4 +135,4 @@ def _measured_tile(m: int, k: int, n: int, kind: str, device: Device) -> tuple[W
                 ratio = row.library_us / row.us
                 reason = f"measured at {shape} on {pattern}: {ratio:.2f}x the library and a pass"
                 return row.tile, row.splits, reason
-    return None
+    return None, 1, ""

@@ -1,7 +1,7 @@
 """The lesson of the slopes of f = w x + b."""
 
 import statistics
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -53,10 +53,7 @@ def chain_rule(device: torch.device | str = "cpu") -> ChainRule:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(20):
         for name, way in ways.items():
-            began = time.perf_counter()
-            for _ in range(10):
-                way()
-            seconds[name].append((time.perf_counter() - began) / 10)
+            seconds[name].append(timeit.timeit(way, number=10) / 10)
     found = tuple(Values(name, torch.float32, way()) for name, way in ways.items())
     return ChainRule(w, x, b, reference, found, {name: 1e6 * statistics.median(s) for name, s in seconds.items()})
 

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,9 +150,7 @@ def check_target(path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{str(target.parent)!r} is not a directory")
         if target.exists() and not target.is_file():
             raise ValueError(f"{str(path)!r} exists and is not a file")
-        probe = _beside(target)
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        tempfile.TemporaryFile(dir=Path(os.path.realpath(target)).parent).close()
     except OSError as error:
         raise ValueError(f"{str(path)!r} cannot be written: {error.strerror}") from None
 
@@ -162,14 +161,10 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     The file is complete or not there: it is written under another name beside the target and then renamed. Raises
     OSError if it cannot be written.
     """
-    target = Path(path)
-    partial = _beside(target)
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".perceptriton-{secrets.token_hex(4)}")
     try:
-        figure.savefig(partial, format=target.suffix[1:].lower(), dpi=150)
-        os.replace(partial, os.path.realpath(target))
+        figure.savefig(partial, format=Path(path).suffix[1:].lower(), dpi=150)
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _beside(target: Path) -> Path:
-    return Path(os.path.realpath(target)).with_name(f".perceptriton-{secrets.token_hex(4)}{target.suffix}")

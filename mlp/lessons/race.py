@@ -107,10 +107,6 @@ class Loop:
         self.optimizer.step()
         return loss.detach()
 
-    @property
-    def seconds(self) -> float:
-        return sum(self.clock.seconds)
-
 
 class FitCalls:
     """Calls of `fit`, each training a fresh copy of the model for all steps, at a few of the turns.
@@ -158,10 +154,6 @@ class FitCalls:
         losses = self.history.loss
         return (losses if self.column is None else losses[:, self.column]).tolist()
 
-    @property
-    def seconds(self) -> float:
-        return self.clock.seconds[0]
-
 
 def fit_contenders(model: nn.Module, task: Task, calls: int = FIT_CALLS) -> list[FitCalls]:
     """`fit` with its own choice of implementation and, on a GPU, with each other one that takes this task."""
@@ -200,11 +192,13 @@ def race(task: Task, contenders: Sequence[Loop | FitCalls], progress: bool) -> t
         us = {turn: value / c.members for turn, value in c.clock.us.items()}
         us_per_step = statistics.median(us.values())
         if isinstance(c, Loop):
+            seconds = sum(c.clock.seconds)
             ratio = statistics.median(base[turn] / value for turn, value in us.items())
         else:
+            seconds = c.clock.seconds[0]
             # A call takes all steps, so it is compared with the median turn and not with the one it fell into.
             ratio = statistics.median(base.values()) / us_per_step
-        runs.append(Run(c.name, c.path, c.model, c.losses, c.seconds, us_per_step, ratio))
+        runs.append(Run(c.name, c.path, c.model, c.losses, seconds, us_per_step, ratio))
     return tuple(runs)
 
 

@@ -8,14 +8,14 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ...kernels.records import TrainConfig
 from ..as_network import Network, as_network, lie_apart, training_refusal
-from ..ensemble import Ensemble
+from ..ensemble import Ensemble, in_order
 from ..sequential import runs_only_forward
 from .checks import check_data
 from .jobs import FastJob
 from .state import State
 
 
-def fast_job(model, x, y, criterion, optimizer, lr) -> FastJob | str:
+def fast_job(model, x, y, criterion, optimizer, batch_size, lr, impl) -> FastJob | str:
     """The loop without autograd, or the reason why there is none. Raises ValueError for data that do not fit it."""
     network = _network(model)
     if isinstance(network, str):
@@ -48,7 +48,7 @@ def fast_job(model, x, y, criterion, optimizer, lr) -> FastJob | str:
     if not all(lie_apart(t, p) for t in (x, y) for p in network.parameters):
         return "x or y shares memory with a parameter"
     rates = p.new_full((network.members or 1,), rate) if lr is None else lr.detach().to(p.device, p.dtype)
-    return FastJob(network, config, state, x, y, rates.detach())
+    return FastJob(network, config, state, x, y, rates.detach(), batch_size, impl)
 
 
 def _network(model: nn.Module) -> Network | str:
@@ -57,7 +57,7 @@ def _network(model: nn.Module) -> Network | str:
     if not runs_only_forward(model):
         return "the model has hooks or a forward of its own"
     options = (model.activation, model.output_activation, len(model.biases) > 0)
-    return Network(model.sizes, *options, tuple(model._in_order()), len(model))
+    return Network(model.sizes, *options, tuple(in_order(model)), len(model))
 
 
 def _loss_fields(criterion: object, network: Network) -> dict[str, str] | str:

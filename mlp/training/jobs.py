@@ -17,15 +17,13 @@ from .state import State
 class FastJob:
     """Steps on copies of the parameters and of the optimizer's state, written back after every chunk."""
 
-    def __init__(self, network: Network, config: TrainConfig, state: State, x: Tensor, y: Tensor, lr: Tensor) -> None:
+    def __init__(self, network: Network, config: TrainConfig, state: State, x, y, lr, batch_size, impl) -> None:
+        """Raises NotImplementedError with the reason where the loop asked for cannot run."""
         self.network, self.config, self.state, self.x, self.y, self.lr = network, config, state, x, y, lr
         self.columns, self.samples = network.members or 1, x.shape[-2]
         self.loop: Any = None
-
-    def choose(self, batch_size: int | None, impl: str | None) -> None:
-        """Plans the loop. Raises NotImplementedError with the reason where the loop asked for cannot run."""
-        p = self.network.parameters[0]
-        self.plan = train.plan_train(self.columns, self.samples, batch_size, self.config, p.dtype, p.device, impl)
+        p = network.parameters[0]
+        self.plan = train.plan_train(self.columns, self.samples, batch_size, config, p.dtype, p.device, impl)
         self.path = self.plan.impl
 
     def _set_up(self, batch: int) -> Any:
@@ -44,7 +42,7 @@ class FastJob:
         p = self.network.parameters[0]
         if self.loop is None:
             self.loop = self._set_up(self.samples if order is None else order.batch)
-        losses = p.new_empty(logged_steps(start, steps, log_every), self.columns)
+        losses = p.new_empty(len(logged_steps(start, steps, log_every)), self.columns)
         rows = None if order is None else order.rows(start, steps).to(p.device)
         self.loop.run(rows, start, steps, log_every, losses)
         synchronize(p.device)

@@ -32,9 +32,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def logged_steps(start: int, steps: int, log_every: int) -> int:
-    """How many of the steps are logged."""
-    return len(range(-(-start // log_every) * log_every, start + steps, log_every)) if log_every else 0
+def logged_steps(start: int, steps: int, log_every: int) -> range:
+    """Those of the steps, the first being number `start`, whose loss is logged."""
+    return range(-(-start // log_every) * log_every, start + steps, log_every) if log_every else range(0)
 
 
 class SampleOrder:

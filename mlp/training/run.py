@@ -11,7 +11,7 @@ from ..history import History
 from .checks import check_arguments
 from .eligibility import fast_job
 from .jobs import GeneralJob, Job
-from .pacing import Bar, Interrupts, SampleOrder, chunks
+from .pacing import Bar, Interrupts, SampleOrder, chunks, logged_steps
 
 
 def fit(
@@ -80,7 +80,7 @@ def fit(
     rows = rows or [torch.empty(0, job.columns, device="cpu", dtype=next(model.parameters(), x).dtype)]
     loss = torch.cat(rows)
     return History(
-        list(range(0, steps, log_every)) if log_every else [],
+        list(logged_steps(0, steps, log_every)),
         loss if isinstance(model, Ensemble) else loss.squeeze(1),
         time.perf_counter() - began,
         job.path,
@@ -91,12 +91,11 @@ def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr,
     """The job that will train, of which nothing is computed or copied yet. Raises all that `fit` refuses."""
     check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
     x, y = x.detach(), y.detach()
-    job = fast_job(model, x, y, criterion, optimizer, lr)
+    job = fast_job(model, x, y, criterion, optimizer, batch_size, lr, impl)
     if isinstance(job, str):
         if impl is not None:
             raise NotImplementedError(f"impl={impl!r}: {job}")
         if lr is not None:
             raise NotImplementedError(f"lr needs a loop without autograd: {job}")
         return GeneralJob(model, x, y, criterion, optimizer)
-    job.choose(batch_size, impl)
     return job

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ensemble import Ensemble
 from ..history import History
+from .pacing import logged_steps
 from .run import fit, prepare
 
 __all__ = ["fit_sharded"]
@@ -67,7 +68,7 @@ def fit_sharded(
         if ranks > 1:
             # A group may communicate on the device of the parameters only, and sends dense memory only.
             buffer = tensor.to(device, copy=True).contiguous()
-            dist.broadcast(buffer, source if group is None else dist.get_global_rank(group, source), group)
+            dist.broadcast(buffer, group=group, group_src=source)
             tensor.copy_(buffer)
 
     parameters = [p.detach() for p in ensemble.parameters()]
@@ -107,7 +108,7 @@ def fit_sharded(
         raise failure
     if FAILED in outcomes.tolist() or history is None:
         raise RuntimeError(f"rank {outcomes.tolist().index(FAILED)} of {ranks} could not train its share")
-    logged = list(range(0, steps, log_every)) if log_every else []
+    logged = list(logged_steps(0, steps, log_every))
     losses = torch.empty(len(ensemble), len(logged), dtype=DTYPES[outcomes[0]], device="cpu")
     if not idle:
         losses[mine] = history.loss.t()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
 
 from ...kernels.records import TrainConfig
 from ..as_network import Network
@@ -37,14 +38,11 @@ class State:
             taken = int(counts.pop())
         return cls(optimizer, network, names, taken)
 
-    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+    def tensors(self) -> list[list[Tensor]]:
         """The first and the second tensor of each parameter, zeros before its first step; [] where there is none."""
-        lists: list[list[Tensor]] = [[], []]
-        for found, name in zip(lists, self.names, strict=False):
-            for p in self.network.parameters:
-                value = self.optimizer.state.get(p, {}).get(name)
-                found.append(torch.zeros_like(p) if value is None else value)
-        return lists[0], lists[1]
+        state, parameters = self.optimizer.state, self.network.parameters
+        found = [[state[p][name] if self.taken else torch.zeros_like(p) for p in parameters] for name in self.names]
+        return [*found, [], []][:2]
 
     def write(self, steps: int, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
         """Takes over what `steps` more steps have made of the state."""
@@ -55,16 +53,13 @@ class State:
                 entry = self.optimizer.state[p]
                 if entry.get(name) is None:
                     if name == "exp_avg":
-                        entry["step"] = _step_counter(p, bool(group.get("fused")))
+                        # As torch.optim.Adam makes its counter.
+                        fused = bool(group.get("fused"))
+                        dtype, device = _get_scalar_dtype(is_fused=fused), p.device if fused else "cpu"
+                        entry["step"] = torch.zeros((), dtype=dtype, device=device)
                     entry[name] = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
                 entry[name].copy_(tensor.view(p.shape))
         for p in self.network.parameters if "exp_avg" in self.names else ():
             self.optimizer.state[p]["step"].fill_(self.taken)
         if hasattr(self.optimizer.step, "_wrapped_by_lr_sched"):
             self.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _step_counter(p: Tensor, fused: bool) -> Tensor:
-    # dtype and device are those that torch.optim.Adam gives its counter.
-    double = torch.get_default_dtype() == torch.float64 and not fused
-    return torch.zeros((), dtype=torch.float64 if double else torch.float32, device=p.device if fused else "cpu")

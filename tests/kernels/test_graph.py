@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import assert_near
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_cases import RECIPES
 
 from perceptriton.kernels.loop import TorchLoop, layout
 from perceptriton.kernels.records import TrainConfig, TrainPlan
@@ -53,17 +54,6 @@ def recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Recorder)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream on {device}")
     monkeypatch.setattr(Graph, "made", 0)
-
-
-RECIPES = {
-    "sgd": {},
-    "decay": {"weight_decay": 0.1},
-    "momentum": {"momentum": 0.9},
-    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-    "dampening": {"momentum": 0.9, "dampening": 0.5},
-    "adam": {"optimizer": "adam", "weight_decay": 0.1},
-    "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
-}
 
 
 def train(impl, config, members, batch_size, chunks, every=5):

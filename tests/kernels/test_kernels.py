@@ -18,14 +18,18 @@ from cases import (
     NO_KERNELS,
     SHAPES,
     TF32,
+    WANTED,
     WRONG,
     assert_as_good_as_torch,
+    check_autocast,
     check_empty,
+    check_extremes,
     check_gradients,
     check_inputs_are_left_alone,
     check_layer,
     check_loss,
     check_shape,
+    check_written,
     check_yardstick,
     every_other,
     gradient_penalty,
@@ -38,7 +42,6 @@ from cases import (
     spy_on,
     torch_layer,
     transposed,
-    written,
 )
 from emulation import round_tf32
 
@@ -225,34 +228,12 @@ def test_permuted_leading_dimensions():
     check(x, weight, bias, dy)
 
 
-ZS = (0.0, 17.0, 88.0, 89.0, 104.0, 1e4, torch.inf)
-
-
 # numpy warns where the interpreter overflows as the hardware does.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_extremes(activation, dtype):
-    for z in (*ZS, *(-z for z in ZS), torch.nan):
-        # z comes in through the bias, so that its gradient is dz; a row of 1 by 1 keeps the extremes apart.
-        x, weight, bias, dy = (
-            torch.full(size, v, dtype=dtype, device=DEVICE)
-            for size, v in (((1, 1), 0.0), ((1, 1), 0.5), ((1,), z), ((1, 1), 1.0))
-        )
-        actual = run(x, weight, bias, dy, activation)
-        expected = torch_layer(x, weight, bias, dy, activation)
-        # A rounding or two of the dtype. The approximate reciprocal root flushes the subnormal y below z = -87; the
-        # gradient of a saturated unit is made of the last bit of y.
-        eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
-        for results, atol in ((slice(1), 2 * tiny), (slice(1, 4), eps if z > 0 else 2 * tiny)):
-            torch.testing.assert_close(
-                actual[results],
-                expected[results],
-                rtol=max(4 * eps, 2e-6),
-                atol=atol,
-                equal_nan=True,
-                msg=f"z = {z}: {{}}".format,
-            )
+    check_extremes(run, activation, dtype, DEVICE)
 
 
 @pytest.mark.core
@@ -447,12 +428,8 @@ def test_same_bits_every_time(forward, backward, force):
 
 # --- autograd ---------------------------------------------------------------------------------------------------
 
-WANTED = [(dx, dw, db) for dx in (True, False) for dw in (True, False) for db in (True, False) if dx or dw or db]
 
-
-@pytest.mark.parametrize(
-    "wanted", WANTED, ids=lambda w: "+".join(n for n, on in zip(("dx", "dw", "db"), w, strict=True) if on)
-)
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
 @pytest.mark.parametrize("path", ["rows-alone", "rows-three", "tiled-ragged"])
 def test_computes_only_what_is_asked_for(path, wanted, path_shape, launches, monkeypatch):
     _, _, backward = PATHS[path]
@@ -512,30 +489,12 @@ def test_what_is_not_finite_takes_torchs_way_through_relu(path, path_shape):
 
 @pytest.mark.parametrize("leading", [(), (6,), (2, 3), (2, 0)], ids=str)
 def test_in_place_operations_on_the_output(leading):
-    x, weight, bias, dy = make_layer(math.prod(leading), 7, 5, torch.float32, DEVICE)
-    x, dy = x.view(*leading, 7), dy.view(*leading, 5)
-    results = []
-    for layer in (functools.partial(linear_act, activation="identity", impl="triton"), F.linear):
-        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
-        y = written(layer(*inputs))
-        results.append([y, *torch.autograd.grad(y, inputs, dy)])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    check_written(triton_layer, leading, DEVICE, torch.autograd.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=IDS.get)
 def test_autocast(dtype):
-    x, weight, bias, dy = make_layer(*SHAPES["ragged"], torch.float32, DEVICE)
-    inputs = [t.requires_grad_() for t in (x, weight, bias)]
-    with torch.autocast(DEVICE, dtype):
-        y = linear_act(*inputs, impl="triton")
-        plain = torch.sigmoid(F.linear(*inputs))
-    assert y.dtype is plain.dtype is dtype
-    dy = dy.to(dtype)
-    actual, expected = ((v.detach(), *torch.autograd.grad(v, inputs, dy)) for v in (y, plain))
-    assert [t.dtype for t in actual[1:]] == [torch.float32] * 3
-    # The values that both see are the parameters rounded to the dtype.
-    exact = torch_layer(*(t.to(dtype) for t in (x, weight, bias)), dy, "sigmoid", torch.float64)
-    assert_as_good_as_torch(actual, expected, exact, dtype)
+    check_autocast(triton_layer, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])

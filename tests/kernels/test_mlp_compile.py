@@ -9,7 +9,15 @@ import re
 
 import pytest
 import torch
-from compiling import CHIPS, FINDINGS, assert_fits, assert_sound, compile_for, compile_selected, launch_signature
+from compiling import (
+    CHIPS,
+    FINDINGS,
+    assert_fits,
+    assert_is_what_a_launch_compiles,
+    assert_sound,
+    compile_for,
+    compile_selected,
+)
 from machine_code import overwritten_operands
 
 triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
@@ -232,8 +240,4 @@ def test_ahead_of_time_is_what_a_launch_compiles(op, loss):
     launches = _recorded(op, "half", widths, rows, plan, loss=loss)
     assert launches
     for launch in launches:
-        source = aot.source(launch)
-        types, constants, attributes = launch_signature(launch)
-        assert source.signature == types
-        assert source.constants == constants
-        assert source.attrs == attributes
+        assert_is_what_a_launch_compiles(launch)

@@ -81,19 +81,23 @@ def test_known_networks(widths, segments, device):
 
 
 def test_segments_follow_each_other():
-    for widths, dtype in itertools.product(
-        ((2, 2, 1), (7, 33, 20, 16, 3, 9, 17, 2, 40), uniform(64, 11), (3, 128, 128, 64, 1), uniform(16, 30)),
-        records.DTYPES,
-    ):
-        for plan in plans(widths, dtype, rows=1000):
+    nets = ((2, 2, 1), (7, 33, 20, 16, 3, 9, 17, 2, 40), uniform(64, 11), (3, 128, 128, 64, 1), uniform(16, 30))
+    for widths, dtype, rows in itertools.product(nets, records.DTYPES, (1, 17, 1000, ROWS)):
+        for plan in plans(widths, dtype, rows=rows):
             if plan.impl == "layers":
-                # fp32 sums of a weight of 128 x 128 fit in no tile
-                assert (dtype, max(widths)) == ("float32", 128)
+                # fp32 sums of a weight of 128 x 128 fit in no tile, and those of wide weights pay for few rows alone
+                assert dtype == "float32"
+                assert max(widths) == 128 or (max(widths) > 32 and rows == ROWS)
                 continue
             ends = [0, *(segment.last for segment in plan.segments)]
             assert [segment.first for segment in plan.segments] == ends[:-1]
             assert ends[-1] == len(widths) - 1
             assert plan.boundaries == tuple(ends[1:-1])
+            for segment in plan.segments:
+                assert 1 <= segment.programs <= -(-rows // segment.tile.block_m)
+        assert plan.impl == "layers" or len({segment.programs for segment in plan.segments}) == 1, (
+            "of one backward pass"
+        )
 
 
 def test_cuts_where_the_network_is_narrow():
@@ -111,17 +115,6 @@ def test_a_single_layer_has_kernels_of_its_own():
 def test_few_rows_take_one_program():
     for rows in (1, 16, 64):
         assert {segment.programs for segment in plans((32, 64, 5), rows=rows)[2].segments} == {1}
-
-
-def test_one_number_of_programs_for_all_backward_segments():
-    for rows in (1, 1000, 100_000, ROWS):
-        assert len({segment.programs for segment in plans((3, 128, 64, 16, 1), rows=rows)[2].segments}) == 1
-
-
-def test_programs_never_exceed_row_tiles():
-    for rows, plan in ((m, plan) for m in (1, 17, 1000, ROWS) for plan in plans(uniform(64, 4), rows=m)):
-        for segment in plan.segments:
-            assert 1 <= segment.programs <= -(-rows // segment.tile.block_m)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The product whose tiles travel by TMA against fp64: on a GPU with TMA, or in triton's interpreter."""
 
 import dataclasses
+import functools
 import itertools
 import types
 
@@ -21,8 +22,10 @@ from cases import (
     kernel_device,
     make_layer,
     make_layers,
+    make_network,
     negated,
     off_by_one,
+    plain_network,
     relative_error,
     same_bits,
     spy_on,
@@ -53,11 +56,11 @@ HALVES = WideTile(64, 64, 32, 4, 3, group_m=2, subtiles=2)
 SHAPES = {
     "one-by-eight": (1, 8, 8),  # every size is smaller than the tile
     "exact": (128, 64, 128),  # whole tiles
-    "ragged": (100, 72, 136),  # the last tile of every size is cut
+    "ragged": (100, 72, 88),  # the last tile of every size is cut
     "one-more": (129, 40, 72),  # a tile of one row
     "deep-k": (33, 520, 24),  # many steps, the last one of 8
     "groups": (330, 16, 72),  # 6 row tiles in groups of 2, two column tiles
-    "odd-groups": (300, 16, 200),  # the last group has one row tile
+    "odd-groups": (150, 16, 72),  # the last group has one row tile
 }
 
 
@@ -166,15 +169,6 @@ def test_dgrad_activations(activation):
     assert same_bits(without[0], first[0])
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("wrong", [torch.zeros_like, lambda y: torch.full_like(y, y.mean().item()), torch.flipud])
-def test_yardstick_fails_wrong_gradients(wrong):
-    tensors = make_dgrad(*SHAPES["ragged"], torch.bfloat16)
-    actual = [wrong(t) for t in check_dgrad(*tensors, "sigmoid")]
-    with pytest.raises(AssertionError, match=r"^dz: error"):
-        check_dgrad(*tensors, "sigmoid", actual=actual)
-
-
 @pytest.mark.parametrize("layout", [transposed, off_by_one, lambda t: t], ids=["transposed", "off-by-one", "dense"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
 def test_dgrad_takes_weights_of_any_layout(dtype, layout):
@@ -212,14 +206,6 @@ def test_wgrad_of_rows_inside_a_larger_matrix():
     first = check_wgrad(*tensors)
     assert same_bits(check_wgrad(*tensors), first)
     assert all(map(same_bits, tensors, before))
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("wrong", [torch.zeros_like, lambda y: torch.full_like(y, y.mean().item()), torch.flipud])
-def test_yardstick_fails_wrong_weight_gradients(wrong):
-    tensors = make_wgrad(*SHAPES["ragged"])
-    with pytest.raises(AssertionError, match=r"^dweight: error"):
-        check_wgrad(*tensors, actual=wrong(check_wgrad(*tensors)))
 
 
 # The kinds of product that the chip has tiles for, with every one of them.
@@ -260,10 +246,17 @@ def test_there_are_candidates():
 
 @pytest.mark.core
 @pytest.mark.parametrize("wrong", [torch.zeros_like, lambda y: torch.full_like(y, y.mean().item()), torch.flipud])
-def test_yardstick_fails_wrong_results(wrong):
-    x, weight, bias, _ = make_layer(*SHAPES["ragged"], torch.bfloat16, DEVICE)
+def test_yardsticks_fail_wrong_results(wrong):
+    shape = SHAPES["ragged"]
+    x, weight, bias, _ = make_layer(*shape, torch.bfloat16, DEVICE)
     with pytest.raises(AssertionError, match=r"^y: error"):
         check(x, weight, bias, actual=wrong(run(x, weight, bias)))
+    tensors = make_dgrad(*shape, torch.bfloat16)
+    with pytest.raises(AssertionError, match=r"^dz: error"):
+        check_dgrad(*tensors, "sigmoid", actual=[wrong(t) for t in check_dgrad(*tensors, "sigmoid")])
+    tensors = make_wgrad(*shape)
+    with pytest.raises(AssertionError, match=r"^dweight: error"):
+        check_wgrad(*tensors, actual=wrong(check_wgrad(*tensors)))
 
 
 # numpy warns where the interpreter overflows as the hardware does.
@@ -363,7 +356,7 @@ def test_offsets_beyond_int32(operand, shape, stride, wide_memory):
 def test_same_bits_every_time_and_for_any_number_of_programs():
     tensors = make_layer(*SHAPES["odd-groups"], torch.float32, DEVICE)[:3]
     first = run(*tensors, programs=1)
-    for programs in (1, 2, 3, 7, 20, 20):
+    for programs in (1, 2, 4, 6, 9, 9):
         assert same_bits(run(*tensors, programs=programs), first)
 
 
@@ -392,18 +385,15 @@ NETS = {
 
 
 def network(widths, dtype, m=70, bias=True):
-    layers = [make_layer(m, k, n, dtype, DEVICE) for k, n in itertools.pairwise(widths)]
-    weights = [layer[1].requires_grad_() for layer in layers]
-    biases = [layer[2].requires_grad_() for layer in layers] if bias else None
-    return layers[0][0].requires_grad_(), weights, biases, layers[-1][3]
+    x, weights, biases, dy = make_network(widths, (m,), dtype, DEVICE, gain=1.4)
+    for t in (x, *weights, *biases):
+        t.requires_grad_()
+    return x, weights, biases if bias else None, dy
 
 
 def torch_network(x, weights, biases, dy, activation, dtype=None):
     tensors = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, *weights, *(biases or ()))]
-    h = tensors[0]
-    for l in range(len(weights)):
-        h = torch.nn.functional.linear(h, tensors[1 + l], tensors[1 + len(weights) + l] if biases else None)
-        h = activations.ACTIVATIONS[activation].forward(h)
+    h = plain_network(tensors[0], tensors[1 : 1 + len(weights)], tensors[1 + len(weights) :], activation, activation)
     return h.detach(), *torch.autograd.grad(h, tensors, dy.to(h.dtype))
 
 
@@ -505,13 +495,8 @@ def test_second_order_of_networks(hidden):
     results = []
     for dtype in (torch.float16, torch.float64):
         own = [t.detach().to(dtype).requires_grad_() for t in inputs]
-        if dtype is torch.float16:
-            y = mlp_act(own[0], own[1:4], own[4:], hidden, "tanh", impl="triton")
-        else:
-            y = own[0]
-            for l in range(3):
-                y = torch.nn.functional.linear(y, own[1 + l], own[4 + l])
-                y = activations.ACTIVATIONS["tanh" if l == 2 else hidden].forward(y)
+        call = functools.partial(mlp_act, impl="triton") if dtype is torch.float16 else plain_network
+        y = call(own[0], own[1:4], own[4:], hidden, "tanh")
         first = torch.autograd.grad((y * dy.to(dtype)).sum(), own, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().mean() for g in first), own))
     assert_near(*results, 0.02)

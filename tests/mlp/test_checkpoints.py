@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from training_cases import OPTIMIZERS, STATEFUL
 
 from perceptriton.mlp import MLP, Ensemble, LinearSigmoid, LinearSigmoidBCELoss, LinearTanh, fit, fuse_
 
@@ -74,20 +75,12 @@ def test_state_makes_a_safetensors_file(make, tmp_path):
     assert_same_outputs(model, twin)
 
 
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
-}
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", *STATEFUL])
 @pytest.mark.parametrize("make", [MODELS["network"], fused, ensemble], ids=["network", "fused", "ensemble"])
 def test_training_goes_on_from_a_checkpoint(make, optimizer):
     x, y = torch.randn(64, 4), torch.rand(64, 2)
     model, twin = make(), make()
-    own, other = optimizer(model.parameters()), optimizer(twin.parameters())
+    own, other = (OPTIMIZERS[optimizer](m.parameters()) for m in (model, twin))
 
     def train(model, optimizer):
         return fit(model, x, y, criterion=nn.MSELoss(), optimizer=optimizer, steps=20, log_every=1).loss

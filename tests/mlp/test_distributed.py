@@ -5,18 +5,19 @@ import functools
 import pytest
 import torch
 from cases import relative_error
-from training_cases import two_ranks
+from training_cases import relative, two_ranks
 
 if not torch.distributed.is_available():
     pytest.skip("torch is built without distributed", allow_module_level=True)
 
 import gloo_composition
+import gloo_sweep
 from gloo_composition import DATA_PARALLEL, MODELS, SIZES, TENSOR_PARALLEL
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two processes has found, by case, model and size."""
+    """What each of two processes has found, by case, model and size, and in its sweeps."""
     return two_ranks(gloo_composition.__file__, tmp_path_factory.mktemp("gloo"))
 
 
@@ -40,3 +41,26 @@ def test_two_processes_train_as_one(case, name, size, ranks):
         # What three steps have changed, so that parameters that never moved do not pass.
         for p_found, p, p_start in zip(parameters_found, parameters, start, strict=True):
             assert relative_error(p_found - p_start, p - p_start) < 5 * bound
+
+
+@pytest.mark.slow
+def test_two_processes_sweep_as_one(ranks):
+    alone = [
+        gloo_sweep.sweep(**own) for own in ({}, {"members": 1, "dtype": torch.float64}, {"members": 1, "mixed": True})
+    ]
+    for rank, (*results, spoiled, broken) in enumerate(found["sweeps"] for found in ranks):
+        # Of what only the second rank would train: the first must not wait for it.
+        assert spoiled.startswith("ValueError: y must lie in [0, 1] for BCELoss, not in [0.01251")
+        other = "RuntimeError: rank 1 of 2 could not train its share"
+        assert broken == ("ArithmeticError: not on this rank" if rank else other)
+        # One member is less than two processes: the second one is idle then.
+        for found, expected in zip(results, alone, strict=True):
+            assert found["steps"] == expected["steps"] == [0, 6, 12, 18, 24]
+            assert found["best"][:1] == expected["best"][:1]
+            assert torch.equal(found["random"], expected["random"])
+            assert relative(found["parameters"], expected["parameters"]) < 1e-5
+            assert relative([found["loss"]], [expected["loss"]]) < 1e-5
+            assert found["loss"].dtype is expected["loss"].dtype
+    # Each process drew its own; without rank 0's, the second would have ended elsewhere.
+    other = gloo_sweep.sweep(seed=4)
+    assert relative(other["parameters"], alone[0]["parameters"]) > 1e-2

@@ -1,10 +1,9 @@
 """Ensembles: stacked networks that train as each of them would alone."""
 
 import copy
-import io
+import functools
 import pickle
 
-import gloo_sweep
 import pytest
 import torch
 from cases import sequential
@@ -19,12 +18,12 @@ from training_cases import (
     quick,
     relative,
     state_of,
-    two_ranks,
     values,
 )
 
 from perceptriton.kernels import plan, records
 from perceptriton.mlp import MLP, Ensemble, History, fit, fit_sharded
+from perceptriton.mlp.ensemble import in_order
 
 EXACT = 1e-10
 LAYOUTS = ("matrices", "arrays")
@@ -51,6 +50,30 @@ def networks(members, sizes=(3, 4, 3, 2), hidden="tanh", output="sigmoid", bias=
 def assert_members_are(ensemble, models, bound=EXACT):
     for i, model in enumerate(models):
         assert relative(ensemble.member(i).parameters(), model.parameters()) <= bound, f"member {i}"
+
+
+def assert_trained_as_alone(ensemble, models, x, y, criterion, optimizer, steps, lr=None, **options):
+    """Trains the ensemble by fit, and each model by the loop that everyone writes, to the same end: the history.
+
+    x and y are shared, or there is one for each.
+    """
+    stacked = optimizer(ensemble.parameters())
+    rate = stacked.param_groups[0]["lr"]
+    common = {"criterion": criterion, "steps": steps, **options}
+    history = fit(ensemble, x, y, optimizer=stacked, generator=torch.Generator().manual_seed(3), lr=lr, **common)
+    assert stacked.param_groups[0]["lr"] == rate
+    for i, model in enumerate(models):
+        single = optimizer(model.parameters())
+        single.param_groups[0]["lr"] = rate if lr is None else lr[i].item()
+        data = (t[i] if t.dim() == 3 else t for t in (x, y))
+        losses = ordinary(model, *data, optimizer=single, generator=torch.Generator().manual_seed(3), **common)
+        assert not options.get("log_every") or relative([history.loss[:, i]], [losses]) <= EXACT
+        for p, q in zip(in_order(ensemble), model.parameters(), strict=True):
+            for name, value in single.state.get(q, {}).items():
+                state = stacked.state[p][name]
+                assert relative([state if name == "step" else state[i]], [value]) <= EXACT
+    assert_members_are(ensemble, models)
+    return history
 
 
 # --- construction ----------------------------------------------------------------------------------------------
@@ -199,23 +222,15 @@ def test_gradients_to_the_second_order():
     ensemble(x).sum().backward()
     for i, model in enumerate(models):
         gradients = torch.autograd.grad(model(x[i]).sum(), list(model.parameters()))
-        stacked = [p.grad[i] for p in ensemble._in_order()]
+        stacked = [p.grad[i] for p in in_order(ensemble)]
         assert relative(stacked, gradients) <= EXACT
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict"])
-def test_copies(way):
+# test_checkpoints.py saves its state.
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda ensemble: pickle.loads(pickle.dumps(ensemble))])
+def test_copies(copied):
     ensemble = Ensemble(3, [2, 4, 1], "relu", "identity")
-    if way == "deepcopy":
-        other = copy.deepcopy(ensemble)
-    elif way == "pickle":
-        other = pickle.loads(pickle.dumps(ensemble))
-    else:
-        other = Ensemble(3, [2, 4, 1], "relu", "identity")
-        file = io.BytesIO()
-        torch.save(ensemble.state_dict(), file)
-        file.seek(0)
-        other.load_state_dict(torch.load(file))
+    other = copied(ensemble)
     x = torch.randn(5, 2)
     assert torch.equal(other(x), ensemble(x))
     with torch.no_grad():
@@ -240,23 +255,9 @@ def test_members_train_as_they_would_alone(optimizer, batch_size, own, layout):
     models, x, y = networks(3)
     ensemble = Ensemble.from_models(models)
     before = values(ensemble)
-    optimize = OPTIMIZERS[optimizer]
-    stacked = optimize(ensemble.parameters())
-    common, generator = {"batch_size": batch_size, "log_every": 7}, torch.Generator().manual_seed(3)
-    data = (x, y) if own else (x[0], y[0])
-    history = fit(ensemble, *data, criterion=nn.BCELoss(), optimizer=stacked, steps=30, generator=generator, **common)
+    data, common = (x, y) if own else (x[0], y[0]), {"batch_size": batch_size, "log_every": 7}
+    history = assert_trained_as_alone(ensemble, models, *data, nn.BCELoss(), OPTIMIZERS[optimizer], 30, **common)
     assert (history.path, history.steps, history.loss.shape) == ("torch", [0, 7, 14, 21, 28], (5, 3))
-    for i, model in enumerate(models):
-        single = optimize(model.parameters())
-        generator = torch.Generator().manual_seed(3)
-        data = (x[i], y[i]) if own else (x[0], y[0])
-        losses = ordinary(model, *data, nn.BCELoss(), single, 30, generator=generator, **common)
-        assert relative([history.loss[:, i]], [losses]) <= EXACT
-        for p, q in zip(ensemble._in_order(), model.parameters(), strict=True):
-            for name, value in single.state.get(q, {}).items():
-                state = stacked.state[p][name]
-                assert relative([state if name == "step" else state[i]], [value]) <= EXACT
-    assert_members_are(ensemble, models)
     assert relative(before, values(ensemble)) > 1e6 * EXACT
 
 
@@ -265,13 +266,9 @@ def test_losses_are_summed_over_members(loss, layout):
     criterion, output = LOSSES[loss]
     models, x, y = networks(3, output=output)
     ensemble = Ensemble.from_models(models)
-    optimizer = torch.optim.SGD(ensemble.parameters(), lr=0.05)
-    history = fit(ensemble, x[0], y, criterion=criterion, optimizer=optimizer, steps=20, log_every=1)
+    optimizer = functools.partial(torch.optim.SGD, lr=0.05)
+    history = assert_trained_as_alone(ensemble, models, x[0], y, criterion, optimizer, 20, log_every=1)
     assert history.path == "torch"
-    for i, model in enumerate(models):
-        losses = ordinary(model, x[0], y[i], criterion, torch.optim.SGD(model.parameters(), lr=0.05), 20)
-        assert relative([history.loss[:, i]], [losses]) <= EXACT
-    assert_members_are(ensemble, models)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "bare"])
@@ -279,27 +276,15 @@ def test_losses_are_summed_over_members(loss, layout):
 def test_shapes(sizes, bias, layout):
     models, x, y = networks(4, sizes=sizes, hidden="relu", bias=bias)
     ensemble = Ensemble.from_models(models)
-    optimizer = torch.optim.Adam(ensemble.parameters(), lr=0.02)
-    fit(ensemble, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=20)
-    for i, model in enumerate(models):
-        ordinary(model, x[i], y[i], nn.BCELoss(), torch.optim.Adam(model.parameters(), lr=0.02), 20)
-    assert_members_are(ensemble, models)
+    assert_trained_as_alone(ensemble, models, x, y, nn.BCELoss(), functools.partial(torch.optim.Adam, lr=0.02), 20)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd-decay", "momentum", "nesterov", "adam-decay", "adamw"])
 def test_a_rate_for_each_member(optimizer, layout):
     models, x, y = networks(3)
     ensemble = Ensemble.from_models(models)
-    stacked = OPTIMIZERS[optimizer](ensemble.parameters())
-    group = dict(stacked.param_groups[0])
     rates = torch.tensor([0.01, 0.1, 0.3])
-    fit(ensemble, x[0], y[0], criterion=nn.BCELoss(), optimizer=stacked, steps=20, lr=rates)
-    for model, rate in zip(models, rates.tolist(), strict=True):
-        single = OPTIMIZERS[optimizer](model.parameters())
-        single.param_groups[0]["lr"] = rate
-        ordinary(model, x[0], y[0], nn.BCELoss(), single, 20)
-    assert_members_are(ensemble, models)
-    assert stacked.param_groups[0]["lr"] == group["lr"]
+    assert_trained_as_alone(ensemble, models, x[0], y[0], nn.BCELoss(), OPTIMIZERS[optimizer], 20, rates)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", *STATEFUL])
@@ -380,23 +365,15 @@ def test_layouts_are_chosen_by_size():
 def test_another_criterion_applies_to_each_member(own):
     models, x, y = networks(3)
     ensemble = Ensemble.from_models(models)
-    optimizer = torch.optim.Adam(ensemble.parameters(), lr=0.02, amsgrad=True)
+    optimizer = functools.partial(torch.optim.Adam, lr=0.02, amsgrad=True)
 
     def absolute(p, t):
         assert p.shape == t.shape  # of one member
         return (p - t).abs().mean()
 
-    options = {"batch_size": 4, "log_every": 5, "generator": torch.Generator().manual_seed(1)}
-    data = (x, y) if own else (x[0], y[0])
-    history = fit(ensemble, *data, criterion=absolute, optimizer=optimizer, steps=12, **options)
+    data, common = (x, y) if own else (x[0], y[0]), {"batch_size": 4, "log_every": 5}
+    history = assert_trained_as_alone(ensemble, models, *data, absolute, optimizer, 12, **common)
     assert (history.path, history.loss.shape) == ("general", (3, 3))
-    for i, model in enumerate(models):
-        single = torch.optim.Adam(model.parameters(), lr=0.02, amsgrad=True)
-        generator = torch.Generator().manual_seed(1)
-        data = (x[i], y[i]) if own else (x[0], y[0])
-        losses = ordinary(model, *data, absolute, single, 12, 4, generator, log_every=5)
-        torch.testing.assert_close(history.loss[:, i], losses)
-    assert_members_are(ensemble, models)
 
 
 BAD = {
@@ -423,29 +400,3 @@ def test_errors_leave_the_ensemble(case):
     with pytest.raises(error, match=message):
         fit(ensemble, optimizer=torch.optim.SGD(ensemble.parameters(), lr=1.0), steps=2, **given)
     assert all(torch.equal(a, b) for a, b in zip(before, values(ensemble), strict=True))
-
-
-# --- several processes -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    alone = [
-        gloo_sweep.sweep(**own) for own in ({}, {"members": 1, "dtype": torch.float64}, {"members": 1, "mixed": True})
-    ]
-    for rank, (*results, spoiled, broken) in enumerate(two_ranks(gloo_sweep.__file__, tmp_path)):
-        # Of what only the second rank would train: the first must not wait for it.
-        assert spoiled.startswith("ValueError: y must lie in [0, 1] for BCELoss, not in [0.01251")
-        other = "RuntimeError: rank 1 of 2 could not train its share"
-        assert broken == ("ArithmeticError: not on this rank" if rank else other)
-        # One member is less than two processes: the second one is idle then.
-        for found, expected in zip(results, alone, strict=True):
-            assert found["steps"] == expected["steps"] == [0, 6, 12, 18, 24]
-            assert found["best"][:1] == expected["best"][:1]
-            assert torch.equal(found["random"], expected["random"])
-            assert relative(found["parameters"], expected["parameters"]) < 1e-5
-            assert relative([found["loss"]], [expected["loss"]]) < 1e-5
-            assert found["loss"].dtype is expected["loss"].dtype
-    # Each process drew its own; without rank 0's, the second would have ended elsewhere.
-    other = gloo_sweep.sweep(seed=4)
-    assert relative(other["parameters"], alone[0]["parameters"]) > 1e-2

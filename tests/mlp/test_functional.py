@@ -5,7 +5,6 @@ import functools
 import itertools
 import math
 import re
-import shutil
 import types
 import warnings
 
@@ -20,14 +19,17 @@ from cases import (
     LAYOUTS,
     LOSSES,
     SHAPES,
+    WANTED,
     WRONG,
-    assert_as_good_as_torch,
+    check_autocast,
     check_empty,
+    check_extremes,
     check_gradients,
     check_inputs_are_left_alone,
     check_layer,
     check_loss,
     check_shape,
+    check_written,
     check_yardstick,
     forget_plans,
     gradient_penalty,
@@ -36,11 +38,9 @@ from cases import (
     plain,
     run_layer,
     same_bits,
-    second_order,
     torch_layer,
     train_step,
     twins,
-    written,
 )
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend, EagerAndRecordGraphs
@@ -184,22 +184,10 @@ def test_sums_over_many_rows_stay_in_fp32(dtype, take):
     check(x.abs(), weight, bias, dy.abs())
 
 
-ZS = (0.0, 17.0, 88.0, 89.0, 104.0, 1e4, torch.inf)
-
-
 @pytest.mark.parametrize("path", ["mm", "onednn"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_extremes(activation, path):
-    for z in (*ZS, *(-z for z in ZS), torch.nan):
-        # z comes in through the bias, so that its gradient is dz.
-        x, weight, bias, dy = torch.zeros(1, 1), torch.full((1, 1), 0.5), torch.tensor([z]), torch.ones(1, 1)
-        actual = run_layer(x, weight, bias, dy, activation)
-        expected = torch_layer(x, weight, bias, dy, activation)
-        # The gradient of a saturated unit is made of the last bit of y.
-        for results, atol in ((slice(1), 2e-38), (slice(1, 4), 2e-7 if z > 0 else 2e-38)):
-            torch.testing.assert_close(
-                actual[results], expected[results], rtol=1e-6, atol=atol, equal_nan=True, msg=f"z = {z}: {{}}".format
-            )
+    check_extremes(run_layer, activation, torch.float32)
 
 
 @pytest.mark.parametrize(("name", "wrong"), WRONG.values(), ids=WRONG)
@@ -263,8 +251,6 @@ def test_losses(path, loss):
 
 # --- autograd -----------------------------------------------------------------------------------------------------
 
-WANTED = [wanted for wanted in itertools.product((True, False), repeat=3) if any(wanted)]
-
 
 class CountOps(TorchDispatchMode):
     """Counts torch's operations by name."""
@@ -279,9 +265,7 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "wanted", WANTED, ids=lambda w: "+".join(n for n, on in zip(("dx", "dw", "db"), w, strict=True) if on)
-)
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
 @pytest.mark.parametrize("path", ["small", "mm", "onednn", "chunked"])
 def test_computes_and_keeps_only_what_is_asked_for(path, wanted):
     x, weight, bias, dy = make_layer(*SHAPES["ragged"], torch.float32)
@@ -438,15 +422,7 @@ def test_writing_over_the_output(activation, path):
 @pytest.mark.parametrize("leading", [(), (6,), (2, 3), (2, 0)], ids=str)
 @pytest.mark.parametrize("path", ["small", "mm", "onednn", "chunked"])
 def test_in_place_operations_on_the_output(path, leading):
-    x, weight, bias, dy = make_layer(math.prod(leading), 7, 5, torch.float32)
-    x, dy = x.view(*leading, 7), dy.view(*leading, 5)
-
-    results = []
-    for layer in (linear_act, plain):
-        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
-        y = written(layer(*inputs, "identity"))
-        results.append([y, *second_order(y, inputs, dy)])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    check_written(linear_act, leading)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -455,16 +431,6 @@ def test_same_bits_every_time(path):
     first = run_layer(*tensors)
     for _ in range(50):
         assert same_bits(run_layer(*tensors), first)
-
-
-@pytest.mark.parametrize("path", ["mm", "onednn"])
-def test_checkpoint(path):
-    x, weight, bias, dy = make_layer(*SHAPES["ragged"], torch.float32)
-
-    def checkpointed(*arguments):
-        return torch.utils.checkpoint.checkpoint(linear_act, *arguments, use_reentrant=False)
-
-    assert same_bits(run_layer(x, weight, bias, dy, layer=checkpointed), run_layer(x, weight, bias, dy))
 
 
 # Both are process-wide settings that a user may have for reasons of his own.
@@ -494,41 +460,36 @@ def test_defaults_of_the_process_do_not_matter(path, setting):
 
 X, W, B = torch.ones(4, 3), torch.ones(2, 3), torch.ones(2)
 ERRORS = {
-    "x-type": ([[1.0], W], {}, TypeError, "x must be a Tensor, not list"),
-    "weight-type": ([X, None], {}, TypeError, "weight must be a Tensor, not NoneType"),
-    "bias-type": ([X, W, 1.0], {}, TypeError, "bias must be a Tensor, not float"),
-    "activation": (
-        [X, W, B, "gelu"],
-        {},
-        ValueError,
-        f"activation must be one of {', '.join(ACTIVATIONS)}, not 'gelu'",
-    ),
-    "activation-type": ([X, W, B, ["tanh"]], {}, ValueError, r"activation must be one of .*, not \['tanh'\]"),
-    "impl": ([X, W], {"impl": "cuda"}, ValueError, "impl must be one of None, 'triton', 'torch', not 'cuda'"),
-    "weight-dims": ([X, W[None]], {}, ValueError, r"weight must be \(out_features, in_features\), not \(1, 2, 3\)"),
-    "in-features": ([X[:, :2], W], {}, ValueError, r"x \(4, 2\) does not end in the in_features of weight \(2, 3\)"),
-    "x-dims": ([X[0, 0], W], {}, ValueError, r"x \(\) does not end in the in_features of weight \(2, 3\)"),
-    "out-features": ([X, W, torch.ones(5)], {}, ValueError, r"bias \(5,\) is not the out_features of weight \(2, 3\)"),
+    "x-type": ([[1.0], W], TypeError, "x must be a Tensor, not list"),
+    "weight-type": ([X, None], TypeError, "weight must be a Tensor, not NoneType"),
+    "bias-type": ([X, W, 1.0], TypeError, "bias must be a Tensor, not float"),
+    "activation": ([X, W, B, "gelu"], ValueError, f"activation must be one of {', '.join(ACTIVATIONS)}, not 'gelu'"),
+    "activation-type": ([X, W, B, ["tanh"]], ValueError, r"activation must be one of .*, not \['tanh'\]"),
+    "weight-dims": ([X, W[None]], ValueError, r"weight must be \(out_features, in_features\), not \(1, 2, 3\)"),
+    "in-features": ([X[:, :2], W], ValueError, r"x \(4, 2\) does not end in the in_features of weight \(2, 3\)"),
+    "x-dims": ([X[0, 0], W], ValueError, r"x \(\) does not end in the in_features of weight \(2, 3\)"),
+    "out-features": ([X, W, torch.ones(5)], ValueError, r"bias \(5,\) is not the out_features of weight \(2, 3\)"),
     "matrix-on-a-vector": (
         [X[0], W, torch.ones(1, 1)],
-        {},
         ValueError,
         r"bias \(1, 1\) is not the out_features of weight \(2, 3\)",
     ),
-    "bias-device": ([X, W, B.to("meta")], {}, ValueError, "bias is on meta, but x on cpu"),
-    "weight-dtype": ([X, W.double()], {}, ValueError, r"weight is torch\.float64, but x torch\.float32"),
-    "bias-dtype": ([X, W, B.bfloat16()], {}, ValueError, r"bias is torch\.bfloat16, but x torch\.float32"),
+    "bias-device": ([X, W, B.to("meta")], ValueError, "bias is on meta, but x on cpu"),
+    "weight-dtype": ([X, W.double()], ValueError, r"weight is torch\.float64, but x torch\.float32"),
+    "bias-dtype": ([X, W, B.bfloat16()], ValueError, r"bias is torch\.bfloat16, but x torch\.float32"),
 }
 
 
 @pytest.mark.parametrize("impl", [None, "torch", "triton"], ids=str)
-@pytest.mark.parametrize(("arguments", "options", "error", "message"), ERRORS.values(), ids=ERRORS)
-def test_errors(arguments, options, error, message, impl):
+@pytest.mark.parametrize(("arguments", "error", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors(arguments, error, message, impl):
     with pytest.raises(error, match=f"^{message}$"):
-        linear_act(*arguments, **({"impl": impl} | options))
+        linear_act(*arguments, impl=impl)
 
 
-def test_triton_on_a_cpu_says_what_it_takes():
+def test_choices_that_are_not_there():
+    with pytest.raises(ValueError, match=r"^impl must be one of None, 'triton', 'torch', not 'cuda'$"):
+        linear_act(X, W, impl="cuda")
     with pytest.raises(NotImplementedError, match=r'^impl="triton": x is on the CPU, .* \(TRITON_INTERPRET=1\)$'):
         linear_act(X, W, B, impl="triton")
 
@@ -557,24 +518,7 @@ def test_mlp_errors(arguments, error, message):
 @pytest.mark.parametrize("path", ["small", "mm"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=IDS.get)
 def test_autocast(dtype, path, inside):
-    x, weight, bias, dy = make_layer(*SHAPES["ragged"], torch.float32)
-
-    def gradients(layer):
-        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
-        with torch.autocast("cpu", dtype):
-            y = layer(*inputs)
-            if inside:
-                y.backward(dy.to(dtype))
-        if not inside:
-            y.backward(dy.to(dtype))
-        return y.detach(), *(t.grad for t in inputs)
-
-    actual, expected = gradients(linear_act), gradients(plain)
-    assert actual[0].dtype is expected[0].dtype is dtype
-    assert [t.dtype for t in actual[1:]] == [torch.float32] * 3
-    # What both compute from: the values rounded to the dtype.
-    exact = torch_layer(*(t.to(dtype) for t in (x, weight, bias, dy)), "sigmoid", torch.float64)
-    assert_as_good_as_torch(actual, expected, exact, dtype)
+    check_autocast(linear_act, dtype, inside=inside)
 
 
 @pytest.mark.parametrize("path", ["mm", "chunked"])
@@ -605,37 +549,62 @@ def test_autocast_output_dtype(x_dtype, parameter_dtype, path):
 
 # --- torch.func and forward mode ----------------------------------------------------------------------------------
 
-TRANSFORMS = {
-    "grad": lambda layer, x, w, b, v: torch.func.grad(lambda w: layer(x, w, b).square().sum())(w),
-    "vmap-x": lambda layer, x, w, b, v: torch.func.vmap(lambda x: layer(x, w, b))(x),
-    "vmap-weights": lambda layer, x, w, b, v: torch.func.vmap(lambda w, b: layer(x, w, b))(
-        torch.stack([w, 2 * w]), torch.stack([b, -b])
+
+def dual(layer):
+    def tangent(x, weight, bias):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(layer(x, forward_ad.make_dual(weight, x[:3]), bias)).tangent
+
+    return tangent
+
+
+def with_weight(transform):
+    """A transform of the layer as a function of its weight."""
+    return lambda layer: lambda x, weight, bias: transform(lambda w: layer(x, w, bias))(weight)
+
+
+def with_bias(change):
+    return lambda layer: lambda x, weight, bias: layer(x, weight, change(bias))
+
+
+def with_all(change):
+    return lambda layer: lambda *tensors: layer(*map(change, tensors))
+
+
+# What the kernels do not take, made of the layer.
+UNUSUAL = {
+    "one-bias": with_bias(lambda bias: bias[:1]),
+    "bias-without-dimensions": with_bias(lambda bias: bias[0]),
+    "bias-row": with_bias(lambda bias: bias[None]),
+    "bias-matrix": with_bias(lambda bias: bias.expand(6, 3)),
+    "fp64": with_all(lambda t: t.double()),
+    "complex": with_all(lambda t: t.to(torch.complex64)),
+    "conjugate": with_all(lambda t: t.to(torch.complex64).conj()),
+    "integers": with_all(lambda t: (4 * t).long()),
+    "vmap": lambda layer: torch.vmap(layer, (0, None, None)),
+    "vmap-of-weights": lambda layer: (
+        lambda x, weight, bias: torch.vmap(layer, (None, 0, None))(x, torch.stack([weight, -weight]), bias)
     ),
-    "jvp": lambda layer, x, w, b, v: torch.func.jvp(lambda x: layer(x, w, b), (x,), (v,)),
-    "jacrev": lambda layer, x, w, b, v: torch.func.jacrev(lambda b: layer(x, w, b))(b),
-    "hessian": lambda layer, x, w, b, v: torch.func.hessian(lambda b: layer(x, w, b).square().sum())(b),
-    "per-sample": lambda layer, x, w, b, v: torch.func.vmap(
-        torch.func.grad(lambda w, x: layer(x, w, b).sum()), in_dims=(None, 0)
-    )(w, x),
+    "grad": with_weight(lambda f: torch.func.grad(lambda w: f(w).square().sum())),
+    "grad-per-sample": lambda layer: (
+        lambda x, weight, bias: torch.vmap(
+            torch.func.grad(lambda w, row: layer(row, w, bias).square().sum()), (None, 0)
+        )(weight, x)
+    ),
+    "vjp": with_weight(lambda f: lambda w: torch.func.vjp(f, w)[1](torch.ones(6, 3))),
+    "jvp": with_weight(lambda f: lambda w: torch.func.jvp(f, (w,), (w.cos(),))),
+    "jacrev": with_weight(torch.func.jacrev),
+    "jacfwd": with_weight(torch.func.jacfwd),
+    "hessian": with_weight(lambda f: torch.func.hessian(lambda w: f(w).square().sum())),
+    "dual": dual,
 }
 
 
 @pytest.mark.parametrize("path", ["small", "mm"])
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_transforms(transform, path):
-    x, weight, bias, _ = make_layer(6, 4, 3, torch.float32)
-    v = torch.randn(6, 4)
-    torch.testing.assert_close(transform(linear_act, x, weight, bias, v), transform(plain, x, weight, bias, v))
-
-
-@pytest.mark.parametrize("path", ["small", "mm"])
-def test_functional_call(path):
-    model = MLP([4, 5, 2])
-    parameters = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-    x = torch.randn(6, 4)
-    hidden = plain(x, parameters["0.weight"], parameters["0.bias"])
-    expected = plain(hidden, parameters["2.weight"], parameters["2.bias"])
-    torch.testing.assert_close(torch.func.functional_call(model, parameters, (x,)), expected)
+@pytest.mark.parametrize("unusual", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_calls(unusual, path):
+    tensors = make_layer(6, 5, 3, torch.float32)[:3]
+    torch.testing.assert_close(unusual(linear_act)(*tensors), unusual(plain)(*tensors))
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "forward-and-reverse"])
@@ -826,7 +795,7 @@ def test_vmap_takes_a_registered_op_for_plain_operations(in_dims, no_launches):
     torch.testing.assert_close(torch.vmap(op, in_dims)(*inputs), expected)
 
 
-@pytest.mark.parametrize("wanted", WANTED, ids=str)
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
 def test_vmap_takes_a_registered_backward_for_plain_operations(wanted, no_launches):
     x, weight, bias, dy = make_layer(6, 5, 3, torch.float32)
     y, many = plain(x, weight, bias), torch.stack([dy, 2 * dy, -dy], 1)
@@ -895,56 +864,6 @@ def test_ordinary_calls_are_compiled_into_the_registered_op(case, autocast, trac
     torch.testing.assert_close(found, wanted, **({"rtol": 2e-2, "atol": 5e-2} if autocast else {}))
 
 
-def dual(layer):
-    def tangent(x, weight, bias):
-        with forward_ad.dual_level():
-            return forward_ad.unpack_dual(layer(x, forward_ad.make_dual(weight, x[:3]), bias)).tangent
-
-    return tangent
-
-
-def with_weight(transform):
-    """A transform of the layer as a function of its weight."""
-    return lambda layer: lambda x, weight, bias: transform(lambda w: layer(x, w, bias))(weight)
-
-
-def with_bias(change):
-    return lambda layer: lambda x, weight, bias: layer(x, weight, change(bias))
-
-
-def with_all(change):
-    return lambda layer: lambda *tensors: layer(*map(change, tensors))
-
-
-# What the kernels do not take: (what is compiled, given the layer; options of the compiler)
-UNUSUAL = {
-    "one-bias": with_bias(lambda bias: bias[:1]),
-    "bias-without-dimensions": with_bias(lambda bias: bias[0]),
-    "bias-row": with_bias(lambda bias: bias[None]),
-    "bias-matrix": with_bias(lambda bias: bias.expand(6, 3)),
-    "fp64": with_all(lambda t: t.double()),
-    "complex": with_all(lambda t: t.to(torch.complex64)),
-    "conjugate": with_all(lambda t: t.to(torch.complex64).conj()),
-    "integers": with_all(lambda t: (4 * t).long()),
-    "vmap": lambda layer: torch.vmap(layer, (0, None, None)),
-    "vmap-of-weights": lambda layer: (
-        lambda x, weight, bias: torch.vmap(layer, (None, 0, None))(x, torch.stack([weight, -weight]), bias)
-    ),
-    "grad": with_weight(lambda f: torch.func.grad(lambda w: f(w).square().sum())),
-    "grad-per-sample": lambda layer: (
-        lambda x, weight, bias: torch.vmap(
-            torch.func.grad(lambda w, row: layer(row, w, bias).square().sum()), (None, 0)
-        )(weight, x)
-    ),
-    "vjp": with_weight(lambda f: lambda w: torch.func.vjp(f, w)[1](torch.ones(6, 3))),
-    "jvp": with_weight(lambda f: lambda w: torch.func.jvp(f, (w,), (w.cos(),))),
-    "jacrev": with_weight(torch.func.jacrev),
-    "jacfwd": with_weight(torch.func.jacfwd),
-    "hessian": with_weight(lambda f: torch.func.hessian(lambda w: f(w).square().sum())),
-    "dual": dual,
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("unusual", UNUSUAL.values(), ids=UNUSUAL)
 def test_unusual_calls_are_compiled_into_plain_operations(unusual, traced):
@@ -1008,26 +927,6 @@ def test_compiled_calls_raise_what_eager_ones_do(changes, error, message, monkey
             call(**inputs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
-def test_kernels_see_dynamic_batches_compiled_once(dynamic, traced):
-    counts = []
-    for layer in (linear_act, plain):
-        torch._dynamo.reset()
-        backend = AotEagerAndRecordGraphs()
-        compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
-        for rows in (2, 3, 4, 7, 16, 33, 1, 5):
-            inputs = [t.requires_grad_() for t in make_layer(rows, 5, 3, torch.float32)[:3]]
-            found, expected = (
-                (y.detach(), *torch.autograd.grad(y.square().sum(), inputs))
-                for y in (compiled(*inputs), plain(*inputs))
-            )
-            torch.testing.assert_close(found, expected)
-        counts.append([len(graphs) for graphs in (backend.graphs, backend.fw_graphs, backend.bw_graphs)])
-    ours, theirs = counts
-    assert all(0 < own <= other for own, other in zip(ours, theirs, strict=True)), counts
-
-
 def test_kernels_see_as_many_rows_as_the_program_finds(traced):
     x, weight, bias, _ = make_layer(6, 5, 3, torch.float32)
 
@@ -1063,14 +962,6 @@ def test_compiled_parity(autocast, take):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
-def test_inductor_parity():
-    model, sequential = twins(2, 3, 1)
-    x = torch.randn(4, 2)
-    torch.testing.assert_close(train_step(torch.compile(model, fullgraph=True), x), train_step(sequential, x))
-
-
-@pytest.mark.slow
 def test_dynamic_batches_make_no_more_graphs():
     graphs = []
     for model in twins(5, 8, 3):
@@ -1085,32 +976,10 @@ def test_dynamic_batches_make_no_more_graphs():
     assert ours <= theirs
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_exported_programs_need_no_op_of_ours(strict, take):
-    take("mm")
-    model, sequential = twins(5, 8, 3)
-    x = torch.randn(6, 5)
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=strict)
-    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert targets == {"aten.linear.default", "aten.sigmoid.default"}
-    x = torch.randn(9, 5)
-    torch.testing.assert_close(program.module()(x), sequential(x))
-
-
-# The tracer notes that the size decides which operations run; they are the same ones here.
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_traced_by_jit(take):
-    take("mm")
-    model, sequential = twins(5, 8, 3)
-    traced = torch.jit.trace(model, (torch.randn(6, 5),))
-    x = torch.randn(9, 5)
-    torch.testing.assert_close(traced(x), sequential(x))
-
-
 # --- explain ------------------------------------------------------------------------------------------------------
 
 H100 = Device("cuda", 90, 132, triton=True)
+AMPERE, NEWER, TURING = (Device("cuda", arch, 108, triton=True) for arch in (80, 103, 75))
 # x_shape, weight_shape, dtype, device -> forward, backward, in the reasons
 REGIMES = {
     "cpu-small": ((4, 2), (1, 2), torch.float32, "cpu", "aten", "aten", "small"),
@@ -1122,9 +991,14 @@ REGIMES = {
     "narrow": ((1 << 20, 64), (64, 64), torch.bfloat16, H100, "rows", "rows", "one read|read once"),
     "leading": ((1 << 10, 1 << 10, 64), (64, 64), torch.bfloat16, H100, "rows", "rows", ""),
     "wide": ((4096, 4096), (4096, 4096), torch.bfloat16, H100, "library", "passes", "library"),
-    "ampere": ((1 << 20, 64), (64, 64), torch.bfloat16, Device("cuda", 80, 108, triton=True), "rows", "rows", ""),
-    "newer": ((1 << 20, 64), (64, 64), torch.bfloat16, Device("cuda", 103, 148, triton=True), "rows", "rows", ""),
-    "turing": ((4, 2), (1, 2), torch.float32, Device("cuda", 75, 40, triton=True), "aten", "aten", "7.5.*need 8.0"),
+    "medium": ((16384, 256), (256, 256), torch.bfloat16, H100, "tiled", "passes", ""),
+    "wide-fp32": ((4096, 1024), (1024, 1024), torch.float32, H100, "library", "passes", "library"),
+    "ampere": ((1 << 20, 64), (64, 64), torch.bfloat16, AMPERE, "rows", "rows", ""),
+    "newer": ((1 << 20, 64), (64, 64), torch.bfloat16, NEWER, "rows", "rows", ""),
+    "turing": ((4, 2), (1, 2), torch.float32, TURING, "aten", "aten", "compute capability 7.5.*need 8.0"),
+    "gpu-empty": ((0, 4), (4, 4), torch.float32, H100, "aten", "aten", "nothing to compute"),
+    "gpu-fp64": ((4, 4), (4, 4), torch.float64, H100, "aten", "aten", "float64"),
+    "mps": ((64, 64), (64, 64), torch.float32, Device("mps"), "aten", "aten", "no kernels for mps devices"),
     "no-triton": ((4, 2), (1, 2), torch.float32, Device("cuda", 90, 132), "aten", "aten", "triton is not installed"),
 }
 
@@ -1144,7 +1018,7 @@ def test_explain(x_shape, weight_shape, dtype, device, forward, backward, reason
         assert line.endswith(plan.reason)
     # Below each plan that runs on a GPU, what a model of one says of it.
     modelled = [line.strip() for line in text.splitlines() if line.startswith(" ")]
-    assert modelled == ([str(plan.prediction) for plan in explanation] if forward in ("rows", "library") else [])
+    assert modelled == [str(plan.prediction) for plan in explanation if plan.impl not in ("aten", "explicit")]
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
@@ -1171,7 +1045,7 @@ def test_explain_promises_no_kernel_that_a_call_would_refuse():
     with pytest.raises(NotImplementedError, match=r"TRITON_INTERPRET=1"):
         explain((4096, 512), (512, 512), impl="triton")
     with pytest.raises(NotImplementedError, match=r"compute capability 7\.5"):
-        explain((4096, 512), (512, 512), device=Device("cuda", 75, 40, triton=True), impl="triton")
+        explain((4096, 512), (512, 512), device=TURING, impl="triton")
     with pytest.raises(ValueError, match=r"^impl must be one of None, 'triton', 'torch', not 'cuda'$"):
         explain((4096, 512), (512, 512), impl="cuda")
 
@@ -1353,7 +1227,7 @@ def test_the_warning_waits_for_eager_code(pretend):
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def train_xor(models, steps=500):
+def train_xor(models, steps=400):
     """The last loss of each; one optimizer for all, since no gradient of one reaches another."""
     x, target = xor()
     optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=2.0, momentum=0.9)
@@ -1370,11 +1244,11 @@ def test_xor_is_learned_from_the_same_seeds(take):
     # 2-2-1 is the smallest net that can, and gets stuck for some seeds: both must happen to the same ones.
     take("mm")
     pairs = []
-    for seed in range(20):
+    for seed in range(10):
         torch.manual_seed(seed)
         pairs.append(twins(2, 2, 1))
     ours, theirs = (train_xor(models) for models in zip(*pairs, strict=True))
     learned = theirs < 0.01
-    assert 0 < learned.sum() < 20
+    assert 0 < learned.sum() < 10
     assert torch.equal(ours < 0.01, learned)
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=0)
