@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple, cast, overload
 
 import torch
@@ -44,11 +45,11 @@ class MlpExplanation(NamedTuple):
 
 
 def _checked(name: str, shape: object) -> tuple[int, ...]:
-    if not isinstance(shape, Sequence) or not all(isinstance(size, int) for size in shape):
+    if not isinstance(shape, Sequence) or not all(isinstance(size, Integral) for size in shape):
         raise TypeError(f"{name} must be a sequence of ints, not {shape!r}")
     if any(size < 0 for size in shape):
         raise ValueError(f"{name} must not be negative: {tuple(shape)}")
-    return tuple(shape)
+    return tuple(map(int, shape))
 
 
 @overload
@@ -95,7 +96,7 @@ def explain(
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, not {dtype!r}")
-    network = isinstance(weight_shape, Sequence) and len(weight_shape) > 0 and not isinstance(weight_shape[0], int)
+    network = isinstance(weight_shape, Sequence) and len(weight_shape) > 0 and not isinstance(weight_shape[0], Integral)
     *leading, features = _checked("x_shape", x_shape) or (None,)
     shapes = [_checked("weight_shape", shape) for shape in (weight_shape if network else [weight_shape])]
     for shape in shapes:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +39,12 @@ class Ensemble(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(num_members, int):
+        if not isinstance(num_members, Integral):
             raise TypeError(f"num_members must be an int, not {num_members!r}")
         if num_members < 1:
             raise ValueError(f"num_members must be at least 1, not {num_members}")
         MLP(sizes, activation, output_activation, bias, "meta")  # raises the errors of all these arguments
-        self.sizes = tuple(sizes)
+        self.sizes = tuple(map(int, sizes))
         self.activation = activation
         self.output_activation = activation if output_activation is None else output_activation
         self.weights = nn.ParameterList()

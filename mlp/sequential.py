@@ -92,18 +92,8 @@ class Chain:
             if few and self.paired and not _has_any_global_hook():
                 # Written out, as `is_plain` and a layer have it, since calls are what a tiny network costs.
                 y = input
-                for (
-                    layer,
-                    kind,
-                    forward,
-                    size,
-                    behind,
-                    kind_behind,
-                    forward_behind,
-                    size_behind,
-                    activation,
-                ) in self.pairs:
-                    own, own_behind, parameters = layer.__dict__, behind.__dict__, layer._parameters
+                for layer, kind, forward, size, behind, kind2, forward2, size2, activation in self.pairs:
+                    own, own2, parameters = layer.__dict__, behind.__dict__, layer._parameters
                     if (
                         own["_forward_hooks"]
                         or own["_forward_pre_hooks"]
@@ -112,13 +102,13 @@ class Chain:
                         or len(own) != size
                         or type(layer) is not kind
                         or kind.forward is not forward
-                        or own_behind["_forward_hooks"]
-                        or own_behind["_forward_pre_hooks"]
-                        or own_behind["_backward_hooks"]
-                        or own_behind["_backward_pre_hooks"]
-                        or len(own_behind) != size_behind
-                        or type(behind) is not kind_behind
-                        or kind_behind.forward is not forward_behind
+                        or own2["_forward_hooks"]
+                        or own2["_forward_pre_hooks"]
+                        or own2["_backward_hooks"]
+                        or own2["_backward_pre_hooks"]
+                        or len(own2) != size2
+                        or type(behind) is not kind2
+                        or kind2.forward is not forward2
                         or "weight" not in parameters
                         or "bias" not in parameters
                     ):
@@ -168,12 +158,11 @@ def chains(modules: Iterable[nn.Module | None], seen: bool = False) -> list[Chai
 
     seen: what would run something besides the forwards of their classes is in no chain.
     """
-    groups: list[nn.Module | list[tuple[nn.Linear, list[nn.Module], str]] | None] = []
-    for module in modules:
+    groups: list[nn.Module | list[tuple[nn.Linear, list[nn.Module], str]]] = []
+    for module in cast("Iterable[nn.Module]", modules):  # a None fails when it is called, as in torch
         layers = groups[-1] if groups and isinstance(groups[-1], list) else []
-        kind = type(module)
-        name = NAMES.get(kind) if not seen or (kind in NAMES and is_plain(cast(nn.Module, module))) else None
-        if name is None or module is None:
+        name = NAMES.get(type(module))
+        if name is None or (seen and not is_plain(module)):
             groups.append(module)
         elif isinstance(module, nn.Linear):
             if not layers or layers[-1][2] != layers[0][2]:

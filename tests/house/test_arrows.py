@@ -30,7 +30,7 @@ FLOORS = [
     {"mlp.as_network", "mlp.fusing"},
     {"mlp.ensemble"},
     {"mlp.training"},
-    {"mlp.estimator", "mlp.lessons"},
+    {"mlp.estimator", "mlp.lessons", "mlp.report"},
     {"mlp"},
     {"mlp.doctor", "mlp.hub"},
     {"mlp.__main__"},

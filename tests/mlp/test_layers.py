@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from perceptriton.mlp import MLP, LinearReLU, LinearSigmoid, LinearTanh
+from perceptriton.kernels import explain
+from perceptriton.mlp import MLP, Ensemble, LinearReLU, LinearSigmoid, LinearTanh
 
 LAYERS = {LinearSigmoid: nn.Sigmoid, LinearTanh: nn.Tanh, LinearReLU: nn.ReLU}
 
@@ -145,10 +146,15 @@ def test_network_is_made_of_torchs_modules():
     assert model[0] is next(iter(model))
 
 
-@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8, torch.tensor])
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
 def test_sizes_are_integers_of_any_kind(integer):
-    assert repr(MLP([integer(4), 8, integer(2)])) == repr(MLP([4, 8, 2]))
+    sizes = [integer(4), 8, integer(2)]
+    assert repr(MLP(sizes)) == repr(MLP([4, 8, 2]))
+    assert repr(Ensemble(integer(3), sizes)) == repr(Ensemble(3, [4, 8, 2]))
     assert LinearSigmoid(integer(4), 2)(torch.randn(3, 4)).shape == (3, 2)
+    shapes = [(8, integer(4)), (integer(2), 8)]
+    assert explain((3, integer(4)), shapes) == explain((3, 4), [(8, 4), (2, 8)])
+    assert explain((3, integer(4)), shapes[0]) == explain((3, 4), (8, 4))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,127 @@
+"""What fusing does for a model: which of its layers run fused, by which path, and how long the model takes."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..kernels import explain
+from .fusing import fuse_, linears
+from .sequential import Chain, FusedSequential
+from .training.pacing import Bar, synchronize
+
+__all__ = ["report"]
+
+SECONDS = 1.0  # of measuring, on end, but at least ROUNDS
+ROUNDS = 5
+
+
+def report(model: nn.Module, example: Tensor | tuple) -> None:
+    """Prints what `fuse_` does for the model: of each Linear whether it runs fused or why not and by which path at this
+    size, and the times of the model before and after, measured in turns.
+
+    example: what the model is called with, a Tensor or a tuple of arguments. Copies of the model are called, in the
+    mode that it is in, and it stays as it is, fused or not; torch's generators do not advance. Times are of one call,
+    with the gradients of all parameters where the output has any: medians. A bar on stderr shows progress if that is
+    a terminal, tqdm is installed and it takes longer than two seconds.
+
+    Raises TypeError if the model is no nn.Module, and what a call of the model raises.
+    """
+    for line in _lines(model, example if isinstance(example, tuple) else (example,)):
+        print(line)
+
+
+def _lines(model: nn.Module, example: tuple) -> Iterator[str]:
+    plain, fused = copy.deepcopy(model), copy.deepcopy(model)
+    fuse_(fused)
+    for module in plain.modules():
+        if isinstance(module, FusedSequential) and type(module).forward is FusedSequential.forward:
+            module.__class__ = module.unfused  # pyright: ignore[reportAttributeAccessIssue]
+    devices = {t.device for t in (*tree_leaves(example), *model.parameters()) if isinstance(t, Tensor)}
+    with torch.random.fork_rng([device.index for device in devices if device.type == "cuda"]):
+        inputs = _inputs(plain, example)
+        yield from _layers(fused, inputs)
+        before, after, passes = _times(plain, fused, example, devices)
+    yield f"\n{passes}: {_time(before)} before, {_time(after)} fused, {before / after:.2f}x"
+
+
+def _inputs(model: nn.Module, example: tuple) -> dict[str, Tensor]:
+    """What each Linear of the model is called with, by its qualified name, the last time if there are several."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, _: nn.Module, arguments: tuple) -> None:
+        found.update((name, x.detach()) for x in arguments[:1])
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_pre_hook(partial(keep, name)) for name, module in layers]
+    model(*example)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _layers(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[str]:
+    """A line for each Linear; one for the path of each network or layer that runs fused."""
+    width = max((len(name) for name, _ in linears(model)), default=0)
+    paths = dict(_paths(model, inputs))
+    for name, reason in linears(model):
+        yield f"{name:{width}}  {'left alone: ' + reason if reason else 'fused'}"
+        for line in paths.get(name, ()):
+            yield f"{'':{width}}  {line}"
+
+
+def _paths(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[tuple[str, list[str]]]:
+    """The name of the first layer of what runs as one, and the lines of `explain` on it."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in model.modules():
+        for chain in module.steps() if isinstance(module, FusedSequential) else ():
+            if isinstance(chain, Chain) and (x := inputs.get(first := names[id(chain.layers[0])])) is not None:
+                shapes = [tuple(layer.weight.shape) for layer in chain.layers]
+                plans = explain(tuple(x.shape), shapes if len(shapes) > 1 else shapes[0], x.dtype, x.device)
+                what = f"a network of {len(shapes)} layers" if len(shapes) > 1 else "a layer"
+                yield first, [f"{what} on x {tuple(x.shape)}", *str(plans).splitlines()]
+
+
+def _times(plain: nn.Module, fused: nn.Module, example: tuple, devices: set[torch.device]) -> tuple[float, float, str]:
+    """(seconds of a call of each, medians over turns, what a call was)."""
+    calls, backward = {}, False
+    for name, model in (("before", plain), ("after", fused)):
+        calls[name], backward = _call(model, example)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    with closing(Bar(100, False, began)) as bar:
+        while (spent := time.perf_counter() - began) < SECONDS or len(seconds["before"]) < ROUNDS:
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                for device in devices:
+                    synchronize(device)
+                seconds[name].append(time.perf_counter() - start)
+            bar.show(min(99, int(100 * spent / SECONDS)))
+    passes = "forward and backward" if backward else "forward"
+    return statistics.median(seconds["before"]), statistics.median(seconds["after"]), passes
+
+
+def _call(model: nn.Module, example: tuple) -> tuple[Callable[[], object], bool]:
+    """(one call of the model, whether that has a backward pass); the call has run once."""
+    outputs = [y for y in tree_leaves(model(*example)) if isinstance(y, Tensor) and y.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not outputs or not parameters:
+        return lambda: model(*example), False
+
+    def call():
+        outputs = [y for y in tree_leaves(model(*example)) if isinstance(y, Tensor) and y.requires_grad]
+        return torch.autograd.grad([y.sum() for y in outputs], parameters, allow_unused=True)
+
+    call()
+    return call, True
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms" if seconds > 1e-3 else f"{1e6 * seconds:.1f} us"

@@ -1,0 +1,68 @@
+"""report: every Linear with what became of it, the paths, the times, and a model that is what it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from perceptriton.kernels import explain
+from perceptriton.mlp import MLP, fuse_, report
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.BatchNorm1d(40))
+        self.gate, self.drop = nn.Linear(40, 40), nn.Dropout(0.5)
+
+    def forward(self, x, scale=None):
+        h = self.body(x)
+        return self.drop(h * torch.sigmoid(self.gate(h))), {"scale": scale}
+
+
+def lines(capsys, *arguments):
+    report(*arguments)
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_is_described_and_left_as_it_was(fused, capsys):
+    model, x = Gated(), torch.randn(500, 6)
+    if fused:
+        fuse_(model)
+    before, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    kinds = [type(m) for m in model.modules()]
+    found = lines(capsys, model, (x, 2))
+    plans = str(explain((500, 6), [(40, 6), (40, 40)])).splitlines()
+    compiler = 'torch.compile(model, backend="perceptriton")'
+    assert found[:-2] == [
+        f"gate    left alone: it belongs to Gated, which has a forward of its own: {compiler} fuses what that calls",
+        "body.0  fused",
+        "        a network of 2 layers on x (500, 6)",
+        *(f"        {plan}" for plan in plans),
+        "body.2  fused",
+    ]
+    assert found[-1].startswith("forward and backward: ")
+    assert found[-1].endswith("x")
+    assert kinds == [type(m) for m in model.modules()]
+    assert torch.equal(torch.get_rng_state(), generator)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_without_gradients(capsys):
+    model = MLP([4, 3]).requires_grad_(False)
+    found = lines(capsys, model, torch.randn(3, 4))
+    assert found[:2] == ["0  fused", "   a layer on x (3, 4)"]
+    assert found[-1].startswith("forward: ")
+
+
+def test_what_a_model_raises_is_raised(capsys):
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        report(MLP([4, 3]), torch.randn(3, 5))
+    with pytest.raises(TypeError, match=r"^model must be an nn\.Module, not list$"):
+        report([nn.Linear(2, 2)], torch.randn(3, 2))
+    assert capsys.readouterr().out == ""
