@@ -49,7 +49,7 @@ def save_layer(ctx, inputs, output: Tensor) -> None:
 
 
 def layer_bwd(ctx, dy: Tensor, backward):
-    """The gradients of a layer's arguments, by `backward`, which takes what `ops.linear_act_bwd` does, if that will do."""
+    """The gradients of a layer's arguments, where that will do by `backward`, called as `ops.linear_act_bwd` is."""
     x, weight, y = ctx.saved_tensors
     if y is None:
         y = dy  # the derivative of the identity reads nothing but y's shape
