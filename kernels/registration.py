@@ -1,5 +1,6 @@
 """The ops that torch.compile calls, registered with torch.library. Autograd hears of them in `mlp`."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from . import ops, reference
 from .activations import ACTIVATIONS
 from .eligibility import bias_refusal, check_alike, check_operands
 from .ops import NAMESPACE, Gradients, in_features_of, linear_act_bwd, linear_act_fwd
-from .plan import mlp_columns
+from .plan import mlp_columns, mlp_slots
 
 registered = getattr(torch.ops, NAMESPACE)  # the ops by name
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -93,15 +94,15 @@ def _(dy, y, x, weight, activation, wanted, impl):
 # --- whole networks ----------------------------------------------------------------------------------------
 
 # biases: one for each weight, or none. save: the layers whose inputs the backward pass reads, as `boundaries` of its
-# plan says; they come back beside y as a fused network stores them. wanted: for x, every weight and every bias; the
-# gradients are those that are wanted, in this order.
+# plan says; they come back beside y as a fused network stores them. wanted: for x, every weight and every bias. The
+# gradients are dx, and one tensor for all parameters' as `mlp_slots` says, since an op must not return views of it.
 library.define(
     "mlp(Tensor x, Tensor[] weights, Tensor[] biases, str hidden, str output, int[] save, str? impl)"
     " -> (Tensor, Tensor[])"
 )
 library.define(
     "mlp_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] saved, str hidden, str output,"
-    " int[] save, bool[] wanted, str? impl) -> Tensor[]"
+    " int[] save, bool[] wanted, str? impl) -> (Tensor, Tensor)"
 )
 
 
@@ -135,12 +136,16 @@ def _mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, i
     if plan is None or plan.impl != "fused" or plan.boundaries != tuple(save):
         # Without rows, or where products of fp32 are to be computed in another way than when the program was compiled.
         return _plain_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl)
-    needs_grad = _needs_grad(wanted, len(weights))
-    dx, dweights, dbiases = ops.mlp_bwd(dy, x, saved, weights, biases or None, hidden, output, needs_grad, plan)
-    return [gradient for gradient in (dx, *dweights, *dbiases) if gradient is not None]
+    needs_grad = as_needs_grad(wanted, len(weights))
+    dx, *parameters = ops.mlp_bwd(dy, x, saved, weights, biases or None, hidden, output, needs_grad, plan)
+    size = mlp_slots(ops.widths_of(weights), needs_grad)[-1]
+    view = next((gradient for gradients in parameters for gradient in gradients if gradient is not None), None)
+    flat = x.new_empty(0) if view is None else view.as_strided((size,), (1,), 0)
+    return x.new_empty(0) if dx is None else dx, flat
 
 
-def _needs_grad(wanted: Sequence[bool], layers: int) -> reference.NeedsGrad:
+def as_needs_grad(wanted: Sequence[bool], layers: int) -> reference.NeedsGrad:
+    """From one list for x, all weights and all biases, which may be missing."""
     return wanted[0], tuple(wanted[1 : layers + 1]), tuple(wanted[layers + 1 :]) or (False,) * layers
 
 
@@ -164,10 +169,14 @@ def _plain_mlp(x, weights, biases, hidden, output, save, impl):
 def _plain_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl):
     outputs = _outputs(x, weights, biases, hidden, output)
     upstream = (*(None,) * (len(weights) - 1), dy)
-    options = (hidden, output, _needs_grad(wanted, len(weights)))
-    dx, dweights, dbiases = reference.mlp_bwd_differentiable(upstream, x, outputs, weights, *options)
-    gradients = (None if dx is None else dx.reshape(x.shape), *dweights, *dbiases)
-    return [gradient for gradient in gradients if gradient is not None]
+    options = (hidden, output, as_needs_grad(wanted, len(weights)))
+    dx, *parameters = reference.mlp_bwd_differentiable(upstream, x, outputs, weights, *options)
+    pieces = []
+    for gradient in itertools.chain.from_iterable(zip(*parameters, strict=True)):
+        if gradient is not None:
+            flat = gradient.reshape(gradient.numel())
+            pieces += [flat, flat.new_zeros(-gradient.numel() % 8)]
+    return x.new_empty(0) if dx is None else dx.reshape(x.shape), torch.cat(pieces) if pieces else x.new_empty(0)
 
 
 library.impl("mlp", _mlp, "CompositeExplicitAutograd")
@@ -192,5 +201,5 @@ def _(x, weights, biases, hidden, output, save, impl):
 @torch.library.register_fake(f"{NAMESPACE}::mlp_backward", lib=library)
 def _(dy, x, weights, biases, saved, hidden, output, save, wanted, impl):
     _check_network(x, weights, biases)
-    inputs = (x, *weights, *biases)
-    return [x.new_empty(tensor.shape) for tensor, want in zip(inputs, wanted, strict=True) if want]
+    size = mlp_slots(ops.widths_of(weights), as_needs_grad(wanted, len(weights)))[-1]
+    return x.new_empty(x.shape if wanted[0] else 0), x.new_empty(size)

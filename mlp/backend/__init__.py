@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 def perceptriton(
     gm: GraphModule, example_inputs: list, *, mode: str | None = None, options: dict[str, Any] | None = None
-) -> Callable:
+) -> Any:
     """The backend that torch.compile knows by this name: fuses what it finds in a captured graph, and compiles it.
 
     mode: of the inner compiler, as "reduce-overhead" is one of Inductor's. options: "backend", the inner compiler, by

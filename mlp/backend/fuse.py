@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from ...kernels import eligibility
 from ...kernels.registration import registered
-from .graph import Layer, chains_of, layers_of, transforms, value
+from .graph import Layer, chains_of, forget_dropouts, layers_of, transforms, value
 
 KINDS = (FakeTensor,)  # what stands for plain tensors and parameters in a captured graph
 
@@ -31,6 +31,7 @@ def fuse(gm: GraphModule, replayed: bool = False) -> list[Found]:
 
     replayed: CUDA graphs will run it, which ask nothing of the host.
     """
+    forget_dropouts(gm.graph)
     layers = layers_of(gm.graph)
     if transforms(gm.graph):
         return [Found(_place(layer.linear), None, "the graph holds a transform of torch.func") for layer in layers]
@@ -66,11 +67,10 @@ def _refusal(layer: Layer, replayed: bool) -> str | None:
     """Why a layer stays as it is, or None."""
     if layer.activation is None:
         return "no sigmoid, tanh or relu alone takes its output"
+    x, weight, bias = layer.operands
+    tensors = value(x), value(weight), None if bias is None else value(bias)
     return _kind_refusal([layer]) or eligibility.traced_refusal(
-        *(None if node is None else value(node) for node in layer.operands),
-        *_circumstances([layer]),
-        kinds=KINDS,
-        replayed=replayed,
+        *tensors, *_circumstances([layer]), kinds=KINDS, replayed=replayed
     )
 
 

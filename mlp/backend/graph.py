@@ -42,6 +42,16 @@ def value(node: Node) -> Any:
     return node.meta.get("example_value")
 
 
+def forget_dropouts(graph: Graph) -> None:
+    """Removes the calls of dropout that return their input, as all do in evaluation."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is F.dropout:
+            options = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+            if options.get("training", True) is False:
+                node.replace_all_uses_with(options["input"])
+                graph.erase_node(node)
+
+
 def layers_of(graph: Graph) -> list[Layer]:
     """The layers in the order of their calls."""
     order = {node: index for index, node in enumerate(graph.nodes)}

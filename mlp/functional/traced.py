@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...kernels import eligibility
 from ...kernels.activations import ACTIVATIONS
+from ...kernels.plan import mlp_slots
 from ...kernels.records import IMPLS
 from ...kernels.registration import library, registered
 from .checks import check_layer
@@ -32,9 +33,13 @@ def _mlp_bwd(ctx, dy, _):
 
     def fused(x, weights, biases, needs_grad):
         options = (ctx.hidden, ctx.output, ctx.save, wanted, ctx.impl)
-        found = iter(registered.mlp_backward(dy, x, weights, biases or (), saved, *options))
-        dx, *others = (next(found) if want else None for want in wanted)
-        return dx, others[: ctx.layers], others[ctx.layers :]
+        dx, flat = registered.mlp_backward(dy, x, weights, biases or (), saved, *options)
+        *starts, _ = mlp_slots((x.shape[-1], *(weight.shape[0] for weight in weights)), needs_grad)
+        dweights, dbiases = (
+            [None if at < 0 else flat[at : at + of.numel()].view(of.shape) for at, of in zip(ats, tensors, strict=True)]
+            for ats, tensors in zip(starts, (weights, biases or (None,) * ctx.layers), strict=True)
+        )
+        return dx if need_dx else None, dweights, dbiases
 
     in_torch = partial(torch_network, hidden=ctx.hidden, output=ctx.output)
     dx, *others = network_bwd(dy, inputs, ctx.layers, wanted, fused, in_torch)
