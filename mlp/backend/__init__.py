@@ -33,12 +33,12 @@ def perceptriton(
     inner, mode = own.pop("backend", "inductor"), own.pop("mode", mode)
     if inner == "inductor":
         inductor = torch._TorchCompileInductorWrapper(mode, own, None)
-        _log(fuse(gm, inductor.config.get("triton.cudagraphs", False)))
+        _log(fuse(gm, example_inputs, inductor.config.get("triton.cudagraphs", False)))
         return inductor(gm, example_inputs)
     from torch._dynamo.backends.registry import lookup_backend
 
     compiler = lookup_backend(inner)
-    _log(fuse(gm))
+    _log(fuse(gm, example_inputs))
     return compiler(gm, example_inputs, **({"mode": mode} if mode else {}), **({"options": own} if own else {}))
 
 
@@ -56,7 +56,7 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Found]:
     found: list[Found] = []
 
     def backend(gm: GraphModule, example_inputs: list) -> Callable:
-        found.extend(fuse(gm))
+        found.extend(fuse(gm, example_inputs))
         return gm.forward
 
     torch.compile(function, backend=backend)(*args, **kwargs)

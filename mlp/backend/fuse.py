@@ -2,9 +2,11 @@
 
 import operator
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
@@ -26,15 +28,17 @@ class Found(NamedTuple):
         return f"{self.place}: {self.op or 'plain'}, {self.reason}"
 
 
-def fuse(gm: GraphModule, replayed: bool = False) -> list[Found]:
+def fuse(gm: GraphModule, example_inputs: Sequence[object], replayed: bool = False) -> list[Found]:
     """Puts registered ops in the place of what they compute, and says what became of each linear layer.
 
     replayed: CUDA graphs will run it, which ask nothing of the host.
     """
     forget_dropouts(gm.graph)
     layers = layers_of(gm.graph)
-    if transforms(gm.graph):
-        return [Found(_place(layer.linear), None, "the graph holds a transform of torch.func") for layer in layers]
+    kinds = {type(tensor) for tensor in example_inputs if isinstance(tensor, Tensor)} - {*eligibility.PLAIN, *KINDS}
+    if transforms(gm.graph) or kinds:
+        own = f"a {kinds.pop().__name__}, with rules of its own" if kinds else "a transform of torch.func"
+        return [Found(_place(layer.linear), None, f"the graph holds {own}") for layer in layers]
     found = {}
     for chain in chains_of(gm.graph, layers):
         found |= _fuse_chain(gm, chain, replayed)

@@ -1,6 +1,5 @@
 """Linear layers in a graph that Dynamo has captured, the chains that they form, and what forbids to join them."""
 
-import operator
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,9 +92,8 @@ def _in_place(call: Node) -> bool:
 def chains_of(graph: Graph, layers: Sequence[Layer]) -> list[list[Layer]]:
     """The layers in runs that may be one network: each one's output goes to the next alone, with one hidden activation.
 
-    A network is called where its last layer was. So nothing may write to the operands of the others in between.
+    A network is called where its last layer was.
     """
-    order = {node: index for index, node in enumerate(graph.nodes)}
     nodes = [*graph.nodes]
     following = {layer.operands[0]: layer for layer in layers}
     chains, taken = [], set()
@@ -104,7 +102,7 @@ def chains_of(graph: Graph, layers: Sequence[Layer]) -> list[list[Layer]]:
             continue
         chain = [layer]
         while (above := following.get(chain[-1].y)) is not None and _joins(chain, above):
-            if any(map(_changes(chain), nodes[order[layer.linear] : order[above.y]])):
+            if _interferes(nodes, [*chain, above]):
                 break
             chain.append(above)
         taken |= {one.linear for one in chain}
@@ -122,19 +120,22 @@ def _joins(chain: list[Layer], above: Layer) -> bool:
     )
 
 
-def _changes(chain: list[Layer]):
-    """Asks of a node whether it may write to an operand of the chain, or change what the calls around it mean."""
+def _interferes(nodes: list[Node], chain: list[Layer]) -> bool:
+    """Whether a node may write to what the chain reads, or change what calls in the midst of the chain mean.
+
+    Where gradients are wanted a network reads its operands again: nothing may write to them later either.
+    """
+    start, stop = nodes.index(chain[0].linear), nodes.index(chain[-1].y)
+    if any(node.op.startswith("call") and value(node) is None for node in nodes[start:stop]):
+        return True
     own = {node for layer in chain for node in (layer.linear, layer.activation)}
     storages = {_storage(node) for layer in chain for node in layer.operands if node is not None}
-
-    def changes(node: Node) -> bool:
-        if node in own or not node.op.startswith("call"):
-            return False
-        if value(node) is None or None in storages:
-            return True
-        return _writes(node) and any(_storage(argument) in (None, *storages) for argument in node.all_input_nodes)
-
-    return changes
+    trained = any(value(layer.linear).requires_grad for layer in chain)
+    return None in storages or any(
+        _writes(node) and any(_storage(argument) in (None, *storages) for argument in node.all_input_nodes)
+        for node in nodes[start : None if trained else stop]
+        if node not in own
+    )
 
 
 def _storage(node: Node) -> int | None:
@@ -151,13 +152,15 @@ def _storage(node: Node) -> int | None:
 def _writes(node: Node) -> bool:
     """Whether a call may write to one of its arguments."""
     target, flags = node.target, (*node.args, *node.kwargs.values())
+    if not node.op.startswith("call"):
+        return False
     if isinstance(target, str):
         return node.op != "call_method" or target.endswith("_") or target.startswith("__i")
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
     if not isinstance(target, (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)):
         return True  # ops of others, and operators that run a graph of their own
-    if module == operator.__name__ or module == "_operator":
-        return hasattr(operator, f"__{name}__") and name.startswith("i")
+    if module == "_operator":
+        return name.startswith("i") or name in ("setitem", "delitem")
     plain = module.partition(".")[0] in ("torch", "math", "builtins", "") and "out" not in node.kwargs
     return not plain or name.endswith("_") or name.endswith("_norm") or any(flag is True for flag in flags)
 

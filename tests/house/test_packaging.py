@@ -180,6 +180,29 @@ def test_command_line_of_the_installed_package(installed):
     assert python(str(script), "--help", path=installed).startswith("usage: perceptriton")
 
 
+BACKEND = """
+import torch
+from torch._dynamo.backends.registry import lookup_backend
+function = lookup_backend("perceptriton")
+model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Sigmoid())
+x = torch.ones(4, 3)
+compiled = torch.compile(model, backend="perceptriton", options={"backend": "eager"})
+result = {
+    "names": torch._dynamo.list_backends(),
+    "module": function.__module__,
+    "close": torch.allclose(compiled(x), model(x)),
+}
+"""
+
+
+@pytest.mark.slow
+def test_torch_compile_knows_the_backend_by_its_name(installed):
+    result = python_json(BACKEND, installed)
+    assert "perceptriton" in result["names"]
+    assert result["module"] == "perceptriton.mlp.backend"
+    assert result["close"]
+
+
 # The copy comes first, where the package that it was copied from cannot be imported, and then both.
 HUB = """
 import os, pathlib, sys
@@ -259,6 +282,7 @@ seconds = time.process_time() - began
 result = {
     "seconds": seconds,
     "new": sorted({name.partition(".")[0] for name in set(sys.modules) - before}),
+    "compiler": sorted({"torch._dynamo", "torch._inductor", "perceptriton.mlp.backend"} & set(sys.modules)),
     "cuda": torch.cuda.is_initialized(),
 }
 """
@@ -271,6 +295,7 @@ def test_import_is_light(installed):
         assert "perceptriton" in result["new"]
         assert {"triton", "matplotlib", "tqdm", "sklearn"} & set(result["new"]) == set()
         assert not result["cuda"]
+        assert result["compiler"] == []
         if result["seconds"] < 0.3:
             return
     pytest.fail(f"importing takes {result['seconds']:.2f} s beyond torch, three times over")

@@ -250,8 +250,8 @@ def trained(net, x):
 
 LAYERS = {"linear_act", "linear_act_backward"}
 WHOLE = {"mlp", "mlp_backward"}
-# In fp32, to train a network of middle width is worth kernels of its own for few rows alone, of which the number is known,
-# as that of one row always is.
+# In fp32, to train a network of middle width is worth kernels of its own for few rows alone, if their number is known.
+# That of one row is.
 TRACED = {
     "narrow": ((5, 17, 3), None, WHOLE),
     "dynamic": ((5, 17, 3), True, WHOLE),
