@@ -148,7 +148,8 @@ def _replace(gm: GraphModule, chain: list[Layer], save: tuple[int, ...]) -> None
 def _place(node: Node) -> str:
     """The module whose forward calls this, and the line."""
     paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    module = re.sub(r"^L\['\w+'\]\.?|_orig_mod\.?", "", paths[-1]) if paths else ""
+    # As in "L['self'].policy.0" of a model, "G['model'].policy.0" of a function.
+    module = re.sub(r"^\w\['(\w+)'\]", r"\1", paths[-1]).removeprefix("self.") if paths else ""
     lines = re.findall(r'File "(?:.*/)?([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     line = ":".join(lines[-1]) if lines else ""
     return f"{module} ({line})" if module and line else module or line or node.name

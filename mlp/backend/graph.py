@@ -53,17 +53,14 @@ def forget_dropouts(graph: Graph) -> None:
 
 def layers_of(graph: Graph) -> list[Layer]:
     """The layers in the order of their calls."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    states = [index for node, index in order.items() if node.op.startswith("call") and value(node) is None]
+    calls = Calls(graph)
     layers = []
     for linear in graph.nodes:
-        if linear.op != "call_function" or linear.target is not F.linear:
-            continue
-        activation, name = _activation(linear, order)
-        # Between the two, gradients or autocast may be turned off.
-        if activation is not None and any(order[linear] < index < order[activation] for index in states):
-            activation, name = None, "identity"
-        layers.append(Layer(linear, activation, name))
+        if linear.op == "call_function" and linear.target is F.linear:
+            activation, name = _activation(linear, calls.order)
+            if activation is not None and calls.change_the_mode(linear, activation):
+                activation, name = None, "identity"
+            layers.append(Layer(linear, activation, name))
     return layers
 
 
@@ -94,7 +91,7 @@ def chains_of(graph: Graph, layers: Sequence[Layer]) -> list[list[Layer]]:
 
     A network is called where its last layer was.
     """
-    nodes = [*graph.nodes]
+    calls = Calls(graph)
     following = {layer.operands[0]: layer for layer in layers}
     chains, taken = [], set()
     for layer in layers:
@@ -102,7 +99,7 @@ def chains_of(graph: Graph, layers: Sequence[Layer]) -> list[list[Layer]]:
             continue
         chain = [layer]
         while (above := following.get(chain[-1].y)) is not None and _joins(chain, above):
-            if _interferes(nodes, [*chain, above]):
+            if calls.interfere([*chain, above]):
                 break
             chain.append(above)
         taken |= {one.linear for one in chain}
@@ -120,22 +117,40 @@ def _joins(chain: list[Layer], above: Layer) -> bool:
     )
 
 
-def _interferes(nodes: list[Node], chain: list[Layer]) -> bool:
-    """Whether a node may write to what the chain reads, or change what calls in the midst of the chain mean.
+class Calls:
+    """What the calls of a graph do beside giving a value."""
 
-    Where gradients are wanted a network reads its operands again: nothing may write to them later either.
-    """
-    start, stop = nodes.index(chain[0].linear), nodes.index(chain[-1].y)
-    if any(node.op.startswith("call") and value(node) is None for node in nodes[start:stop]):
-        return True
-    own = {node for layer in chain for node in (layer.linear, layer.activation)}
-    storages = {_storage(node) for layer in chain for node in layer.operands if node is not None}
-    trained = any(value(layer.linear).requires_grad for layer in chain)
-    return None in storages or any(
-        _writes(node) and any(_storage(argument) in (None, *storages) for argument in node.all_input_nodes)
-        for node in nodes[start : None if trained else stop]
-        if node not in own
-    )
+    def __init__(self, graph: Graph) -> None:
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        calls = [node for node in graph.nodes if node.op.startswith("call")]
+        # What gives nothing changes a mode, as those of gradients and autocast, or a tensor.
+        self.nothing = [self.order[node] for node in calls if value(node) is None]
+        self.writes = {node: {*map(_storage, node.all_input_nodes)} for node in calls if _writes(node)}
+
+    def change_the_mode(self, first: Node, last: Node) -> bool:
+        """Whether calls between the two may run in another mode."""
+        return any(self.order[first] < index < self.order[last] for index in self.nothing)
+
+    def interfere(self, chain: Sequence[Layer]) -> bool:
+        """Whether others may write to what the chain reads, or change a mode in its midst.
+
+        Where gradients are wanted a network reads its operands again: nothing may write to them later either.
+        """
+        first, last = chain[0].linear, chain[-1].y
+        own = {node for layer in chain for node in (layer.linear, layer.activation)}
+        storages = {_storage(node) for layer in chain for node in layer.operands if node is not None}
+        trained = any(value(layer.linear).requires_grad for layer in chain)
+        return (
+            self.change_the_mode(first, last)
+            or None in storages
+            or any(
+                node not in own
+                and self.order[first] < self.order[node]
+                and (trained or self.order[node] < self.order[last])
+                and not written.isdisjoint({None, *storages})
+                for node, written in self.writes.items()
+            )
+        )
 
 
 def _storage(node: Node) -> int | None:
@@ -152,8 +167,6 @@ def _storage(node: Node) -> int | None:
 def _writes(node: Node) -> bool:
     """Whether a call may write to one of its arguments."""
     target, flags = node.target, (*node.args, *node.kwargs.values())
-    if not node.op.startswith("call"):
-        return False
     if isinstance(target, str):
         return node.op != "call_method" or target.endswith("_") or target.startswith("__i")
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
@@ -162,7 +175,9 @@ def _writes(node: Node) -> bool:
     if module == "_operator":
         return name.startswith("i") or name in ("setitem", "delitem")
     plain = module.partition(".")[0] in ("torch", "math", "builtins", "") and "out" not in node.kwargs
-    return not plain or name.endswith("_") or name.endswith("_norm") or any(flag is True for flag in flags)
+    # Some norms write statistics, an embedding may scale its rows.
+    hidden = name.endswith("_norm") or name.startswith("embedding")
+    return not plain or hidden or name.endswith("_") or any(flag is True for flag in flags)
 
 
 def transforms(graph: Graph) -> bool:
