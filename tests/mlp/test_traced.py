@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
 from perceptriton.kernels import Device, eligibility, ops
-from perceptriton.mlp import linear_act, mlp_act
+from perceptriton.mlp import linear_act, mlp_act, mlp_sigmoid_bce
 from perceptriton.mlp.functional.functions import LinearActFunction
 
 KERNELS = kernel_device()
@@ -295,6 +295,18 @@ def test_autocast_and_inference(bias, chip):
         torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
     assert len(record.graphs) == 2
     assert [node.args[5] for g in record.graphs for node in g.graph.nodes if "mlp" in str(node.target)] == [[2], []]
+
+
+def test_a_loss_behind_a_network(chip):
+    x, weights, biases, target = make((5, 17, 3), dtype=torch.float32)
+    target = target.sigmoid()
+    inputs = [t.requires_grad_() for t in (x, *weights, *biases)]
+    record = AotEagerAndRecordGraphs()
+    compiled = torch.compile(mlp_sigmoid_bce, backend=record, fullgraph=True)
+    losses = [call(x, weights, biases, target, "tanh") for call in (compiled, mlp_sigmoid_bce)]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, inputs) for loss in losses), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*losses)
+    assert names(record) == WHOLE
 
 
 # What the kernels do not take, or not as a whole.
