@@ -584,9 +584,9 @@ STATEMENTS = {
     "NEW = F.dropout(X, 0.5, False)": 1,
     "NEW = X.detach()": 0.5,
     "with torch.no_grad(): NEW = ACT(F.linear(X, W, B))": 0.6,
-    "NEW = X; X.mul_(0.5)": 1,
-    "NEW = Y; W.add_(0.1)": 0.7,
-    "NEW = X[0]; NEW.zero_(); NEW = Y": 0.3,
+    "NEW = X; Y.mul_(0.5)": 2,
+    "NEW = X; W.add_(0.1)": 2,
+    "NEW = Y[0]; NEW.zero_(); NEW = X": 1,
 }
 
 
@@ -617,7 +617,7 @@ def test_random_programs(part, chip):
         draw = random.Random(f"{FUZZ_SEED} {index}")
         source, names = program(draw), {"torch": torch, "F": F}
         exec(source, names)
-        wanted = [draw.random() < share for share in [draw.choice([0, 0.5, 1])] * 7]
+        wanted = [draw.random() < share for share in [draw.choice([0, 0, 0.5, 1])] * 7]
 
         def run(call, index=index, wanted=wanted):
             torch.manual_seed(index)
@@ -644,7 +644,7 @@ def test_random_programs(part, chip):
         except AssertionError:
             # torch.compile itself differs in some programs, in what aliases what.
             close(found[0], found[1], 1e-3)
-    assert refused < 20
+    assert refused < 25
 
 
 # --- modules, tensors and programs of other kinds -----------------------------------------------------------------
