@@ -54,12 +54,15 @@ def layer_bwd(ctx, dy: Tensor, backward):
     if y is None:
         y = dy  # the derivative of the identity reads nothing but y's shape
     wanted = ctx.needs_input_grad[:3]
-    with _without_autocast(dy.device.type):
-        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or eligibility.batched(dy)):
-            # With create_graph=True gradients must themselves be differentiable, to any order.
-            gradients = reference.linear_act_bwd_differentiable(dy, y, x, weight, ctx.activation, wanted)
-        else:
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or eligibility.batched(dy)):
+        # With create_graph=True gradients must themselves be differentiable, to any order.
+        gradients = reference.linear_act_bwd_differentiable(dy, y, x, weight, ctx.activation, wanted)
+    elif torch.is_autocast_enabled(dy.device.type):
+        # Without autocast the products keep the dtype that they had in the forward pass.
+        with torch.autocast(dy.device.type, enabled=False):
             gradients = backward(dy, y, x, weight, ctx.activation, wanted, ctx.impl)
+    else:
+        gradients = backward(dy, y, x, weight, ctx.activation, wanted, ctx.impl)
     return *gradients, None, None
 
 
