@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,7 +44,18 @@ def fuse(gm: GraphModule, example_inputs: Sequence[object], replayed: bool = Fal
         found |= _fuse_chain(gm, chain, replayed)
     gm.graph.lint()
     gm.recompile()
-    return [found[layer] for layer in layers]
+    return [found[layer] for layer in layers] + [
+        one for part in _checkpointed(gm) for one in fuse(part, example_inputs, replayed)
+    ]
+
+
+def _checkpointed(gm: GraphModule) -> Iterator[GraphModule]:
+    """The parts under activation checkpointing, but for those that keep what operations of their choice give."""
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+            part = getattr(gm, node.args[0].target)
+            if not part.meta.get("_checkpoint_context_fn"):
+                yield part
 
 
 def _fuse_chain(gm: GraphModule, chain: list[Layer], replayed: bool) -> dict[Layer, Found]:

@@ -16,6 +16,7 @@ from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from perceptriton.kernels import Device, crossover, devices, eligibility
 from perceptriton.mlp import MLP
@@ -663,6 +664,22 @@ def test_parametrized_and_tied(chip):
     model.v1 = model.pi1
     close(results(compiled(model), x), results(model, x))
     assert counts(explain(model, x)) == {"mlp": 6}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("selective", [False, True], ids=["all", "selective"])
+def test_checkpointing(selective, chip):
+    model, x = make("actor-critic")
+    policy = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+
+    def call(x):
+        return checkpoint(model, x, use_reentrant=False, **({"context_fn": policy} if selective else {})).sin()
+
+    call.parameters = model.parameters
+    assert counts(explain(call, x)) == ({} if selective else {"mlp": 6})
+    net = compiled(call)
+    net.parameters = model.parameters
+    close(results(net, x), results(call, x))
 
 
 @pytest.mark.parametrize("subclass", ["torch-function", "wrapper"])
