@@ -49,7 +49,10 @@ setup(
             "wheel",
         ],
     },
-    entry_points={"console_scripts": ["perceptriton = perceptriton.mlp.__main__:main"]},
+    entry_points={
+        "console_scripts": ["perceptriton = perceptriton.mlp.__main__:main"],
+        "torch_dynamo_backends": ["perceptriton = perceptriton.mlp.backend:perceptriton"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

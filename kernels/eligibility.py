@@ -1,13 +1,17 @@
 """What keeps a call from the kernels: dtype, layout, shapes, modes. A refusal is a reason in words, or None."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
+from . import crossover
 from . import plan as planning
-from .devices import DTYPE_NAMES, dtype_name, gpu, has_triton, look_at
+from .devices import DTYPE_NAMES, device_for, dtype_name, fp32_precision, fp32_split, gpu, has_triton, look_at
+
+PLAIN = (Tensor, torch.nn.Parameter)  # subclasses have rules of their own
 
 
 def layer_refusal(
@@ -25,19 +29,103 @@ def layer_refusal(
 
 
 def traced_refusal(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, autocast: bool, impl: str | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    autocast: bool,
+    training: bool,
+    impl: str | None = None,
+    kinds: tuple[type, ...] = PLAIN,
+    replayed: bool = False,
 ) -> str | None:
     """The same for a traced call. Of what does not fit together the registered op says so, as `torch.nn` would.
 
-    Looks at no number of rows: a dynamic batch is compiled once.
+    Looks at no number of rows that is not known: a dynamic batch is compiled once. training: gradients are wanted.
+    kinds: the types of tensors that are plain ones. replayed: a CUDA graph will ask nothing of the host.
     """
-    if impl == "torch":
-        return 'impl="torch"'
-    if impl is None and not launchable(x.device, dtype):
-        return f"no kernels for {dtype} on {x.device} in this program"
-    if reason := _tensor_refusal(x, (("weight", weight), ("bias", bias)), dtype, autocast, traced=True):
+    if reason := _traced_refusal(x, (("weight", weight), ("bias", bias)), dtype, autocast, impl, kinds):
         return reason
-    return bias_refusal("bias", bias, weight) or _mode_refusal(x.device, impl)
+    if reason := bias_refusal("bias", bias, weight):
+        return reason
+    return None if impl or replayed else _small(x, (weight,), training)
+
+
+def traced_boundaries(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    dtype: torch.dtype,
+    autocast: bool,
+    training: bool,
+    impl: str | None = None,
+    kinds: tuple[type, ...] = PLAIN,
+    replayed: bool = False,
+) -> tuple[int, ...] | str:
+    """The layers whose inputs a traced network saves for its backward pass, or why it is traced layer by layer.
+
+    The rest as for `traced_refusal`. One plan must do for every number of rows that the program may see.
+    """
+    others = (*weights, *(biases or ()))
+    if reason := _traced_refusal(x, [("a parameter", tensor) for tensor in others], dtype, autocast, impl, kinds):
+        return reason
+    if not _known(weights):
+        return "its widths are not known"
+    if not _fit(x, weights, biases) or any(t.device != x.device or not (autocast or t.dtype == dtype) for t in others):
+        return "its layers do not fit together"
+    if impl is None and not replayed and (reason := _small(x, weights, training)):
+        return reason
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    widths = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
+    few = statically_known_true(x.numel() <= planning.MLP_IEEE_ROWS * widths[0])
+    return _boundaries(widths, dtype, x.device, training, few, impl)
+
+
+def _boundaries(
+    widths: tuple[int, ...], dtype: torch.dtype, device: torch.device, training: bool, few: bool, impl: str | None
+) -> tuple[int, ...] | str:
+    """few: of rows there are no more than MLP_IEEE_ROWS."""
+    described = device_for(device, impl) if impl == "triton" else look_at(device)
+    kind = (dtype_name(dtype), fp32_precision(described), described)
+    options = (widths, *kind, training, False, impl, fp32_split(dtype))
+    plans = [planning.mlp_both(rows, *options) for rows in ((1,) if few else (1, 1 << 40))]
+    if refused := next((plan.forward.reason for plan in plans if plan.forward.impl != "fused"), None):
+        return refused
+    backward = plans[0].backward
+    return () if backward is None else backward.boundaries
+
+
+_boundaries._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _known(weights: Sequence[Tensor], *sizes: int) -> bool:
+    """Whether weights have the same shapes, and these sizes are the same, whenever a traced program runs.
+
+    To compare sizes that are not known would tie the program to them.
+    """
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # which takes a second to import
+
+    return all([has_static_value(size) for size in [*sizes, *[size for weight in weights for size in weight.shape]]])
+
+
+def _fit(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> bool:
+    if x.dim() == 0 or any([weight.dim() != 2 for weight in weights]):
+        return False
+    features = [x.shape[-1], *[weight.shape[0] for weight in weights]]
+    if any([weight.shape[1] != k for weight, k in zip(weights, features[:-1], strict=True)]):
+        return False
+    return biases is None or all([bias.shape == w.shape[:1] for bias, w in zip(biases, weights, strict=True)])
+
+
+def _small(x: Tensor, weights: Sequence[Tensor], training: bool) -> str | None:
+    """Why a program that is traced for a GPU is best off with plain operations, which its compiler fuses."""
+    if not x.is_cuda or not _known(weights, *x.shape[:-1]):
+        return None
+    widths = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
+    if crossover.launch_bound(math.prod(x.shape[:-1]) * widths[0] * x.dtype.itemsize, widths, training):
+        return "small: the host decides how long it takes"
+    return None
 
 
 def mlp_refusal(
@@ -54,8 +142,27 @@ def mlp_refusal(
     return _tensor_refusal(x, tensors, dtype, autocast) or _mode_refusal(x.device, impl)
 
 
-def _tensor_refusal(
-    x: Tensor, others: Sequence[tuple[str, Tensor | None]], dtype: torch.dtype, autocast: bool, traced: bool = False
+def _traced_refusal(
+    x: Tensor,
+    others: Sequence[tuple[str, Tensor | None]],
+    dtype: torch.dtype,
+    autocast: bool,
+    impl: str | None,
+    kinds: tuple[type, ...],
+) -> str | None:
+    if impl == "torch":
+        return 'impl="torch"'
+    if impl is None and not launchable(x.device, dtype):
+        return f"no kernels for {dtype} on {x.device} in this program"
+    return _kind_refusal(x, others, dtype, autocast, kinds) or _mode_refusal(x.device, impl)
+
+
+def _kind_refusal(
+    x: Tensor,
+    others: Sequence[tuple[str, Tensor | None]],
+    dtype: torch.dtype,
+    autocast: bool,
+    kinds: tuple[type, ...] = PLAIN,
 ) -> str | None:
     if dtype not in DTYPE_NAMES:
         return f"x is {dtype}; the kernels take {', '.join(map(str, DTYPE_NAMES))}"
@@ -64,14 +171,22 @@ def _tensor_refusal(
     for name, tensor in (("x", x), *others):
         if tensor is None:
             continue
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        if type(tensor) not in kinds:
             return f"{name} is a {type(tensor).__name__}, a subclass of Tensor with rules of its own"
         if tensor.layout is not torch.strided:
             return f"{name} is {tensor.layout}"
         if autocast and tensor.dtype not in DTYPE_NAMES:
             return f"{name} is {tensor.dtype}, which autocast leaves as it is"
+    return None
+
+
+def _tensor_refusal(
+    x: Tensor, others: Sequence[tuple[str, Tensor | None]], dtype: torch.dtype, autocast: bool
+) -> str | None:
+    if reason := _kind_refusal(x, others, dtype, autocast):
+        return reason
     device = x.device
-    for name, tensor in () if traced else others:
+    for name, tensor in others:
         if tensor is not None and (tensor.device != device or not (autocast or tensor.dtype is dtype)):
             return f"{name} is {tensor.dtype} on {tensor.device}, not {dtype} on {device}"
     return None

@@ -81,7 +81,7 @@ def explain(
     """Which implementation a layer or a network takes, with its tiles and the reason. Launches nothing.
 
     Where eager calls on the default stream of a GPU take plain torch, because the host would be what they wait for, the
-    reason says so; what is named is what CUDA graphs, torch.compile and impl="triton" run.
+    reason says so; what is named is what CUDA graphs, programs compiled for a dynamic batch and impl="triton" run.
 
     Plans for GPUs carry a `prediction`, which `print` shows too: the time that the plan's flops and bytes take at an
     H200's peak rates with sigmoids, and the least that any plan could take (the model: `predict`, `predict_bwd` and

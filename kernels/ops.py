@@ -21,7 +21,6 @@ from .reference import Gradients, OptionalTensors
 Operand = TypeVar("Operand", Tensor, Tensor | None)
 # "perceptriton", or the name under which a copy of the package was imported: each copy registers ops of its own.
 NAMESPACE = "_".join(__name__.split(".")[:-2])
-_registered = getattr(torch.ops, NAMESPACE)
 
 
 def prefers_torch(x: Tensor, widths: tuple[int, ...]) -> bool:
@@ -77,8 +76,6 @@ def _led(y: Tensor, shape: Sequence[int]) -> Tensor:
 
 def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, impl: str | None) -> Tensor:
     """act(x @ weight.T + bias) for x (..., K), weight (N, K), bias (N,): (..., N), contiguous, in x's dtype."""
-    if torch.compiler.is_compiling():
-        return _registered.linear_act(x, weight, bias, activation, impl)
     n, k = weight.shape
     # The number of rows is computed, since torch cannot infer a -1 beside a size of 0.
     x2 = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)
@@ -106,10 +103,6 @@ def linear_act_bwd(
 
     A gradient that is not wanted is None. x may be None if dweight is not wanted, weight if dx is not.
     """
-    if torch.compiler.is_compiling():
-        gradients = _registered.linear_act_backward(dy, y, x, weight, activation, wanted, impl)
-        dx, dweight, dbias = (g if want else None for g, want in zip(gradients, wanted, strict=True))
-        return dx, dweight, dbias
     n = y.shape[-1]
     k = in_features_of(x, weight)
     if y.dim() != 2:

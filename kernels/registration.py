@@ -1,18 +1,23 @@
-"""The ops that torch.compile calls, registered with torch.library."""
+"""The ops that torch.compile calls, registered with torch.library. Autograd hears of them in `mlp`."""
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import ops, reference
 from .activations import ACTIVATIONS
 from .eligibility import bias_refusal, check_alike, check_operands
 from .ops import NAMESPACE, in_features_of, linear_act_bwd, linear_act_fwd
+from .plan import mlp_columns, mlp_slots
 
-_library = torch.library.Library(NAMESPACE, "DEF")
-_library.define("linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str? impl) -> Tensor")
-_library.define(
+registered = getattr(torch.ops, NAMESPACE)  # the ops by name
+library = torch.library.Library(NAMESPACE, "DEF")
+library.define("linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str? impl) -> Tensor")
+library.define(
     "linear_act_backward(Tensor dy, Tensor y, Tensor? x, Tensor? weight, str activation, bool[3] wanted, str? impl)"
     " -> (Tensor, Tensor, Tensor)"
 )
@@ -54,12 +59,12 @@ def _tensors(y: Tensor, gradients: reference.Gradients) -> tuple[Tensor, ...]:
     return tuple(y.new_empty(0) if g is None else g for g in gradients)
 
 
-_library.impl("linear_act", _linear_act, "CompositeExplicitAutograd")
-_library.impl("linear_act_backward", _linear_act_backward, "CompositeExplicitAutograd")
+library.impl("linear_act", _linear_act, "CompositeExplicitAutograd")
+library.impl("linear_act_backward", _linear_act_backward, "CompositeExplicitAutograd")
 
 
 def _batched_linear_act(x, weight, bias, activation, impl):
-    return ACTIVATIONS[activation].forward(torch.nn.functional.linear(x, weight, bias))
+    return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
 
 
 def _batched_linear_act_backward(dy, y, x, weight, activation, wanted, impl):
@@ -68,19 +73,133 @@ def _batched_linear_act_backward(dy, y, x, weight, activation, wanted, impl):
 
 # torch.vmap would call an op without a rule once for each member: torch has rules for plain operations.
 for _key in ("FuncTorchBatched", "Batched"):  # "Batched" is torch.autograd.grad(..., is_grads_batched=True)
-    _library.impl("linear_act", _batched_linear_act, _key)
-    _library.impl("linear_act_backward", _batched_linear_act_backward, _key)
+    library.impl("linear_act", _batched_linear_act, _key)
+    library.impl("linear_act_backward", _batched_linear_act_backward, _key)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::linear_act", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::linear_act", lib=library)
 def _(x, weight, bias, activation, impl):
     _check_forward(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::linear_act_backward", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::linear_act_backward", lib=library)
 def _(dy, y, x, weight, activation, wanted, impl):
     _check_backward(dy, y, x, weight, wanted)
     k, n = in_features_of(x, weight), y.shape[-1]
     shapes = ((*y.shape[:-1], k), (n, k), (n,))
     return tuple(y.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
+
+
+# --- whole networks ----------------------------------------------------------------------------------------
+
+# biases: one for each weight, or none. save: the layers whose inputs the backward pass reads, as `boundaries` of its
+# plan says; they come back beside y as a fused network stores them. wanted: for x, every weight and every bias. The
+# gradients are dx, and one tensor for all parameters' as `mlp_slots` says, since an op must not return views of it.
+library.define(
+    "mlp(Tensor x, Tensor[] weights, Tensor[] biases, str hidden, str output, int[] save, str? impl)"
+    " -> (Tensor, Tensor[])"
+)
+library.define(
+    "mlp_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] saved, str hidden, str output,"
+    " int[] save, bool[] wanted, str? impl) -> (Tensor, Tensor)"
+)
+
+
+def _check_network(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    if not weights or len(biases) not in (0, len(weights)):
+        raise ValueError(f"weights holds {len(weights)} Tensors, and biases {len(biases)}")
+    features = x.shape[-1] if x.dim() else None
+    for l, weight in enumerate(weights):
+        if weight.dim() != 2 or weight.shape[1] != features:
+            below = f"weights[{l - 1}] {tuple(weights[l - 1].shape)}" if l else f"x {tuple(x.shape)}"
+            raise ValueError(f"weights[{l}] {tuple(weight.shape)} does not take the features of {below}")
+        bias = biases[l] if biases else None
+        if reason := bias_refusal(f"biases[{l}]", bias, weight):
+            raise ValueError(reason)
+        check_alike("x", x, **{f"weights[{l}]": weight, f"biases[{l}]": bias})
+        features = weight.shape[0]
+
+
+def _mlp(x, weights, biases, hidden, output, save, impl):
+    _check_network(x, weights, biases)
+    plan = ops.mlp_plans(x, weights, bool(save), impl=impl).forward
+    if plan.impl != "fused":
+        return _plain_mlp(x, weights, biases, hidden, output, save, impl)
+    y, saved = ops.mlp_fwd(x, weights, biases or None, hidden, output, plan, tuple(save))
+    return y, list(saved)
+
+
+def _mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl):
+    _check_network(x, weights, biases)
+    plan = ops.mlp_plans(x, weights, True, impl=impl).backward
+    if plan is None or plan.impl != "fused" or plan.boundaries != tuple(save):
+        # Without rows, or where products of fp32 are to be computed in another way than when the program was compiled.
+        return _plain_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl)
+    needs_grad = as_needs_grad(wanted, len(weights))
+    dx, *parameters = ops.mlp_bwd(dy, x, saved, weights, biases or None, hidden, output, needs_grad, plan)
+    size = mlp_slots(ops.widths_of(weights), needs_grad)[-1]
+    view = next((gradient for gradients in parameters for gradient in gradients if gradient is not None), None)
+    flat = x.new_empty(0) if view is None else view.as_strided((size,), (1,), 0)
+    return x.new_empty(0) if dx is None else dx, flat
+
+
+def as_needs_grad(wanted: Sequence[bool], layers: int) -> reference.NeedsGrad:
+    """From one list for x, all weights and all biases, which may be missing."""
+    return wanted[0], tuple(wanted[1 : layers + 1]), tuple(wanted[layers + 1 :]) or (False,) * layers
+
+
+def _outputs(x, weights, biases, hidden, output) -> list[Tensor]:
+    """Those of all layers, by plain operations."""
+    outputs = []
+    for l, weight in enumerate(weights):
+        act = ACTIVATIONS[output if l == len(weights) - 1 else hidden]
+        x = act.forward(F.linear(x, weight, biases[l] if biases else None))
+        outputs.append(x)
+    return outputs
+
+
+def _plain_mlp(x, weights, biases, hidden, output, save, impl):
+    hs = _outputs(x, weights, biases, hidden, output)
+    shapes = _saved_shapes(x, weights, save)
+    saved = [F.pad(hs[l - 1], (0, columns - hs[l - 1].shape[-1])) for l, (_, columns) in zip(save, shapes, strict=True)]
+    return hs[-1], [h.reshape(shape) for h, shape in zip(saved, shapes, strict=True)]
+
+
+def _plain_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl):
+    outputs = _outputs(x, weights, biases, hidden, output)
+    upstream = (*(None,) * (len(weights) - 1), dy)
+    options = (hidden, output, as_needs_grad(wanted, len(weights)))
+    dx, *parameters = reference.mlp_bwd_differentiable(upstream, x, outputs, weights, *options)
+    pieces = []
+    for gradient in itertools.chain.from_iterable(zip(*parameters, strict=True)):
+        if gradient is not None:
+            flat = gradient.reshape(gradient.numel())
+            pieces += [flat, flat.new_zeros(-gradient.numel() % 8)]
+    return x.new_empty(0) if dx is None else dx.reshape(x.shape), torch.cat(pieces) if pieces else x.new_empty(0)
+
+
+library.impl("mlp", _mlp, "CompositeExplicitAutograd")
+library.impl("mlp_backward", _mlp_backward, "CompositeExplicitAutograd")
+for _key in ("FuncTorchBatched", "Batched"):
+    library.impl("mlp", _plain_mlp, _key)
+    library.impl("mlp_backward", _plain_mlp_backward, _key)
+
+
+def _saved_shapes(x: Tensor, weights: Sequence[Tensor], save: Sequence[int]) -> list[tuple[int, int]]:
+    columns = mlp_columns(ops.widths_of(weights))
+    return [(math.prod(x.shape[:-1]), columns[l]) for l in save]
+
+
+@torch.library.register_fake(f"{NAMESPACE}::mlp", lib=library)
+def _(x, weights, biases, hidden, output, save, impl):
+    _check_network(x, weights, biases)
+    y = x.new_empty((*x.shape[:-1], weights[-1].shape[0]))
+    return y, [x.new_empty(shape) for shape in _saved_shapes(x, weights, save)]
+
+
+@torch.library.register_fake(f"{NAMESPACE}::mlp_backward", lib=library)
+def _(dy, x, weights, biases, saved, hidden, output, save, wanted, impl):
+    _check_network(x, weights, biases)
+    size = mlp_slots(ops.widths_of(weights), as_needs_grad(wanted, len(weights)))[-1]
+    return x.new_empty(x.shape if wanted[0] else 0), x.new_empty(size)

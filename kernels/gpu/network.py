@@ -3,13 +3,12 @@
 # The types do not say that all parts of a head are there, or none.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false
-import itertools
 
 import torch
 import triton
 from torch import Tensor
 
-from ..plan import mlp_columns
+from ..plan import mlp_columns, mlp_slots
 from ..records import MlpPlan, NeedsGrad
 from .functions import ACTIVATIONS, UNBOUNDED
 from .launch import INTERPRETED, OptionalTensors, Tensors, aligned, device_of, launch
@@ -130,18 +129,6 @@ def mlp_fwd(
     return out[-1] if loss is None else loss, tuple(out[l - 1] for l in save)
 
 
-def _slots(widths, wanted):
-    """Where each wanted gradient begins in a slot, -1 for the others, and the slot's size. 8 elements align all."""
-    _, weights, biases = wanted
-    at_weights, at_biases, size = [], [], 0
-    for l, (k, n) in enumerate(itertools.pairwise(widths)):
-        at_weights.append(size if weights[l] else -1)
-        size += -(-n * k // 8) * 8 if weights[l] else 0
-        at_biases.append(size if biases[l] else -1)
-        size += -(-n // 8) * 8 if biases[l] else 0
-    return at_weights, at_biases, size
-
-
 def mlp_bwd(
     dy: Tensor,
     x: Tensor,
@@ -168,7 +155,7 @@ def mlp_bwd(
     dy, factor = (None, dy) if reduction in ("mean", "sum") else (dy, None)
     scale = 1.0 / target.numel() if reduction == "mean" else 1.0
     columns = mlp_columns(widths)
-    at_weights, at_biases, size = _slots(widths, wanted)
+    at_weights, at_biases, size = mlp_slots(widths, wanted)
     inputs = dict(zip(plan.boundaries, saved, strict=True)) | {0: x}
     # Layers below the first one whose gradients are wanted need no dz.
     first = next((l for l in range(len(weights)) if wanted[0] or wanted[1][l] or wanted[2][l]), len(weights))

@@ -98,6 +98,23 @@ def mlp_columns(widths: tuple[int, ...]) -> tuple[int, ...]:
     return (widths[0], *(cdiv(width, 16) * 16 for width in widths[1:-1]), widths[-1])
 
 
+def mlp_slots(
+    widths: tuple[int, ...], wanted: tuple[bool, tuple[bool, ...], tuple[bool, ...]]
+) -> tuple[list[int], list[int], int]:
+    """Where each gradient of a weight and of a bias begins in the one tensor that holds all, and its size.
+
+    -1 stands for those that are not wanted. 8 elements align all: 16 bytes of the smallest dtypes.
+    """
+    _, weights, biases = wanted
+    at_weights, at_biases, size = [], [], 0
+    for l, (k, n) in enumerate(itertools.pairwise(widths)):
+        at_weights.append(size if weights[l] else -1)
+        size += cdiv(n * k, 8) * 8 if weights[l] else 0
+        at_biases.append(size if biases[l] else -1)
+        size += cdiv(n, 8) * 8 if biases[l] else 0
+    return at_weights, at_biases, size
+
+
 def _mlp(op: str, m, widths, dtype, precision, device, loss, impl, split) -> MlpPlan:
     if reason := device_refusal(m, min(widths), 1, dtype, device):
         return MlpPlan("layers", reason)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import eligibility, ops, reference
+from ...kernels.registration import registered
 from .eager import torch_bce, torch_network
 
 
@@ -21,29 +22,48 @@ class LinearActFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, activation, impl):
         y = ops.linear_act_fwd(x, weight, bias, activation, impl)
-        need_dx, need_dweight, _ = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(
-            x if need_dweight else None, weight if need_dx else None, None if activation == "identity" else y
-        )
-        ctx.activation, ctx.impl = activation, impl
+        save_layer(ctx, (x, weight, bias, activation, impl), y)
         return y
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, y = ctx.saved_tensors
-        if y is None:
-            y = dy  # the derivative of the identity reads nothing but y's shape
-        wanted = ctx.needs_input_grad[:3]
-        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or eligibility.batched(dy)):
-            # With create_graph=True gradients must themselves be differentiable, to any order.
-            gradients = reference.linear_act_bwd_differentiable(dy, y, x, weight, ctx.activation, wanted)
-        elif torch.is_autocast_enabled(dy.device.type):
-            # Without autocast the products keep the dtype that they had in the forward pass.
-            with torch.autocast(dy.device.type, enabled=False):
-                gradients = ops.linear_act_bwd(dy, y, x, weight, ctx.activation, wanted, ctx.impl)
-        else:
-            gradients = ops.linear_act_bwd(dy, y, x, weight, ctx.activation, wanted, ctx.impl)
-        return *gradients, None, None
+        # Compiled autograd traces this.
+        return layer_bwd(ctx, dy, linear_act_backward if torch.compiler.is_compiling() else ops.linear_act_bwd)
+
+
+def linear_act_backward(*arguments):
+    """`ops.linear_act_bwd` as the registered op."""
+    gradients = registered.linear_act_backward(*arguments)
+    wanted = arguments[5]
+    return tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+
+
+def save_layer(ctx, inputs, output: Tensor) -> None:
+    """Keeps what `layer_bwd` needs of a layer, no more than the wanted gradients need."""
+    x, weight, _, activation, impl = inputs
+    need_dx, need_dweight, _ = ctx.needs_input_grad[:3]
+    ctx.save_for_backward(
+        x if need_dweight else None, weight if need_dx else None, None if activation == "identity" else output
+    )
+    ctx.activation, ctx.impl = activation, impl
+
+
+def layer_bwd(ctx, dy: Tensor, backward):
+    """The gradients of a layer's arguments, where that will do by `backward`, called as `ops.linear_act_bwd` is."""
+    x, weight, y = ctx.saved_tensors
+    if y is None:
+        y = dy  # the derivative of the identity reads nothing but y's shape
+    wanted = ctx.needs_input_grad[:3]
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or eligibility.batched(dy)):
+        # With create_graph=True gradients must themselves be differentiable, to any order.
+        gradients = reference.linear_act_bwd_differentiable(dy, y, x, weight, ctx.activation, wanted)
+    elif torch.is_autocast_enabled(dy.device.type):
+        # Without autocast the products keep the dtype that they had in the forward pass.
+        with torch.autocast(dy.device.type, enabled=False):
+            gradients = backward(dy, y, x, weight, ctx.activation, wanted, ctx.impl)
+    else:
+        gradients = backward(dy, y, x, weight, ctx.activation, wanted, ctx.impl)
+    return *gradients, None, None
 
 
 class MlpFunction(torch.autograd.Function):
@@ -109,7 +129,8 @@ class FusedMlpFunction(torch.autograd.Function):
             return ops.mlp_bwd(dy, x, saved, weights, biases, ctx.hidden, ctx.output, needs_grad, ctx.plan)
 
         in_torch = partial(torch_network, hidden=ctx.hidden, output=ctx.output)
-        return _fused_bwd(ctx, dy, inputs, wanted, fused, in_torch)
+        dx, *others = network_bwd(dy, inputs, ctx.layers, wanted, fused, in_torch)
+        return dx, *(None,) * 4, *others
 
 
 class MlpBceFunction(torch.autograd.Function):
@@ -136,23 +157,22 @@ class MlpBceFunction(torch.autograd.Function):
         def in_torch(x, weights, biases):
             return torch_bce(torch_network(x, weights, biases, ctx.hidden, "identity"), *head)
 
-        return _fused_bwd(ctx, dloss, inputs, wanted, fused, in_torch)
+        dx, *others = network_bwd(dloss, inputs, ctx.layers, wanted, fused, in_torch)
+        return dx, *(None,) * 7, *others
 
 
-def _fused_bwd(ctx, upstream, inputs, wanted, fused, in_torch):
-    """The gradients of a node's arguments, by `fused` or, where they must be differentiable, through `in_torch`.
+def network_bwd(upstream: Tensor, inputs: Sequence[Tensor], layers: int, wanted: Sequence[bool], fused, in_torch):
+    """The gradients of a network's inputs, by `fused` or, where they must be differentiable, through `in_torch`.
 
-    fused(x, weights, biases, needs_grad) -> (dx, dweights, dbiases); in_torch(x, weights, biases) -> the node's output.
+    inputs: x, weights, biases, and whether each one's gradient is wanted. fused(x, weights, biases, needs_grad) ->
+    (dx, dweights, dbiases); in_torch(x, weights, biases) -> what `upstream` is the gradient of.
     """
     with _without_autocast(upstream.device.type):
         if torch.is_grad_enabled() or eligibility.batched(upstream):
-            gradients = _differentiable_bwd(in_torch, ctx.layers, inputs, wanted, upstream)
-        else:
-            x, *parameters = inputs
-            needs_grad = _needs_grad(wanted, ctx.layers)
-            dx, dweights, dbiases = fused(x, *split_parameters(parameters, ctx.layers), needs_grad)
-            gradients = (dx, *dweights, *dbiases)[: len(inputs)]
-    return gradients[0], *(None,) * (len(ctx.needs_input_grad) - len(inputs)), *gradients[1:]
+            return _differentiable_bwd(in_torch, layers, inputs, wanted, upstream)
+        x, *parameters = inputs
+        dx, dweights, dbiases = fused(x, *split_parameters(parameters, layers), _needs_grad(tuple(wanted), layers))
+        return (dx, *dweights, *dbiases)[: len(inputs)]
 
 
 def _without_autocast(kind: str) -> contextlib.AbstractContextManager:

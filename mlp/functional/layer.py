@@ -11,6 +11,7 @@ from ...kernels.records import IMPLS
 from .checks import check_layer
 from .eager import ERRORS, is_for_torch, product_dtype, torch_network
 from .functions import LinearActFunction
+from .traced import traced_layer
 
 
 def linear_act(
@@ -35,7 +36,7 @@ def linear_act(
     for arguments that are no tensors; the message names the argument and both values.
     """
     if torch.compiler.is_compiling():
-        return _traced(x, weight, bias, activation, impl)
+        return traced_layer(x, weight, bias, activation, impl)
     try:
         if _get_tracing_state() is not None and impl is None:
             # Under torch.jit sizes are tensors: a choice by them would warn, and would hold for the next sizes too.
@@ -83,19 +84,3 @@ def _planned(x, weight, bias, activation, impl):
             return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias))
         return LinearActFunction.apply(x, weight, bias, activation, impl)
     return ops.linear_act_fwd(x, weight, bias, activation, impl)
-
-
-def _traced(x, weight, bias, activation, impl):
-    # Nothing here reads the number of rows, so that a dynamic batch compiles once. On the CPU and under export plain
-    # operations are traced: the compiler fuses them, and an exported graph must not need an op of this package.
-    tensors = all(isinstance(tensor, Tensor) for tensor in ((x, weight) if bias is None else (x, weight, bias)))
-    if not tensors or activation not in ACTIVATIONS or impl not in IMPLS:
-        check_layer(x, weight, bias, activation, impl)
-    dtype, autocast = product_dtype(x)
-    if refused := eligibility.traced_refusal(x, weight, bias, dtype, autocast, impl):
-        if impl == "triton":
-            raise NotImplementedError(f'impl="triton": {refused}')
-        return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
-    if autocast:
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return LinearActFunction.apply(x, weight, bias, activation, impl)

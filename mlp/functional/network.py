@@ -12,6 +12,7 @@ from .checks import broadcast_bias, check_network
 from .eager import ERRORS, is_for_torch, product_dtype, torch_network
 from .functions import FusedMlpFunction, MlpFunction, split_parameters
 from .layer import linear_act
+from .traced import traced_network
 
 
 def mlp_act(
@@ -31,13 +32,18 @@ def mlp_act(
 
     On a GPU, networks whose widths are at most 128 run as one kernel forward, which leaves only y in memory, and as
     few as registers allow back, which compute the activations once more; on a CPU, networks that are not small run as
-    one autograd node. `perceptriton.kernels.explain` says what and why. torch.compile sees a chain of layers. dtypes,
-    autocast, impl and errors are those of `linear_act`; impl="triton" asks for the whole network in kernels of its own.
+    one autograd node. `perceptriton.kernels.explain` says what and why. torch.compile sees one op where kernels take
+    the whole network whatever the batch, and a chain of layers elsewhere. dtypes, autocast, impl and errors are those
+    of `linear_act`; impl="triton" asks for the whole network in kernels of its own.
     """
     output = activation if output_activation is None else output_activation
     try:
         if network_takes_torch(x, weights, biases, (activation, output), impl):
             return torch_network(x, weights, biases, activation, output)
+        if torch.compiler.is_compiling() and (
+            (y := traced_network(x, weights, biases, activation, output, impl)) is not None
+        ):
+            return y
         if (found := network_plans(x, weights, biases, impl)) is None:
             return _layers(x, weights, biases, activation, output, impl)
         (x, weights, biases), plans = found

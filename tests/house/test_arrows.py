@@ -24,7 +24,7 @@ FLOORS = [
     {"kernels.explain", "kernels.registration"},
     {"kernels"},
     {"mlp.functional", "mlp.capturing", "mlp.history"},
-    {"mlp.layers", "mlp.hub_layers"},
+    {"mlp.layers", "mlp.hub_layers", "mlp.backend"},
     {"mlp.sequential"},
     {"mlp.model"},
     {"mlp.as_network", "mlp.fusing"},

@@ -122,6 +122,7 @@ import perceptriton.kernels, perceptriton.mlp
 light = {
     "seconds": time.process_time() - began,
     "new": sorted({name.partition(".")[0] for name in set(sys.modules) - before}),
+    "compiler": sorted({"torch._dynamo", "torch._inductor", "perceptriton.mlp.backend"} & set(sys.modules)),
     "cuda": torch.cuda.is_initialized(),
     "tables": perceptriton.kernels.tables.read_table.cache_info().currsize,
 }
@@ -172,6 +173,7 @@ def test_installed_package_imports_quickly_and_works_from_anywhere(installed):
         assert "perceptriton" in result["new"]
         assert {"triton", "matplotlib", "tqdm", "sklearn"} & set(result["new"]) == set()
         assert not result["cuda"]
+        assert result["compiler"] == []
         assert result["tables"] == 0, "what is damaged is found by those who ask for a plan"
         if result["seconds"] < 0.3:
             break
@@ -204,6 +206,29 @@ def test_works_without_triton(installed):
 @pytest.mark.skipif(not (ROOT / "mlp" / "__main__.py").exists(), reason="there is no command line yet")
 def test_command_line_of_the_installed_package(installed):
     assert "torch" in python(str(installed / "bin" / "perceptriton"), "doctor", path=installed)
+
+
+BACKEND = """
+import torch
+from torch._dynamo.backends.registry import lookup_backend
+function = lookup_backend("perceptriton")
+model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Sigmoid())
+x = torch.ones(4, 3)
+compiled = torch.compile(model, backend="perceptriton", options={"backend": "eager"})
+result = {
+    "names": torch._dynamo.list_backends(),
+    "module": function.__module__,
+    "close": torch.allclose(compiled(x), model(x)),
+}
+"""
+
+
+@pytest.mark.slow
+def test_torch_compile_knows_the_backend_by_its_name(installed):
+    result = python_json(BACKEND, installed)
+    assert "perceptriton" in result["names"]
+    assert result["module"] == "perceptriton.mlp.backend"
+    assert result["close"]
 
 
 # The copy comes first, where the package that it was copied from cannot be imported, and then both.

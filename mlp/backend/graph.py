@@ -1,0 +1,192 @@
+"""Linear layers in a graph that Dynamo has captured, the chains that they form, and what forbids to join them."""
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph, Node
+
+# As functions and as methods, which may write over their input.
+NAMES = {name: name.rstrip("_") for name in ("sigmoid", "sigmoid_", "tanh", "tanh_", "relu", "relu_")}
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size)
+FUNCTIONS = {getattr(home, name): NAMES[name] for home in (torch, F, Tensor) for name in NAMES if hasattr(home, name)}
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A call of `F.linear`, and the call of an activation that alone takes its output."""
+
+    linear: Node
+    activation: Node | None
+    name: str  # of the activation, "identity" without one
+
+    @property
+    def y(self) -> Node:
+        return self.activation or self.linear
+
+    @property
+    def operands(self) -> tuple[Node, Node, Node | None]:
+        """x, weight and bias, which change where what gave them is replaced."""
+        bound: dict[str, Any] = dict(zip(("input", "weight", "bias"), self.linear.args, strict=False))
+        bound |= self.linear.kwargs
+        return bound["input"], bound["weight"], bound.get("bias")
+
+
+def value(node: Node) -> Any:
+    """The fake tensor or number that stands for what a node gives, None where Dynamo knows none."""
+    return node.meta.get("example_value")
+
+
+def forget_dropouts(graph: Graph) -> None:
+    """Removes the calls of dropout that return their input, as all do in evaluation."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is F.dropout:
+            options = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+            if options.get("training", True) is False:
+                node.replace_all_uses_with(options["input"])
+                graph.erase_node(node)
+
+
+def layers_of(graph: Graph) -> list[Layer]:
+    """The layers in the order of their calls."""
+    calls = Calls(graph)
+    layers = []
+    for linear in graph.nodes:
+        if linear.op == "call_function" and linear.target is F.linear:
+            activation, name = _activation(linear, calls.order)
+            if activation is not None and calls.change_the_mode(linear, activation):
+                activation, name = None, "identity"
+            layers.append(Layer(linear, activation, name))
+    return layers
+
+
+def _activation(linear: Node, order: dict[Node, int]) -> tuple[Node | None, str]:
+    """The activation that takes a linear layer's output from everybody else, and its name."""
+    first, *others = sorted(linear.users, key=order.__getitem__) or [None]
+    if first is None:
+        return None, "identity"
+    calls: dict[Any, str] = {"call_function": FUNCTIONS, "call_method": NAMES}.get(first.op, {})
+    name = calls.get(first.target)
+    input, *flags = *first.args, *first.kwargs.values()
+    if name is None or input is not linear or not all(isinstance(flag, bool) for flag in flags):
+        return None, "identity"
+    if others and not _in_place(first):
+        return None, "identity"
+    # Who reads an input that has been written over reads the output.
+    linear.replace_all_uses_with(first, delete_user_cb=lambda user: user is not first)
+    return first, name
+
+
+def _in_place(call: Node) -> bool:
+    name = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", "")
+    return name.endswith("_") or True in (*call.args, *call.kwargs.values())
+
+
+def chains_of(graph: Graph, layers: Sequence[Layer]) -> list[list[Layer]]:
+    """The layers in runs that may be one network: each one's output goes to the next alone, with one hidden activation.
+
+    A network is called where its last layer was.
+    """
+    calls = Calls(graph)
+    following = {layer.operands[0]: layer for layer in layers}
+    chains, taken = [], set()
+    for layer in layers:
+        if layer.linear in taken:
+            continue
+        chain = [layer]
+        while (above := following.get(chain[-1].y)) is not None and _joins(chain, above):
+            if calls.interfere([*chain, above]):
+                break
+            chain.append(above)
+        taken |= {one.linear for one in chain}
+        chains.append(chain)
+    return chains
+
+
+def _joins(chain: list[Layer], above: Layer) -> bool:
+    below = chain[-1]
+    return (
+        [*below.y.users] == [above.linear]
+        and below.y not in above.operands[1:]
+        and {layer.name for layer in chain} == {chain[0].name} != {"identity"}
+        and (below.operands[2] is None) == (above.operands[2] is None)
+    )
+
+
+class Calls:
+    """What the calls of a graph do beside giving a value."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        calls = [node for node in graph.nodes if node.op.startswith("call")]
+        # What gives nothing changes a mode, as those of gradients and autocast, or a tensor.
+        self.nothing = [self.order[node] for node in calls if value(node) is None]
+        self.writes = {node: {*map(_storage, node.all_input_nodes)} for node in calls if _writes(node)}
+
+    def change_the_mode(self, first: Node, last: Node) -> bool:
+        """Whether calls between the two may run in another mode."""
+        return any(self.order[first] < index < self.order[last] for index in self.nothing)
+
+    def interfere(self, chain: Sequence[Layer]) -> bool:
+        """Whether others may write to what the chain reads, or change a mode in its midst.
+
+        Where gradients are wanted a network reads its operands again: nothing may write to them later either.
+        """
+        first, last = chain[0].linear, chain[-1].y
+        own = {node for layer in chain for node in (layer.linear, layer.activation)}
+        storages = {_storage(node) for layer in chain for node in layer.operands if node is not None}
+        trained = any(value(layer.linear).requires_grad for layer in chain)
+        return (
+            self.change_the_mode(first, last)
+            or None in storages
+            or any(
+                node not in own
+                and self.order[first] < self.order[node]
+                and (trained or self.order[node] < self.order[last])
+                and not written.isdisjoint({None, *storages})
+                for node, written in self.writes.items()
+            )
+        )
+
+
+def _storage(node: Node) -> int | None:
+    """What nodes have in common that share memory, 0 for numbers; None where that is not known."""
+    tensor = value(node)
+    if not isinstance(tensor, Tensor):
+        return 0 if isinstance(tensor, NUMBERS) else None
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # subclasses, sparse tensors
+        return None
+
+
+def _writes(node: Node) -> bool:
+    """Whether a call may write to one of its arguments."""
+    target, flags = node.target, (*node.args, *node.kwargs.values())
+    if isinstance(target, str):
+        return node.op != "call_method" or target.endswith("_") or target.startswith("__i")
+    module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
+    if not isinstance(target, (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)):
+        return True  # ops of others, and operators that run a graph of their own
+    if module == "_operator":
+        return name.startswith("i") or name in ("setitem", "delitem")
+    plain = module.partition(".")[0] in ("torch", "math", "builtins", "") and "out" not in node.kwargs
+    # Some norms write statistics, an embedding may scale its rows.
+    hidden = name.endswith("_norm") or name.startswith("embedding")
+    return not plain or hidden or name.endswith("_") or any(flag is True for flag in flags)
+
+
+def transforms(graph: Graph) -> bool:
+    """Whether a part of the graph runs under a transform of torch.func, or with dual numbers."""
+    return any(map(_transforms, graph.nodes))
+
+
+def _transforms(node: Node) -> bool:
+    if not isinstance(node.target, (types.FunctionType, types.BuiltinFunctionType)):
+        return False
+    module, name = getattr(node.target, "__module__", None) or "", node.target.__name__
+    return module.startswith(("torch._functorch", "torch._C._functorch")) or "dual" in name

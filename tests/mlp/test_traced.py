@@ -1,0 +1,349 @@
+"""What torch.compile traces of layers and networks: registered ops, their autograd formulas, and when they are used."""
+
+import functools
+import itertools
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import FLOOR, kernel_device, relative_error
+from torch import nn
+from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
+
+from perceptriton.kernels import Device, eligibility, ops
+from perceptriton.mlp import linear_act, mlp_act, mlp_sigmoid_bce
+from perceptriton.mlp.functional.functions import LinearActFunction
+
+KERNELS = kernel_device()
+DEVICE = KERNELS or "cpu"
+IMPL = None if KERNELS is None else "triton"
+pytestmark = [
+    pytest.mark.usefixtures("rounding"),
+    # The compiler itself uses what torch deprecates.
+    pytest.mark.filterwarnings("default"),
+]
+mlp, mlp_backward = torch.ops.perceptriton.mlp.default, torch.ops.perceptriton.mlp_backward.default
+
+# widths and what a network of them saves: where its backward pass is cut, as is that of three layers of 64 in fp32
+NETWORKS = {"xor": ((2, 2, 1), []), "ragged": ((5, 17, 3), []), "cut": ((3, 64, 60, 2), [2])}
+LEADING = {"rows": (6,), "leading": (2, 3), "vector": (), "no-rows": (0,)}
+
+
+@pytest.fixture
+def rounding(request):
+    request.getfixturevalue("device" if KERNELS else "poisoned")
+
+
+@pytest.fixture
+def chip(monkeypatch):
+    """Programs are traced as for a GPU with kernels."""
+    monkeypatch.setattr(eligibility, "look_at", lambda device: Device("cuda", 90, 132, triton=True))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make(widths, leading=(6,), bias=True, dtype=torch.float64):
+    """x, weights, biases and dy: pre-activations of std near 1.5, upstream gradients of order 1."""
+    pairs = list(itertools.pairwise(widths))
+    x, dy = torch.randn(*leading, widths[0]), torch.randn(*leading, widths[-1])
+    weights = [1.4 * torch.randn(n, k) / k**0.5 for k, n in pairs]
+    biases = [0.5 * torch.randn(n) for _, n in pairs] if bias else []
+    x, dy, *parameters = (t.to(DEVICE, dtype) for t in (x, dy, *weights, *biases))
+    return x, parameters[: len(pairs)], parameters[len(pairs) :], dy
+
+
+def plain(x, weights, biases):
+    for l, weight in enumerate(weights):
+        z = F.linear(x, weight, biases[l] if biases else None)
+        x = torch.sigmoid(z) if l == len(weights) - 1 else torch.tanh(z)
+    return x
+
+
+def results(function, x, weights, biases, dy):
+    """y and all gradients, in one list."""
+    inputs = [t.detach().clone().requires_grad_() for t in (x, *weights, *biases)]
+    layers = len(weights)
+    y = function(inputs[0], inputs[1 : layers + 1], inputs[layers + 1 :])
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+
+def op(save):
+    return lambda x, weights, biases: mlp(x, weights, biases, "tanh", "sigmoid", save, IMPL)[0]
+
+
+every_network = pytest.mark.parametrize(("widths", "save"), NETWORKS.values(), ids=NETWORKS)
+
+
+# --- the ops of networks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.interpreter
+@pytest.mark.core
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@every_network
+def test_errors_are_those_of_torch(widths, save, bias):
+    truth = make(widths, (40,), bias)
+    single = [[t.float() for t in part] if isinstance(part, list) else part.float() for part in truth]
+    expected, ours, torchs = results(plain, *truth), results(op(save), *single), results(plain, *single)
+    for own, other, want in zip(ours, torchs, expected, strict=True):
+        assert relative_error(own, want) <= 2 * relative_error(other, want) + FLOOR[torch.float32]
+    zeros = [torch.zeros_like(t) for t in ours]
+    assert all(relative_error(own, want) > 0.5 for own, want in zip(zeros, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.interpreter
+@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
+@every_network
+def test_every_number_of_rows(widths, save, leading):
+    tensors = make(widths, leading, dtype=torch.float32)
+    torch.testing.assert_close(results(op(save), *tensors), results(plain, *tensors), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.interpreter
+@pytest.mark.parametrize("wanted", [(0,), (1,), (3, 4), (0, 2, 5)], ids=str)
+def test_only_what_is_wanted(wanted):
+    x, weights, biases, dy = make((5, 17, 16, 3), dtype=torch.float32)
+    inputs = [x, *weights, *biases]
+    for index in wanted:
+        inputs[index].requires_grad_()
+    chosen = [inputs[index] for index in wanted]
+    y, expected = op([])(x, weights, biases), plain(x, weights, biases)
+    found, want = (torch.autograd.grad(out, chosen, dy) for out in (y, expected))
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.interpreter
+@pytest.mark.parametrize("first", [True, False], ids=["forward", "backward"])
+def test_plans_that_change_on_the_way(first, monkeypatch):
+    # A direction whose plan is not that of the program's any more computes the same in plain operations.
+    widths, save = NETWORKS["cut"]
+    tensors = make(widths, dtype=torch.float32)
+    plans, calls = ops.mlp_plans, []
+
+    def changing(x, *rest, **options):
+        calls.append(len(calls) + first)
+        return plans(x, *rest, impl="torch") if calls[-1] == 1 else plans(x, *rest, **options)
+
+    monkeypatch.setattr(ops, "mlp_plans", changing)
+    found = results(op(save), *tensors)
+    assert len(calls) == 2
+    torch.testing.assert_close(found, results(plain, *tensors), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@every_network
+def test_ops_are_registered_right(widths, save, bias):
+    x, weights, biases, dy = make(widths, bias=bias, dtype=torch.float32)
+    inputs = [t.requires_grad_() for t in (x, *weights, *biases)]
+    options = ("tanh", "sigmoid", save, IMPL)
+    forward = torch.library.opcheck(mlp, (x, weights, biases, *options))
+    x, *parameters = (t.detach() for t in inputs)
+    weights, biases = parameters[: len(weights)], parameters[len(weights) :]
+    _, saved = mlp(x, weights, biases, *options)
+    wanted = [index % 3 != 1 for index in range(len(inputs))]
+    arguments = (dy, x, weights, biases, saved, *options[:3], wanted, IMPL)
+    backward = torch.library.opcheck(mlp_backward, arguments)
+    assert set(forward.values()) | set(backward.values()) == {"SUCCESS"}
+
+
+def test_gradients_of_gradients():
+    x, weights, biases, dy = make((5, 17, 3), dtype=torch.float32)
+    inputs = [t.requires_grad_() for t in (x, *weights, *biases)]
+
+    def penalty(function):
+        gradients = torch.autograd.grad(function(x, weights, biases), inputs, dy, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)
+
+    torch.testing.assert_close(penalty(op([])), penalty(plain), rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def no_launches(monkeypatch):
+    """The ops themselves cannot be called."""
+    monkeypatch.setattr(ops, "mlp_fwd", None)
+    monkeypatch.setattr(ops, "mlp_bwd", None)
+    monkeypatch.setattr(ops, "mlp_plans", None)
+
+
+@pytest.mark.parametrize("stacked", [(0,), (0, 1), (2, 5)], ids=str)
+def test_vmap_takes_plain_operations(stacked, no_launches):
+    x, weights, biases, _ = make((3, 64, 60, 2), dtype=torch.float32)
+    inputs = [x, *weights, *biases]
+    dims = [0 if index in stacked else None for index in range(len(inputs))]
+    inputs = [t if dim is None else torch.stack([t, 2 * t, -t]) for t, dim in zip(inputs, dims, strict=True)]
+    found = torch.vmap(lambda x, *own: mlp(x, own[:3], own[3:], "tanh", "sigmoid", [2], IMPL), tuple(dims))(*inputs)
+    expected = torch.vmap(lambda x, *own: plain(x, own[:3], own[3:]), tuple(dims))(*inputs)
+    torch.testing.assert_close(found[0], expected)
+    assert found[1][0].shape == (3, 6, 64)
+
+
+def test_batched_gradients_take_plain_operations(monkeypatch):
+    x, weights, biases, _ = make((5, 17, 3), dtype=torch.float32)
+    inputs = [t.requires_grad_() for t in (x, *weights, *biases)]
+    y, dys = op([])(x, weights, biases), torch.randn(4, 6, 3, device=DEVICE)
+    expected = torch.autograd.grad(plain(x, weights, biases), inputs, dys, is_grads_batched=True)
+    monkeypatch.setattr(ops, "mlp_bwd", None)
+    torch.testing.assert_close(torch.autograd.grad(y, inputs, dys, is_grads_batched=True), expected)
+
+
+MISFITS = {
+    "none": (lambda x, w, b: (x, [], []), r"weights holds 0 Tensors, and biases 0"),
+    "biases": (lambda x, w, b: (x, w, b[:1]), r"weights holds 2 Tensors, and biases 1"),
+    "x": (lambda x, w, b: (x[:, :4], w, b), r"weights[0] (17, 5) does not take the features of x (6, 4)"),
+    "number": (lambda x, w, b: (x[0, 0], w, b), r"weights[0] (17, 5) does not take the features of x ()"),
+    "chain": (
+        lambda x, w, b: (x, [w[0], w[1][:, 1:]], b),
+        r"weights[1] (3, 16) does not take the features of",
+    ),
+    "vector": (lambda x, w, b: (x, [w[0], w[1][0]], b), r"weights[1] (17,) does not take the features of"),
+    "bias": (lambda x, w, b: (x, w, [b[0], b[1][:1]]), r"biases[1] (1,) is not the out_features of weight (3, 17)"),
+    "dtype": (lambda x, w, b: (x, [w[0], w[1].half()], b), r"weights[1] is torch.float16, but x torch.float32"),
+    "device": (lambda x, w, b: (x, w, [b[0], b[1].to("meta")]), r"biases[1] is on meta, but x on cpu"),
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="messages name the CPU")
+@pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS)
+def test_ops_name_what_does_not_fit(change, message):
+    x, weights, biases, _ = make((5, 17, 3), dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        mlp(*change(x, weights, biases), "tanh", "sigmoid", [], IMPL)
+
+
+# --- when they are used -------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    def __init__(self, widths, function, bias=True):
+        super().__init__()
+        _, weights, biases, _ = make(widths, bias=bias, dtype=torch.float32)
+        self.weights, self.biases, self.function = nn.ParameterList(weights), nn.ParameterList(biases), function
+
+    def forward(self, x):
+        return self.function(x, [*self.weights], [*self.biases])
+
+
+def act(x, weights, biases):
+    return mlp_act(x, weights, biases or None, "tanh", "sigmoid")
+
+
+def names(record):
+    """The registered ops in the graphs of both directions."""
+    graphs = [*record.fw_graphs, *record.bw_graphs]
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    return {target.split(".")[1] for target in targets if target.startswith("perceptriton.")}
+
+
+def trained(net, x):
+    x = x.detach().clone().requires_grad_()
+    y = net(x)
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *net.parameters()])]
+
+
+LAYERS = {"linear_act", "linear_act_backward"}
+WHOLE = {"mlp", "mlp_backward"}
+# In fp32, to train a network of middle width is worth kernels of its own for few rows alone, if their number is known.
+# That of one row is.
+TRACED = {
+    "narrow": ((5, 17, 3), None, WHOLE),
+    "dynamic": ((5, 17, 3), True, WHOLE),
+    "middle": ((3, 64, 60, 2), None, WHOLE | LAYERS),
+    "middle-dynamic": ((3, 64, 60, 2), True, WHOLE | LAYERS),
+    "wide": ((3, 200, 2), True, LAYERS),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("widths", "dynamic", "held"), TRACED.values(), ids=TRACED)
+def test_a_dynamic_batch_is_compiled_as_often_as_with_nn(widths, dynamic, held, chip):
+    counts = []
+    for function in (act, plain):
+        torch._dynamo.reset()
+        net, record = Network(widths, function), AotEagerAndRecordGraphs()
+        compiled = torch.compile(net, backend=record, fullgraph=True, dynamic=dynamic)
+        for rows in (2, 3, 4, 7, 16, 1, 5):
+            x = torch.randn(rows, widths[0], device=DEVICE)
+            torch.testing.assert_close(trained(compiled, x), trained(net, x), rtol=1e-4, atol=1e-5)
+        counts.append([len(graphs) for graphs in (record.graphs, record.fw_graphs, record.bw_graphs)])
+        assert names(record) == (held if function is act else set())
+    ours, theirs = counts
+    assert all(0 < own <= other for own, other in zip(ours, theirs, strict=True)), counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_autocast_and_inference(bias, chip):
+    net, x = Network((3, 64, 64, 2), act, bias), torch.randn(7, 3, device=DEVICE)
+    record = AotEagerAndRecordGraphs()
+    compiled = torch.compile(net, backend=record, fullgraph=True)
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+        found, expected = trained(compiled, x), trained(net, x)
+    assert names(record) == WHOLE
+    assert (
+        [t.dtype for t in found] == [t.dtype for t in expected] == [torch.bfloat16] + [torch.float32] * (len(found) - 1)
+    )
+    torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
+    assert len(record.graphs) == 2
+    assert [node.args[5] for g in record.graphs for node in g.graph.nodes if "mlp" in str(node.target)] == [[2], []]
+
+
+def test_a_loss_behind_a_network(chip):
+    x, weights, biases, target = make((5, 17, 3), dtype=torch.float32)
+    target = target.sigmoid()
+    inputs = [t.requires_grad_() for t in (x, *weights, *biases)]
+    record = AotEagerAndRecordGraphs()
+    compiled = torch.compile(mlp_sigmoid_bce, backend=record, fullgraph=True)
+    losses = [call(x, weights, biases, target, "tanh") for call in (compiled, mlp_sigmoid_bce)]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, inputs) for loss in losses), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*losses)
+    assert names(record) == WHOLE
+
+
+# What the kernels do not take, or not as a whole.
+UNUSUAL = {
+    "fp64": (lambda f: lambda x, w, b: f(x.double(), [t.double() for t in w], [t.double() for t in b]), set()),
+    "bias-row": (lambda f: lambda x, w, b: f(x, w, [t[None] for t in b]), set()),
+    "one-bias": (lambda f: lambda x, w, b: f(x, w, [b[0], b[1][:1]]), {"linear_act"}),
+    "vmap": (lambda f: lambda x, w, b: torch.vmap(f, (0, None, None))(x, w, b), set()),
+    "grad": (lambda f: lambda x, w, b: torch.func.grad(lambda x: f(x, w, b).square().sum())(x), set()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("unusual", "held"), UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_calls(unusual, held, chip):
+    x, weights, biases, _ = make((5, 17, 3), dtype=torch.float32)
+    record = AotEagerAndRecordGraphs()
+    found = torch.compile(unusual(act), backend=record, fullgraph=True)(x, weights, biases)
+    torch.testing.assert_close(found, unusual(plain)(x, weights, biases), rtol=1e-4, atol=1e-5)
+    assert names(record) == held
+
+
+@pytest.mark.parametrize("function", [linear_act, lambda x, w: mlp_act(x, [w])], ids=["layer", "network"])
+def test_wrong_calls_raise_what_eager_ones_do(function, chip):
+    compiled = torch.compile(function, backend="eager")
+    with pytest.raises(TypeError, match=r"must be a Tensor, not list$"):
+        compiled(torch.ones(2, 5), [1.0])
+
+
+def test_compiled_autograd_sees_one_graph():
+    # The backward pass of an eager layer, which is planned for large inputs.
+    x, weight = torch.randn(6, 5, device=DEVICE), torch.randn(3, 5, device=DEVICE, requires_grad=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    y = LinearActFunction.apply(x, weight, None, "tanh", IMPL)
+    with torch._dynamo.compiled_autograd._enable(functools.partial(torch.compile, backend=counter, fullgraph=True)):
+        y.square().sum().backward()
+    expected = torch.autograd.grad(torch.tanh(F.linear(x, weight)).square().sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
