@@ -1,10 +1,9 @@
 """Whole networks."""
 
-import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import SupportsIndex
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +29,17 @@ class MLP(FusedSequential):
 
     def __init__(
         self,
-        sizes: Sequence[SupportsIndex],
+        sizes: Sequence[int],
         activation: str = "sigmoid",
         output_activation: str | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        try:
-            widths = [operator.index(size) for size in sizes] if isinstance(sizes, Sequence) else None
-        except TypeError:
-            widths = None
-        if widths is None:
+        integers = isinstance(sizes, Sequence) and all(isinstance(n, Integral) and type(n) is not bool for n in sizes)
+        if not integers:
             raise TypeError(f"sizes must be a sequence of ints, not {sizes!r}")
+        widths = [int(size) for size in sizes]
         if len(widths) < 2:
             raise ValueError(f"sizes must hold an input and an output width, not {widths}")
         if min(widths) < 0:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...kernels.activations import ACTIVATIONS
 from ...kernels.crossover import launch_bound
+from ...kernels.eligibility import PLAIN
 from ...kernels.records import IMPLS, NotCompiledError
 
 # Arguments that do not fit together make torch raise one of these; only then is the reason looked for.
@@ -47,10 +48,13 @@ def is_for_torch(error: Exception, x, weights, activations, impl) -> bool:
         if impl == "triton":
             raise NotImplementedError('impl="triton": torch.fx is tracing') from None
         return True
-    own_rules = any(type(weight) not in (Tensor, torch.nn.Parameter) for weight in weights)
-    if impl != "triton" and isinstance(error, RuntimeError) and own_rules:
+    if impl != "triton" and isinstance(error, RuntimeError) and any(map(_has_own_rules, weights)):
         return True
     if not isinstance(error, NotCompiledError) or impl is not None:
         return False
     widths = (x.shape[-1], *(weight.shape[0] for weight in weights))
     return launch_bound(x.nbytes, widths, torch.is_grad_enabled())
+
+
+def _has_own_rules(weight: object) -> bool:
+    return isinstance(weight, Tensor) and type(weight) not in PLAIN

@@ -30,7 +30,7 @@ def test_warmup_runs_both_directions_and_leaves_gradients_alone():
     def watch(module, args, y):
         y.register_hook(lambda dy: seen.append(dy.stride()))
 
-    model[2].register_forward_hook(watch)
+    model[3].register_forward_hook(watch)
     with torch.no_grad():
         warmup(lambda x: model(x).sum(), x)
     # The strides are those that the gradient of a sum has.
