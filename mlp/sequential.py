@@ -194,6 +194,9 @@ class FusedSequential(nn.Sequential):
         if is_compiling():
             if not eligibility.launchable(input.device, product_dtype(input)[0]):
                 return super().forward(input)
+            for module in self._modules.values():
+                for name in ("forward", "weight", "bias"):
+                    getattr(module, name, None)  # which the compiler guards, as it does not what `is_plain` looks for
             for step in chains(self._modules.values(), seen=True):
                 input = step.fused(input) if isinstance(step, Chain) else step(input)
             return input

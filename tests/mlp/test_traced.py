@@ -1,8 +1,10 @@
 """What torch.compile traces of layers and networks: registered ops, their autograd formulas, and when they are used."""
 
+import copy
 import functools
 import itertools
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
 from perceptriton.kernels import Device, eligibility, ops
-from perceptriton.mlp import linear_act, mlp_act, mlp_sigmoid_bce
+from perceptriton.mlp import MLP, fuse_, linear_act, mlp_act, mlp_sigmoid_bce
 from perceptriton.mlp.functional.functions import LinearActFunction
 
 KERNELS = kernel_device()
@@ -347,3 +349,80 @@ def test_compiled_autograd_sees_one_graph():
     expected = torch.autograd.grad(torch.tanh(F.linear(x, weight)).square().sum(), weight)[0]
     torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
+
+
+# --- modules ------------------------------------------------------------------------------------------------------
+
+
+def fused(*modules):
+    model = nn.Sequential(*modules)
+    assert fuse_(model)
+    return model
+
+
+MODELS = {
+    "mlp": (lambda: MLP([5, 17, 3], "tanh", "sigmoid"), WHOLE),
+    "fused": (lambda: fused(nn.Linear(5, 17), nn.ReLU(inplace=True), nn.Linear(17, 3)), WHOLE),
+    "mixed": (lambda: fused(nn.Linear(5, 17), nn.Tanh(), nn.Linear(17, 9), nn.ReLU(), nn.Linear(9, 3)), WHOLE),
+    "between": (lambda: fused(nn.Linear(5, 17), nn.Tanh(), nn.LayerNorm(17), nn.Linear(17, 3), nn.Tanh()), LAYERS),
+    "unfused": (lambda: nn.Sequential(nn.Linear(5, 17), nn.Tanh(), nn.Linear(17, 3)), set()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize(("make", "held"), MODELS.values(), ids=MODELS)
+def test_modules_are_networks_in_the_graphs_of_nn(make, held, dynamic, chip):
+    model = make().to(DEVICE)
+    twin = nn.Sequential(*(copy.deepcopy(module) for module in model))
+    counts = []
+    for net in (model, twin):
+        torch._dynamo.reset()
+        record = AotEagerAndRecordGraphs()
+        compiled = torch.compile(net, backend=record, fullgraph=True, dynamic=dynamic)
+        for rows in (2, 3, 4, 7, 1):
+            x = torch.randn(rows, 5, device=DEVICE)
+            torch.testing.assert_close(trained(compiled, x), trained(twin, x), rtol=1e-4, atol=1e-5)
+        counts.append([len(graphs) for graphs in (record.graphs, record.fw_graphs, record.bw_graphs)])
+        assert names(record) == (held if net is model else set())
+    assert all(0 < own <= other for own, other in zip(*counts, strict=True)), counts
+
+
+def no_biases(model):
+    model[0].bias = model[2].bias = None
+
+
+CHANGES = {
+    "replaced": (lambda m: m.__setitem__(1, nn.ReLU()), {"mlp"}),
+    "inserted": (lambda m: m.insert(1, nn.LayerNorm(17)), {"linear_act"}),
+    "deleted": (lambda m: m.pop(3), {"mlp"}),
+    "no-biases": (no_biases, {"mlp"}),
+    "plain-weight": (lambda m: m[0].__dict__.update(weight=m[0]._parameters.pop("weight").detach()), {"linear_act"}),
+    "own-forward": (lambda m: setattr(m[3], "forward", torch.cos), {"mlp"}),
+    "hidden-weight": (lambda m: m[0].__dict__.update(weight=torch.ones(17, 5)), {"linear_act"}),
+    # Of what follows torch's compiler takes no notice, unless it is told to begin anew.
+    "hook": (lambda m: m[1].register_forward_hook(lambda m, args, y: 2 * y), {"linear_act"}),
+    "hook-in-a-new-dict": (
+        lambda m: m[0].__dict__.update(_forward_pre_hooks=OrderedDict({0: lambda m, args: (2 * args[0],)})),
+        {"linear_act"},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("change", "held"), CHANGES.values(), ids=CHANGES)
+def test_a_compiled_module_notices_what_changes(change, held, chip):
+    model = MLP([5, 17, 3], "tanh", "sigmoid").to(DEVICE)
+    twin = nn.Sequential(*(copy.deepcopy(module) for module in model))
+    x = torch.randn(4, 5, device=DEVICE)
+    record = AotEagerAndRecordGraphs()
+    compiled, other = torch.compile(model, backend=record), torch.compile(twin, backend="eager")
+    torch.testing.assert_close(compiled(x), other(x), rtol=1e-4, atol=1e-5)
+    assert names(record) == {"mlp"}
+    for net in (model, twin):
+        change(net)
+    torch.testing.assert_close(compiled(x), other(x), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+    record.fw_graphs.clear()
+    torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-5)
+    assert names(record) == held
