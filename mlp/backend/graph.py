@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from ...kernels.activations import ACTIVATIONS
+
 # As functions and as methods, which may write over their input.
-NAMES = {name: name.rstrip("_") for name in ("sigmoid", "sigmoid_", "tanh", "tanh_", "relu", "relu_")}
+NAMES = {name + in_place: name for name in ACTIVATIONS if name != "identity" for in_place in ("", "_")}
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size)
 FUNCTIONS = {getattr(home, name): NAMES[name] for home in (torch, F, Tensor) for name in NAMES if hasattr(home, name)}
 
