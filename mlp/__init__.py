@@ -6,7 +6,7 @@ from .functional import linear_act, linear_sigmoid, linear_sigmoid_bce, mlp_act,
 from .fusing import fuse_, unfuse_
 from .layers import LinearReLU, LinearSigmoid, LinearSigmoidBCELoss, LinearTanh
 from .model import MLP
-from .report import report
+from .reporting import report
 from .training import History, fit, fit_sharded
 
 __all__ = [

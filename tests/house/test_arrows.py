@@ -30,7 +30,7 @@ FLOORS = [
     {"mlp.as_network", "mlp.fusing"},
     {"mlp.ensemble"},
     {"mlp.training"},
-    {"mlp.estimator", "mlp.lessons", "mlp.report"},
+    {"mlp.estimator", "mlp.lessons", "mlp.reporting"},
     {"mlp"},
     {"mlp.doctor", "mlp.hub"},
     {"mlp.__main__"},
@@ -210,7 +210,7 @@ def calls(source, *functions):
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name)
 def test_nothing_prints_but_the_command_line_and_the_report(path):
-    may = path in (ROOT / "mlp" / "__main__.py", ROOT / "mlp" / "report.py")
+    may = path in (ROOT / "mlp" / "__main__.py", ROOT / "mlp" / "reporting.py")
     functions = ("device_print", "breakpoint") if may else ("print", "device_print")
     assert calls("x = 1\nprint(x)\ntl.device_print('x', x)", "print", "device_print") == [2, 3]
     assert calls(path.read_text(), *functions) == []

@@ -219,6 +219,7 @@ def test_a_cpu_is_left_to_the_inner_compiler(name):
     assert not calls(record)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.interpreter
 @every_model
@@ -651,6 +652,7 @@ def test_random_programs(part, chip):
 # --- modules, tensors and programs of other kinds -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_hooks(chip):
     model, x = make("actor-critic")
     model.pi1.register_forward_hook(lambda module, inputs, output: 2 * output)
@@ -658,6 +660,7 @@ def test_hooks(chip):
     assert counts(explain(model, x)) == {"mlp": 5, None: 1}
 
 
+@pytest.mark.slow
 def test_parametrized_and_tied(chip):
     model, x = make("actor-critic")
     nn.utils.parametrizations.weight_norm(model.pi2)
@@ -682,6 +685,7 @@ def test_checkpointing(selective, chip):
     close(results(net, x), results(call, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subclass", ["torch-function", "wrapper"])
 def test_subclasses_are_left_alone(subclass, chip):
     class Marked(torch.Tensor):
@@ -697,6 +701,7 @@ def test_subclasses_are_left_alone(subclass, chip):
     assert counts(explain(model, own)) == {None: 3}
 
 
+@pytest.mark.slow
 def test_compiled_again_with_other_parameters(chip):
     model, x = make("recommender")
     for _ in range(2):
@@ -706,6 +711,7 @@ def test_compiled_again_with_other_parameters(chip):
     close(results(compiled(model), x), results(model, x))
 
 
+@pytest.mark.slow
 def test_a_model_of_ours(chip):
     model, x = MLP([6, 16, 16, 2], "tanh", "sigmoid").to(DEVICE), torch.randn(ROWS, 6, device=DEVICE)
     close(results(compiled(model), x), results(model, x))

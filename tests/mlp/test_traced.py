@@ -299,6 +299,7 @@ def test_autocast_and_inference(bias, chip):
     assert [node.args[5] for g in record.graphs for node in g.graph.nodes if "mlp" in str(node.target)] == [[2], []]
 
 
+@pytest.mark.slow
 def test_a_loss_behind_a_network(chip):
     x, weights, biases, target = make((5, 17, 3), dtype=torch.float32)
     target = target.sigmoid()
@@ -331,6 +332,7 @@ def test_unusual_calls(unusual, held, chip):
     assert names(record) == held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [linear_act, lambda x, w: mlp_act(x, [w])], ids=["layer", "network"])
 def test_wrong_calls_raise_what_eager_ones_do(function, chip):
     compiled = torch.compile(function, backend="eager")
@@ -338,6 +340,7 @@ def test_wrong_calls_raise_what_eager_ones_do(function, chip):
         compiled(torch.ones(2, 5), [1.0])
 
 
+@pytest.mark.slow
 def test_compiled_autograd_sees_one_graph():
     # The backward pass of an eager layer, which is planned for large inputs.
     x, weight = torch.randn(6, 5, device=DEVICE), torch.randn(3, 5, device=DEVICE, requires_grad=True)

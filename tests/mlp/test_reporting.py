@@ -12,6 +12,11 @@ from perceptriton.mlp import MLP, fuse_, report
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr("perceptriton.mlp.reporting.SECONDS", 0.0)
+
+
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()
