@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr("perceptriton.mlp.reporting.SECONDS", 0.0)
+    monkeypatch.setattr("perceptriton.mlp.reporting.SECONDS", 0.01)
 
 
 class Gated(nn.Module):
