@@ -244,7 +244,7 @@ def test_models_in_kernels(name, chip, monkeypatch):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @every_model
 def test_a_dynamic_batch_is_compiled_as_often_as_without(name, dynamic, chip):

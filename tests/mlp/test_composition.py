@@ -118,7 +118,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 # --- compilers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("name", ["fused", "loss"])
 @pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])

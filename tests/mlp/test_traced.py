@@ -373,7 +373,7 @@ MODELS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.more)], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize(("make", "held"), MODELS.values(), ids=MODELS)
 def test_modules_are_networks_in_the_graphs_of_nn(make, held, dynamic, chip):
     model = make().to(DEVICE)
