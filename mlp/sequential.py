@@ -4,7 +4,7 @@ import copyreg
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar, cast
 
 import torch.nn.functional as F
@@ -19,10 +19,16 @@ from .functional import linear_act, mlp_act
 from .functional.eager import ERRORS, product_dtype
 from .layers import NAMES
 
-# Of each class in a chain: its `forward`, which must run itself if it was patched since, and how many attributes a
-# module has. With as many, none hides the `forward` or a parameter.
+
+def own_forward(kind: type[nn.Module]) -> Callable | None:
+    """The `forward` that the file of a class gives it, or None if it has been patched."""
+    return kind.forward if getattr(kind.forward, "__globals__", {}).get("__name__") == kind.__module__ else None
+
+
+# Of each class in a chain: its `forward`, since one that is patched must run itself, and how many attributes a module
+# has: with as many, none hides the `forward` or a parameter.
 _KINDS = {
-    kind: (kind.forward, len(vars(kind(1, 1, device="meta") if issubclass(kind, nn.Linear) else kind())))
+    kind: (own_forward(kind), len(vars(kind(1, 1, device="meta") if issubclass(kind, nn.Linear) else kind())))
     for kind in NAMES
 }
 

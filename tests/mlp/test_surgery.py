@@ -1,6 +1,7 @@
 """Models that are changed after they were fused: what they compute is what the same changes make of plain torch."""
 
 import copy
+import functools
 import io
 import pickle
 import random
@@ -15,6 +16,7 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.optim.swa_utils import AveragedModel
 
 from perceptriton.mlp import MLP, LinearReLU, LinearSigmoid, fit, fuse_, unfuse_
+from perceptriton.mlp.sequential import own_forward
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.")]
 
@@ -273,6 +275,14 @@ def test_patched_classes(size, monkeypatch):
         same(model, twin, x)
     monkeypatch.undo()
     same(model, twin, x)
+
+
+def test_classes_that_were_patched_before(monkeypatch):
+    assert own_forward(nn.Linear) is nn.Linear.forward
+    assert own_forward(LinearSigmoid) is LinearSigmoid.forward
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", functools.wraps(forward)(lambda self, x: forward(self, x) + 1))
+    assert own_forward(nn.Linear) is None
 
 
 def test_a_lazy_layer_is_fused_once_it_is_one(monkeypatch):
