@@ -170,6 +170,9 @@ SURGERY = {
     "set-state": lambda net: net[2].__setstate__(nn.Linear(8, 4).__dict__),
     "new-modules": lambda net: setattr(net, "_modules", OrderedDict(a=nn.Linear(4, 2), b=nn.Tanh())),
     "other-class": lambda net: setattr(net[1], "__class__", nn.Tanh),
+    "other-class-of-a-layer": lambda net: setattr(net[2], "__class__", Scaled),
+    "hook-before-a-buffer": lambda net: (SURGERY["bias-as-buffer"](net[2:]), SURGERY["doubled"](net)),
+    "doubled": lambda net: net[0].register_forward_hook(lambda m, args, y: 2 * y),
     "compiled-layer": lambda net: net[0].compile(backend="eager"),
     "moved-out": lambda net: drop(net, 0, 1) or net.insert(0, nn.Linear(4, 8)),
     "no-bias": lambda net: setattr(net[0], "bias", None),
@@ -223,16 +226,18 @@ def test_hooks_in_new_dicts_see_what_torch_shows_them(size):
     assert [index for index, *_ in seen[0]] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("kind", ["backward", "backward-pre", "pre"])
-def test_every_kind_of_hook_in_a_new_dict(kind, size):
+@pytest.mark.parametrize("index", [2, 3])
+@pytest.mark.parametrize("kind", ["backward", "backward-pre", "pre", "forward"])
+def test_every_kind_of_hook_in_a_new_dict(kind, index, size):
     model, _ = pairs()
-    seen = []
-    for name in ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        setattr(model[2], name, OrderedDict())
+    seen, module = [], model[index]
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        setattr(module, name, OrderedDict())
     register = {
-        "backward": model[2].register_full_backward_hook,
-        "backward-pre": model[2].register_full_backward_pre_hook,
-        "pre": model[2].register_forward_pre_hook,
+        "backward": module.register_full_backward_hook,
+        "backward-pre": module.register_full_backward_pre_hook,
+        "pre": module.register_forward_pre_hook,
+        "forward": module.register_forward_hook,
     }[kind]
     register(lambda *_: seen.append(1))
     model(torch.randn(3, 4)).sum().backward()
@@ -266,13 +271,14 @@ def test_what_a_hook_raises_is_raised_once(raises, size):
     assert seen == [1]
 
 
-def test_patched_classes(size, monkeypatch):
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Sigmoid, nn.Tanh])
+def test_patched_classes(kind, size, monkeypatch):
     model, twin = pairs()
     x = torch.randn(3, 4)
-    forward = nn.Linear.forward
-    for kind, patch in ((nn.Linear, lambda self, x: forward(self, x) + 1), (nn.Sigmoid, lambda self, x: x * x)):
-        monkeypatch.setattr(kind, "forward", patch)
-        same(model, twin, x)
+    before, forward = twin(x), kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x) + 1)
+    same(model, twin, x)
+    assert not torch.allclose(twin(x), before)
     monkeypatch.undo()
     same(model, twin, x)
 
@@ -389,6 +395,7 @@ def test_copies_compute_with_their_own_parameters(make, copied, compiled):
     before = model(x)
     other = copied(model)
     assert type(other) is type(model)
+    assert "_planned" not in other.__dict__  # which would hold on to the modules
     torch.testing.assert_close(other(x), before)
     other[2] = nn.Linear(8, 4)
     with torch.no_grad():
