@@ -287,8 +287,9 @@ def test_activations(plan, hidden, bias):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_padded_neurons_stay_silent(bias):
-    # Without a bias to hold them down, and with weight decay to wear one out.
-    run = Run(TrainConfig((3, 9, 20, 2), bias=bias, weight_decay=0.05, momentum=0.9), members=1)
+    # Without a bias to hold them down, and with weight decay to wear one out. With seed 0 the momentum of the last bias
+    # is near 0 after 30 steps: two numbers of which roundings decide.
+    run = Run(TrainConfig((3, 9, 20, 2), bias=bias, weight_decay=0.05, momentum=0.9), members=1, seed=1)
     check(run, run.kernel(BLOCK, (30,)), (30,))
 
 
