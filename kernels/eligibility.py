@@ -250,9 +250,14 @@ def check_alike(name: str, tensor: Tensor, autocast: bool = False, /, **others: 
             raise ValueError(f"{other} is {found.dtype}, but {name} {tensor.dtype}")
 
 
-def batched(tensor: Tensor) -> bool:
-    """Whether a tensor stands for many, as the gradient does in a batched backward pass (is_grads_batched)."""
-    return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+def transformed(tensor: Tensor) -> bool:
+    """Whether a gradient is more than its values: many of them (is_grads_batched), or one that is differentiated."""
+    return (
+        _functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or _functorch.is_batchedtensor(tensor)
+        or _functorch.is_legacy_batchedtensor(tensor)
+    )
 
 
 def launchable(device: torch.device, dtype: torch.dtype) -> bool:
