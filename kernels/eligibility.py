@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from . import crossover
 from . import plan as planning
@@ -210,12 +212,22 @@ def _mode_refusal(device: torch.device, impl: str | None) -> str | None:
         # A mode that counts operations, or decides which results to keep, has to see those of the unfused pair.
         # torch.compile steps aside for a mode too, so the registered ops need no rules of their own.
         return "a TorchDispatchMode is active"
+    if torch._C._len_torch_function_stack() and functions_are_watched():
+        return "a TorchFunctionMode is active"
     return cpu_refusal(device) if impl == "triton" else None
 
 
 # This is what torch.compiler.assume_constant_result sets; a call of it would import torch._dynamo, and with it triton.
 # The tracer runs a function so marked instead of tracing it, under the transforms that the traced program has begun.
 _mode_refusal._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def functions_are_watched() -> bool:
+    """Whether a TorchFunctionMode sees, and may replace, the functions of torch that are called.
+
+    The one of `torch.device` and `torch.set_default_device` has an eye for those alone that make tensors.
+    """
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def cpu_refusal(device: torch.device) -> str | None:
@@ -250,9 +262,14 @@ def check_alike(name: str, tensor: Tensor, autocast: bool = False, /, **others: 
             raise ValueError(f"{other} is {found.dtype}, but {name} {tensor.dtype}")
 
 
-def batched(tensor: Tensor) -> bool:
-    """Whether a tensor stands for many, as the gradient does in a batched backward pass (is_grads_batched)."""
-    return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+def transformed(tensor: Tensor) -> bool:
+    """Whether a gradient is more than its values: many of them (is_grads_batched), or one that is differentiated."""
+    return (
+        _functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or _functorch.is_batchedtensor(tensor)
+        or _functorch.is_legacy_batchedtensor(tensor)
+    )
 
 
 def launchable(device: torch.device, dtype: torch.dtype) -> bool:

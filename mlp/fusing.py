@@ -54,13 +54,13 @@ def unfuse_(model: nn.Module) -> list[str]:
         if isinstance(module, FusedSequential) and not isinstance(module, MLP)
     ]
     for name, module in fused:
-        if type(module) is not fused_class(module.unfused):
+        if type(module) is not fused_class(module._fused_from):
             raise ValueError(f"model{name and '.' + name} has become a {type(module).__name__}: undo that first")
     names: list[str] = []
     for name, module in fused:
         names += _in_pairs(name, module)
-        module.__dict__.pop("_planned", None)
-        module.__class__ = module.unfused  # pyright: ignore[reportAttributeAccessIssue]
+        module.__dict__.pop("_fused_plan", None)
+        module.__class__ = module._fused_from  # pyright: ignore[reportAttributeAccessIssue]
     return names
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .functional.loss import mlp_sigmoid_bce
 from .layers import MODULES
-from .sequential import Chain, FusedSequential
+from .sequential import Chain, FusedSequential, steps_of
 
 
 class MLP(FusedSequential):
@@ -70,7 +70,7 @@ class MLP(FusedSequential):
         `nn.BCEWithLogitsLoss` of the logits; see `mlp_sigmoid_bce`. Raises NotImplementedError where the loss cannot
         be had in one piece: with another output activation, or with hooks or parametrizations on the layers.
         """
-        steps = self.steps()
+        steps = steps_of(self)
         chain = steps[0] if len(steps) == 1 and isinstance(steps[0], Chain) else None
         weights, biases = (chain and chain.parameters()) or ((), ())
         given = [bias for bias in biases if bias is not None]

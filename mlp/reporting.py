@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..kernels import explain
 from .fusing import fuse_, linears
-from .sequential import Chain, FusedSequential
+from .sequential import Chain, FusedSequential, steps_of
 from .training.pacing import Bar, synchronize
 
 __all__ = ["report"]
@@ -42,7 +42,7 @@ def _lines(model: nn.Module, example: tuple) -> Iterator[str]:
     fuse_(fused)
     for module in plain.modules():
         if isinstance(module, FusedSequential) and type(module).forward is FusedSequential.forward:
-            module.__class__ = module.unfused  # pyright: ignore[reportAttributeAccessIssue]
+            module.__class__ = module._fused_from  # pyright: ignore[reportAttributeAccessIssue]
     devices = {t.device for t in (*tree_leaves(example), *model.parameters()) if isinstance(t, Tensor)}
     with torch.random.fork_rng([device.index for device in devices if device.type == "cuda"]):
         inputs = _inputs(plain, example)
@@ -80,7 +80,7 @@ def _paths(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[tuple[str, l
     """The name of the first layer of what runs as one, and the lines of `explain` on it."""
     names = {id(module): name for name, module in model.named_modules()}
     for module in model.modules():
-        for chain in module.steps() if isinstance(module, FusedSequential) else ():
+        for chain in steps_of(module) if isinstance(module, FusedSequential) else ():
             if isinstance(chain, Chain) and (x := inputs.get(first := names[id(chain.layers[0])])) is not None:
                 shapes = [tuple(layer.weight.shape) for layer in chain.layers]
                 plans = explain(tuple(x.shape), shapes if len(shapes) > 1 else shapes[0], x.dtype, x.device)

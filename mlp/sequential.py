@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable
 from typing import ClassVar, cast
 
 import torch.nn.functional as F
-from torch import Tensor, fx, is_grad_enabled, nn
-from torch._C import _get_tracing_state  # pyright: ignore[reportAttributeAccessIssue]
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import (
+    _get_tracing_state,  # pyright: ignore[reportAttributeAccessIssue]
+    _len_torch_function_stack,
+)
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -18,6 +21,9 @@ from ..kernels.activations import ACTIVATIONS
 from .functional import linear_act, mlp_act
 from .functional.eager import ERRORS, product_dtype
 from .layers import NAMES
+
+# What the classes that are planned with were when they were looked at.
+_CALL, _FORWARD = nn.Module.__call__, nn.Sequential.forward
 
 
 def own_forward(kind: type[nn.Module]) -> Callable | None:
@@ -89,6 +95,14 @@ class Chain:
 
     def run(self, input: Tensor) -> Tensor:
         """What calling the modules in turn computes."""
+        # Subclasses, what is no tensor (torch.fx records with symbols) and modes have a say in the functions that are
+        # called, and those who have patched the call of all modules see every one.
+        if (
+            (type(input) not in eligibility.PLAIN and hasattr(type(input), "__torch_function__"))
+            or nn.Module.__call__ is not _CALL
+            or (_len_torch_function_stack() and eligibility.functions_are_watched())
+        ):
+            return run(self.modules, input)
         called = False
         try:
             if on_cpu := input.is_cpu:
@@ -124,7 +138,7 @@ class Chain:
                     weight = parameters["weight"]
                     # torch misses a weight on the meta device; the layer has an error for it.
                     if not (weight.is_cpu if on_cpu else weight.device == y.device):
-                        raise ValueError
+                        raise ValueError(f"weight is on {weight.device}, but x on {y.device}")
                     y = F.linear(y, weight, parameters["bias"])
                     if activation is not None:
                         y = activation(y)
@@ -132,9 +146,8 @@ class Chain:
         except ERRORS:
             if called:  # what a hook has seen or raised is not tried again
                 raise
-        if isinstance(input, fx.Proxy):
-            return run(self.modules, input)  # torch.fx records calls of modules
-        return self.fused(input)
+        # A nested tensor has no shape to plan with.
+        return run(self.modules, input) if getattr(input, "is_nested", False) else self.fused(input)
 
     def fused(self, x: Tensor) -> Tensor:
         """The same by the functions of the package, as a whole if all layers have a bias or none has."""
@@ -192,8 +205,14 @@ class FusedSequential(nn.Sequential):
     looked at anew, and those with hooks, parametrizations or a `forward` of their own are called one by one.
     """
 
-    unfused: ClassVar[type[nn.Sequential]] = nn.Sequential  # the class that `fuse_` takes this one for
-    _planned: tuple[tuple, list[nn.Module], list[type], list[Chain | nn.Module]] | None = None  # see `steps`
+    # Nothing here has a name that a subclass, an attribute or a child of somebody's may have.
+    _fused_from: ClassVar[type[nn.Sequential]] = nn.Sequential  # the class that `fuse_` takes this one for
+    _fused_plan: tuple[tuple, list[nn.Module], list[type], list[Chain | nn.Module]] | None = None  # see `steps_of`
+
+    def __init_subclass__(cls, **options) -> None:
+        # The class that `fuse_` makes of another is none that a registry of its subclasses should hear of.
+        if "_fused_from" not in cls.__dict__:
+            super().__init_subclass__(**options)
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features of the first layer) -> (..., out_features of the last)."""
@@ -208,31 +227,38 @@ class FusedSequential(nn.Sequential):
             return input
         if _get_tracing_state() is not None:
             return super().forward(input)  # torch.jit records calls of modules
-        planned = self._planned
-        # The comparison in `steps` is written out here too, for it costs a tiny network less than the call.
+        if self._fused_from.forward is not _FORWARD:
+            return super().forward(input)  # patched since
+        planned = self._fused_plan
+        # The comparison in `steps_of` is written out here too, for it costs a tiny network less than the call.
         if planned is None or planned[0] != tuple(self._modules.values()) or planned[1]:
-            steps = self.steps()
+            steps = steps_of(self)
         else:
             steps = planned[3]
         for step in steps:
             input = step.run(input) if isinstance(step, Chain) else step(input)
         return input
 
-    def steps(self) -> list[Chain | nn.Module]:
-        """What runs in the place of the modules, planned anew when one has come, gone or changed its class."""
-        planned, modules = self._planned, tuple(self._modules.values())
-        # A chain looks at the classes of its modules itself.
-        if planned is None or planned[0] != modules or list(map(type, planned[1])) != planned[2]:
-            steps = chains(modules)
-            alone = [step for step in steps if not isinstance(step, Chain)]
-            planned = self.__dict__["_planned"] = modules, alone, list(map(type, alone)), steps
-        return planned[3]
-
     def __prepare_scriptable__(self) -> nn.Sequential:
         return nn.Sequential(OrderedDict(self._modules))  # what torch.jit.script compiles
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in super().__getstate__().items() if name != "_planned"}
+    def __getstate__(self):
+        state = super().__getstate__()  # of a subclass, anything
+        return {name: state[name] for name in state if name != "_fused_plan"} if isinstance(state, dict) else state
+
+
+def steps_of(module: FusedSequential) -> list[Chain | nn.Module]:
+    """What runs in the place of the modules, planned anew when one has come, gone or changed its class."""
+    planned, modules = module._fused_plan, tuple(module._modules.values())
+    # A chain looks at the classes of its modules itself.
+    if planned is None or planned[0] != modules or list(map(type, planned[1])) != planned[2]:
+        steps = chains(modules)
+        alone = [step for step in steps if not isinstance(step, Chain)]
+        planned = modules, alone, list(map(type, alone)), steps
+        # A module with an equality of its own may equal the one that replaces it.
+        if all(type(step).__eq__ is object.__eq__ for step in alone):
+            module.__dict__["_fused_plan"] = planned
+    return planned[3]
 
 
 @functools.cache
@@ -240,7 +266,7 @@ def fused_class(kind: type[nn.Sequential]) -> type[FusedSequential]:
     """The subclass of a class of `nn.Sequential`s that has the `forward` of `FusedSequential`."""
     if kind is nn.Sequential:
         return FusedSequential
-    body = {"unfused": kind, "__module__": kind.__module__, "__reduce_ex__": _reduce_ex}
+    body = {"_fused_from": kind, "__module__": kind.__module__, "__reduce_ex__": _reduce_ex}
     return types.new_class(f"Fused{kind.__name__}", (FusedSequential, kind), {}, lambda own: own.update(body))
 
 
@@ -249,7 +275,7 @@ def _reduce_ex(module: FusedSequential, protocol: int) -> str | tuple:
     reduced = super(FusedSequential, module).__reduce_ex__(protocol)
     if isinstance(reduced, str) or reduced[0] is not copyreg.__newobj__:  # pyright: ignore[reportAttributeAccessIssue]
         return reduced
-    return _new_fused, (module.unfused, *reduced[1][1:]), *reduced[2:]
+    return _new_fused, (module._fused_from, *reduced[1][1:]), *reduced[2:]
 
 
 def _new_fused(kind: type[nn.Sequential], *arguments) -> nn.Sequential:

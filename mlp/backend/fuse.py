@@ -83,6 +83,8 @@ def _refusal(layer: Layer, replayed: bool) -> str | None:
     if layer.activation is None:
         return "no sigmoid, tanh or relu alone takes its output"
     x, weight, bias = layer.operands
+    if value(weight).dim() != 2:
+        return "its weight is no matrix"  # torch takes a vector
     tensors = value(x), value(weight), None if bias is None else value(bias)
     return _kind_refusal([layer]) or eligibility.traced_refusal(
         *tensors, *_circumstances([layer]), kinds=KINDS, replayed=replayed

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from ...kernels import eligibility, ops, reference
 from ...kernels.registration import registered
@@ -54,7 +55,7 @@ def layer_bwd(ctx, dy: Tensor, backward):
     if y is None:
         y = dy  # the derivative of the identity reads nothing but y's shape
     wanted = ctx.needs_input_grad[:3]
-    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or eligibility.batched(dy)):
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or eligibility.transformed(dy)):
         # With create_graph=True gradients must themselves be differentiable, to any order.
         gradients = reference.linear_act_bwd_differentiable(dy, y, x, weight, ctx.activation, wanted)
     elif torch.is_autocast_enabled(dy.device.type):
@@ -100,7 +101,7 @@ class MlpFunction(torch.autograd.Function):
         options = (ctx.hidden, ctx.output, ctx.wanted)
         others = any(dh is not None for dh in dhs)
         with _without_autocast(ctx.kind):
-            if dy is None or others or torch.is_grad_enabled() or eligibility.batched(dy):
+            if dy is None or others or torch.is_grad_enabled() or eligibility.transformed(dy):
                 # With create_graph=True gradients must themselves be differentiable, to any order.
                 upstream = (*(None,) * (layers - 1 - len(dhs)), *dhs, dy)
                 dx, dweights, dbiases = reference.mlp_bwd_differentiable(upstream, x, saved, weights, *options)
@@ -168,7 +169,7 @@ def network_bwd(upstream: Tensor, inputs: Sequence[Tensor], layers: int, wanted:
     (dx, dweights, dbiases); in_torch(x, weights, biases) -> what `upstream` is the gradient of.
     """
     with _without_autocast(upstream.device.type):
-        if torch.is_grad_enabled() or eligibility.batched(upstream):
+        if torch.is_grad_enabled() or eligibility.transformed(upstream):
             return _differentiable_bwd(in_torch, layers, inputs, wanted, upstream)
         x, *parameters = inputs
         dx, dweights, dbiases = fused(x, *split_parameters(parameters, layers), _needs_grad(tuple(wanted), layers))
@@ -199,6 +200,10 @@ def _needs_grad(wanted: tuple[bool, ...], layers: int) -> reference.NeedsGrad:
 
 def _differentiable_bwd(in_torch, layers: int, inputs, wanted: Sequence[bool], upstream: Tensor):
     """Gradients that can themselves be differentiated, to any order: those of torch's own operations."""
+    if peek_interpreter_stack() is not None:
+        # Under a transform of torch.func operations on tensors from outside are not recorded.
+        pull = torch.func.vjp(lambda x, *parameters: in_torch(x, *split_parameters(parameters, layers)), *inputs)[1]
+        return [gradient if want else None for gradient, want in zip(pull(upstream), wanted, strict=True)]
     create_graph = torch.is_grad_enabled()  # off in a batched backward pass, which nobody differentiates again
     with torch.enable_grad():
         # Aliases, so that an input that depends on another, or is given twice, gets the gradient of its own place only.

@@ -489,6 +489,11 @@ def a_chain_of_two_kinds(x, w1, w2):
 
 
 @function({"linear_act": 1})
+def weights_that_are_vectors(x, w1, w2):
+    return torch.sigmoid(F.linear(first(x, w1), w2[0])), torch.tanh(F.linear(x[0], w1[0]))
+
+
+@function({"linear_act": 1})
 def gradients_off_for_one(x, w1, w2):
     with torch.no_grad():
         h = first(x, w1)

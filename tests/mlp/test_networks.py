@@ -413,6 +413,20 @@ def test_batched_backward(path, impl):
 
 
 @pytest.mark.parametrize("path", OWN)
+def test_forward_over_backward(path, impl):
+    net = Net((5, 8, 3), m=6)
+    inputs = [t.requires_grad_() for t in net.tensors]
+    dy = torch.randn(2, 6, 3, device=DEVICE)
+    found = []
+    for y in (mlp_act(*net.split(inputs), impl=impl), plain(*net.split(inputs))):
+        pull = functools.partial(torch.autograd.grad, y, inputs, retain_graph=True)
+        with forward_ad.dual_level():
+            found.append([forward_ad.unpack_dual(g).tangent for g in pull(forward_ad.make_dual(*dy))])
+        found.append([*torch.func.jvp(pull, (dy[0],), (dy[1],))[1]])
+    torch.testing.assert_close(found[:2], found[2:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", OWN)
 def test_transforms(path):
     net = Net((5, 8, 3), m=6)
     x, weights, biases = net.split(net.tensors)

@@ -6,17 +6,20 @@ import io
 import pickle
 import random
 from collections import OrderedDict
+from typing import ClassVar
 
 import cases
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.optim.swa_utils import AveragedModel
 
 from perceptriton.mlp import MLP, LinearReLU, LinearSigmoid, fit, fuse_, unfuse_
-from perceptriton.mlp.sequential import own_forward
+from perceptriton.mlp.sequential import own_forward, steps_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.")]
 
@@ -291,12 +294,171 @@ def test_classes_that_were_patched_before(monkeypatch):
     assert own_forward(nn.Linear) is None
 
 
+def test_patched_calls_and_sequentials(size, monkeypatch):
+    """As tools do that draw a model: all calls of modules are seen."""
+    model, twin = pairs()
+    x, call, seen = torch.randn(3, 4), nn.Module.__call__, []
+
+    def watched(module, *args, **kwargs):
+        seen.append(type(module))
+        return call(module, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "__call__", watched)
+        same(model, twin, x)
+    assert seen.count(nn.Linear) == 4
+    model, twin = Tower(), Tower()
+    fused(model).load_state_dict(twin.state_dict())
+    for kind in (nn.Sequential, Tower):
+        monkeypatch.setattr(kind, "forward", lambda self, x: self[0](x))
+        same(model, twin, x)
+        monkeypatch.undo()
+    same(model, twin, x)
+
+
+@pytest.mark.parametrize("watched", [F.linear, torch.tanh, F.relu], ids=["linear", "tanh", "relu"])
+@pytest.mark.parametrize("width", [4, 512])
+def test_modes_and_classes_that_replace_functions(watched, width):
+    class Doubles(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            y = function(*args, **(kwargs or {}))
+            return 2 * y if function is watched else y
+
+    class Doubled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            y = super().__torch_function__(function, types, args, kwargs or {})
+            return 2 * y if function is watched else y
+
+    class Wrapped:
+        """What is no tensor, but takes part in its functions."""
+
+        def __init__(self, value):
+            self.value = value
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            args = [arg.value if isinstance(arg, Wrapped) else arg for arg in args]
+            return Wrapped(function(*args, **(kwargs or {})) * (2 if function is watched else 1))
+
+    activation = nn.ReLU if watched is F.relu else nn.Tanh
+    model, twin = twins_of(width, activation)
+    x = torch.randn(600, width)
+    with Doubles():
+        results = model(x), twin(x)
+    torch.testing.assert_close(*results)
+    with torch.device("cpu"):  # a mode too
+        torch.testing.assert_close(model(x), twin(x))
+    torch.testing.assert_close(*(net(x.as_subclass(Doubled)).as_subclass(torch.Tensor) for net in (model, twin)))
+    torch.testing.assert_close(*(net(Wrapped(x)).value for net in (model, twin)))
+
+
+def twins_of(width, activation=nn.Tanh):
+    twin = nn.Sequential(nn.Linear(width, width), activation(), nn.Linear(width, width), activation())
+    return fused(copy.deepcopy(twin)), twin
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors(size):
+    model, twin = twins_of(4)
+    x = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)])
+    torch.testing.assert_close(*(net(x).unbind() for net in (model, twin)))
+
+
+@pytest.mark.parametrize("width", [4, 512])
+@pytest.mark.parametrize("mode", ["duals", "jvp"])
+def test_a_backward_pass_that_is_differentiated_forwards(mode, width):
+    """The forward pass knew nothing of it."""
+    found, x = [], torch.randn(600, width, requires_grad=True)
+    for net in (*twins_of(width), LinearReLU(width, width)):
+        y = net(x)
+        v, inputs = (torch.ones_like(y), y.detach().cos()), [x, *net.parameters()]
+        pull = functools.partial(torch.autograd.grad, y, inputs, retain_graph=True)
+        if mode == "jvp":
+            found.append(torch.func.jvp(pull, v[:1], v[1:])[1])
+            continue
+        with forward_ad.dual_level():
+            found.append([forward_ad.unpack_dual(g).tangent for g in pull(forward_ad.make_dual(*v))])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+    # Linear in the gradient that comes from above.
+    torch.testing.assert_close(found[2], pull(v[1]), rtol=1e-3, atol=1e-4)
+
+
+def test_names_belong_to_others():
+    class Tower2(Tower):
+        unfused = "mine"
+
+        def steps(self):
+            return "mine"
+
+    model = fused(Tower2())
+    assert (model.steps(), model.unfused) == ("mine", "mine")
+    for net in (MLP([4, 8, 2]), fused(Tower())):
+        net.steps = 3
+        net.add_module("unfused", nn.Sigmoid())
+        torch.testing.assert_close(net(torch.ones(4)), nn.Sequential(*net)(torch.ones(4)))
+
+
+def test_registries_and_states_of_subclasses():
+    class Registered(Tower):
+        known: ClassVar[list] = []
+
+        def __init_subclass__(cls, *, name, **options):
+            cls.known.append(name)
+            super().__init_subclass__(**options)
+
+        def __getstate__(self):
+            return [dict(self.__dict__)]
+
+        def __setstate__(self, state):
+            super().__setstate__(state[0])
+
+    class Sub(Registered, name="sub"):
+        pass
+
+    model, x = fused(Sub()), torch.randn(3, 4)
+    assert Registered.known == ["sub"]
+    model(x)
+    other = copy.deepcopy(model)
+    other[1] = nn.Tanh()
+    torch.testing.assert_close(other(x), nn.Sequential(*other)(x))
+
+
+def test_modules_with_an_equality_of_their_own(size):
+    class Scale(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def __eq__(self, other):
+            return isinstance(other, Scale)
+
+        __hash__ = nn.Module.__hash__
+
+        def forward(self, x):
+            return self.factor * x
+
+    model, twin = pairs(Scale(2))
+    x = torch.randn(3, 4)
+    for net in (model, twin):
+        net[4] = Scale(3)
+    torch.testing.assert_close(model(x), twin(x))
+
+
+def test_a_weight_on_another_device_behind_a_hook():
+    model, _ = pairs()
+    model[0].register_forward_hook(lambda *_: None)
+    model[2].to("meta")
+    with pytest.raises(ValueError, match="weight is on meta, but x on cpu"):
+        model(torch.randn(3, 4))
+
+
 def test_a_lazy_layer_is_fused_once_it_is_one(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.LazyLinear(4), nn.Sigmoid())
     assert fuse_(model) == ["0"]
-    assert len(model.steps()) == 3
+    assert len(steps_of(model)) == 3
     model(torch.randn(3, 4))
-    assert len(model.steps()) == 1
+    assert len(steps_of(model)) == 1
 
 
 # --- tools that look at modules -----------------------------------------------------------------------------------
@@ -395,7 +557,7 @@ def test_copies_compute_with_their_own_parameters(make, copied, compiled):
     before = model(x)
     other = copied(model)
     assert type(other) is type(model)
-    assert "_planned" not in other.__dict__  # which would hold on to the modules
+    assert "_fused_plan" not in other.__dict__  # which would hold on to the modules
     torch.testing.assert_close(other(x), before)
     other[2] = nn.Linear(8, 4)
     with torch.no_grad():
