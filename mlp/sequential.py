@@ -82,7 +82,7 @@ class Chain:
         self.pairs: list[tuple] = []
         for layer, behind, name in layers:
             one = behind[0] if behind else layer
-            function = None if name == "identity" else ACTIVATIONS[name].forward
+            function = {"identity": None, "relu": F.relu}.get(name, ACTIVATIONS[name].forward)  # as the modules call it
             self.pairs.append((layer, type(layer), *_KINDS[type(layer)], one, type(one), *_KINDS[type(one)], function))
         self.paired = all(len(behind) < 2 for _, behind, _ in layers)
 
@@ -95,21 +95,13 @@ class Chain:
 
     def run(self, input: Tensor) -> Tensor:
         """What calling the modules in turn computes."""
-        # Subclasses, what is no tensor (torch.fx records with symbols) and modes have a say in the functions that are
-        # called, and those who have patched the call of all modules see every one.
-        if (
-            (type(input) not in eligibility.PLAIN and hasattr(type(input), "__torch_function__"))
-            or nn.Module.__call__ is not _CALL
-            or (_len_torch_function_stack() and eligibility.functions_are_watched())
-        ):
-            return run(self.modules, input)
         called = False
         try:
             if on_cpu := input.is_cpu:
                 few = input.numel() < ops.few_elements(self.widths, input.dtype, is_grad_enabled())
             else:
                 few = ops.prefers_torch(input, self.widths)
-            if few and self.paired and not _has_any_global_hook():
+            if few and self.paired and nn.Module.__call__ is _CALL and not _has_any_global_hook():
                 # Written out, as `is_plain` and a layer have it, since calls are what a tiny network costs.
                 y = input
                 for layer, kind, forward, size, behind, kind2, forward2, size2, activation in self.pairs:
@@ -146,8 +138,16 @@ class Chain:
         except ERRORS:
             if called:  # what a hook has seen or raised is not tried again
                 raise
-        # A nested tensor has no shape to plan with.
-        return run(self.modules, input) if getattr(input, "is_nested", False) else self.fused(input)
+        # Subclasses, what is no tensor (torch.fx records with symbols) and modes have a say in the functions that are
+        # called, a nested tensor has no shape to plan with, and who has patched the call of all modules sees every one.
+        if (
+            (type(input) not in eligibility.PLAIN and hasattr(type(input), "__torch_function__"))
+            or nn.Module.__call__ is not _CALL
+            or (_len_torch_function_stack() and eligibility.functions_are_watched())
+            or getattr(input, "is_nested", False)
+        ):
+            return run(self.modules, input)
+        return self.fused(input)
 
     def fused(self, x: Tensor) -> Tensor:
         """The same by the functions of the package, as a whole if all layers have a bias or none has."""
