@@ -76,19 +76,20 @@ class Chain:
         self.layers = [layer for layer, _, _ in layers]
         self.activations = [name for _, _, name in layers]
         self.modules = [module for layer, behind, _ in layers for module in (layer, *behind)]
-        self.kinds = list(map(type, self.modules))
+        self.types = list(map(type, self.modules))
+        self.forwards = [(kind, _KINDS[kind][0]) for kind in dict.fromkeys(self.types)]
         self.widths = (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
         # Of each layer and the one module behind it, or the layer once more: what `run` needs and what it compares.
+        self.paired = all(len(behind) < 2 for _, behind, _ in layers)
         self.pairs: list[tuple] = []
         for layer, behind, name in layers:
-            one = behind[0] if behind else layer
+            both = [(module, type(module), _KINDS[type(module)][1]) for module in (layer, *(behind or [layer])[:1])]
             function = {"identity": None, "relu": F.relu}.get(name, ACTIVATIONS[name].forward)  # as the modules call it
-            self.pairs.append((layer, type(layer), *_KINDS[type(layer)], one, type(one), *_KINDS[type(one)], function))
-        self.paired = all(len(behind) < 2 for _, behind, _ in layers)
+            self.pairs.append((*both[0], *both[1], function))
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor | None]] | None:
         """(weights, biases), or None where calling the modules would run anything but the forwards of their classes."""
-        if list(map(type, self.modules)) != self.kinds or not all(map(is_plain, self.modules)):
+        if list(map(type, self.modules)) != self.types or not all(map(is_plain, self.modules)):
             return None
         found = [layer._parameters for layer in self.layers]
         return [cast(Tensor, own["weight"]) for own in found], [own["bias"] for own in found]
@@ -101,11 +102,13 @@ class Chain:
                 few = input.numel() < ops.few_elements(self.widths, input.dtype, is_grad_enabled())
             else:
                 few = ops.prefers_torch(input, self.widths)
+            for kind, forward in self.forwards:
+                few = few and kind.forward is forward
             if few and self.paired and nn.Module.__call__ is _CALL and not _has_any_global_hook():
                 # Written out, as `is_plain` and a layer have it, since calls are what a tiny network costs.
                 y = input
-                for layer, kind, forward, size, behind, kind2, forward2, size2, activation in self.pairs:
-                    own, own2, parameters = layer.__dict__, behind.__dict__, layer._parameters
+                for layer, kind, size, behind, kind2, size2, activation in self.pairs:
+                    own, own2 = layer.__dict__, behind.__dict__
                     if (
                         own["_forward_hooks"]
                         or own["_forward_pre_hooks"]
@@ -113,25 +116,26 @@ class Chain:
                         or own["_backward_pre_hooks"]
                         or len(own) != size
                         or type(layer) is not kind
-                        or kind.forward is not forward
                         or own2["_forward_hooks"]
                         or own2["_forward_pre_hooks"]
                         or own2["_backward_hooks"]
                         or own2["_backward_pre_hooks"]
                         or len(own2) != size2
                         or type(behind) is not kind2
-                        or kind2.forward is not forward2
-                        or "weight" not in parameters
-                        or "bias" not in parameters
                     ):
                         called = True
                         y = layer(y) if behind is layer else behind(layer(y))
                         continue
-                    weight = parameters["weight"]
+                    try:
+                        weight, bias = own["_parameters"]["weight"], own["_parameters"]["bias"]
+                    except KeyError:
+                        called = True
+                        y = layer(y) if behind is layer else behind(layer(y))
+                        continue
                     # torch misses a weight on the meta device; the layer has an error for it.
                     if not (weight.is_cpu if on_cpu else weight.device == y.device):
                         raise ValueError(f"weight is on {weight.device}, but x on {y.device}")
-                    y = F.linear(y, weight, parameters["bias"])
+                    y = F.linear(y, weight, bias)
                     if activation is not None:
                         y = activation(y)
                 return y
