@@ -263,7 +263,7 @@ def test_a_dynamic_batch_is_compiled_as_often_as_without(name, dynamic, chip):
     assert calls(record)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @COMPILER
 @pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}, {"options": {"epilogue_fusion": False}}], ids=str)
 def test_inductor_behind_it(options, chip):
@@ -555,6 +555,7 @@ def test_what_may_be_joined(call, ops, leaves, chip):
     assert calls(record) == ops
 
 
+@pytest.mark.slow
 def test_a_frozen_network_whose_input_changes_later(chip):
     # No gradient needs the input, but a network's kernels would read it again.
     def call(x, w1, w2):
@@ -722,6 +723,7 @@ def test_a_model_of_ours(chip):
     close(results(compiled(model), x), results(model, x))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU that is not there")
 def test_small_sizes_on_a_gpu_are_left_to_the_inner_compiler(chip, monkeypatch):
     monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (1 << 25, 1 << 27))
@@ -745,6 +747,7 @@ def test_small_sizes_on_a_gpu_are_left_to_the_inner_compiler(chip, monkeypatch):
 # --- what it says -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_list_names_places_and_reasons(chip, caplog):
     model, x = make("recommender")
     gate, mix, out = explain(model, x)
@@ -758,6 +761,7 @@ def test_the_list_names_places_and_reasons(chip, caplog):
     ]
 
 
+@pytest.mark.slow
 def test_the_inner_compiler_gets_its_options():
     seen = []
 

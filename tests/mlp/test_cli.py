@@ -76,6 +76,7 @@ def test_every_lesson_has_a_page_and_is_named_in_the_help(capsys):
     assert re.findall(r"^    ([a-z]\S*)", out, re.MULTILINE) == list(LESSONS) == list(CATALOGUE)
 
 
+@pytest.mark.slow
 def test_lesson_xor_prints_the_table(capsys):
     assert main(["lesson", "xor", "--steps", "1501"]) == 0
     out, _ = capsys.readouterr()

@@ -30,6 +30,7 @@ def expected_failed_checks(estimator):
     return {"check_regressor_multioutput": reason} if isinstance(estimator, FusedMLPRegressor) else {}
 
 
+@pytest.mark.slow
 @parametrize_with_checks([FusedMLPClassifier(), FusedMLPRegressor()], expected_failed_checks=expected_failed_checks)
 def test_rules_of_scikit_learn(estimator, check, monkeypatch):
     if check.func is estimator_checks.check_methods_sample_order_invariance:

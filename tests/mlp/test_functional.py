@@ -880,6 +880,7 @@ def test_unusual_calls_are_compiled_into_plain_operations(unusual, traced):
     torch.testing.assert_close(found, unusual(plain)(x, weight, bias))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", range(3), ids=["x", "weight", "bias"])
 @pytest.mark.parametrize("kind", ["subclass", "wrapper"])
 def test_compiled_subclasses_take_plain_operations(kind, position, traced):
@@ -898,6 +899,7 @@ def test_compiled_subclasses_take_plain_operations(kind, position, traced):
     torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("name", [name for name in MISFITS if not name.startswith(("one", "no-", "matrix"))])
 def test_compiled_misfits_are_named(name, dynamic, traced):
@@ -921,6 +923,7 @@ WRONG_CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "error", "message"), WRONG_CALLS.values(), ids=WRONG_CALLS)
 def test_compiled_calls_raise_what_eager_ones_do(changes, error, message, monkeypatch):
     monkeypatch.setattr(eligibility, "launchable", lambda device, dtype: True)
@@ -956,6 +959,7 @@ def test_a_batched_gradient_of_a_compiled_layer_takes_plain_operations(traced, m
     torch.testing.assert_close(torch.autograd.grad(y, inputs, dys, is_grads_batched=True), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_compiled_parity(autocast, take):
     take("mm")

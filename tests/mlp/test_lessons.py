@@ -375,6 +375,7 @@ def test_digits_are_read_alike_all_three_ways(digits):
     assert wrong.misses == [f"fit: {2 * DIGITS_BAND:.1e} relative at step 200, outside the band of 1e-05"]
 
 
+@pytest.mark.slow
 def test_digits_that_are_read_no_better_than_by_a_guess_are_a_miss(digits):
     run = dataclasses.replace(digits.trajectory.runs[1], model=digits.trajectory.initial)
     runs = (digits.trajectory.runs[0], run, digits.trajectory.runs[2])
@@ -448,6 +449,7 @@ def test_sweep_counts_success(sweep):
     assert 0.5 < table <= fast < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "rate"), [(777, 1), (780, 0), (806, 2)])
 def test_members_of_a_sweep_are_the_networks_of_their_seeds(sweep, seed, rate):
     torch.manual_seed(seed)

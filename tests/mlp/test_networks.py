@@ -624,6 +624,7 @@ def test_a_compiled_network_broadcasts_a_bias(shape, monkeypatch):
     torch.testing.assert_close(differentiate(net, compiled), differentiate(net, plain))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler itself uses what torch deprecates
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiled(dynamic):
