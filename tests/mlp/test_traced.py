@@ -374,8 +374,11 @@ MODELS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.more)], ids=["automatic", "dynamic"])
-@pytest.mark.parametrize(("make", "held"), MODELS.values(), ids=MODELS)
-def test_modules_are_networks_in_the_graphs_of_nn(make, held, dynamic, chip):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.more if name in ("mixed", "unfused") else ()) for name in MODELS]
+)
+def test_modules_are_networks_in_the_graphs_of_nn(name, dynamic, chip):
+    make, held = MODELS[name]
     model = make().to(DEVICE)
     twin = nn.Sequential(*(copy.deepcopy(module) for module in model))
     counts = []
@@ -412,9 +415,15 @@ CHANGES = {
 }
 
 
+FIRST = ("replaced", "hook", "own-forward", "hidden-weight")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("change", "held"), CHANGES.values(), ids=CHANGES)
-def test_a_compiled_module_notices_what_changes(change, held, chip):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FIRST else pytest.mark.more) for name in CHANGES]
+)
+def test_a_compiled_module_notices_what_changes(name, chip):
+    change, held = CHANGES[name]
     model = MLP([5, 17, 3], "tanh", "sigmoid").to(DEVICE)
     twin = nn.Sequential(*(copy.deepcopy(module) for module in model))
     x = torch.randn(4, 5, device=DEVICE)
