@@ -533,7 +533,9 @@ CASES = [case for case in list(globals().values()) if type(case).__name__ == "Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("leaves", [(), (2,), (0, 1, 2)], ids=["no-gradients", "one", "all"])
+@pytest.mark.parametrize(
+    "leaves", [(), pytest.param((2,), marks=pytest.mark.more), (0, 1, 2)], ids=["no-gradients", "one", "all"]
+)
 @pytest.mark.parametrize(("call", "ops"), CASES)
 def test_what_may_be_joined(call, ops, leaves, chip):
     def run(call):
