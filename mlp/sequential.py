@@ -108,7 +108,7 @@ class Chain:
                 # Written out, as `is_plain` and a layer have it, since calls are what a tiny network costs.
                 y = input
                 for layer, kind, size, behind, kind2, size2, activation in self.pairs:
-                    own, own2 = layer.__dict__, behind.__dict__
+                    own, own2, parameters = layer.__dict__, behind.__dict__, layer._parameters
                     if (
                         own["_forward_hooks"]
                         or own["_forward_pre_hooks"]
@@ -122,20 +122,17 @@ class Chain:
                         or own2["_backward_pre_hooks"]
                         or len(own2) != size2
                         or type(behind) is not kind2
+                        or "weight" not in parameters
+                        or "bias" not in parameters
                     ):
                         called = True
                         y = layer(y) if behind is layer else behind(layer(y))
                         continue
-                    try:
-                        weight, bias = own["_parameters"]["weight"], own["_parameters"]["bias"]
-                    except KeyError:
-                        called = True
-                        y = layer(y) if behind is layer else behind(layer(y))
-                        continue
+                    weight = parameters["weight"]
                     # torch misses a weight on the meta device; the layer has an error for it.
                     if not (weight.is_cpu if on_cpu else weight.device == y.device):
                         raise ValueError(f"weight is on {weight.device}, but x on {y.device}")
-                    y = F.linear(y, weight, bias)
+                    y = F.linear(y, weight, parameters["bias"])
                     if activation is not None:
                         y = activation(y)
                 return y
