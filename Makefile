@@ -109,7 +109,7 @@ check: $(READY) ## while you work: lint, types, the fast tests and the core of t
 	$(call parts,check-mlp check-core check-others lint)
 
 test: $(READY) ## everything that needs no GPU, but for what takes long
-	$(call parts,test-mlp test-kernels test-others test-compile)
+	$(call parts,test-mlp test-compile test-traced test-kernels test-others)
 
 test-more: $(READY) ## what CI runs besides: what takes long, sanitize, test-long and test-matrix (many minutes)
 	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-old-triton test-networks test-benches test-slowest test-fuzz)
@@ -124,9 +124,12 @@ check-others: $(READY)
 check-core: $(READY)
 	$(call step,core of the kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) -m core)
 
-.PHONY: test-mlp test-others test-compile test-kernels test-networks test-old-triton test-benches test-slowest test-fuzz
+.PHONY: test-mlp test-traced test-others test-compile test-kernels test-networks test-old-triton test-benches test-slowest test-fuzz
 test-mlp: $(READY)
-	$(call step,layers and networks and training on the CPU,$(PYTEST) -m 'not (more or compiles)' tests/mlp)
+	$(call step,layers and networks and training on the CPU,$(PYTEST) -m 'not (more or compiles or traced)' tests/mlp)
+
+test-traced: $(READY)
+	$(call step,traced and compiled modules on the CPU,$(PYTEST) -m 'traced and not more' tests/mlp)
 
 test-others: $(READY)
 	$(call step,plans and benches and packaging on the CPU,$(PYTEST) -m 'not (more or compiles)' tests/kernels tests/benches tests/house)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.more
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("kernels", "mlp")
 DATA = ("py.typed", "tuned/*.json", "lessons/tables/*.json")
@@ -79,7 +80,6 @@ def installed(wheel):
 # --- what is in it -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -97,7 +97,6 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         assert f"perceptriton/{kind}" in names
 
 
-@pytest.mark.slow
 def test_requirements_of_users_hold_no_test_tools(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
@@ -166,7 +165,6 @@ def assert_used(result, folder):
         assert origin is None or Path(origin).parent.parent != folder, "a top-level name that is not ours to take"
 
 
-@pytest.mark.slow
 def test_installed_package_imports_quickly_and_works_from_anywhere(installed):
     for _ in range(3):  # the best of three, for machines that do other things too
         result = python_json(f"{IMPORT}{USE}result |= light", installed, "-W", "error")
@@ -183,7 +181,6 @@ def test_installed_package_imports_quickly_and_works_from_anywhere(installed):
     assert result["on a chip"] == ["rows", "rows"]
 
 
-@pytest.mark.slow
 def test_editable_install_works_from_anywhere():
     try:
         about = json.loads(importlib.metadata.distribution("perceptriton").read_text("direct_url.json") or "{}")
@@ -194,7 +191,6 @@ def test_editable_install_works_from_anywhere():
     assert_used(python_json(USE), ROOT)
 
 
-@pytest.mark.slow
 def test_works_without_triton(installed):
     # None in sys.modules: `import triton` raises and find_spec finds nothing, as if it were not installed.
     result = python_json(f"import sys\nsys.modules['triton'] = None\n{USE}", installed)
@@ -202,8 +198,6 @@ def test_works_without_triton(installed):
     assert result["on a chip"] == ["aten", "aten"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / "mlp" / "__main__.py").exists(), reason="there is no command line yet")
 def test_command_line_of_the_installed_package(installed):
     assert "torch" in python(str(installed / "bin" / "perceptriton"), "doctor", path=installed)
 
@@ -223,7 +217,6 @@ result = {
 """
 
 
-@pytest.mark.slow
 def test_torch_compile_knows_the_backend_by_its_name(installed):
     result = python_json(BACKEND, installed)
     assert "perceptriton" in result["names"]
@@ -278,7 +271,6 @@ result = {{
 """
 
 
-@pytest.mark.more
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_hub_export_of_the_installed_package_runs_beside_it(installed, tmp_path):
     pytest.importorskip("kernels._rust", reason="the package kernels is not installed")

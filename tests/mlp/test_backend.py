@@ -26,7 +26,11 @@ from perceptriton.mlp.backend.fuse import fuse
 KERNELS = kernel_device()
 DEVICE = KERNELS or "cpu"
 # The compiler itself uses what torch deprecates.
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")]
+pytestmark = [
+    pytest.mark.traced,
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd"),
+]
 COMPILER = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
 )

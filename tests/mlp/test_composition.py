@@ -30,6 +30,7 @@ from perceptriton.mlp import MLP, LinearSigmoid, LinearSigmoidBCELoss, LinearTan
 
 # torch itself uses what it deprecates when it compiles, exports and traces.
 pytestmark = [
+    pytest.mark.traced,
     pytest.mark.filterwarnings(r"ignore:.*torch\.jit\."),
     pytest.mark.filterwarnings(r"ignore:.*LeafSpec.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),

@@ -21,6 +21,7 @@ KERNELS = kernel_device()
 DEVICE = KERNELS or "cpu"
 IMPL = None if KERNELS is None else "triton"
 pytestmark = [
+    pytest.mark.traced,
     pytest.mark.usefixtures("rounding"),
     # The compiler itself uses what torch deprecates.
     pytest.mark.filterwarnings("default"),
