@@ -32,6 +32,7 @@ setup(
     extras_require={
         "cli": ["matplotlib", "tqdm"],
         "sklearn": ["scikit-learn>=1.6"],
+        "bench": ["jax"],
         "dev": [
             "matplotlib",
             "tqdm",

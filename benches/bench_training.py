@@ -13,13 +13,15 @@ interleaved measurement per case:
 """
 
 import copy
+import importlib.util
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+import numpy as np
 import pytest
 import timing
 import torch
@@ -171,6 +173,40 @@ def vmapped(problem: Problem) -> Contender:
     return Contender(advance, lambda: [p[:CHECKED_MEMBERS] for p in parameters.values()], problem.case.nets)
 
 
+def jitted(problem: Problem) -> Contender:
+    """JAX, where it is installed."""
+    import jax_loops
+
+    case, own = problem.case, problem.ensemble
+
+    def batches() -> Iterator[np.ndarray]:
+        generator = torch.Generator().manual_seed(1)
+        while True:  # a shorter last batch of an epoch would be compiled by itself: no case has one
+            for rows in torch.randperm(case.samples, generator=generator).split(case.batch_size or case.samples):
+                yield rows.numpy()
+
+    def make(loss: Callable) -> "jax_loops.Loop":
+        tensors = [
+            p.detach() if case.members else p.detach()[0]
+            for pair in zip(own.weights, own.biases, strict=True)
+            for p in pair
+        ]
+        arrays = [tensor.numpy() for tensor in tensors]
+        layers = list(zip(arrays[::2], arrays[1::2], strict=True))
+        order = batches() if case.batch_size else None
+        return jax_loops.Loop(
+            loss, layers, problem.x.numpy(), problem.y.numpy(), order, case.optimizer, case.lr, case.members is not None
+        )
+
+    loop = jax_loops.faster(make, max(1, 1000 // case.nets))
+
+    def parameters() -> list[Tensor]:
+        found = [torch.from_numpy(np.array(p)) for layer in loop.layers for p in layer]
+        return [p[:CHECKED_MEMBERS] if case.members else p[None] for p in found]
+
+    return Contender(loop.advance, parameters, case.nets)
+
+
 def captured(problem: Problem) -> Contender:
     """The eager step in a CUDA graph, on the whole data at each step."""
     model = plain(problem.ensemble.member(0))
@@ -210,6 +246,7 @@ IMPLS = {
     "fit": Impl("perceptriton fit", fitted),
     "compiled": Impl("torch.compile", lambda problem: eager(problem, True), lambda case: case.members is None),
     "vmap": Impl("torch.func.vmap", vmapped, lambda case: case.members is not None),
+    **({"jax": Impl("JAX", jitted, devices=("cpu",))} if importlib.util.find_spec("jax") else {}),
     # SGD alone: of the others a graph would freeze the number of the step.
     "graph": Impl(
         "eager in a CUDA graph",
