@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from ...kernels import eligibility
 from ...kernels.registration import registered
-from ..functional.checks import loss_refusal
+from ..functional.checks import is_real, loss_refusal
 from .graph import Layer, arguments_of, chains_of, forget_dropouts, layers_of, transforms, value
 
 KINDS = (FakeTensor,)  # what stands for plain tensors and parameters in a captured graph
@@ -119,10 +119,12 @@ def _head_refusal(layer: Layer, loss: Node) -> str | None:
     """Why the loss behind a layer stays as it is, or None."""
     given = arguments_of(loss)
     if any(given.get(name) is not None for name in ("weight", "size_average", "reduce")):
-        return "it has weights of its own, or says how to sum them in a way of old"
-    target, pos_weight = given["target"], given.get("pos_weight")
-    n = value(layer.linear).shape[-1]
-    return loss_refusal(value(layer.operands[0]), value(target), pos_weight and value(pos_weight), n, KINDS)
+        return "it weighs elements, or says in an old way how to sum them"
+    target, weights = value(given["target"]), given.get("pos_weight")
+    pos_weight = None if weights is None else value(weights)
+    if not (target.is_floating_point() and (pos_weight is None or is_real(pos_weight))):
+        return "its target or pos_weight is not real"
+    return loss_refusal(value(layer.operands[0]), target, pos_weight, value(layer.linear).shape[-1], KINDS)
 
 
 def _operands(chain: list[Layer]) -> tuple[Node, list[Node], list[Node]]:
