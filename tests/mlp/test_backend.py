@@ -589,11 +589,19 @@ def writes_to_the_input_before_the_loss(x, w1, w2):
     return loss(z, x)
 
 
-@function({"mlp": 1})
-def writes_to_the_last_weight_before_the_loss(x, w1, w2):
-    z = F.linear(first(x, w1), w2)
-    w2.mul_(2)
+@function({})
+def writes_to_the_layers_input_before_the_loss(x, w1, w2):
+    z = F.linear(x, w1[:3])
+    x.add_(1)
     return loss(z, x)
+
+
+@function({"mlp_bce": 1})
+def writes_to_the_target_before_the_loss(x, w1, w2):
+    target = x.detach().sigmoid()[:, :3]
+    z = F.linear(first(x, w1), w2)
+    target.mul_(0.5)
+    return F.binary_cross_entropy_with_logits(z, target)
 
 
 @function({"mlp": 1})

@@ -424,17 +424,42 @@ def test_autocast_and_inference(bias, chip):
     assert [node.args[5] for g in record.graphs for node in g.graph.nodes if "mlp" in str(node.target)] == [[2], []]
 
 
+# widths, options, whether autocast is on, and what the graphs hold
+WITH_LOSS = {"mlp_bce", "mlp_bce_backward"}
+BEHIND = {
+    "network": ((5, 17, 3), {}, False, WITH_LOSS),
+    "layer": ((5, 3), {"reduction": "none", "pos_weight": torch.tensor([1, 2, 3])}, False, WITH_LOSS),
+    "autocast": ((5, 17, 3), {"reduction": "sum"}, True, WITH_LOSS),
+    "wide": ((5, 200, 3), {}, False, LAYERS),
+    "odd-weights": ((5, 17, 3), {"pos_weight": torch.full((1, 3), 2.0)}, False, WHOLE),
+}
+
+
 @pytest.mark.slow
-def test_a_loss_behind_a_network(chip):
-    x, weights, biases, target = make((5, 17, 3), dtype=torch.float32)
-    target = target.sigmoid()
+@pytest.mark.parametrize(("widths", "options", "autocast", "held"), BEHIND.values(), ids=BEHIND)
+def test_a_loss_behind_a_network(widths, options, autocast, held, chip):
+    x, weights, biases, target = make(widths, dtype=torch.float32)
     inputs = [t.requires_grad_() for t in (x, *weights, *biases)]
-    record = AotEagerAndRecordGraphs()
-    compiled = torch.compile(mlp_sigmoid_bce, backend=record, fullgraph=True)
-    losses = [call(x, weights, biases, target, "tanh") for call in (compiled, mlp_sigmoid_bce)]
-    torch.testing.assert_close(*(torch.autograd.grad(loss, inputs) for loss in losses), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(*losses)
-    assert names(record) == {"mlp_bce", "mlp_bce_backward"}
+    options = {name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in options.items()}
+    record, alone = AotEagerAndRecordGraphs(), AotEagerAndRecordGraphs()
+
+    def in_torch(x, weights, biases, target, activation, reduction="mean", pos_weight=None):
+        return loss_of(logits(x, weights, biases), target, pos_weight, reduction)
+
+    for call, backend in ((mlp_sigmoid_bce, record), (in_torch, alone)):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, backend=backend, fullgraph=True)
+        for rows in (2, 3, 6):
+            arguments = (x[:rows], weights, biases, target.sigmoid()[:rows], "tanh")
+            with torch.autocast(torch.device(DEVICE).type, torch.bfloat16, enabled=autocast):
+                losses = [own(*arguments, **options) for own in (compiled, in_torch)]
+            tolerances = {"rtol": 3e-2, "atol": 3e-2} if autocast else {"rtol": 1e-4, "atol": 1e-5}
+            torch.testing.assert_close(*losses, **tolerances)
+            gradients = [torch.autograd.grad(loss.sum(), inputs) for loss in losses]
+            torch.testing.assert_close(*gradients, **tolerances)
+    assert names(record) == held
+    ours, theirs = ([len(r.graphs), len(r.fw_graphs), len(r.bw_graphs)] for r in (record, alone))
+    assert all(0 < own <= other for own, other in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
 # What the kernels do not take, or not as a whole.
