@@ -68,8 +68,8 @@ def _fuse_chain(gm: GraphModule, chain: list[Layer], replayed: bool) -> dict[Nod
         save = _boundaries(chain, replayed)
         if not isinstance(save, str):
             _replace(gm, chain, save)
-            op, parts = ("mlp_bce", "with their cross entropy as one") if loss else ("mlp", "as one")
-            reason = f"one of {len(chain)} layers that run {parts}: {', '.join(names)}"
+            together = "runs as one with the cross entropy" if loss else f"one of {len(chain)} layers that run as one"
+            op, reason = "mlp_bce" if loss else "mlp", f"{together}: {', '.join(names)}"
             return {linear: Found(place, op, reason) for linear, place in places.items()}
         if loss:
             found = _fuse_chain(gm, [*chain[:-1], replace(chain[-1], loss=None)], replayed)

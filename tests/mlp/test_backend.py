@@ -744,7 +744,7 @@ def test_the_list_says_what_became_of_a_loss(chip):
         return one.op, one.reason.rpartition("; ")[2]
 
     why = "not with the cross entropy behind: "
-    assert listed(target) == ("mlp_bce", "one of 1 layers that run with their cross entropy as one: identity")
+    assert listed(target) == ("mlp_bce", "runs as one with the cross entropy: identity")
     wanting = target.clone().requires_grad_()
     assert listed(wanting) == (None, f"{why}target wants a gradient")
     with torch.no_grad():  # with gradients torch refuses it
