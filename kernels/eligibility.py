@@ -63,10 +63,12 @@ def traced_boundaries(
     impl: str | None = None,
     kinds: tuple[type, ...] = PLAIN,
     replayed: bool = False,
+    loss: bool = False,
 ) -> tuple[int, ...] | str:
     """The layers whose inputs a traced network saves for its backward pass, or why it is traced layer by layer.
 
-    The rest as for `traced_refusal`. One plan must do for every number of rows that the program may see.
+    loss: it ends in the cross entropy. The rest as for `traced_refusal`. One plan must do for every number of rows that
+    the program may see.
     """
     others = (*weights, *(biases or ()))
     if reason := _traced_refusal(x, [("a parameter", tensor) for tensor in others], dtype, autocast, impl, kinds):
@@ -81,16 +83,22 @@ def traced_boundaries(
 
     widths = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
     few = statically_known_true(x.numel() <= planning.MLP_IEEE_ROWS * widths[0])
-    return _boundaries(widths, dtype, x.device, training, few, impl)
+    return _boundaries(widths, dtype, x.device, training, few, impl, loss)
 
 
 def _boundaries(
-    widths: tuple[int, ...], dtype: torch.dtype, device: torch.device, training: bool, few: bool, impl: str | None
+    widths: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    training: bool,
+    few: bool,
+    impl: str | None,
+    loss: bool,
 ) -> tuple[int, ...] | str:
     """few: of rows there are no more than MLP_IEEE_ROWS."""
     described = device_for(device, impl) if impl == "triton" else look_at(device)
     kind = (dtype_name(dtype), fp32_precision(described), described)
-    options = (widths, *kind, training, False, impl, fp32_split(dtype))
+    options = (widths, *kind, training, loss, impl, fp32_split(dtype))
     plans = [planning.mlp_both(rows, *options) for rows in ((1,) if few else (1, 1 << 40))]
     if refused := next((plan.forward.reason for plan in plans if plan.forward.impl != "fused"), None):
         return refused

@@ -155,7 +155,13 @@ def _flat(x: Tensor) -> Tensor:
 
 def _flat_head(head: tuple | None) -> tuple | None:
     """The target, pos_weight and options of a loss, as the kernels of whole networks read them."""
-    return None if head is None else (_flat(head[0]), _stored(head[1]), *head[2:])
+    if head is None:
+        return None
+    target, pos_weight, *options = head
+    if pos_weight is not None:
+        real = pos_weight if pos_weight.is_floating_point() else pos_weight.float()
+        pos_weight = _stored(real).expand(target.shape[-1])
+    return _flat(target), pos_weight, *options
 
 
 def _stacked_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
@@ -188,8 +194,8 @@ def mlp_fwd(
     x (..., K), weights (N_l, K_l) each, biases (N_l,) each or None, of any strides. hidden, output: activations.
 
     head: (target, pos_weight, reduction, dtype) gives, by a fused plan and in the place of y, the binary cross entropy
-    from the logits of the last layer, an identity, in `dtype`. target (..., N) and pos_weight (N,) or None: any strides
-    and floating dtypes. reduction: "none", "mean", "sum".
+    from the logits of the last layer, an identity, in `dtype`. target (..., N), of any strides and floating dtype.
+    pos_weight: (), (1,) or (N,), floating or integers, or None. reduction: "none", "mean", "sum".
     """
     if plan.impl != "fused":
         layer_fwd = (_stacked_fwd,) if plan.impl == "stack" else ()

@@ -96,17 +96,21 @@ def _(dy, y, x, weight, activation, wanted, impl):
 # biases: one for each weight, or none. save: the layers whose inputs the backward pass reads, as `boundaries` of its
 # plan says; they come back beside y as a fused network stores them. wanted: for x, every weight and every bias. The
 # gradients are dx, and one tensor for all parameters' as `mlp_slots` says, since an op must not return views of it.
-library.define(
-    "mlp(Tensor x, Tensor[] weights, Tensor[] biases, str hidden, str output, int[] save, str? impl)"
-    " -> (Tensor, Tensor[])"
-)
-library.define(
-    "mlp_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] saved, str hidden, str output,"
-    " int[] save, bool[] wanted, str? impl) -> (Tensor, Tensor)"
-)
+#
+# `mlp_bce` gives, in the place of y, the binary cross entropy of y as the logit of target, in dtype; output is then
+# "identity", and dy the gradient of the loss. Both ops are the same functions, which take what a loss adds as `head`.
+for _name, _head in (("mlp", ""), ("mlp_bce", ", Tensor target, Tensor? pos_weight, str reduction, ScalarType dtype")):
+    library.define(
+        f"{_name}(Tensor x, Tensor[] weights, Tensor[] biases, str hidden, str output, int[] save, str? impl{_head})"
+        " -> (Tensor, Tensor[])"
+    )
+    library.define(
+        f"{_name}_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] saved, str hidden,"
+        f" str output, int[] save, bool[] wanted, str? impl{_head}) -> (Tensor, Tensor)"
+    )
 
 
-def _check_network(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+def _check_network(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], output: str, head: tuple) -> None:
     if not weights or len(biases) not in (0, len(weights)):
         raise ValueError(f"weights holds {len(weights)} Tensors, and biases {len(biases)}")
     features = x.shape[-1] if x.dim() else None
@@ -119,25 +123,32 @@ def _check_network(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
             raise ValueError(reason)
         check_alike("x", x, **{f"weights[{l}]": weight, f"biases[{l}]": bias})
         features = weight.shape[0]
+    if head:
+        target, shape = head[0], (*x.shape[:-1], features)
+        if target.shape != shape or target.device != x.device:
+            found = f"{tuple(target.shape)} on {target.device}"
+            raise ValueError(f"target {found} has not the shape and device of the output {shape} on {x.device}")
+        if output != "identity":
+            raise ValueError(f"output is {output!r}, but the loss takes a logit")
 
 
-def _mlp(x, weights, biases, hidden, output, save, impl):
-    _check_network(x, weights, biases)
-    plan = ops.mlp_plans(x, weights, bool(save), impl=impl).forward
+def _mlp(x, weights, biases, hidden, output, save, impl, *head):
+    _check_network(x, weights, biases, output, head)
+    plan = ops.mlp_plans(x, weights, bool(save), bool(head), impl=impl).forward
     if plan.impl != "fused":
-        return _plain_mlp(x, weights, biases, hidden, output, save, impl)
-    y, saved = ops.mlp_fwd(x, weights, biases or None, hidden, output, plan, tuple(save))
+        return _plain_mlp(x, weights, biases, hidden, output, save, impl, *head)
+    y, saved = ops.mlp_fwd(x, weights, biases or None, hidden, output, plan, tuple(save), head or None)
     return y, list(saved)
 
 
-def _mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl):
-    _check_network(x, weights, biases)
-    plan = ops.mlp_plans(x, weights, True, impl=impl).backward
+def _mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl, *head):
+    _check_network(x, weights, biases, output, head)
+    plan = ops.mlp_plans(x, weights, True, bool(head), impl=impl).backward
     if plan is None or plan.impl != "fused" or plan.boundaries != tuple(save):
         # Without rows, or where products of fp32 are to be computed in another way than when the program was compiled.
-        return _plain_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl)
-    needs_grad = as_needs_grad(wanted, len(weights))
-    dx, *parameters = ops.mlp_bwd(dy, x, saved, weights, biases or None, hidden, output, needs_grad, plan)
+        return _plain_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl, *head)
+    needs_grad, operands = as_needs_grad(wanted, len(weights)), (x, saved, weights, biases or None)
+    dx, *parameters = ops.mlp_bwd(dy, *operands, hidden, output, needs_grad, plan, head[:3] or None)
     size = mlp_slots(ops.widths_of(weights), needs_grad)[-1]
     view = next((gradient for gradients in parameters for gradient in gradients if gradient is not None), None)
     flat = x.new_empty(0) if view is None else view.as_strided((size,), (1,), 0)
@@ -159,15 +170,30 @@ def _outputs(x, weights, biases, hidden, output) -> list[Tensor]:
     return outputs
 
 
-def _plain_mlp(x, weights, biases, hidden, output, save, impl):
+def _plain_mlp(x, weights, biases, hidden, output, save, impl, *head):
     hs = _outputs(x, weights, biases, hidden, output)
     shapes = _saved_shapes(x, weights, save)
     saved = [F.pad(hs[l - 1], (0, columns - hs[l - 1].shape[-1])) for l, (_, columns) in zip(save, shapes, strict=True)]
-    return hs[-1], [h.reshape(shape) for h, shape in zip(saved, shapes, strict=True)]
+    y = _plain_bce(hs[-1], *head) if head else hs[-1]
+    return y, [h.reshape(shape) for h, shape in zip(saved, shapes, strict=True)]
 
 
-def _plain_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl):
+def _plain_bce(z, target, pos_weight, reduction, dtype):
+    z = z.to(torch.promote_types(z.dtype, dtype))  # as autocast would, which knows no op of ours
+    loss = F.binary_cross_entropy_with_logits(z, target.to(z.dtype), pos_weight=pos_weight, reduction=reduction)
+    return loss.to(dtype)
+
+
+def _plain_bce_backward(dloss, z, target, pos_weight, reduction, dtype):
+    p = z.to(torch.promote_types(z.dtype, dtype)).sigmoid()
+    dz = p - target if pos_weight is None else p * (1 + (pos_weight - 1) * target) - pos_weight * target
+    return (dloss * dz / (target.numel() if reduction == "mean" else 1)).to(z.dtype)
+
+
+def _plain_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl, *head):
     outputs = _outputs(x, weights, biases, hidden, output)
+    if head:
+        dy = _plain_bce_backward(dy, outputs[-1], *head)
     upstream = (*(None,) * (len(weights) - 1), dy)
     options = (hidden, output, as_needs_grad(wanted, len(weights)))
     dx, *parameters = reference.mlp_bwd_differentiable(upstream, x, outputs, weights, *options)
@@ -179,27 +205,30 @@ def _plain_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wan
     return x.new_empty(0) if dx is None else dx.reshape(x.shape), torch.cat(pieces) if pieces else x.new_empty(0)
 
 
-library.impl("mlp", _mlp, "CompositeExplicitAutograd")
-library.impl("mlp_backward", _mlp_backward, "CompositeExplicitAutograd")
-for _key in ("FuncTorchBatched", "Batched"):
-    library.impl("mlp", _plain_mlp, _key)
-    library.impl("mlp_backward", _plain_mlp_backward, _key)
-
-
 def _saved_shapes(x: Tensor, weights: Sequence[Tensor], save: Sequence[int]) -> list[tuple[int, int]]:
     columns = mlp_columns(ops.widths_of(weights))
     return [(math.prod(x.shape[:-1]), columns[l]) for l in save]
 
 
-@torch.library.register_fake(f"{NAMESPACE}::mlp", lib=library)
-def _(x, weights, biases, hidden, output, save, impl):
-    _check_network(x, weights, biases)
-    y = x.new_empty((*x.shape[:-1], weights[-1].shape[0]))
+def _fake_mlp(x, weights, biases, hidden, output, save, impl, *head):
+    _check_network(x, weights, biases, output, head)
+    shape = () if head and head[2] != "none" else (*x.shape[:-1], weights[-1].shape[0])
+    y = x.new_empty(shape, dtype=head[3] if head else x.dtype)
     return y, [x.new_empty(shape) for shape in _saved_shapes(x, weights, save)]
 
 
-@torch.library.register_fake(f"{NAMESPACE}::mlp_backward", lib=library)
-def _(dy, x, weights, biases, saved, hidden, output, save, wanted, impl):
-    _check_network(x, weights, biases)
+def _fake_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl, *head):
+    _check_network(x, weights, biases, output, head)
     size = mlp_slots(ops.widths_of(weights), as_needs_grad(wanted, len(weights)))[-1]
     return x.new_empty(x.shape if wanted[0] else 0), x.new_empty(size)
+
+
+for _name in ("mlp", "mlp_bce"):
+    for _op, _own, _plain, _fake in (
+        (_name, _mlp, _plain_mlp, _fake_mlp),
+        (f"{_name}_backward", _mlp_backward, _plain_mlp_backward, _fake_mlp_backward),
+    ):
+        library.impl(_op, _own, "CompositeExplicitAutograd")
+        for _key in ("FuncTorchBatched", "Batched"):
+            library.impl(_op, _plain, _key)
+        torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake, lib=library)

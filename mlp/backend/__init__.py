@@ -2,7 +2,8 @@
 
 Dynamo captures what a model calls, and guards it. In that graph a linear layer becomes one op with the sigmoid, tanh or
 relu that alone takes its output, and so does a chain of such layers that kernels take as a whole, with or without an
-activation behind the last. What plain operations do as fast stays as it is. The graph then goes to an inner compiler.
+activation behind the last, or with the binary cross entropy of its logits. What plain operations do as fast stays as it
+is. The graph then goes to an inner compiler.
 """
 
 import logging

@@ -3,6 +3,7 @@
 import operator
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from torch.fx import GraphModule, Node
 
 from ...kernels import eligibility
 from ...kernels.registration import registered
-from .graph import Layer, chains_of, forget_dropouts, layers_of, transforms, value
+from ..functional.checks import is_real, loss_refusal
+from .graph import Layer, arguments_of, chains_of, forget_dropouts, layers_of, transforms, value
 
 KINDS = (FakeTensor,)  # what stands for plain tensors and parameters in a captured graph
 
@@ -44,7 +46,7 @@ def fuse(gm: GraphModule, example_inputs: Sequence[object], replayed: bool = Fal
         found |= _fuse_chain(gm, chain, replayed)
     gm.graph.lint()
     gm.recompile()
-    return [found[layer] for layer in layers] + [
+    return [found[layer.linear] for layer in layers] + [
         one for part in _checkpointed(gm) for one in fuse(part, example_inputs, replayed)
     ]
 
@@ -58,23 +60,29 @@ def _checkpointed(gm: GraphModule) -> Iterator[GraphModule]:
                 yield part
 
 
-def _fuse_chain(gm: GraphModule, chain: list[Layer], replayed: bool) -> dict[Layer, Found]:
-    places = {layer: _place(layer.linear) for layer in chain}
-    names = [layer.name for layer in chain]
+def _fuse_chain(gm: GraphModule, chain: list[Layer], replayed: bool) -> dict[Node, Found]:
+    places = {layer.linear: _place(layer.linear) for layer in chain}
+    names, loss = [layer.name for layer in chain], chain[-1].loss
     refused = ""
-    if len(chain) > 1:
+    if len(chain) > 1 or loss:
         save = _boundaries(chain, replayed)
         if not isinstance(save, str):
             _replace(gm, chain, save)
-            reason = f"one of {len(chain)} layers that run as one: {', '.join(names)}"
-            return {layer: Found(places[layer], "mlp", reason) for layer in chain}
+            together = "runs as one with the cross entropy" if loss else f"one of {len(chain)} layers that run as one"
+            op, reason = "mlp_bce" if loss else "mlp", f"{together}: {', '.join(names)}"
+            return {linear: Found(place, op, reason) for linear, place in places.items()}
+        if loss:
+            found = _fuse_chain(gm, [*chain[:-1], replace(chain[-1], loss=None)], replayed)
+            why = f"; not with the cross entropy behind: {save}"
+            return {linear: one._replace(reason=one.reason + why) for linear, one in found.items()}
         refused = f"; no network of {len(chain)} layers: {save}"
     found = {}
     for layer in chain:
         reason = _refusal(layer, replayed)
         if reason is None:
             _replace(gm, [layer], ())
-        found[layer] = Found(places[layer], None if reason else "linear_act", (reason or layer.name) + refused)
+        op, why = None if reason else "linear_act", (reason or layer.name) + refused
+        found[layer.linear] = Found(places[layer.linear], op, why)
     return found
 
 
@@ -94,14 +102,29 @@ def _refusal(layer: Layer, replayed: bool) -> str | None:
 def _boundaries(chain: list[Layer], replayed: bool) -> tuple[int, ...] | str:
     """What a network of these layers saves, or why it is none."""
     x, weights, biases = _operands(chain)
-    return _kind_refusal(chain) or eligibility.traced_boundaries(
+    loss = chain[-1].loss
+    save = _kind_refusal(chain) or eligibility.traced_boundaries(
         value(x),
         [*map(value, weights)],
         [*map(value, biases)] or None,
         *_circumstances(chain),
         kinds=KINDS,
         replayed=replayed,
+        loss=loss is not None,
     )
+    return save if loss is None or isinstance(save, str) else _head_refusal(chain[-1], loss) or save
+
+
+def _head_refusal(layer: Layer, loss: Node) -> str | None:
+    """Why the loss behind a layer stays as it is, or None."""
+    given = arguments_of(loss)
+    if any(given.get(name) is not None for name in ("weight", "size_average", "reduce")):
+        return "it weighs elements, or says in an old way how to sum them"
+    target, weights = value(given["target"]), given.get("pos_weight")
+    pos_weight = None if weights is None else value(weights)
+    if not (target.is_floating_point() and (pos_weight is None or is_real(pos_weight))):
+        return "its target or pos_weight is not real"
+    return loss_refusal(value(layer.operands[0]), target, pos_weight, value(layer.linear).shape[-1], KINDS)
 
 
 def _operands(chain: list[Layer]) -> tuple[Node, list[Node], list[Node]]:
@@ -111,11 +134,12 @@ def _operands(chain: list[Layer]) -> tuple[Node, list[Node], list[Node]]:
 
 
 def _kind_refusal(chain: list[Layer]) -> str | None:
-    nodes = {node for layer in chain for node in (*layer.operands, layer.linear, layer.y) if node is not None}
+    outputs = [node for layer in chain for node in (layer.linear, layer.activation) if node is not None]
+    nodes = [*outputs, *(node for layer in chain for node in layer.operands if node is not None)]
     kinds = sorted({type(value(node)).__name__ for node in nodes if type(value(node)) not in KINDS})
     if kinds:
         return f"a {kinds[0]} has rules of its own"
-    if len({value(node).dtype for layer in chain for node in (layer.linear, layer.y)}) > 1:
+    if len({value(node).dtype for node in outputs}) > 1:
         return "its dtype changes on the way"
     return None
 
@@ -128,8 +152,9 @@ def _circumstances(chain: list[Layer]) -> tuple[torch.dtype, bool, bool]:
 
 
 def _replace(gm: GraphModule, chain: list[Layer], save: tuple[int, ...]) -> None:
-    """One op in the place of the chain, called where its last layer was."""
+    """One op in the place of the chain, called where its last layer, or the loss behind that one, was."""
     last, dtype = chain[-1], value(chain[0].linear).dtype
+    head = last.head or ()
     made: list[Node] = []
 
     def cast(node: Node | None) -> Node | None:
@@ -139,21 +164,23 @@ def _replace(gm: GraphModule, chain: list[Layer], save: tuple[int, ...]) -> None
         made.append(gm.graph.call_method("to", (node, dtype)))
         return made[-1]
 
-    with gm.graph.inserting_before(last.linear):
-        if len(chain) == 1:
+    with gm.graph.inserting_before(last.loss or last.linear):
+        if len(chain) == 1 and not head:
             arguments = (*map(cast, last.operands), last.name, None)
             made.append(gm.graph.call_function(registered.linear_act.default, arguments))
         else:
             x, *parameters = _operands(chain)
-            arguments = (cast(x), *([*map(cast, of)] for of in parameters), chain[0].name, last.name, [*save], None)
-            made.append(gm.graph.call_function(registered.mlp.default, arguments))
+            operands = (cast(x), *([*map(cast, of)] for of in parameters))
+            op = registered.mlp_bce if head else registered.mlp
+            arguments = (*operands, chain[0].name, last.name, [*save], None, *head)
+            made.append(gm.graph.call_function(op.default, arguments))
             made.append(gm.graph.call_function(operator.getitem, (made[-1], 0)))
     for node in made:
         node.meta = {name: of for name, of in last.y.meta.items() if name != "example_value"}
     made[-1].meta["example_value"] = value(last.y)
     last.y.replace_all_uses_with(made[-1])
     for layer in reversed(chain):
-        for node in (layer.activation, layer.linear):
+        for node in (layer.loss, layer.activation, layer.linear):
             if node is not None:
                 gm.graph.erase_node(node)
 

@@ -1,8 +1,9 @@
 """Linear layers in a graph that Dynamo has captured, the chains that they form, and what forbids to join them."""
 
+import inspect
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,24 +12,31 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ...kernels.activations import ACTIVATIONS
+from ..functional.checks import REDUCTIONS
 
 # As functions and as methods, which may write over their input.
 NAMES = {name + in_place: name for name in ACTIVATIONS if name != "identity" for in_place in ("", "_")}
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size)
 FUNCTIONS = {getattr(home, name): NAMES[name] for home in (torch, F, Tensor) for name in NAMES if hasattr(home, name)}
+# The cross entropy from logits, with the names of its arguments in their order.
+LOSSES: dict[Any, tuple[str, ...]] = {
+    F.binary_cross_entropy_with_logits: tuple(inspect.signature(F.binary_cross_entropy_with_logits).parameters),
+    torch.binary_cross_entropy_with_logits: ("input", "target", "weight", "pos_weight", "reduction"),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A call of `F.linear`, and the call of an activation that alone takes its output."""
+    """A call of `F.linear`, and the call of an activation or of a loss that alone takes its output."""
 
     linear: Node
     activation: Node | None
     name: str  # of the activation, "identity" without one
+    loss: Node | None = None  # the binary cross entropy, of which a layer without activation gives the logit
 
     @property
     def y(self) -> Node:
-        return self.activation or self.linear
+        return self.loss or self.activation or self.linear
 
     @property
     def operands(self) -> tuple[Node, Node, Node | None]:
@@ -36,6 +44,21 @@ class Layer:
         bound: dict[str, Any] = dict(zip(("input", "weight", "bias"), self.linear.args, strict=False))
         bound |= self.linear.kwargs
         return bound["input"], bound["weight"], bound.get("bias")
+
+    @property
+    def head(self) -> tuple[Node, Node | None, str, torch.dtype] | None:
+        """The loss's target, pos_weight, reduction and dtype, or None without a loss."""
+        if self.loss is None:
+            return None
+        given = {"reduction": "mean", "pos_weight": None} | arguments_of(self.loss)
+        reduction = given["reduction"]
+        reduction = REDUCTIONS[reduction] if isinstance(reduction, int) else reduction
+        return given["target"], given["pos_weight"], reduction, value(self.loss).dtype
+
+
+def arguments_of(loss: Node) -> dict[str, Any]:
+    """The arguments of a cross entropy by name."""
+    return dict(zip(LOSSES[loss.target], loss.args, strict=False)) | loss.kwargs
 
 
 def value(node: Node) -> Any:
@@ -62,8 +85,20 @@ def layers_of(graph: Graph) -> list[Layer]:
             activation, name = _activation(linear, calls.order)
             if activation is not None and calls.change_the_mode(linear, activation):
                 activation, name = None, "identity"
-            layers.append(Layer(linear, activation, name))
+            layer = Layer(linear, activation, name, None if activation else _loss(linear))
+            # A layer and its loss are called where the loss was.
+            layers.append(replace(layer, loss=None) if layer.loss and calls.interfere([layer]) else layer)
     return layers
+
+
+def _loss(linear: Node) -> Node | None:
+    """The cross entropy that alone takes a linear layer's output, and only as the logits of an equal shape."""
+    loss, *others = linear.users or [None]
+    if loss is None or others or loss.op != "call_function" or loss.target not in LOSSES:
+        return None
+    given = arguments_of(loss)
+    alone = given.pop("input") is linear and linear not in given.values()
+    return loss if alone and value(given["target"]).shape == value(linear).shape else None
 
 
 def _activation(linear: Node, order: dict[Node, int]) -> tuple[Node | None, str]:
@@ -139,7 +174,7 @@ class Calls:
         Where gradients are wanted a network reads its operands again: nothing may write to them later either.
         """
         first, last = chain[0].linear, chain[-1].y
-        own = {node for layer in chain for node in (layer.linear, layer.activation)}
+        own = {node for layer in chain for node in (layer.linear, layer.activation, layer.loss)}
         storages = {_storage(node) for layer in chain for node in layer.operands if node is not None}
         trained = any(value(layer.linear).requires_grad for layer in chain)
         return (

@@ -120,12 +120,12 @@ def broadcast_bias(x, weights, biases) -> int | None:
     return found
 
 
-def loss_refusal(x, target, pos_weight, n: int) -> str | None:
-    """Why the kernels do not take this loss, or None."""
+def loss_refusal(x, target, pos_weight, n: int, kinds: tuple[type, ...] = eligibility.PLAIN) -> str | None:
+    """Why the kernels do not take this loss, or None. kinds: the types of tensors that are plain ones."""
     for name, tensor in (("target", target), ("pos_weight", pos_weight)):
         if tensor is None:
             continue
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        if type(tensor) not in kinds:
             return f"{name} is a {type(tensor).__name__}, a subclass of Tensor with rules of its own"
         if tensor.requires_grad:
             return f"{name} wants a gradient"

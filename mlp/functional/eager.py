@@ -14,12 +14,15 @@ from ...kernels.records import IMPLS, NotCompiledError
 ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 
-def torch_network(x, weights, biases, hidden, output) -> Tensor:
-    """act(x @ weight.T + bias) for each layer in turn; biases: None for none."""
+def torch_network(x, weights, biases, hidden, output, head=()) -> Tensor:
+    """act(x @ weight.T + bias) for each layer in turn; biases: None for none.
+
+    head: the target, pos_weight and reduction of the cross entropy of what comes out.
+    """
     for l, weight in enumerate(weights):
         act = ACTIVATIONS[output if l == len(weights) - 1 else hidden]
         x = act.forward(F.linear(x, weight, None if biases is None else biases[l]))
-    return x
+    return torch_bce(x, *head) if head else x
 
 
 def torch_bce(z, target, pos_weight, reduction) -> Tensor:

@@ -10,7 +10,7 @@ from torch._C._functorch import peek_interpreter_stack
 
 from ...kernels import eligibility, ops, reference
 from ...kernels.registration import registered
-from .eager import torch_bce, torch_network
+from .eager import torch_network
 
 
 class LinearActFunction(torch.autograd.Function):
@@ -155,9 +155,7 @@ class MlpBceFunction(torch.autograd.Function):
             options = (ctx.hidden, "identity", needs_grad, ctx.plan, head)
             return ops.mlp_bwd(dloss, x, tuple(saved), weights, biases, *options)
 
-        def in_torch(x, weights, biases):
-            return torch_bce(torch_network(x, weights, biases, ctx.hidden, "identity"), *head)
-
+        in_torch = partial(torch_network, hidden=ctx.hidden, output="identity", head=head)
         dx, *others = network_bwd(dloss, inputs, ctx.layers, wanted, fused, in_torch)
         return dx, *(None,) * 7, *others
 

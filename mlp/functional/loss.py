@@ -10,6 +10,7 @@ from .checks import REDUCTIONS, check_loss, check_network, is_real, loss_refusal
 from .eager import ERRORS, is_for_torch, product_dtype, torch_bce, torch_network
 from .functions import MlpBceFunction
 from .network import mlp_act, network_plans, network_takes_torch
+from .traced import traced_network
 
 
 def linear_sigmoid_bce(
@@ -64,6 +65,7 @@ def mlp_sigmoid_bce(
     On a GPU a network of one segment takes two launches for loss and gradients when one program covers the batch;
     predictions are never written to memory. Gradients reach x and the parameters; where target wants one too, the
     network runs as `mlp_act` and torch's loss, as it does on a CPU. pos_weight may want none: torch has none for it.
+    torch.compile sees one op where kernels take the network and its loss whatever the batch.
     """
     try:
         n = weights[-1].shape[0]
@@ -75,26 +77,27 @@ def mlp_sigmoid_bce(
         ):
             raise ValueError
         if network_takes_torch(x, weights, biases, (activation,), impl):
-            return torch_bce(torch_network(x, weights, biases, activation, "identity"), target, pos_weight, reduction)
+            return torch_network(x, weights, biases, activation, "identity", (target, pos_weight, reduction))
         refused = loss_refusal(x, target, pos_weight, n)
         if refused and impl == "triton":
             raise NotImplementedError(f'impl="triton": {refused}')
+        head = (target, pos_weight, reduction, torch.float32 if product_dtype(x)[1] else target.dtype)
+        if torch.compiler.is_compiling() and not refused:
+            loss = traced_network(x, weights, biases, activation, "identity", impl, *head)
+            if loss is not None:
+                return loss
         found = None if refused else network_plans(x, weights, biases, impl, loss=True)
         if found is None or not found[1].forward.triton:
             z = mlp_act(x, weights, biases, activation, "identity", impl=impl)
             return torch_bce(z, target, pos_weight, reduction)
-        dtype = torch.float32 if product_dtype(x)[1] else target.dtype
         (x, weights, biases), plans = found
-        if pos_weight is not None:
-            pos_weight = (pos_weight if pos_weight.is_floating_point() else pos_weight.float()).expand(n)
-        head = (target, pos_weight, reduction, dtype)
         if plans.backward is None:
             return ops.mlp_fwd(x, weights, biases, activation, "identity", plans.forward, head=head)[0]
         parameters = (*weights, *(biases or ()))
         return MlpBceFunction.apply(x, *head, activation, plans, len(weights), *parameters)
     except ERRORS as error:
         if is_for_torch(error, x, weights, (activation,), impl):
-            return torch_bce(torch_network(x, weights, biases, activation, "identity"), target, pos_weight, reduction)
+            return torch_network(x, weights, biases, activation, "identity", (target, pos_weight, reduction))
         check_network(x, weights, biases, (activation, "identity"), impl)
         check_loss(x, weights, target, pos_weight, reduction)
         raise

@@ -19,21 +19,22 @@ from .functions import layer_bwd, linear_act_backward, network_bwd, save_layer, 
 
 
 def _save_mlp(ctx, inputs, output):
-    x, weights, biases, ctx.hidden, ctx.output, ctx.save, ctx.impl = inputs
-    ctx.layers = len(weights)
+    x, weights, biases, ctx.hidden, ctx.output, ctx.save, ctx.impl, *head = inputs
+    ctx.layers, ctx.head = len(weights), head[2:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *weights, *biases, *output[1])
+    ctx.save_for_backward(x, *weights, *biases, *head[:2], *output[1])
 
 
 def _mlp_bwd(ctx, dy, _):
     need_dx, need_dweights, need_dbiases, *_ = ctx.needs_input_grad
     wanted = (need_dx, *need_dweights, *need_dbiases)
-    tensors = ctx.saved_tensors
-    inputs, saved = tensors[: len(wanted)], tensors[len(wanted) :]
+    tensors, first = ctx.saved_tensors, len(wanted) + len(ctx.head)  # of a loss, as many tensors as options
+    inputs, head, saved = tensors[: len(wanted)], (*tensors[len(wanted) : first], *ctx.head), tensors[first:]
+    backward = registered.mlp_bce_backward if head else registered.mlp_backward
 
     def fused(x, weights, biases, needs_grad):
         options = (ctx.hidden, ctx.output, ctx.save, wanted, ctx.impl)
-        dx, flat = registered.mlp_backward(dy, x, weights, biases or (), saved, *options)
+        dx, flat = backward(dy, x, weights, biases or (), saved, *options, *head)
         *starts, _ = mlp_slots((x.shape[-1], *(weight.shape[0] for weight in weights)), needs_grad)
         dweights, dbiases = (
             [None if at < 0 else flat[at : at + of.numel()].view(of.shape) for at, of in zip(ats, tensors, strict=True)]
@@ -41,10 +42,11 @@ def _mlp_bwd(ctx, dy, _):
         )
         return dx if need_dx else None, dweights, dbiases
 
-    in_torch = partial(torch_network, hidden=ctx.hidden, output=ctx.output)
+    in_torch = partial(torch_network, hidden=ctx.hidden, output=ctx.output, head=head[:3])
     dx, *others = network_bwd(dy, inputs, ctx.layers, wanted, fused, in_torch)
     # torch takes an empty list for one of tensors, and wants a list back.
-    return dx, others[: ctx.layers], others[ctx.layers :], None, None, None if ctx.save else [], None
+    options = (None, None, None if ctx.save else [], None, *(None for _ in head))
+    return dx, others[: ctx.layers], others[ctx.layers :], *options
 
 
 torch.library.register_autograd(
@@ -53,7 +55,8 @@ torch.library.register_autograd(
     setup_context=save_layer,
     lib=library,
 )
-torch.library.register_autograd(registered.mlp.default, _mlp_bwd, setup_context=_save_mlp, lib=library)
+for _op in (registered.mlp.default, registered.mlp_bce.default):
+    torch.library.register_autograd(_op, _mlp_bwd, setup_context=_save_mlp, lib=library)
 
 
 # --- what is traced ----------------------------------------------------------------------------------------
@@ -76,19 +79,24 @@ def traced_layer(x, weight, bias, activation, impl) -> Tensor:
     return registered.linear_act(x, weight, bias, activation, impl)
 
 
-def traced_network(x, weights, biases, hidden, output, impl) -> Tensor | None:
-    """The whole network as one op, or None where its layers are traced one by one."""
+def traced_network(x, weights, biases, hidden, output, impl, *head) -> Tensor | None:
+    """The whole network as one op, or None where its layers are traced one by one.
+
+    head: the target, pos_weight, reduction and dtype of the cross entropy that it ends in.
+    """
     tensors = (x, *weights, *(biases or ()))
     if not _all_tensors(tensors) or len(biases or weights) != len(weights):
         return None
     dtype, autocast = product_dtype(x)
-    save = eligibility.traced_boundaries(x, weights, biases, dtype, autocast, _training(tensors), impl)
+    circumstances = (dtype, autocast, _training(tensors), impl)
+    save = eligibility.traced_boundaries(x, weights, biases, *circumstances, loss=bool(head))
     if isinstance(save, str):
         return None
     if autocast:
         x, *tensors = (tensor.to(dtype) for tensor in tensors)
         weights, biases = split_parameters(tensors, len(weights))
-    return registered.mlp(x, [*weights], [*(biases or ())], hidden, output, [*save], impl)[0]
+    op = registered.mlp_bce if head else registered.mlp
+    return op(x, [*weights], [*(biases or ())], hidden, output, [*save], impl, *head)[0]
 
 
 def _all_tensors(tensors) -> bool:

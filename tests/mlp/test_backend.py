@@ -533,6 +533,84 @@ def across_a_graph_break(x, w1, w2):
     return last(h, w2)
 
 
+def loss(z, x, **options):
+    """The cross entropy from logits of soft targets that depend on x but want no gradient."""
+    return F.binary_cross_entropy_with_logits(z, x.detach()[:, :3].sigmoid(), **options)
+
+
+@function({"mlp_bce": 1})
+def ends_in_a_loss(x, w1, w2):
+    return loss(F.linear(first(x, w1), w2), x)
+
+
+@function({"mlp_bce": 1})
+def ends_in_the_builtin_loss(x, w1, w2):
+    # One layer is a network too. 2 stands for the sum.
+    return torch.binary_cross_entropy_with_logits(F.linear(x, w1[:3]), x.detach()[:, :3].sigmoid(), None, None, 2)
+
+
+@function({"mlp_bce": 1, "mlp": 1})
+def is_taught_by_a_network(x, w1, w2):
+    target = last(first(-x, w1), w2).detach()
+    return F.binary_cross_entropy_with_logits(target=target, input=F.linear(first(x, w1), w2), reduction="none")
+
+
+@function({"mlp": 1})
+def keeps_the_logit(x, w1, w2):
+    z = F.linear(first(x, w1), w2)
+    return loss(z, x), z
+
+
+@function({"mlp": 1})
+def weighs_the_loss(x, w1, w2):
+    return loss(F.linear(first(x, w1), w2), x, weight=torch.rand_like(x[:, :3]).zero_() + 2)
+
+
+@function({"mlp": 1})
+def says_in_a_way_of_old_how_to_sum(x, w1, w2):
+    return loss(F.linear(first(x, w1), w2), x, size_average=False)
+
+
+@function({"mlp": 1})
+def takes_the_logit_for_the_target(x, w1, w2):
+    z = F.linear(first(x, w1), w2)
+    return F.binary_cross_entropy_with_logits(z, z)
+
+
+@function({})
+def broadcasts_the_logit(x, w1, w2):
+    return torch.binary_cross_entropy_with_logits(F.linear(x[0], w1[:3]), x.detach()[:, :3].sigmoid())
+
+
+@function({"linear_act": 1, "mlp_bce": 1})
+def writes_to_the_input_before_the_loss(x, w1, w2):
+    z = F.linear(first(x, w1), w2)
+    x.add_(1)
+    return loss(z, x)
+
+
+@function({})
+def writes_to_the_layers_input_before_the_loss(x, w1, w2):
+    z = F.linear(x, w1[:3])
+    x.add_(1)
+    return loss(z, x)
+
+
+@function({"mlp_bce": 1})
+def writes_to_the_target_before_the_loss(x, w1, w2):
+    target = x.detach().sigmoid()[:, :3]
+    z = F.linear(first(x, w1), w2)
+    target.mul_(0.5)
+    return F.binary_cross_entropy_with_logits(z, target)
+
+
+@function({"mlp": 1})
+def gradients_off_for_the_loss(x, w1, w2):
+    z = F.linear(first(x, w1), w2)
+    with torch.no_grad():
+        return loss(z, x)
+
+
 CASES = [case for case in list(globals().values()) if type(case).__name__ == "ParameterSet"]
 
 
@@ -582,6 +660,104 @@ def test_a_frozen_network_whose_input_changes_later(chip):
         assert calls(record) == ops
 
 
+# --- networks that end in the cross entropy -------------------------------------------------------------------------
+
+# Reduction, bias, pos_weight and layers: between them each of its kinds.
+LOSSES = {
+    "mean": ("mean", True, None, 2),
+    "sum": ("sum", False, [0.5, 1.0, 2.0], 3),
+    "none": ("none", True, [1, 2, 3], 1),
+}
+
+
+class Classifier(nn.Module):
+    """A module that returns its loss: of soft targets that depend on x."""
+
+    def __init__(self, reduction="mean", bias=True, pos_weight=None, layers=2):
+        super().__init__()
+        self.hidden = nn.ModuleList([nn.Linear(6 if l == 0 else 8, 8, bias) for l in range(layers - 1)])
+        self.out = nn.Linear(6 if layers == 1 else 8, 3, bias)
+        self.criterion = nn.BCEWithLogitsLoss(
+            reduction=reduction, pos_weight=None if pos_weight is None else torch.tensor(pos_weight)
+        )
+        self.to(DEVICE)
+
+    def forward(self, x):
+        target, dtype = x.detach()[:, :3].sigmoid(), self.out.weight.dtype
+        x = x.to(dtype)
+        for layer in self.hidden:
+            x = torch.tanh(layer(x))
+        return self.criterion(self.out(x), target)
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("kind", LOSSES.values(), ids=LOSSES)
+def test_a_network_and_its_loss_in_kernels(kind, dynamic, chip, monkeypatch):
+    model = Classifier(*kind)
+    launched = []
+    if KERNELS is not None:
+        from perceptriton.kernels.gpu import network
+
+        launched = [spy_on(monkeypatch, network, f"mlp_{way}_kernel").launches for way in ("fwd", "bwd")]
+    seen = []
+    for ours in (True, False):
+        torch._dynamo.reset()
+        record = AotEagerAndRecordGraphs()
+        net = (compiled if ours else torch.compile)(
+            model, **{"inner" if ours else "backend": record}, dynamic=dynamic, fullgraph=True
+        )
+        for rows in (2, 3, 7):
+            x = torch.randn(rows, 6, device=DEVICE)
+            close(results(net, x), results(model, x))
+        seen.append([len(graphs) for graphs in (record.graphs, record.fw_graphs, record.bw_graphs)])
+        assert set(calls(record)) == ({"mlp_bce"} if ours else set())
+    assert seen[0] == seen[1]
+    assert [len(launches) for launches in launched] in ([], [3, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "half"])
+def test_losses_in_half_precision(autocast, dtype, chip):
+    model, x = Classifier(), torch.randn(ROWS, 6, device=DEVICE)
+    model = model if autocast else model.to(dtype)
+    record = AotEagerAndRecordGraphs()
+    with torch.autocast(torch.device(DEVICE).type, dtype, enabled=autocast):
+        found, expected = results(compiled(model, record), x), results(model, x)
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    assert found[0].dtype == torch.float32
+    close(found, expected, 3e-2)
+    assert calls(record) == {"mlp_bce": 1}
+
+
+@pytest.mark.slow
+def test_the_list_says_what_became_of_a_loss(chip):
+    x, target = torch.randn(ROWS, 6, device=DEVICE), torch.rand(ROWS, 3, device=DEVICE)
+    layer, wide = nn.Linear(6, 3, device=DEVICE), nn.Linear(6, 300, device=DEVICE)
+
+    def listed(target, layer=layer, **options):
+        torch._dynamo.reset()
+        (one,) = explain(lambda: F.binary_cross_entropy_with_logits(layer(x), target, **options))
+        return one.op, one.reason.rpartition("; ")[2]
+
+    why = "not with the cross entropy behind: "
+    assert listed(target) == ("mlp_bce", "runs as one with the cross entropy: identity")
+    wanting = target.clone().requires_grad_()
+    assert listed(wanting) == (None, f"{why}target wants a gradient")
+    with torch.no_grad():  # with gradients torch refuses it
+        assert listed(target, pos_weight=wanting[0]) == (None, f"{why}pos_weight wants a gradient")
+        assert listed(target.to(torch.complex64)) == (None, f"{why}its target or pos_weight is not real")
+    assert listed(target.double())[1].startswith(f"{why}target is torch.float64 on ")
+    assert listed(target, weight=target[0]) == (None, f"{why}it weighs elements, or says in an old way how to sum them")
+    assert listed(torch.rand(ROWS, 300, device=DEVICE), wide) == (
+        None,
+        f"{why}a width of 300: networks stay on chip up to 128",
+    )
+
+
 # --- random programs ----------------------------------------------------------------------------------------------
 
 # What a statement may be, in which X and Y are values so far, W and B a weight and a bias, and ACT a function.
@@ -600,6 +776,7 @@ STATEMENTS = {
     "with torch.no_grad(): NEW = ACT(F.linear(X, W, B))": 0.6,
     "NEW = X; Y.mul_(0.5)": 2,
     "NEW = X; W.add_(0.1)": 2,
+    "NEW = F.binary_cross_entropy_with_logits(F.linear(X, W, B), Y.detach().sigmoid(), reduction='none')": 2,
     "NEW = Y[0]; NEW.zero_(); NEW = X": 1,
 }
 

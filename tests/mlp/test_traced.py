@@ -3,13 +3,14 @@
 import copy
 import functools
 import itertools
+import math
 import re
 from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import FLOOR, kernel_device, relative_error
+from cases import FLOOR, kernel_device, relative_error, spy_on
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
@@ -27,6 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 mlp, mlp_backward = torch.ops.perceptriton.mlp.default, torch.ops.perceptriton.mlp_backward.default
+mlp_bce, mlp_bce_backward = torch.ops.perceptriton.mlp_bce.default, torch.ops.perceptriton.mlp_bce_backward.default
 
 # widths and what a network of them saves: where its backward pass is cut, as is that of three layers of 64 in fp32
 NETWORKS = {"xor": ((2, 2, 1), []), "ragged": ((5, 17, 3), []), "cut": ((3, 64, 60, 2), [2])}
@@ -57,11 +59,15 @@ def make(widths, leading=(6,), bias=True, dtype=torch.float64):
     return x, parameters[: len(pairs)], parameters[len(pairs) :], dy
 
 
-def plain(x, weights, biases):
+def logits(x, weights, biases):
     for l, weight in enumerate(weights):
         z = F.linear(x, weight, biases[l] if biases else None)
-        x = torch.sigmoid(z) if l == len(weights) - 1 else torch.tanh(z)
-    return x
+        x = torch.tanh(z)
+    return z
+
+
+def plain(x, weights, biases):
+    return torch.sigmoid(logits(x, weights, biases))
 
 
 def results(function, x, weights, biases, dy):
@@ -76,6 +82,29 @@ def op(save):
     return lambda x, weights, biases: mlp(x, weights, biases, "tanh", "sigmoid", save, IMPL)[0]
 
 
+def head(x, weights, reduction="none"):
+    """Soft targets and weights of their own for each output."""
+    shape = (*x.shape[:-1], weights[-1].shape[0])
+    target = torch.linspace(0, 1, math.prod(shape), device=DEVICE).view(shape)
+    return target, torch.linspace(0.5, 2, shape[-1], device=DEVICE), reduction
+
+
+def plain_loss(x, weights, biases):
+    return loss_of(logits(x, weights, biases), *head(x, weights))
+
+
+def loss_of(z, target, pos_weight, reduction):
+    return F.binary_cross_entropy_with_logits(z, target, pos_weight=pos_weight, reduction=reduction)
+
+
+def loss_op(save):
+    def call(x, weights, biases):
+        return mlp_bce(x, weights, biases, "tanh", "identity", save, IMPL, *head(x, weights), torch.float32)[0]
+
+    return call
+
+
+every_op = pytest.mark.parametrize(("op", "plain"), [(op, plain), (loss_op, plain_loss)], ids=["mlp", "mlp_bce"])
 every_network = pytest.mark.parametrize(("widths", "save"), NETWORKS.values(), ids=NETWORKS)
 
 
@@ -95,6 +124,59 @@ def test_errors_are_those_of_torch(widths, save, bias):
         assert relative_error(own, want) <= 2 * relative_error(other, want) + FLOOR[torch.float32]
     zeros = [torch.zeros_like(t) for t in ours]
     assert all(relative_error(own, want) > 0.5 for own, want in zip(zeros, expected, strict=True))
+
+
+# widths, reduction, pos_weight, dtype of x and the parameters, bias: between them each of its kinds
+LOSSES = {
+    "mean": ((5, 17, 3), "mean", None, torch.float32, True),
+    "layer": ((5, 3), "sum", [0.5, 1.0, 2.0], torch.float32, False),
+    "integers": ((5, 17, 3), "none", [1, 2, 3], torch.float32, False),
+    "number": ((3, 64, 60, 2), "mean", 3.0, torch.float32, True),
+    "bf16": ((5, 17, 3), "mean", [2.0], torch.bfloat16, True),
+    "fp16": ((5, 17, 16, 3), "none", None, torch.float16, True),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.interpreter
+@pytest.mark.core
+@pytest.mark.parametrize(("widths", "reduction", "weighted", "dtype", "bias"), LOSSES.values(), ids=LOSSES)
+def test_errors_of_losses_are_those_of_torch(widths, reduction, weighted, dtype, bias, monkeypatch):
+    *own, dy = make(widths, (40,), bias, dtype)
+    truth = [[t.double() for t in part] if isinstance(part, list) else part.double() for part in own]
+    target = torch.rand(40, widths[-1], device=DEVICE)
+    pos_weight = None if weighted is None else torch.tensor(weighted, device=DEVICE)
+    dy = dy.float() if reduction == "none" else dy.float().sum()
+    launched = []
+    if KERNELS is not None:
+        from perceptriton.kernels.gpu import network
+
+        launched = [spy_on(monkeypatch, network, f"mlp_{way}_kernel").launches for way in ("fwd", "bwd")]
+    save = [2] if len(widths) > 3 and dtype == torch.float32 else []
+
+    def ours(x, weights, biases):
+        options = ("tanh", "identity", save, IMPL, target, pos_weight, reduction, torch.float32)
+        return mlp_bce(x, weights, biases, *options)[0]
+
+    def torchs(x, weights, biases):
+        # torch computes a loss of a half in the half, not in the dtype that it has.
+        z = logits(x, weights, biases)
+        wide = torch.promote_types(z.dtype, target.dtype)
+        return loss_of(z.to(wide), target.to(wide), pos_weight, reduction)
+
+    found, other = results(ours, *own, dy), results(torchs, *own, dy)
+    for mine, theirs, want in zip(found, other, results(torchs, *truth, dy.double()), strict=True):
+        assert mine.dtype == theirs.dtype
+        assert relative_error(mine, want) <= 2 * relative_error(theirs, want) + FLOOR[dtype]
+    assert all(map(bool, launched))
+
+
+@pytest.mark.gpu
+@pytest.mark.interpreter
+@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
+def test_a_loss_of_every_number_of_rows(leading):
+    tensors = make((5, 17, 3), leading, dtype=torch.float32)
+    torch.testing.assert_close(results(loss_op([]), *tensors), results(plain_loss, *tensors), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -123,7 +205,8 @@ def test_only_what_is_wanted(wanted):
 @pytest.mark.gpu
 @pytest.mark.interpreter
 @pytest.mark.parametrize("first", [True, False], ids=["forward", "backward"])
-def test_plans_that_change_on_the_way(first, monkeypatch):
+@every_op
+def test_plans_that_change_on_the_way(op, plain, first, monkeypatch):
     # A direction whose plan is not that of the program's any more computes the same in plain operations.
     widths, save = NETWORKS["cut"]
     tensors = make(widths, dtype=torch.float32)
@@ -157,7 +240,27 @@ def test_ops_are_registered_right(widths, save, bias):
     assert set(forward.values()) | set(backward.values()) == {"SUCCESS"}
 
 
-def test_gradients_of_gradients():
+@pytest.mark.interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize(("reduction", "bias"), [("none", True), ("mean", False)], ids=["none", "mean"])
+def test_ops_of_losses_are_registered_right(reduction, bias):
+    x, weights, biases, dy = make((3, 64, 60, 2), bias=bias, dtype=torch.float32)
+    target, pos_weight, _ = head(x, weights)
+    options = (target, pos_weight if bias else None, reduction, torch.float32)
+    own = [t.requires_grad_() for t in (x, *weights, *biases)]
+    forward = torch.library.opcheck(mlp_bce, (x, weights, biases, "tanh", "identity", [2], IMPL, *options))
+    x, *parameters = (t.detach() for t in own)
+    weights, biases = parameters[:3], parameters[3:]
+    loss, saved = mlp_bce(x, weights, biases, "tanh", "identity", [2], IMPL, *options)
+    wanted = [index % 3 != 1 for index in range(len(own))]
+    dy = dy if reduction == "none" else torch.ones_like(loss)
+    arguments = (dy, x, weights, biases, saved, "tanh", "identity", [2], wanted, IMPL, *options)
+    backward = torch.library.opcheck(mlp_bce_backward, arguments)
+    assert set(forward.values()) | set(backward.values()) == {"SUCCESS"}
+
+
+@every_op
+def test_gradients_of_gradients(op, plain):
     x, weights, biases, dy = make((5, 17, 3), dtype=torch.float32)
     inputs = [t.requires_grad_() for t in (x, *weights, *biases)]
 
@@ -177,18 +280,25 @@ def no_launches(monkeypatch):
 
 
 @pytest.mark.parametrize("stacked", [(0,), (0, 1), (2, 5)], ids=str)
-def test_vmap_takes_plain_operations(stacked, no_launches):
+@every_op
+def test_vmap_takes_plain_operations(op, plain, stacked, no_launches):
     x, weights, biases, _ = make((3, 64, 60, 2), dtype=torch.float32)
     inputs = [x, *weights, *biases]
     dims = [0 if index in stacked else None for index in range(len(inputs))]
     inputs = [t if dim is None else torch.stack([t, 2 * t, -t]) for t, dim in zip(inputs, dims, strict=True)]
-    found = torch.vmap(lambda x, *own: mlp(x, own[:3], own[3:], "tanh", "sigmoid", [2], IMPL), tuple(dims))(*inputs)
+    found = torch.vmap(lambda x, *own: op([2])(x, own[:3], own[3:]), tuple(dims))(*inputs)
     expected = torch.vmap(lambda x, *own: plain(x, own[:3], own[3:]), tuple(dims))(*inputs)
-    torch.testing.assert_close(found[0], expected)
-    assert found[1][0].shape == (3, 6, 64)
+    torch.testing.assert_close(found, expected)
 
 
-def test_batched_gradients_take_plain_operations(monkeypatch):
+def test_what_is_saved_under_vmap(no_launches):
+    x, weights, biases, _ = make((3, 64, 60, 2), dtype=torch.float32)
+    _, saved = torch.vmap(lambda x: mlp(x, weights, biases, "tanh", "sigmoid", [2], IMPL))(torch.stack([x, -x]))
+    assert [t.shape for t in saved] == [(2, 6, 64)]
+
+
+@every_op
+def test_batched_gradients_take_plain_operations(op, plain, monkeypatch):
     x, weights, biases, _ = make((5, 17, 3), dtype=torch.float32)
     inputs = [t.requires_grad_() for t in (x, *weights, *biases)]
     y, dys = op([])(x, weights, biases), torch.randn(4, 6, 3, device=DEVICE)
@@ -219,6 +329,20 @@ def test_ops_name_what_does_not_fit(change, message):
     x, weights, biases, _ = make((5, 17, 3), dtype=torch.float32)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         mlp(*change(x, weights, biases), "tanh", "sigmoid", [], IMPL)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="messages name the CPU")
+def test_ops_of_losses_name_what_does_not_fit():
+    x, weights, biases, _ = make((5, 17, 3), dtype=torch.float32)
+    call = functools.partial(mlp_bce, x, weights, biases, "tanh")
+    target = torch.rand(6, 3)
+    for output, given, message in (
+        ("identity", target[:, :2], r"target (6, 2) on cpu has not the shape and device of the output (6, 3) on cpu"),
+        ("identity", target.to("meta"), r"target (6, 3) on meta has not the shape and device of"),
+        ("sigmoid", target, r"output is 'sigmoid', but the loss takes a logit"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            call(output, [], IMPL, given, None, "mean", torch.float32)
 
 
 # --- when they are used -------------------------------------------------------------------------------------------
@@ -300,17 +424,42 @@ def test_autocast_and_inference(bias, chip):
     assert [node.args[5] for g in record.graphs for node in g.graph.nodes if "mlp" in str(node.target)] == [[2], []]
 
 
+# widths, options, whether autocast is on, and what the graphs hold
+WITH_LOSS = {"mlp_bce", "mlp_bce_backward"}
+BEHIND = {
+    "network": ((5, 17, 3), {}, False, WITH_LOSS),
+    "layer": ((5, 3), {"reduction": "none", "pos_weight": torch.tensor([1, 2, 3])}, False, WITH_LOSS),
+    "autocast": ((5, 17, 3), {"reduction": "sum"}, True, WITH_LOSS),
+    "wide": ((5, 200, 3), {}, False, LAYERS),
+    "odd-weights": ((5, 17, 3), {"pos_weight": torch.full((1, 3), 2.0)}, False, WHOLE),
+}
+
+
 @pytest.mark.slow
-def test_a_loss_behind_a_network(chip):
-    x, weights, biases, target = make((5, 17, 3), dtype=torch.float32)
-    target = target.sigmoid()
+@pytest.mark.parametrize(("widths", "options", "autocast", "held"), BEHIND.values(), ids=BEHIND)
+def test_a_loss_behind_a_network(widths, options, autocast, held, chip):
+    x, weights, biases, target = make(widths, dtype=torch.float32)
     inputs = [t.requires_grad_() for t in (x, *weights, *biases)]
-    record = AotEagerAndRecordGraphs()
-    compiled = torch.compile(mlp_sigmoid_bce, backend=record, fullgraph=True)
-    losses = [call(x, weights, biases, target, "tanh") for call in (compiled, mlp_sigmoid_bce)]
-    torch.testing.assert_close(*(torch.autograd.grad(loss, inputs) for loss in losses), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(*losses)
-    assert names(record) == WHOLE
+    options = {name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in options.items()}
+    record, alone = AotEagerAndRecordGraphs(), AotEagerAndRecordGraphs()
+
+    def in_torch(x, weights, biases, target, activation, reduction="mean", pos_weight=None):
+        return loss_of(logits(x, weights, biases), target, pos_weight, reduction)
+
+    for call, backend in ((mlp_sigmoid_bce, record), (in_torch, alone)):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, backend=backend, fullgraph=True)
+        for rows in (2, 3, 6):
+            arguments = (x[:rows], weights, biases, target.sigmoid()[:rows], "tanh")
+            with torch.autocast(torch.device(DEVICE).type, torch.bfloat16, enabled=autocast):
+                losses = [own(*arguments, **options) for own in (compiled, in_torch)]
+            tolerances = {"rtol": 3e-2, "atol": 3e-2} if autocast else {"rtol": 1e-4, "atol": 1e-5}
+            torch.testing.assert_close(*losses, **tolerances)
+            gradients = [torch.autograd.grad(loss.sum(), inputs) for loss in losses]
+            torch.testing.assert_close(*gradients, **tolerances)
+    assert names(record) == held
+    ours, theirs = ([len(r.graphs), len(r.fw_graphs), len(r.bw_graphs)] for r in (record, alone))
+    assert all(0 < own <= other for own, other in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
 # What the kernels do not take, or not as a whole.
