@@ -1,0 +1,214 @@
+"""Steps of training, compiled: forward, backward and update of the networks that lie side by side in a vector.
+
+One source serves all widths and both tiles: several networks, a few samples of each at a time, or several samples of
+one network. Memory is counted in rows, of a vector of all lanes ("tile row") or of one number for each member ("member
+row"). A parameter and its gradient are member rows: for each layer and neuron its weights, then its bias. h and dz have
+a tile row for each input and each neuron. Places of a tile without a sample are 0 in h and dz, so that they add nothing
+to a sum, whatever the parameters are.
+"""
+
+import math
+
+from numba import njit
+
+from .functions import activate, inline, sigmoid, through
+from .vectors import (
+    Tile,
+    add_products,
+    fill,
+    load,
+    load_members,
+    members_of,
+    muladd,
+    repeat,
+    samples_of,
+    select,
+    sqrt,
+    store,
+)
+
+__all__ = ["HYPERPARAMETERS", "LOSSES", "OPTIMIZERS", "ROW", "train"]
+
+LOSSES = ("mse", "bce", "bce_logits")
+OPTIMIZERS = ("plain", "momentum", "nesterov", "adam", "adamw")
+# Member rows of what a step reads. 1 - dampening and others are rounded as a whole: 1 - 0.999 has no digits to lose.
+HYPERPARAMETERS = ("lr", "weight_decay", "momentum", "undamped", "new1", "beta2", "new2", "eps")
+ROW = Tile(1, 16)  # what an update takes at a time: a number of each member, or sixteen of one network
+
+
+@inline
+def _fetch(tile, data, shared, order, first, used, out, width):
+    """Writes inputs or targets of `used` samples into the first tile rows of `out`, and 0 where there is no sample."""
+    samples = samples_of(tile)
+    for place in range(samples):
+        i = first + place
+        sample = order[i] if len(order) and place < used else i
+        for k in range(width):
+            if place >= used:
+                value = fill(tile, data, 0.0)
+            elif shared:
+                value = fill(tile, data, data[sample * width + k])
+            else:
+                value = load_members(tile, data, sample * width + k)
+            store(out, k * samples + place, value)
+
+
+@inline
+def _forward(tile, widths, bias, hidden, output, w, h, partly, there):
+    """there: a tile row, 1 where there is a sample; read where the tile is filled `partly`."""
+    row, below = 0, 0
+    for l in range(len(widths) - 1):
+        inputs, outputs = widths[l], widths[l + 1]
+        kind = hidden if l + 2 < len(widths) else output
+        for n in range(outputs):
+            z = repeat(tile, load_members(tile, w, row + inputs) if bias else fill(tile, w, 0.0))
+            for k in range(inputs):
+                z = muladd(repeat(tile, load_members(tile, w, row + k)), load(tile, h, below + k), z)
+            y = activate(kind, z)
+            if partly:
+                y = select(0.0 < load(tile, there, 0), y, 0.0)
+            store(h, below + inputs + n, y)
+            row += inputs + bias
+        below += inputs
+    return row, below
+
+
+@inline
+def _output_gradient(tile, loss, output, scale, outputs, top, h, t, dz, partly, there):
+    for n in range(outputs):
+        p, target = load(tile, h, top + n), load(tile, t, n)
+        if loss == 0:
+            gradient = through(output, p - target, p)
+        elif loss == 1:
+            gradient = p - target
+        else:
+            gradient = sigmoid(p) - target
+        gradient = gradient * scale
+        if partly:
+            gradient = select(0.0 < load(tile, there, 0), gradient, 0.0)
+        store(dz, top + n, gradient)
+
+
+@inline
+def _backward(tile, widths, bias, hidden, w, h, dz, g, row, above, partly, there):
+    """Adds to the gradients. row, above: the member row behind the last parameter, the tile row of the first output."""
+    for l in range(len(widths) - 2, -1, -1):
+        inputs, outputs = widths[l], widths[l + 1]
+        each = inputs + bias
+        row -= outputs * each
+        below = above - inputs
+        for n in range(outputs):
+            own = load(tile, dz, above + n)
+            for k in range(inputs):
+                add_products(tile, g, row + n * each + k, own, load(tile, h, below + k))
+            if bias:
+                add_products(tile, g, row + n * each + inputs, own, repeat(tile, fill(tile, g, 1.0)))
+        if l > 0:
+            for k in range(inputs):
+                dy = repeat(tile, fill(tile, w, 0.0))
+                for n in range(outputs):
+                    weight = repeat(tile, load_members(tile, w, row + n * each + k))
+                    dy = muladd(weight, load(tile, dz, above + n), dy)
+                gradient = through(hidden, dy, load(tile, h, below + k))
+                if partly:
+                    gradient = select(0.0 < load(tile, there, 0), gradient, 0.0)
+                store(dz, below + k, gradient)
+        above = below
+
+
+@inline
+def _plus_losses(tile, loss, outputs, top, h, t, used, losses, logged):
+    """Adds the losses of the samples to member row `logged`, in fp64."""
+    members, lanes = members_of(tile), members_of(tile) * samples_of(tile)
+    for n in range(outputs):
+        for lane in range(used * members):
+            p, target = float(h[(top + n) * lanes + lane]), float(t[n * lanes + lane])
+            if loss == 0:
+                value = (p - target) * (p - target)
+            elif loss == 1:
+                value = -(target * _cut_log(math.log(p)) + (1 - target) * _cut_log(math.log1p(-p)))
+            else:
+                value = (1 - target) * p + math.log1p(math.exp(-abs(p))) + (0.0 if p > 0 else -p)
+            losses[logged * members + lane % members] += value
+
+
+@inline
+def _cut_log(value):
+    return -100.0 if value < -100 else value
+
+
+@inline
+def _update(optimizer, decays, new, hyper, factor, root, w, g, m, v):
+    """new: the state has seen no step. factor, root: Adam's corrections, see `train`."""
+    lr, decay, momentum = load(ROW, hyper, 0), load(ROW, hyper, 1), load(ROW, hyper, 2)
+    undamped, new1, beta2 = load(ROW, hyper, 3), load(ROW, hyper, 4), load(ROW, hyper, 5)
+    new2, floor = load(ROW, hyper, 6), load(ROW, hyper, 7) * root
+    rate, keep = lr * factor, 1.0 - lr * decay
+    for i in range(len(w) // 16):
+        parameter, gradient = load(ROW, w, i), load(ROW, g, i)
+        if decays and optimizer == 4:
+            parameter = parameter * keep
+        elif decays:
+            gradient = muladd(parameter, decay, gradient)
+        if optimizer == 0:
+            parameter = parameter - lr * gradient
+        elif optimizer < 3:
+            average = gradient if new else muladd(momentum, load(ROW, m, i), undamped * gradient)
+            store(m, i, average)
+            step = muladd(momentum, average, gradient) if optimizer == 2 else average
+            parameter = parameter - lr * step
+        else:
+            average = load(ROW, m, i)
+            average = muladd(gradient - average, new1, average)
+            square = muladd(beta2, load(ROW, v, i), new2 * (gradient * gradient))
+            store(m, i, average)
+            store(v, i, square)
+            parameter = parameter - rate * (average / (sqrt(square) + floor))
+        store(w, i, parameter)
+
+
+@njit(nogil=True, error_model="numpy")
+def train(
+    tile, widths, kinds, x, y, order, size, start, steps, log_every, hyper, w, m, v, powers, losses, g, h, dz, t, there
+):
+    """Takes `steps` steps, the first being number `start` of the run, of the members of one tile.
+
+    widths: int64. kinds: the numbers of what is trained, in the order of `loop.kinds`. x, y: the inputs or targets of
+    each sample, those of all members or, in member rows, of each its own. order: int32, samples by their numbers from
+    the epoch of step `start` on, or nothing for full batches. hyper: the HYPERPARAMETERS. w, m, v: member rows for each
+    parameter, padded to vectors of ROW. powers: fp64, beta1 and beta2, and both to the power of the steps that the
+    state has seen, which are updated. losses: fp64, member rows of zeros, one for each step that is logged. g, h, dz,
+    t, there: memory to work in.
+    """
+    hidden, output, loss, optimizer, bias, mean, decays, shared, samples, new = kinds
+    inputs, outputs, lanes = widths[0], widths[-1], samples_of(tile)
+    begin, epoch, logged = start % -(-samples // size) * size, 0, 0
+    fetched = partly = False
+    for step in range(start, start + steps):
+        count = min(size, samples - begin)
+        scale = (2.0 if loss == 0 else 1.0) / (count * outputs if mean else 1)
+        logs = log_every > 0 and step % log_every == 0
+        g[:] = 0
+        for first in range(0, count, lanes):
+            used = min(count - first, lanes)
+            if not fetched:
+                partly = used < lanes
+                for place in range(lanes):
+                    store(there, place, fill(tile, there, 1.0 if place < used else 0.0))
+                _fetch(tile, x, shared, order, epoch + begin + first, used, h, inputs)
+                _fetch(tile, y, shared, order, epoch + begin + first, used, t, outputs)
+                fetched = not len(order) and count <= lanes
+            row, top = _forward(tile, widths, bias, hidden, output, w, h, partly, there)
+            if logs:
+                _plus_losses(tile, loss, outputs, top, h, t, used, losses, logged)
+            _output_gradient(tile, loss, output, scale, outputs, top, h, t, dz, partly, there)
+            _backward(tile, widths, bias, hidden, w, h, dz, g, row, top, partly, there)
+        logged += logs
+        begin += count
+        if begin >= samples:
+            begin = 0
+            epoch += samples if len(order) else 0
+        powers[2] *= powers[0]
+        powers[3] *= powers[1]
+        root = math.sqrt(1 - powers[3])
+        _update(optimizer, decays, new and step == start, hyper, root / (1 - powers[2]), root, w, g, m, v)
