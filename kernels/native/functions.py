@@ -5,7 +5,7 @@ from numba.extending import overload
 
 from .vectors import muladd, power, select
 
-__all__ = ["ACTIVATIONS", "activate", "inline", "sigmoid", "through"]
+__all__ = ["ACTIVATIONS", "activate", "inline", "through"]
 
 ACTIVATIONS = ("identity", "sigmoid", "tanh", "relu")
 
@@ -58,46 +58,32 @@ def _half_expm1_of(z):
     return double
 
 
-def _negative_limits(z):
-    """Of -z for a sigmoid: beyond the first, 1 + e ** -z is 1; beyond the second, e ** -z is inf."""
+def _sigmoid_limits(z):
+    """Beyond the first, 1 + e ** z is 1 for a z of this type; beyond the second, e ** z is inf."""
 
 
-@overload(_negative_limits, inline="always")
-def _negative_limits_of(z):
+@overload(_sigmoid_limits, inline="always")
+def _sigmoid_limits_of(z):
     limits = (-86.5, 89.0) if z.scalar == types.float32 else (-707.0, 710.0)
     return lambda z: limits
 
 
 @inline
-def _between(low, z, high):
-    """z, or the limit that it has passed; NaN stays."""
-    z = select(high < z, high, z)
-    return select(z < low, low, z)
-
-
-@inline
-def sigmoid(z):
-    low, high = _negative_limits(z)
-    half = _half_expm1(_between(low, -z, high))
-    return 1.0 / (2.0 + (half + half))
-
-
-@inline
-def _tanh(z):
-    half = _half_expm1(_between(-40.0, z + z, 40.0))
-    return half / (1.0 + half)
-
-
-@inline
 def activate(kind, z):
     """z -> y"""
-    if kind == 1:
-        return sigmoid(z)
-    if kind == 2:
-        return _tanh(z)
+    if kind == 0:
+        return z
     if kind == 3:
         return select(z < 0.0, 0.0, z)
-    return z
+    low, high = _sigmoid_limits(z)
+    exponent = -z
+    if kind == 2:
+        low, high, exponent = -40.0, 40.0, z + z
+    # A comparison with NaN is false: NaN stays.
+    exponent = select(high < exponent, high, exponent)
+    exponent = select(exponent < low, low, exponent)
+    half = _half_expm1(exponent)
+    return half / (1.0 + half) if kind == 2 else 1.0 / (2.0 + (half + half))
 
 
 @inline

@@ -11,7 +11,8 @@ import math
 
 from numba import njit
 
-from .functions import activate, inline, sigmoid, through
+from .cache import cached
+from .functions import ACTIVATIONS, activate, through
 from .vectors import (
     Tile,
     add_products,
@@ -27,12 +28,14 @@ from .vectors import (
     store,
 )
 
-__all__ = ["HYPERPARAMETERS", "LOSSES", "OPTIMIZERS", "ROW", "train"]
+__all__ = ["ACTIVATIONS", "HYPERPARAMETERS", "LOSSES", "OPTIMIZERS", "ROW", "Tile", "train"]
 
 LOSSES = ("mse", "bce", "bce_logits")
 OPTIMIZERS = ("plain", "momentum", "nesterov", "adam", "adamw")
 # Member rows of what a step reads. 1 - dampening and others are rounded as a whole: 1 - 0.999 has no digits to lose.
 HYPERPARAMETERS = ("lr", "weight_decay", "momentum", "undamped", "new1", "beta2", "new2", "eps")
+# Part of the function that calls it already in numba's own form: compiled once, and not alone first.
+inline = njit(inline="always")
 ROW = Tile(1, 16)  # what an update takes at a time: a number of each member, or sixteen of one network
 
 
@@ -75,14 +78,12 @@ def _forward(tile, widths, bias, hidden, output, w, h, partly, there):
 
 @inline
 def _output_gradient(tile, loss, output, scale, outputs, top, h, t, dz, partly, there):
+    link = 1 if loss == 2 else 0  # logits are compared as what a sigmoid makes of them
     for n in range(outputs):
-        p, target = load(tile, h, top + n), load(tile, t, n)
+        p = load(tile, h, top + n)
+        gradient = activate(link, p) - load(tile, t, n)
         if loss == 0:
-            gradient = through(output, p - target, p)
-        elif loss == 1:
-            gradient = p - target
-        else:
-            gradient = sigmoid(p) - target
+            gradient = through(output, gradient, p)
         gradient = gradient * scale
         if partly:
             gradient = select(0.0 < load(tile, there, 0), gradient, 0.0)
@@ -117,8 +118,8 @@ def _backward(tile, widths, bias, hidden, w, h, dz, g, row, above, partly, there
 
 
 @inline
-def _plus_losses(tile, loss, outputs, top, h, t, used, losses, logged):
-    """Adds the losses of the samples to member row `logged`, in fp64."""
+def _plus_losses(tile, loss, share, outputs, top, h, t, used, losses, logged):
+    """Adds `share` of the losses of the samples to member row `logged`, in fp64."""
     members, lanes = members_of(tile), members_of(tile) * samples_of(tile)
     for n in range(outputs):
         for lane in range(used * members):
@@ -129,7 +130,7 @@ def _plus_losses(tile, loss, outputs, top, h, t, used, losses, logged):
                 value = -(target * _cut_log(math.log(p)) + (1 - target) * _cut_log(math.log1p(-p)))
             else:
                 value = (1 - target) * p + math.log1p(math.exp(-abs(p))) + (0.0 if p > 0 else -p)
-            losses[logged * members + lane % members] += value
+            losses[logged * members + lane % members] += share * value
 
 
 @inline
@@ -167,6 +168,7 @@ def _update(optimizer, decays, new, hyper, factor, root, w, g, m, v):
         store(w, i, parameter)
 
 
+@cached
 @njit(nogil=True, error_model="numpy")
 def train(
     tile, widths, kinds, x, y, order, size, start, steps, log_every, hyper, w, m, v, powers, losses, g, h, dz, t, there
@@ -178,7 +180,7 @@ def train(
     the epoch of step `start` on, or nothing for full batches. hyper: the HYPERPARAMETERS. w, m, v: member rows for each
     parameter, padded to vectors of ROW. powers: fp64, beta1 and beta2, and both to the power of the steps that the
     state has seen, which are updated. losses: fp64, member rows of zeros, one for each step that is logged. g, h, dz,
-    t, there: memory to work in.
+    t, there: memory to work in, of whole tile rows, and g like w.
     """
     hidden, output, loss, optimizer, bias, mean, decays, shared, samples, new = kinds
     inputs, outputs, lanes = widths[0], widths[-1], samples_of(tile)
@@ -186,7 +188,8 @@ def train(
     fetched = partly = False
     for step in range(start, start + steps):
         count = min(size, samples - begin)
-        scale = (2.0 if loss == 0 else 1.0) / (count * outputs if mean else 1)
+        share = 1.0 / (count * outputs) if mean else 1.0
+        scale = 2.0 * share if loss == 0 else share
         logs = log_every > 0 and step % log_every == 0
         g[:] = 0
         for first in range(0, count, lanes):
@@ -200,7 +203,7 @@ def train(
                 fetched = not len(order) and count <= lanes
             row, top = _forward(tile, widths, bias, hidden, output, w, h, partly, there)
             if logs:
-                _plus_losses(tile, loss, outputs, top, h, t, used, losses, logged)
+                _plus_losses(tile, loss, share, outputs, top, h, t, used, losses, logged)
             _output_gradient(tile, loss, output, scale, outputs, top, h, t, dz, partly, there)
             _backward(tile, widths, bias, hidden, w, h, dz, g, row, top, partly, there)
         logged += logs
