@@ -20,7 +20,7 @@ def _half_expm1(z):
 @overload(_half_expm1, jit_options={"forceinline": True})
 def _half_expm1_of(z):
     # z / log(2) is n + r, and 2 ** r - 1 a polynomial: q, with errors of 1.2e-8 or, in fp64, 2e-17 of itself. Near 0 it
-    # keeps all of its digits, as 2 ** r does not. The half keeps the largest power of 2 finite. log2(e) comes in two
+    # keeps all of its digits, as 2 ** r does not. Two terms at a time: they do not wait for each other. The half keeps the largest power of 2 finite. log2(e) comes in two
     # parts, and 1.5 * 2 ** (digits - 1) cuts off what lies behind the point.
     if z.scalar == types.float32:
 
@@ -28,11 +28,10 @@ def _half_expm1_of(z):
             rounded = muladd(z, 1.4426950216293335, 12582912.0)
             n = rounded - 12582912.0
             r = muladd(z, 1.92596299e-8, muladd(z, 1.4426950216293335, -n))
+            square = r * r
             q = muladd(r, 1.54531629e-4, 1.33908634e-3)
-            q = muladd(r, q, 9.61808256e-3)
-            q = muladd(r, q, 5.55035711e-2)
-            q = muladd(r, q, 2.40226508e-1)
-            q = muladd(r, q, 6.93147188e-1) * r
+            q = muladd(square, q, muladd(r, 9.61808256e-3, 5.55035711e-2))
+            q = muladd(square, q, muladd(r, 2.40226508e-1, 6.93147188e-1)) * r
             half = power(rounded)
             return muladd(half, q, half - 0.5)
 
@@ -42,16 +41,12 @@ def _half_expm1_of(z):
         rounded = muladd(z, 1.4426950408889634, 6755399441055744.0)
         n = rounded - 6755399441055744.0
         r = muladd(z, 2.0355273740931032e-17, muladd(z, 1.4426950408889634, -n))
-        q = muladd(r, 4.45496059818651839e-10, 7.0725859492692237e-9)
-        q = muladd(r, q, 1.01780624458457735e-7)
-        q = muladd(r, q, 1.32154425879216897e-6)
-        q = muladd(r, q, 1.52527338298361184e-5)
-        q = muladd(r, q, 1.54035304417360502e-4)
-        q = muladd(r, q, 1.33335581464169353e-3)
-        q = muladd(r, q, 9.61812910760688853e-3)
-        q = muladd(r, q, 5.55041086648215943e-2)
-        q = muladd(r, q, 2.40226506959100982e-1)
-        q = muladd(r, q, 6.93147180559945309e-1) * r
+        square = r * r
+        q = muladd(square, 4.45496059818651839e-10, muladd(r, 7.0725859492692237e-9, 1.01780624458457735e-7))
+        q = muladd(square, q, muladd(r, 1.32154425879216897e-6, 1.52527338298361184e-5))
+        q = muladd(square, q, muladd(r, 1.54035304417360502e-4, 1.33335581464169353e-3))
+        q = muladd(square, q, muladd(r, 9.61812910760688853e-3, 5.55041086648215943e-2))
+        q = muladd(square, q, muladd(r, 2.40226506959100982e-1, 6.93147180559945309e-1)) * r
         half = power(rounded)
         return muladd(half, q, half - 0.5)
 

@@ -191,7 +191,8 @@ def train(
         share = 1.0 / (count * outputs) if mean else 1.0
         scale = 2.0 * share if loss == 0 else share
         logs = log_every > 0 and step % log_every == 0
-        g[:] = 0
+        for i in range(len(w) // 16):
+            store(g, i, fill(ROW, g, 0.0))
         for first in range(0, count, lanes):
             used = min(count - first, lanes)
             if not fetched:
