@@ -15,6 +15,8 @@ from ..records import TrainConfig, TrainPlan
 
 __all__ = ["NativeLoop", "loaded"]
 
+PIECES = 4  # of work, for each thread
+
 _loaded: set[tuple[torch.dtype, int, int]] = set()  # which kinds of steps this process can take at once
 _lock = threading.Lock()
 
@@ -68,21 +70,20 @@ class NativeLoop:
         pace = (samples, self.size, start, steps, log_every)
         own = [t.numpy() for t in (self.hyper, *self.storages, self.powers, logged)]
         kinds = (*self.kinds, int(not self.taken))
-        blocks = iter(range(self.blocks))
 
-        def work() -> None:
-            memory = self._memory()
-            for block in blocks:
-                data = [t[block % len(t)] for t in self.data]
-                self.steps.train(self.tile, self.widths, kinds, *data, *pace, *(t[block] for t in own), *memory)
+        def work(blocks: tuple[int, int]) -> None:
+            self.steps.train(self.tile, blocks, self.widths, kinds, *self.data, *pace, *own, self._memory())
 
         threads = min(torch.get_num_threads(), self.blocks)
+        # Several pieces for each thread: one that another program holds up leaves pieces to the others.
+        each = -(-self.blocks // (PIECES * threads))
+        pieces = [(begin, min(begin + each, self.blocks)) for begin in range(0, self.blocks, each)]
         if threads > 1 and steps:
             with ThreadPoolExecutor(threads) as pool:
-                for done in [pool.submit(work) for _ in range(threads)]:
-                    done.result()
+                for _ in pool.map(work, pieces):
+                    pass
         else:
-            work()
+            work((0, self.blocks))
         self.taken += steps
         with torch.no_grad():
             rows = logged.view(self.blocks, len(losses), self.networks).transpose(0, 1)
@@ -164,8 +165,8 @@ class NativeLoop:
         """(inputs, outputs) of the layer that each given tensor belongs to."""
         return itertools.chain.from_iterable(itertools.repeat(layer, 1 + self.config.bias) for layer in self.layers)
 
-    def _memory(self) -> list[Any]:
+    def _memory(self) -> tuple[Any, ...]:
         """Gradients, activations and their gradients, targets, and the places that have a sample, of one block."""
         lanes, neurons = self.tile.samples * self.tile.members, sum(self.config.widths)
         counts = (self.storages[0].shape[1], neurons * lanes, neurons * lanes, self.config.widths[-1] * lanes, lanes)
-        return [self.storages[0].new_empty(count).numpy() for count in counts]
+        return tuple(self.storages[0].new_empty(count).numpy() for count in counts)

@@ -168,20 +168,10 @@ def _update(optimizer, decays, new, hyper, factor, root, w, g, m, v):
         store(w, i, parameter)
 
 
-@cached
-@njit(nogil=True, error_model="numpy")
-def train(
-    tile, widths, kinds, x, y, order, size, start, steps, log_every, hyper, w, m, v, powers, losses, g, h, dz, t, there
-):
-    """Takes `steps` steps, the first being number `start` of the run, of the members of one tile.
-
-    widths: int64. kinds: the numbers of what is trained, in the order of `loop.kinds`. x, y: the inputs or targets of
-    each sample, those of all members or, in member rows, of each its own. order: int32, samples by their numbers from
-    the epoch of step `start` on, or nothing for full batches. hyper: the HYPERPARAMETERS. w, m, v: member rows for each
-    parameter, padded to vectors of ROW. powers: fp64, beta1 and beta2, and both to the power of the steps that the
-    state has seen, which are updated. losses: fp64, member rows of zeros, one for each step that is logged. g, h, dz,
-    t, there: memory to work in, of whole tile rows, and g like w.
-    """
+@inline
+def _train(tile, widths, kinds, data, order, size, start, steps, log_every, own, memory):
+    """Of one block, see `train`."""
+    (x, y), (hyper, w, m, v, powers, losses), (g, h, dz, t, there) = data, own, memory
     hidden, output, loss, optimizer, bias, mean, decays, shared, samples, new = kinds
     inputs, outputs, lanes = widths[0], widths[-1], samples_of(tile)
     begin, epoch, logged = start % -(-samples // size) * size, 0, 0
@@ -212,7 +202,33 @@ def train(
         if begin >= samples:
             begin = 0
             epoch += samples if len(order) else 0
-        powers[2] *= powers[0]
-        powers[3] *= powers[1]
-        root = math.sqrt(1 - powers[3])
-        _update(optimizer, decays, new and step == start, hyper, root / (1 - powers[2]), root, w, g, m, v)
+        factor = root = 1.0
+        if optimizer >= 3:
+            # A power that has become too small to matter would be slow to multiply.
+            for i in range(2):
+                powers[2 + i] *= powers[i] if powers[2 + i] > 1e-30 else 0.0
+            root = math.sqrt(1 - powers[3])
+            factor = root / (1 - powers[2])
+        _update(optimizer, decays, new and step == start, hyper, factor, root, w, g, m, v)
+
+
+@cached
+@njit(nogil=True, error_model="numpy")
+def train(
+    tile, blocks, widths, kinds, x, y, order, size, start, steps, log_every, hyper, w, m, v, powers, losses, memory
+):
+    """Takes `steps` steps, the first being number `start` of the run, of each of the blocks from blocks[0] to blocks[1].
+
+    A block is the members of one tile. The first dimension of all that follows counts blocks, or is 1 where one array
+    serves them all. x, y: the inputs or targets of each sample, those of all members or, in member rows, of each its
+    own. hyper: the HYPERPARAMETERS. w, m, v: member rows for each parameter, padded to vectors of ROW. powers: fp64,
+    beta1 and beta2, and both to the power of the steps that the state has seen, which are updated. losses: fp64, member
+    rows of zeros, one for each step that is logged.
+
+    widths: int64. kinds: the numbers of what is trained, as `loop` has them. order: int32, samples by their numbers
+    from the epoch of step `start` on, or nothing for full batches. memory: to work in, see `loop`.
+    """
+    for block in range(blocks[0], blocks[1]):
+        shared = block % len(x)
+        data, own = (x[shared], y[shared]), (hyper[block], w[block], m[block], v[block], powers[block], losses[block])
+        _train(tile, widths, kinds, data, order, size, start, steps, log_every, own, memory)
