@@ -12,18 +12,13 @@ import torch
 from torch import Tensor
 
 from ..records import TrainConfig, TrainPlan
+from .ready import loaded
 
-__all__ = ["NativeLoop", "loaded"]
+__all__ = ["NativeLoop"]
 
 PIECES = 4  # of work, for each thread
 
-_loaded: set[tuple[torch.dtype, int, int]] = set()  # which kinds of steps this process can take at once
 _lock = threading.Lock()
-
-
-def loaded(dtype: torch.dtype, plan: TrainPlan) -> bool:
-    """Whether this process has compiled the plan's steps or read them from disk."""
-    return (dtype, plan.rows, plan.networks) in _loaded
 
 
 class NativeLoop:
@@ -60,7 +55,7 @@ class NativeLoop:
             with torch.no_grad():
                 self._lay_out(lr, x, y)
             self.run(None, 0, 0, 0, lr.new_empty(0, self.members))
-            _loaded.add((lr.dtype, plan.rows, plan.networks))
+            loaded.add((lr.dtype, plan.rows, plan.networks))
         self.setup_seconds = time.perf_counter() - began
 
     def run(self, order: Tensor | None, start: int, steps: int, log_every: int, losses: Tensor) -> None:

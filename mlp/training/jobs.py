@@ -17,14 +17,18 @@ from .state import State
 class FastJob:
     """Steps on copies of the parameters and of the optimizer's state, written back after every chunk."""
 
-    def __init__(self, network: Network, config: TrainConfig, state: State, x, y, lr, batch_size, impl) -> None:
+    def __init__(self, network: Network, config: TrainConfig, state: State, x, y, lr, batch_size, steps, impl) -> None:
         """Raises NotImplementedError with the reason where the loop asked for cannot run."""
         self.network, self.config, self.state, self.x, self.y, self.lr = network, config, state, x, y, lr
         self.columns, self.samples = network.members or 1, x.shape[-2]
         self.loop: Any = None
         p = network.parameters[0]
-        self.plan = train.plan_train(self.columns, self.samples, batch_size, config, p.dtype, p.device, impl)
+        self.plan = train.plan_train(self.columns, self.samples, batch_size, config, p.dtype, p.device, impl, steps)
         self.path = self.plan.impl
+
+    @property
+    def setup_seconds(self) -> float:
+        return getattr(self.loop, "setup_seconds", 0.0)
 
     def _set_up(self, batch: int) -> Any:
         self.parameters, self.first, self.second = map(self._copies, (self.network.parameters, *self.state.tensors()))
@@ -57,6 +61,7 @@ class GeneralJob:
     """An ordinary loop: for each step a forward pass, a backward pass and a step of the optimizer."""
 
     path = "general"
+    setup_seconds = 0.0
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, criterion, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.x, self.y, self.criterion, self.optimizer = model, x, y, criterion, optimizer
