@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import plan as planning
 from ..records import TrainConfig, TrainPlan
 from .ready import loaded
 
-__all__ = ["NativeLoop"]
+__all__ = ["NativeLoop", "compile_all"]
 
 PIECES = 4  # of work, for each thread
 
@@ -165,3 +166,12 @@ class NativeLoop:
         lanes, neurons = self.tile.samples * self.tile.members, sum(self.config.widths)
         counts = (self.storages[0].shape[1], neurons * lanes, neurons * lanes, self.config.widths[-1] * lanes, lanes)
         return tuple(self.storages[0].new_empty(count).numpy() for count in counts)
+
+
+def compile_all() -> Iterator[tuple[str, float]]:
+    """Compiles each kind of steps, or reads it from disk: (what it is, the seconds that it took)."""
+    for dtype, (rows, networks) in itertools.product((torch.float32, torch.float64), planning.TILES):
+        parameters, lr, x, y = (torch.zeros(shape, dtype=dtype) for shape in ((1, 1, 1), (1,), (1, 1, 1), (1, 1, 1)))
+        config, plan = TrainConfig((1, 1), bias=False), TrainPlan("native", "compiled ahead", rows, networks)
+        loop = NativeLoop(config, [parameters], [], [], lr, x, y, 1, 0, plan)
+        yield f"{str(dtype).removeprefix('torch.')}, {rows} samples of {networks} networks", loop.setup_seconds

@@ -36,7 +36,8 @@ OPTIMIZERS = ("plain", "momentum", "nesterov", "adam", "adamw")
 HYPERPARAMETERS = ("lr", "weight_decay", "momentum", "undamped", "new1", "beta2", "new2", "eps")
 # Part of the function that calls it already in numba's own form: compiled once, and not alone first.
 inline = njit(inline="always")
-ROW = Tile(1, 16)  # what an update takes at a time: a number of each member, or sixteen of one network
+LANES = 16  # of an update
+ROW = Tile(1, LANES)  # what an update takes at a time: a number of each member, or sixteen of one network
 
 
 @inline
@@ -77,9 +78,9 @@ def _forward(tile, widths, bias, hidden, output, w, h, partly, there):
 
 
 @inline
-def _output_gradient(tile, loss, output, scale, outputs, top, h, t, dz, partly, there):
+def _output_gradient(tile, loss, output, scale, top, h, t, dz, partly, there):
     link = 1 if loss == 2 else 0  # logits are compared as what a sigmoid makes of them
-    for n in range(outputs):
+    for n in range(len(t) // (samples_of(tile) * members_of(tile))):
         p = load(tile, h, top + n)
         gradient = activate(link, p) - load(tile, t, n)
         if loss == 0:
@@ -118,24 +119,21 @@ def _backward(tile, widths, bias, hidden, w, h, dz, g, row, above, partly, there
 
 
 @inline
-def _plus_losses(tile, loss, share, outputs, top, h, t, used, losses, logged):
+def _plus_losses(tile, loss, share, top, h, t, used, losses, logged):
     """Adds `share` of the losses of the samples to member row `logged`, in fp64."""
     members, lanes = members_of(tile), members_of(tile) * samples_of(tile)
-    for n in range(outputs):
+    for n in range(len(t) // lanes):
         for lane in range(used * members):
             p, target = float(h[(top + n) * lanes + lane]), float(t[n * lanes + lane])
             if loss == 0:
                 value = (p - target) * (p - target)
             elif loss == 1:
-                value = -(target * _cut_log(math.log(p)) + (1 - target) * _cut_log(math.log1p(-p)))
+                log, log1 = math.log(p), math.log1p(-p)
+                log, log1 = -100.0 if log < -100 else log, -100.0 if log1 < -100 else log1
+                value = -(target * log + (1 - target) * log1)
             else:
                 value = (1 - target) * p + math.log1p(math.exp(-abs(p))) + (0.0 if p > 0 else -p)
             losses[logged * members + lane % members] += share * value
-
-
-@inline
-def _cut_log(value):
-    return -100.0 if value < -100 else value
 
 
 @inline
@@ -145,7 +143,7 @@ def _update(optimizer, decays, new, hyper, factor, root, w, g, m, v):
     undamped, new1, beta2 = load(ROW, hyper, 3), load(ROW, hyper, 4), load(ROW, hyper, 5)
     new2, floor = load(ROW, hyper, 6), load(ROW, hyper, 7) * root
     rate, keep = lr * factor, 1.0 - lr * decay
-    for i in range(len(w) // 16):
+    for i in range(len(w) // LANES):
         parameter, gradient = load(ROW, w, i), load(ROW, g, i)
         if decays and optimizer == 4:
             parameter = parameter * keep
@@ -168,67 +166,79 @@ def _update(optimizer, decays, new, hyper, factor, root, w, g, m, v):
         store(w, i, parameter)
 
 
-@inline
-def _train(tile, widths, kinds, data, order, size, start, steps, log_every, own, memory):
-    """Of one block, see `train`."""
-    (x, y), (hyper, w, m, v, powers, losses), (g, h, dz, t, there) = data, own, memory
-    hidden, output, loss, optimizer, bias, mean, decays, shared, samples, new = kinds
-    inputs, outputs, lanes = widths[0], widths[-1], samples_of(tile)
-    begin, epoch, logged = start % -(-samples // size) * size, 0, 0
-    fetched = partly = False
-    for step in range(start, start + steps):
-        count = min(size, samples - begin)
-        share = 1.0 / (count * outputs) if mean else 1.0
-        scale = 2.0 * share if loss == 0 else share
-        logs = log_every > 0 and step % log_every == 0
-        for i in range(len(w) // 16):
-            store(g, i, fill(ROW, g, 0.0))
-        for first in range(0, count, lanes):
-            used = min(count - first, lanes)
-            if not fetched:
-                partly = used < lanes
-                for place in range(lanes):
-                    store(there, place, fill(tile, there, 1.0 if place < used else 0.0))
-                _fetch(tile, x, shared, order, epoch + begin + first, used, h, inputs)
-                _fetch(tile, y, shared, order, epoch + begin + first, used, t, outputs)
-                fetched = not len(order) and count <= lanes
-            row, top = _forward(tile, widths, bias, hidden, output, w, h, partly, there)
-            if logs:
-                _plus_losses(tile, loss, share, outputs, top, h, t, used, losses, logged)
-            _output_gradient(tile, loss, output, scale, outputs, top, h, t, dz, partly, there)
-            _backward(tile, widths, bias, hidden, w, h, dz, g, row, top, partly, there)
-        logged += logs
-        begin += count
-        if begin >= samples:
-            begin = 0
-            epoch += samples if len(order) else 0
-        factor = root = 1.0
-        if optimizer >= 3:
-            # A power that has become too small to matter would be slow to multiply.
-            for i in range(2):
-                powers[2 + i] *= powers[i] if powers[2 + i] > 1e-30 else 0.0
-            root = math.sqrt(1 - powers[3])
-            factor = root / (1 - powers[2])
-        _update(optimizer, decays, new and step == start, hyper, factor, root, w, g, m, v)
-
-
 @cached
 @njit(nogil=True, error_model="numpy")
 def train(
-    tile, blocks, widths, kinds, x, y, order, size, start, steps, log_every, hyper, w, m, v, powers, losses, memory
+    tile,
+    blocks,
+    widths,
+    kinds,
+    inputs,
+    targets,
+    order,
+    size,
+    start,
+    steps,
+    log_every,
+    hypers,
+    parameters,
+    firsts,
+    seconds,
+    powers,
+    losses,
+    memory,
 ):
     """Takes `steps` steps, the first being number `start` of the run, of each of the blocks from blocks[0] to blocks[1].
 
-    A block is the members of one tile. The first dimension of all that follows counts blocks, or is 1 where one array
-    serves them all. x, y: the inputs or targets of each sample, those of all members or, in member rows, of each its
-    own. hyper: the HYPERPARAMETERS. w, m, v: member rows for each parameter, padded to vectors of ROW. powers: fp64,
-    beta1 and beta2, and both to the power of the steps that the state has seen, which are updated. losses: fp64, member
-    rows of zeros, one for each step that is logged.
-
     widths: int64. kinds: the numbers of what is trained, as `loop` has them. order: int32, samples by their numbers
     from the epoch of step `start` on, or nothing for full batches. memory: to work in, see `loop`.
+
+    A block is the members of one tile. The first dimension of all else counts blocks, or is 1 where all have the same.
+    inputs, targets: of each sample, those of all members or, in member rows, of each its own. hypers: in rows of
+    ROW, the HYPERPARAMETERS. parameters, firsts, seconds: member rows, and what the optimizer keeps for them, padded to
+    rows of ROW. powers: fp64, beta1 and beta2, and both to the power of the steps that the state has seen, which are
+    updated. losses: fp64, member rows of zeros, one for each step that is logged.
     """
+    hidden, output, loss, optimizer, bias, mean, decays, shared, samples, new = kinds
+    lanes = samples_of(tile)
+    g, h, dz, t, there = memory
     for block in range(blocks[0], blocks[1]):
-        shared = block % len(x)
-        data, own = (x[shared], y[shared]), (hyper[block], w[block], m[block], v[block], powers[block], losses[block])
-        _train(tile, widths, kinds, data, order, size, start, steps, log_every, own, memory)
+        x, y = inputs[block % len(inputs)], targets[block % len(targets)]
+        hyper, w, m, v = hypers[block], parameters[block], firsts[block], seconds[block]
+        begin, epoch, logged = start % -(-samples // size) * size, 0, 0
+        fetched = partly = False
+        for step in range(start, start + steps):
+            count = min(size, samples - begin)
+            share = 1.0 / (count * widths[-1]) if mean else 1.0
+            scale = 2.0 * share if loss == 0 else share
+            logs = log_every > 0 and step % log_every == 0
+            for i in range(len(w) // LANES):
+                store(g, i, fill(ROW, g, 0.0))
+            for first in range(0, count, lanes):
+                used = min(count - first, lanes)
+                if not fetched:
+                    partly = used < lanes
+                    for place in range(lanes):
+                        store(there, place, fill(tile, there, 1.0 if place < used else 0.0))
+                    _fetch(tile, x, shared, order, epoch + begin + first, used, h, widths[0])
+                    _fetch(tile, y, shared, order, epoch + begin + first, used, t, widths[-1])
+                    fetched = not len(order) and count <= lanes
+                row, top = _forward(tile, widths, bias, hidden, output, w, h, partly, there)
+                if logs:
+                    _plus_losses(tile, loss, share, top, h, t, used, losses[block], logged)
+                _output_gradient(tile, loss, output, scale, top, h, t, dz, partly, there)
+                _backward(tile, widths, bias, hidden, w, h, dz, g, row, top, partly, there)
+            logged += logs
+            begin += count
+            if begin >= samples:
+                begin = 0
+                epoch += samples if len(order) else 0
+            factor = root = 1.0
+            if optimizer >= 3:
+                # A power that has become too small to matter would be slow to multiply.
+                power1, power2 = powers[block, 2], powers[block, 3]
+                powers[block, 2] = power1 * powers[block, 0] if power1 > 1e-30 else 0.0
+                powers[block, 3] = power2 * powers[block, 1] if power2 > 1e-30 else 0.0
+                root = math.sqrt(1 - powers[block, 3])
+                factor = root / (1 - powers[block, 2])
+            _update(optimizer, decays, new and step == start, hyper, factor, root, w, g, m, v)
