@@ -13,15 +13,16 @@ ACTIVATIONS = ("identity", "sigmoid", "tanh", "relu")
 inline = njit(forceinline=True)
 
 
-def _half_expm1(z):
-    """(e ** z - 1) / 2 of a vector, for z between -86 and 89 or, in fp64, -707 and 710."""
+def _exp(z):
+    """(h, q) with e ** z = 2 h (1 + q) and h a power of 2, for z between -86 and 89 or, in fp64, -707 and 710."""
 
 
-@overload(_half_expm1, jit_options={"forceinline": True})
-def _half_expm1_of(z):
+@overload(_exp, jit_options={"forceinline": True})
+def _exp_of(z):
     # z / log(2) is n + r, and 2 ** r - 1 a polynomial: q, with errors of 1.2e-8 or, in fp64, 2e-17 of itself. Near 0 it
-    # keeps all of its digits, as 2 ** r does not. Two terms at a time: they do not wait for each other. The half keeps the largest power of 2 finite. log2(e) comes in two
-    # parts, and 1.5 * 2 ** (digits - 1) cuts off what lies behind the point.
+    # keeps all of its digits, as 2 ** r does not. Its terms are taken two at a time, which do not wait for each other.
+    # log2(e) comes in two parts, 1.5 * 2 ** (digits - 1) cuts off what lies behind the point, and half of 2 ** n stays
+    # finite longer.
     if z.scalar == types.float32:
 
         def single(z):
@@ -32,8 +33,7 @@ def _half_expm1_of(z):
             q = muladd(r, 1.54531629e-4, 1.33908634e-3)
             q = muladd(square, q, muladd(r, 9.61808256e-3, 5.55035711e-2))
             q = muladd(square, q, muladd(r, 2.40226508e-1, 6.93147188e-1)) * r
-            half = power(rounded)
-            return muladd(half, q, half - 0.5)
+            return power(rounded), q
 
         return single
 
@@ -47,8 +47,7 @@ def _half_expm1_of(z):
         q = muladd(square, q, muladd(r, 1.54035304417360502e-4, 1.33335581464169353e-3))
         q = muladd(square, q, muladd(r, 9.61812910760688853e-3, 5.55041086648215943e-2))
         q = muladd(square, q, muladd(r, 2.40226506959100982e-1, 6.93147180559945309e-1)) * r
-        half = power(rounded)
-        return muladd(half, q, half - 0.5)
+        return power(rounded), q
 
     return double
 
@@ -77,8 +76,12 @@ def activate(kind, z):
     # A comparison with NaN is false: NaN stays.
     exponent = select(high < exponent, high, exponent)
     exponent = select(exponent < low, low, exponent)
-    half = _half_expm1(exponent)
-    return half / (1.0 + half) if kind == 2 else 1.0 / (2.0 + (half + half))
+    half, q = _exp(exponent)
+    if kind == 2:
+        shifted = muladd(half, q, half - 0.5)  # (e ** 2z - 1) / 2
+        return shifted / (1.0 + shifted)
+    half = muladd(half, q, half)
+    return 1.0 / (1.0 + (half + half))
 
 
 @inline

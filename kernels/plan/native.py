@@ -15,10 +15,10 @@ TILES = ((ALONE_ROWS, 1), (FEW_ROWS, 1), (STACK_ROWS, NETWORKS))
 # Microseconds on one core of Zen 4, a fit to 30 timings from 2-2-1 on 4 samples to 64 networks 32-64-5 on 256, good to
 # 20 %: per tile and layer, per tile and neuron, per tile and weight (twice where its layer has a gradient to pass on),
 # and per parameter. They are compared with those of the plain torch loop in `train.py`.
-ALONE_US = (0.1, 0.0, 1.9e-3, 4e-4)
+ALONE_US = (3e-2, 0.0, 1.9e-3, 4e-4)
 STACK_US = (2.7e-2, 1.2e-2, 3.5e-3, 2.9e-3)
 
-# Seconds until the first step: to import numba and read code from disk, or to compile it first. Twice those measured,
+# Seconds until the first step: to import the compiler and read code from disk, or to compile it first. Twice those measured,
 # because a run that waits in vain is worse than one that goes on as it is.
 LOAD_SECONDS = 1.2
 COMPILE_SECONDS = 8.0
