@@ -1,4 +1,4 @@
-"""The command line: `perceptriton lesson NAME`, `doctor`, `build` and `export-hub DIR`, also as `python -m perceptriton.mlp`.
+"""The command line: `perceptriton lesson NAME`, `doctor`, `build`, `export-hub DIR`; also `python -m perceptriton.mlp`.
 
 Exit codes: 0; 1 where a lesson does not reproduce its table or lacks its data, or a file cannot be written; 2 for bad
 arguments; 130 after an interrupt; 141 when the reader of the output has gone.

@@ -1,4 +1,4 @@
-"""Compiled functions on disk: where numba puts them, but for damaged files, full disks and sources that have changed."""
+"""Compiled functions on disk: where numba puts them, and safe from damaged files, full disks and old sources."""
 
 import functools
 import hashlib
@@ -20,8 +20,9 @@ def _fingerprint() -> str:
 
 
 class _Cache(FunctionCache):
-    def _index_key(self, sig, codegen):
-        return (*super()._index_key(sig, codegen), _fingerprint())
+    def _index_key(self, sig, codegen) -> Any:
+        *rest, code = super()._index_key(sig, codegen)
+        return (*rest, (*code, _fingerprint()))
 
     def load_overload(self, sig, target_context):
         try:

@@ -1,5 +1,8 @@
 """Activations on vectors, forward and backward, by their numbers: indices into ACTIVATIONS."""
 
+from collections.abc import Callable
+from typing import Any, cast
+
 from numba import njit, types
 from numba.extending import overload
 
@@ -10,10 +13,10 @@ __all__ = ["ACTIVATIONS", "activate", "inline", "through"]
 ACTIVATIONS = ("identity", "sigmoid", "tanh", "relu")
 
 # Part of the function that calls it: a vector that crosses a call is written to memory.
-inline = njit(forceinline=True)
+inline = cast("Callable[[Callable], Callable[..., Any]]", njit(forceinline=True))
 
 
-def _exp(z):
+def _exp(z) -> Any:
     """(h, q) with e ** z = 2 h (1 + q) and h a power of 2, for z between -86 and 89 or, in fp64, -707 and 710."""
 
 
@@ -52,7 +55,7 @@ def _exp_of(z):
     return double
 
 
-def _sigmoid_limits(z):
+def _sigmoid_limits(z) -> Any:
     """Beyond the first, 1 + e ** z is 1 for a z of this type; beyond the second, e ** z is inf."""
 
 

@@ -5,7 +5,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +21,23 @@ __all__ = ["NativeLoop", "compile_all"]
 PIECES = 4  # of work, for each thread
 
 _lock = threading.Lock()
+
+
+@contextmanager
+def _compiler() -> Iterator[Any]:
+    """The module of compiled functions, which compiles while this lasts. The first call imports numba."""
+    from numba.core import config
+
+    # Who debugs functions of his own without the compiler still has ours, which are nothing without it.
+    settings: Any = cast(Any, config)
+    with _lock:
+        disabled, settings.DISABLE_JIT = settings.DISABLE_JIT, 0
+        try:
+            from . import steps
+
+            yield steps
+        finally:
+            settings.DISABLE_JIT = disabled
 
 
 class NativeLoop:
@@ -43,12 +61,10 @@ class NativeLoop:
         taken: int,
         plan: TrainPlan,
     ) -> None:
-        """The arguments are those of `TorchLoop`. `setup_seconds` is what compiling, or reading from disk, has taken."""
+        """The arguments are those of `TorchLoop`. `setup_seconds`: compiling, or reading from disk."""
         began = time.perf_counter()
-        with _lock:
-            from . import steps  # the first one imports numba
-
-            self.steps = steps
+        with _compiler() as self.steps:
+            steps = self.steps
             self.config, self.given, self.taken = config, (parameters, first, second), taken
             self.tile = steps.Tile(plan.rows, plan.networks)
             self.networks, self.members, self.samples = plan.networks, lr.shape[0], x.shape[1]
@@ -134,7 +150,7 @@ class NativeLoop:
         return t.view(self.blocks, self.networks, -1).transpose(1, 2).flatten(1).contiguous()
 
     def _storage(self, tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-        """(blocks, numbers): for each layer and neuron its weights, then its bias; filled up to whole vectors with 0."""
+        """(blocks, numbers): for each neuron its weights, then its bias; filled up to whole vectors with 0."""
         if not tensors:
             return like.new_zeros(self.blocks, 0)
         views = [t.view(self.members, n, -1) for t, (_, n) in zip(tensors, self._layers_of_tensors(), strict=True)]

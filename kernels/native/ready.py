@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 from pathlib import Path
 
 import torch
@@ -11,6 +10,8 @@ from .. import plan as planning
 
 __all__ = ["loaded", "refusal", "seconds"]
 
+# Where numba keeps compiled code if it may. That it lies there is a guess: it may be of another version.
+FOLDER = Path(__file__).parent / "__pycache__"
 # Kinds of steps that this process has compiled or read from disk: (dtype, samples, networks).
 loaded: set[tuple[torch.dtype, int, int]] = set()
 
@@ -20,8 +21,6 @@ def refusal() -> str | None:
     """Why there are no compiled loops in this process, or None."""
     if importlib.util.find_spec("numba") is None:
         return "compiled loops need numba, which is not installed: pip install 'perceptriton[native]'"
-    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
-        return "compiled loops need numba's compiler, which NUMBA_DISABLE_JIT switches off"
     return None
 
 
@@ -29,12 +28,6 @@ def seconds(dtype: torch.dtype) -> tuple[float, ...]:
     """About how long it takes until steps of each of the plan's TILES can begin."""
     if all((dtype, *tile) in loaded for tile in planning.TILES):
         return (0.0,) * len(planning.TILES)
-    wait = planning.LOAD_SECONDS if _on_disk() else planning.COMPILE_SECONDS
+    on_disk = next(FOLDER.glob("steps.train-*.nbi"), None) is not None
+    wait = planning.LOAD_SECONDS if on_disk else planning.COMPILE_SECONDS
     return tuple(0.0 if (dtype, *tile) in loaded else wait for tile in planning.TILES)
-
-
-def _on_disk() -> bool:
-    """Whether code of some kind lies where numba puts it. A guess: it may be of another version."""
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    folder = Path(chosen) if chosen else Path(__file__).parent / "__pycache__"
-    return next(folder.glob("**/steps.train-*.nbi"), None) is not None

@@ -8,6 +8,8 @@ to a sum, whatever the parameters are.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, cast
 
 from numba import njit
 
@@ -35,7 +37,7 @@ OPTIMIZERS = ("plain", "momentum", "nesterov", "adam", "adamw")
 # Member rows of what a step reads. 1 - dampening and others are rounded as a whole: 1 - 0.999 has no digits to lose.
 HYPERPARAMETERS = ("lr", "weight_decay", "momentum", "undamped", "new1", "beta2", "new2", "eps")
 # Part of the function that calls it already in numba's own form: compiled once, and not alone first.
-inline = njit(inline="always")
+inline = cast("Callable[[Callable], Callable[..., Any]]", njit(inline="always"))
 LANES = 16  # of an update
 ROW = Tile(1, LANES)  # what an update takes at a time: a number of each member, or sixteen of one network
 
@@ -70,7 +72,7 @@ def _forward(tile, widths, bias, hidden, output, w, h, partly, there):
                 z = muladd(repeat(tile, load_members(tile, w, row + k)), load(tile, h, below + k), z)
             y = activate(kind, z)
             if partly:
-                y = select(0.0 < load(tile, there, 0), y, 0.0)
+                y = select(load(tile, there, 0) > 0.0, y, 0.0)
             store(h, below + inputs + n, y)
             row += inputs + bias
         below += inputs
@@ -87,7 +89,7 @@ def _output_gradient(tile, loss, output, scale, top, h, t, dz, partly, there):
             gradient = through(output, gradient, p)
         gradient = gradient * scale
         if partly:
-            gradient = select(0.0 < load(tile, there, 0), gradient, 0.0)
+            gradient = select(load(tile, there, 0) > 0.0, gradient, 0.0)
         store(dz, top + n, gradient)
 
 
@@ -113,7 +115,7 @@ def _backward(tile, widths, bias, hidden, w, h, dz, g, row, above, partly, there
                     dy = muladd(weight, load(tile, dz, above + n), dy)
                 gradient = through(hidden, dy, load(tile, h, below + k))
                 if partly:
-                    gradient = select(0.0 < load(tile, there, 0), gradient, 0.0)
+                    gradient = select(load(tile, there, 0) > 0.0, gradient, 0.0)
                 store(dz, below + k, gradient)
         above = below
 
@@ -188,7 +190,7 @@ def train(
     losses,
     memory,
 ):
-    """Takes `steps` steps, the first being number `start` of the run, of each of the blocks from blocks[0] to blocks[1].
+    """Takes `steps` steps, the first being number `start` of the run, of the blocks from blocks[0] to blocks[1].
 
     widths: int64. kinds: the numbers of what is trained, as `loop` has them. order: int32, samples by their numbers
     from the epoch of step `start` on, or nothing for full batches. memory: to work in, see `loop`.

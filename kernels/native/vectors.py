@@ -6,7 +6,9 @@ can.
 """
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 from llvmlite import ir
 from numba.core import types
@@ -39,6 +41,8 @@ __all__ = [
     "sqrt",
     "store",
 ]
+
+_instruction = cast("Callable[[Callable], Callable[..., Any]]", intrinsic(prefer_literal=False))
 
 # --- types -------------------------------------------------------------------------------------------------
 
@@ -135,7 +139,7 @@ class _Comparison(AbstractTemplate):
 
 
 def _register(function, template, emit):
-    infer_global(function)(type(f"_{function.__name__}", (template,), {}))
+    cast(Any, infer_global(function))(type(f"_{function.__name__}", (template,), {}))
     for operands in ((Vector,), (Vector, Vector), (Vector, types.Float), (types.Float, Vector)):
         lower_builtin(function, *operands)(lambda context, builder, sig, args: emit(builder, *args))
 
@@ -145,6 +149,7 @@ _register(operator.sub, _Arithmetic, ir.IRBuilder.fsub)
 _register(operator.mul, _Arithmetic, ir.IRBuilder.fmul)
 _register(operator.truediv, _Arithmetic, ir.IRBuilder.fdiv)
 _register(operator.neg, _Arithmetic, ir.IRBuilder.fneg)
+_register(operator.gt, _Comparison, lambda builder, a, b: builder.fcmp_ordered(">", a, b))
 _register(operator.lt, _Comparison, lambda builder, a, b: builder.fcmp_ordered("<", a, b))
 _register(operator.le, _Comparison, lambda builder, a, b: builder.fcmp_ordered("<=", a, b))
 
@@ -161,26 +166,26 @@ def _muladd(builder, a, b, c):
     return _call(builder, "llvm.fmuladd", a, b, c)
 
 
-@intrinsic(prefer_literal=False)
+@_instruction
 def muladd(typing, a, b, c):
     """a * b + c, of which the others than the first vector may be numbers."""
     kind = _vector_among((a, b, c))
     return signature(kind, kind, kind, kind), lambda _, builder, sig, args: _muladd(builder, *args)
 
 
-@intrinsic(prefer_literal=False)
+@_instruction
 def sqrt(typing, a):
     return signature(a, a), lambda _, builder, sig, args: _call(builder, "llvm.sqrt", *args)
 
 
-@intrinsic(prefer_literal=False)
+@_instruction
 def select(typing, condition, a, b):
     """a where the condition holds, else b; one of the two may be a number."""
     kind = _vector_among((a, b))
     return signature(kind, condition, kind, kind), lambda _, builder, sig, args: builder.select(*args)
 
 
-@intrinsic(prefer_literal=False)
+@_instruction
 def power(typing, a):
     """2 ** (n - 1) by its bits, from a = n + 1.5 * 2 ** (digits - 1), whose last bits are n."""
     bits, shift, offset = (32, 23, 126) if a.scalar == types.float32 else (64, 52, 1022)
@@ -217,21 +222,21 @@ def _loading(lanes, a):
     return kind, emit
 
 
-@intrinsic(prefer_literal=False)
+@_instruction
 def load(typing, tile, a, i):
     """The vector number i of a, counted in vectors of all lanes."""
     kind, emit = _loading(tile.lanes, a)
     return signature(kind, tile, a, types.int64), emit
 
 
-@intrinsic(prefer_literal=False)
+@_instruction
 def load_members(typing, tile, a, i):
     """The vector number i of a, counted in vectors of one number for each member."""
     kind, emit = _loading(tile.tile.members, a)
     return signature(kind, tile, a, types.int64), emit
 
 
-@intrinsic(prefer_literal=False)
+@_instruction
 def store(typing, a, i, value):
     """Writes the vector number i of a, counted in vectors as long as this one."""
 
@@ -243,7 +248,7 @@ def store(typing, a, i, value):
     return signature(types.void, a, types.int64, value), emit
 
 
-@intrinsic(prefer_literal=False)
+@_instruction
 def repeat(typing, tile, value):
     """What each member has, for each of its samples."""
     kind = Vector(value.scalar, tile.lanes)
@@ -254,24 +259,24 @@ def repeat(typing, tile, value):
     return signature(kind, tile, value), emit
 
 
-@intrinsic(prefer_literal=False)
+@_instruction
 def fill(typing, tile, a, value):
     """A vector of numbers like those of a, for each member the same one."""
     kind = Vector(a.dtype, tile.tile.members)
     return signature(kind, tile, a, kind), lambda _, builder, sig, args: args[2]
 
 
-@intrinsic(prefer_literal=False)
+@_instruction
 def samples_of(typing, tile):
     return signature(types.int64, tile), lambda _, builder, sig, args: ir.IntType(64)(tile.tile.samples)
 
 
-@intrinsic(prefer_literal=False)
+@_instruction
 def members_of(typing, tile):
     return signature(types.int64, tile), lambda _, builder, sig, args: ir.IntType(64)(tile.tile.members)
 
 
-@intrinsic(prefer_literal=False)
+@_instruction
 def add_products(typing, tile, a, i, left, right):
     """Adds to a, for each member, left * right summed over its samples."""
     kind, samples = Vector(a.dtype, tile.tile.members), tile.tile.samples

@@ -18,8 +18,8 @@ TILES = ((ALONE_ROWS, 1), (FEW_ROWS, 1), (STACK_ROWS, NETWORKS))
 ALONE_US = (3e-2, 0.0, 1.9e-3, 4e-4)
 STACK_US = (2.7e-2, 1.2e-2, 3.5e-3, 2.9e-3)
 
-# Seconds until the first step: to import the compiler and read code from disk, or to compile it first. Twice those measured,
-# because a run that waits in vain is worse than one that goes on as it is.
+# Seconds until the first step: to import the compiler and read code from disk, or to compile it first. Twice those
+# measured, because a run that waits in vain is worse than one that goes on as it is.
 LOAD_SECONDS = 1.2
 COMPILE_SECONDS = 8.0
 

@@ -41,8 +41,8 @@ def train(
     """The plan for training `members` networks of one config on `samples` samples each.
 
     batch_size: None for all samples. impl: "lane", "block", "graph" or "native" asks for that one; the plan says
-    "torch", and why, where it cannot be had. steps: how many, None for many. native_seconds: until compiled loops with each
-    of the TILES could begin. native_refusal: why there are none.
+    "torch", and why, where it cannot be had. steps: how many, None for many. native_seconds: until compiled loops with
+    each of the TILES could begin. native_refusal: why there are none.
     """
     if impl == "native" or (impl is None and device.kind == "cpu" and not device.triton):
         if native_refusal:

@@ -8,7 +8,6 @@ import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -305,18 +304,17 @@ def test_random_configurations_train_as_an_ordinary_loop():
         batch_size = draw.choice([None, None, 1, 3, 16, samples])
         steps, log_every = draw.randint(1, 6), draw.randint(1, 3)
         name = draw.choice(list(OPTIMIZERS))
-        where = f"FUZZ_SEED={seed}: {sizes} {hidden} {criterion} {name} {samples} samples by {batch_size}, {steps} steps"
+        where = f"FUZZ_SEED={seed}: {sizes} {hidden} {criterion} {name}, {samples} samples by {batch_size}"
         # A relu whose input is 0 but for rounding goes either way, and the sum of many losses diverges.
         rate = 0.02 if criterion.reduction == "sum" else 0.1
         models = [make(sizes, hidden, output, bias, samples, seed=seed) for _ in range(2)]
         (model, x, y), (twin, _, _) = models
         own, other = (OPTIMIZERS[name](m.parameters(), rate) for m in (model, twin))
-        options = {"batch_size": batch_size, "log_every": log_every}
-        generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
-        history = fit(
-            *(model, x, y), criterion=criterion, optimizer=own, steps=steps, generator=generators[0], impl="native", **options
-        )
-        losses = ordinary(twin, x, y, criterion, other, steps, generator=generators[1], **options)
+        options = {"batch_size": batch_size, "log_every": log_every, "generator": torch.Generator()}
+        options["generator"].manual_seed(seed)
+        history = fit(model, x, y, criterion=criterion, optimizer=own, steps=steps, impl="native", **options)
+        options["generator"].manual_seed(seed)
+        losses = ordinary(twin, x, y, criterion, other, steps, **options)
         if not (losses.isfinite().all() and losses.abs().max() < 1e3):
             continue
         assert (history.loss.double() - losses).norm() <= 1e-9 * (1 + losses.norm()), where
@@ -364,8 +362,6 @@ def test_without_numba(monkeypatch):
 def test_what_is_missing_is_said(monkeypatch):
     ask = ready.refusal.__wrapped__
     assert ask() is None
-    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
-    assert ask() == "compiled loops need numba's compiler, which NUMBA_DISABLE_JIT switches off"
     monkeypatch.setitem(sys.modules, "numba", None)
     assert ask() == "compiled loops need numba, which is not installed: pip install 'perceptriton[native]'"
 
@@ -377,7 +373,7 @@ def test_what_is_ready_is_known(monkeypatch, tmp_path):
         assert seconds >= 0
     assert ready.seconds(torch.float32) == ready.seconds(torch.float64) == (0, 0, 0)
     monkeypatch.setattr(ready, "loaded", {(torch.float32, 4, 1)})
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(ready, "FOLDER", tmp_path)
     assert ready.seconds(torch.float32) == (plan.COMPILE_SECONDS, 0, plan.COMPILE_SECONDS)
     (tmp_path / "steps.train-1.py310.nbi").touch()
     assert ready.seconds(torch.float32) == (plan.LOAD_SECONDS, 0, plan.LOAD_SECONDS)
@@ -436,6 +432,12 @@ print(os.waitstatus_to_exitcode(status), train() == first)
     assert printed(start(script, chosen_folder)) == ["7", "True"]
 
 
+@pytest.mark.more
+def test_numba_may_be_switched_off_for_others(tmp_path):
+    script = "import numba; numba.config.DISABLE_JIT = 1; print(train(), numba.config.DISABLE_JIT)"
+    assert printed(start(script, tmp_path)) == [printed(start("print(train())", tmp_path))[0], "1"]
+
+
 def test_code_is_kept_in_memory_where_no_folder_takes_it(monkeypatch):
     from numba import njit
     from numba.core.caching import CacheImpl
@@ -482,20 +484,13 @@ def test_an_ensemble_with_rates_of_its_own():
     results = []
     for impl in ("native", "torch"):
         ensemble = Ensemble(20, [2, 3, 1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        x, y = torch.ones(20, 3, 2, dtype=torch.float64).cumsum(0) / 20, torch.rand(3, 1, dtype=torch.float64) * 0 + 0.3
+        x, y = torch.ones(20, 3, 2, dtype=torch.float64).cumsum(0) / 20, torch.full((3, 1), 0.3, dtype=torch.float64)
         own = torch.optim.SGD(ensemble.parameters(), lr=1.0, momentum=0.5)
-        lr = torch.linspace(0.1, 1, 20)
-        history = fit(ensemble, x, y.expand(20, 3, 1), criterion=nn.BCELoss(), optimizer=own, steps=30, lr=lr, impl=impl)
+        options = {"steps": 30, "lr": torch.linspace(0.1, 1, 20), "impl": impl}
+        history = fit(ensemble, x, y.expand(20, 3, 1), criterion=nn.BCELoss(), optimizer=own, **options)
         assert history.path == impl
         results.append(values(ensemble))
     assert relative(*results) <= EXACT
-
-
-def test_one_folder_alone_imports_numba():
-    root = Path(__file__).parents[2]
-    sources = [path for folder in ("kernels", "mlp") for path in (root / folder).rglob("*.py")]
-    importing = [path for path in sources if re.search(r"^ *(from|import) (numba|llvmlite)\b", path.read_text(), re.M)]
-    assert {path.parent for path in importing} == {root / "kernels" / "native"}
 
 
 def test_a_model_in_single_precision_keeps_its_parameters():
