@@ -159,8 +159,9 @@ def _export_hub(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     if reason := ready.refusal():
         return _failed(reason, 1)
+    print("compiling the training loops for this CPU, or reading them from disk", flush=True)
     for kind, seconds in compile_all():
-        print(f"training loops in {kind:<40}  {seconds:4.1f} s", flush=True)
+        print(f"{kind:<40}  {seconds:4.1f} s", flush=True)
     return 0
 
 
