@@ -110,8 +110,9 @@ def triton_cache() -> str:
 
 
 def _numba() -> str:
-    reason = ready.refusal()
-    return f"{_version('numba')}, {reason}: small networks train many times slower" if reason else _version("numba")
+    if ready.refusal():
+        return "not installed: small networks train slowly; pip install 'perceptriton[native]'"
+    return _version("numba")
 
 
 def _version(distribution: str) -> str:

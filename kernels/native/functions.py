@@ -83,8 +83,7 @@ def activate(kind, z):
     if kind == 2:
         shifted = muladd(half, q, half - 0.5)  # (e ** 2z - 1) / 2
         return shifted / (1.0 + shifted)
-    half = muladd(half, q, half)
-    return 1.0 / (1.0 + (half + half))
+    return 1.0 / muladd(muladd(half, q, half), 2.0, 1.0)
 
 
 @inline
