@@ -68,7 +68,7 @@ class NativeLoop:
             self.config, self.given, self.taken = config, (parameters, first, second), taken
             self.tile = steps.Tile(plan.rows, plan.networks)
             self.networks, self.members, self.samples = plan.networks, lr.shape[0], x.shape[1]
-            self.size, self.shared = min(batch_size, x.shape[1]), x.shape[0] == 1
+            self.size = min(batch_size, x.shape[1])
             with torch.no_grad():
                 self._lay_out(lr, x, y)
             self.run(None, 0, 0, 0, lr.new_empty(0, self.members))
@@ -113,7 +113,7 @@ class NativeLoop:
             for storage in state:
                 storage.zero_()
         self.storages = [w, *state]
-        data = (t.flatten(1) if self.shared else self._side_by_side(t.flatten(1)) for t in (x, y))
+        data = (t.flatten(1) if len(t) == 1 else self._side_by_side(t.flatten(1)) for t in (x, y))
         self.data = [t.numpy() for t in data]
         numbers = {
             "lr": lr,
@@ -139,7 +139,7 @@ class NativeLoop:
             steps.ACTIVATIONS.index(config.output),
             steps.LOSSES.index(config.loss),
             steps.OPTIMIZERS.index(optimizer),
-            *map(int, (config.bias, config.reduction == "mean", config.weight_decay != 0, self.shared)),
+            *map(int, (config.bias, config.reduction == "mean", config.weight_decay != 0)),
             self.samples,
         )
 

@@ -201,7 +201,7 @@ def train(
     rows of ROW. powers: fp64, beta1 and beta2, and both to the power of the steps that the state has seen, which are
     updated. losses: fp64, member rows of zeros, one for each step that is logged.
     """
-    hidden, output, loss, optimizer, bias, mean, decays, shared, samples, new = kinds
+    hidden, output, loss, optimizer, bias, mean, decays, samples, new = kinds
     lanes = samples_of(tile)
     g, h, dz, t, there = memory
     for block in range(blocks[0], blocks[1]):
@@ -222,8 +222,8 @@ def train(
                     partly = used < lanes
                     for place in range(lanes):
                         store(there, place, fill(tile, there, 1.0 if place < used else 0.0))
-                    _fetch(tile, x, shared, order, epoch + begin + first, used, h, widths[0])
-                    _fetch(tile, y, shared, order, epoch + begin + first, used, t, widths[-1])
+                    _fetch(tile, x, len(x) == samples * widths[0], order, epoch + begin + first, used, h, widths[0])
+                    _fetch(tile, y, len(y) == samples * widths[-1], order, epoch + begin + first, used, t, widths[-1])
                     fetched = not len(order) and count <= lanes
                 row, top = _forward(tile, widths, bias, hidden, output, w, h, partly, there)
                 if logs:

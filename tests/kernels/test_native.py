@@ -42,7 +42,7 @@ class Case:
     members: int = 3
     samples: int = 5
     batch_size: int | None = None
-    shared: bool = True
+    shared: tuple[bool, bool] = (True, True)  # inputs, targets
 
     def tensors(self, dtype):
         """(parameters, x, y, lr)"""
@@ -55,11 +55,11 @@ class Case:
         for k, n in itertools.pairwise(self.config.widths):
             parameters.append(1.4 * normal(self.members, n, k) / k**0.5)
             parameters += [0.5 * normal(self.members, n)] if self.config.bias else []
-        many = 1 if self.shared else self.members
-        y = torch.rand(many, self.samples, self.config.widths[-1], generator=generator, dtype=torch.float64)
+        many = [1 if shared else self.members for shared in self.shared]
+        y = torch.rand(many[1], self.samples, self.config.widths[-1], generator=generator, dtype=torch.float64)
         rates = (0.01, 0.05) if self.config.optimizer != "sgd" or self.config.reduction == "sum" else (0.1, 0.4)
         lr = torch.linspace(*rates, self.members, dtype=torch.float64)
-        return parameters, normal(many, self.samples, self.config.widths[0]), y.to(dtype), lr.to(dtype)
+        return parameters, normal(many[0], self.samples, self.config.widths[0]), y.to(dtype), lr.to(dtype)
 
     def run(self, chosen, dtype=torch.float32, pieces=(9,), log_every=2, change=None):
         """Parameters, state and losses after steps in these pieces."""
@@ -125,13 +125,15 @@ def test_activations(hidden, bias, tile):
 
 # name: members, samples, batch size, shared: why
 DATA = {
-    "one": (1, 1, None, True),
-    "own": (3, 5, None, False),
-    "full-tiles": (16, 16, None, True),
-    "ragged": (17, 21, None, False),  # a block with one network, and a tile with one sample
-    "batches": (2, 37, 18, True),
-    "own-batches": (18, 10, 4, False),
-    "single-samples": (2, 5, 1, True),
+    "one": (1, 1, None),
+    "own": (3, 5, None, (False, False)),
+    "own-inputs": (3, 5, 4, (False, True)),
+    "own-targets": (17, 5, None, (True, False)),
+    "full-tiles": (16, 16, None),
+    "ragged": (17, 21, None, (False, False)),  # a block with one network, and a tile with one sample
+    "batches": (2, 37, 18),
+    "own-batches": (18, 10, 4, (False, False)),
+    "single-samples": (2, 5, 1),
 }
 
 
@@ -198,7 +200,7 @@ SPOILED = [torch.nan, torch.inf, -torch.inf]
 @pytest.mark.parametrize("where", ["weight", "input", "target"])
 @pytest.mark.parametrize("hidden", ACTIVATIONS)
 def test_nan_and_inf_are_what_torch_makes_of_them(hidden, where, tile):
-    case = Case(TrainConfig((2, 3, 2), hidden, "identity", loss="mse"), 3, 5, shared=False)
+    case = Case(TrainConfig((2, 3, 2), hidden, "identity", loss="mse"), 3, 5, shared=(False, False))
 
     def change(parameters, x, y):
         for member, value in enumerate(SPOILED):
@@ -211,7 +213,7 @@ def test_nan_and_inf_are_what_torch_makes_of_them(hidden, where, tile):
 
 @every_tile
 def test_members_do_not_touch_each_other(tile):
-    case = Case(TrainConfig((2, 3, 1), "relu"), 19, 5, shared=False)
+    case = Case(TrainConfig((2, 3, 1), "relu"), 19, 5, shared=(False, False))
 
     def change(parameters, x, y):
         x[1, 0], x[17, 2] = torch.nan, torch.inf
@@ -238,7 +240,7 @@ def test_the_size_of_a_piece_changes_no_bit(tile, recipe):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_the_number_of_threads_changes_no_bit(dtype):
-    case, results = Case(TrainConfig((3, 4, 2), optimizer="adam"), 161, 6, shared=False), []
+    case, results = Case(TrainConfig((3, 4, 2), optimizer="adam"), 161, 6, shared=(False, False)), []
     before = torch.get_num_threads()
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
