@@ -361,6 +361,20 @@ def test_without_numba(monkeypatch):
         plan_train(1, 4, None, XOR, torch.float32, torch.device("cpu"), "native")
 
 
+def test_a_numba_that_cannot_be_imported_is_none(monkeypatch):
+    monkeypatch.setattr(ready, "seconds", lambda _: (0.0, 0.0, 0.0))
+    monkeypatch.setitem(sys.modules, "numba.core", None)
+    results = []
+    for impl in (None, "torch"):
+        model, x, y = make((2, 3, 1), "tanh", "sigmoid", True, 4)
+        own = torch.optim.SGD(model.parameters(), 0.1)
+        assert fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=9, impl=impl).path == "torch"
+        results.append(values(model))
+    assert same_bits(*results)
+    with pytest.raises(NotImplementedError, match=r"^impl='native': .*numba"):
+        fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=9, impl="native")
+
+
 def test_what_is_missing_is_said(monkeypatch):
     ask = ready.refusal.__wrapped__
     assert ask() is None
