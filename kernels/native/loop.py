@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import plan as planning
 from ..records import TrainConfig, TrainPlan
+from .layout import Members, Neurons
 from .ready import loaded
 
 __all__ = ["NativeLoop", "compile_all"]
@@ -24,8 +25,8 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def _compiler() -> Iterator[Any]:
-    """The module of compiled functions, which compiles while this lasts. The first call imports numba."""
+def _compiler() -> Iterator[tuple[Any, Any]]:
+    """The modules of compiled functions, which compile while this lasts. The first call imports numba."""
     from numba.core import config
 
     # Who debugs functions of his own without the compiler still has ours, which are nothing without it.
@@ -33,9 +34,9 @@ def _compiler() -> Iterator[Any]:
     with _lock:
         disabled, settings.DISABLE_JIT = settings.DISABLE_JIT, 0
         try:
-            from . import steps
+            from . import neurons, steps
 
-            yield steps
+            yield steps, neurons
         finally:
             settings.DISABLE_JIT = disabled
 
@@ -63,58 +64,58 @@ class NativeLoop:
     ) -> None:
         """The arguments are those of `TorchLoop`. `setup_seconds`: compiling, or reading from disk."""
         began = time.perf_counter()
-        with _compiler() as self.steps:
-            steps = self.steps
-            self.config, self.given, self.taken = config, (parameters, first, second), taken
-            self.tile = steps.Tile(plan.rows, plan.networks)
-            self.networks, self.members, self.samples = plan.networks, lr.shape[0], x.shape[1]
-            self.size = min(batch_size, x.shape[1])
+        with _compiler() as (steps, neurons):
+            self.given, self.taken, self.size = (parameters, first, second), taken, min(batch_size, x.shape[1])
+            if plan.rows == planning.NEURON_ROWS:
+                self.train, self.tile, layout = neurons.train, steps.Tile(plan.rows, steps.LANES), Neurons
+            else:
+                self.train, self.tile, layout = steps.train, steps.Tile(plan.rows, plan.networks), Members
+            self.layout = layout(config, lr.shape[0], plan.rows, plan.networks, steps.LANES)
             with torch.no_grad():
-                self._lay_out(lr, x, y)
-            self.run(None, 0, 0, 0, lr.new_empty(0, self.members))
+                self._lay_out(steps, config, lr, x, y)
+            self.run(None, 0, 0, 0, lr.new_empty(0, len(lr)))
             loaded.add((lr.dtype, plan.rows, plan.networks))
         self.setup_seconds = time.perf_counter() - began
 
     def run(self, order: Tensor | None, start: int, steps: int, log_every: int, losses: Tensor) -> None:
         """As `TorchLoop.run`."""
         samples = np.empty(0, np.int32) if order is None else order.flatten().numpy()
-        logged = torch.zeros(self.blocks, len(losses) * self.networks, dtype=torch.float64)
+        layout, blocks = self.layout, self.layout.blocks
+        logged = torch.zeros(blocks, len(losses) * layout.networks, dtype=torch.float64, device="cpu")
         pace = (samples, self.size, start, steps, log_every)
         own = [t.numpy() for t in (self.hyper, *self.storages, self.powers, logged)]
         kinds = (*self.kinds, int(not self.taken))
 
-        def work(blocks: tuple[int, int]) -> None:
-            self.steps.train(self.tile, blocks, self.widths, kinds, *self.data, *pace, *own, self._memory())
+        def work(piece: tuple[int, int]) -> None:
+            memory = tuple(t.numpy() for t in layout.memory(self.storages[0], self.size))
+            self.train(self.tile, piece, self.widths, kinds, *self.data, *pace, *own, memory)
 
-        threads = min(torch.get_num_threads(), self.blocks)
+        threads = min(torch.get_num_threads(), blocks)
         # Several pieces for each thread: one that another program holds up leaves pieces to the others.
-        each = -(-self.blocks // (PIECES * threads))
-        pieces = [(begin, min(begin + each, self.blocks)) for begin in range(0, self.blocks, each)]
+        each = -(-blocks // (PIECES * threads))
+        pieces = [(begin, min(begin + each, blocks)) for begin in range(0, blocks, each)]
         if threads > 1 and steps:
             with ThreadPoolExecutor(threads) as pool:
                 for _ in pool.map(work, pieces):
                     pass
         else:
-            work((0, self.blocks))
+            work((0, blocks))
         self.taken += steps
         with torch.no_grad():
-            rows = logged.view(self.blocks, len(losses), self.networks).transpose(0, 1)
-            losses.copy_(rows.flatten(1)[:, : self.members])
+            rows = logged.view(blocks, len(losses), layout.networks).transpose(0, 1)
+            losses.copy_(rows.flatten(1)[:, : layout.members])
             for storage, tensors in zip(self.storages, self.given, strict=True):
-                self._read(storage, tensors)
+                layout.read(storage, tensors)
 
-    def _lay_out(self, lr: Tensor, x: Tensor, y: Tensor) -> None:
-        config, steps = self.config, self.steps
-        self.layers = list(itertools.pairwise(config.widths))
-        self.blocks = -(-self.members // self.networks)
+    def _lay_out(self, steps: Any, config: TrainConfig, lr: Tensor, x: Tensor, y: Tensor) -> None:
+        layout = self.layout
         self.widths = np.array(config.widths, np.int64)
-        w, *state = (self._storage(tensors, lr) for tensors in self.given)
+        w, *state = (layout.write(tensors, lr) for tensors in self.given)
         if not self.taken:
             for storage in state:
                 storage.zero_()
         self.storages = [w, *state]
-        data = (t.flatten(1) if len(t) == 1 else self._side_by_side(t.flatten(1)) for t in (x, y))
-        self.data = [t.numpy() for t in data]
+        self.data = [layout.inputs(x).numpy(), layout.targets(y).numpy()]
         numbers = {
             "lr": lr,
             "weight_decay": config.weight_decay,
@@ -125,12 +126,12 @@ class NativeLoop:
             "new2": 1 - config.beta2,
             "eps": config.eps,
         }
-        rows = [torch.as_tensor(numbers[name], dtype=lr.dtype).expand(self.members) for name in steps.HYPERPARAMETERS]
+        rows = [torch.as_tensor(numbers[name], dtype=lr.dtype).expand(len(lr)) for name in steps.HYPERPARAMETERS]
         # One network's numbers stand in all lanes of an update.
-        hyper = self._side_by_side(torch.stack(rows, 1)).view(self.blocks, len(rows), self.networks)
-        self.hyper = hyper.expand(-1, -1, steps.ROW.members).flatten(1).contiguous()
+        hyper = layout.side_by_side(torch.stack(rows, 1)).view(layout.blocks, len(rows), layout.networks)
+        self.hyper = hyper.expand(-1, -1, steps.LANES).flatten(1).contiguous()
         betas = torch.tensor([config.beta1, config.beta2], dtype=torch.float64)
-        self.powers = torch.cat([betas, betas**self.taken]).repeat(self.blocks, 1)
+        self.powers = torch.cat([betas, betas**self.taken]).repeat(layout.blocks, 1)
         optimizer = config.optimizer
         if optimizer == "sgd":
             optimizer = "nesterov" if config.nesterov else "momentum" if config.momentum else "plain"
@@ -140,48 +141,8 @@ class NativeLoop:
             steps.LOSSES.index(config.loss),
             steps.OPTIMIZERS.index(optimizer),
             *map(int, (config.bias, config.reduction == "mean", config.weight_decay != 0)),
-            self.samples,
+            x.shape[1],
         )
-
-    def _side_by_side(self, t: Tensor) -> Tensor:
-        """(E, n) -> (blocks, n * networks): the numbers of the networks of a block lie side by side."""
-        missing = self.blocks * self.networks - self.members
-        t = torch.cat([t, t[-1:].expand(missing, -1)]) if missing else t
-        return t.view(self.blocks, self.networks, -1).transpose(1, 2).flatten(1).contiguous()
-
-    def _storage(self, tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-        """(blocks, numbers): for each neuron its weights, then its bias; filled up to whole vectors with 0."""
-        if not tensors:
-            return like.new_zeros(self.blocks, 0)
-        views = [t.view(self.members, n, -1) for t, (_, n) in zip(tensors, self._layers_of_tensors(), strict=True)]
-        step = 1 + self.config.bias
-        layers = [torch.cat(views[l : l + step], 2).flatten(1) for l in range(0, len(views), step)]
-        packed = self._side_by_side(torch.cat(layers, 1))
-        storage = like.new_zeros(self.blocks, -(-packed.shape[1] // self.steps.ROW.members) * self.steps.ROW.members)
-        storage[:, : packed.shape[1]] = packed
-        return storage
-
-    def _read(self, storage: Tensor, tensors: Sequence[Tensor]) -> None:
-        """Writes what a storage holds into the tensors."""
-        counts = [n * (k + self.config.bias) for k, n in self.layers]
-        used = storage[:, : sum(counts) * self.networks].view(self.blocks, -1, self.networks)
-        whole = used.transpose(1, 2).flatten(0, 1)[: self.members]
-        targets = iter(tensors)
-        for part, (k, n) in zip(whole.split(counts, 1) if tensors else (), self.layers, strict=False):
-            layer = part.view(self.members, n, -1)
-            next(targets).copy_(layer[:, :, :k])
-            if self.config.bias:
-                next(targets).copy_(layer[:, :, k])
-
-    def _layers_of_tensors(self) -> Iterator[tuple[int, int]]:
-        """(inputs, outputs) of the layer that each given tensor belongs to."""
-        return itertools.chain.from_iterable(itertools.repeat(layer, 1 + self.config.bias) for layer in self.layers)
-
-    def _memory(self) -> tuple[Any, ...]:
-        """Gradients, activations and their gradients, targets, and the places that have a sample, of one block."""
-        lanes, neurons = self.tile.samples * self.tile.members, sum(self.config.widths)
-        counts = (self.storages[0].shape[1], neurons * lanes, neurons * lanes, self.config.widths[-1] * lanes, lanes)
-        return tuple(self.storages[0].new_empty(count).numpy() for count in counts)
 
 
 def compile_all() -> Iterator[tuple[str, float]]:

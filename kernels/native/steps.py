@@ -30,7 +30,7 @@ from .vectors import (
     store,
 )
 
-__all__ = ["ACTIVATIONS", "HYPERPARAMETERS", "LOSSES", "OPTIMIZERS", "ROW", "Tile", "train"]
+__all__ = ["ACTIVATIONS", "HYPERPARAMETERS", "LOSSES", "OPTIMIZERS", "ROW", "Tile", "corrections", "inline", "loss_of", "train", "update"]
 
 LOSSES = ("mse", "bce", "bce_logits")
 OPTIMIZERS = ("plain", "momentum", "nesterov", "adam", "adamw")
@@ -126,21 +126,36 @@ def _plus_losses(tile, loss, share, top, h, t, used, losses, logged):
     members, lanes = members_of(tile), members_of(tile) * samples_of(tile)
     for n in range(len(t) // lanes):
         for lane in range(used * members):
-            p, target = float(h[(top + n) * lanes + lane]), float(t[n * lanes + lane])
-            if loss == 0:
-                value = (p - target) * (p - target)
-            elif loss == 1:
-                log, log1 = math.log(p), math.log1p(-p)
-                log, log1 = -100.0 if log < -100 else log, -100.0 if log1 < -100 else log1
-                value = -(target * log + (1 - target) * log1)
-            else:
-                value = (1 - target) * p + math.log1p(math.exp(-abs(p))) + (0.0 if p > 0 else -p)
+            value = loss_of(loss, float(h[(top + n) * lanes + lane]), float(t[n * lanes + lane]))
             losses[logged * members + lane % members] += share * value
 
 
 @inline
-def _update(optimizer, decays, new, hyper, factor, root, w, g, m, v):
-    """new: the state has seen no step. factor, root: Adam's corrections, see `train`."""
+def loss_of(loss, p, target):
+    if loss == 0:
+        return (p - target) * (p - target)
+    if loss == 1:
+        log, log1 = math.log(p), math.log1p(-p)
+        log, log1 = -100.0 if log < -100 else log, -100.0 if log1 < -100 else log1
+        return -(target * log + (1 - target) * log1)
+    return (1 - target) * p + math.log1p(math.exp(-abs(p))) + (0.0 if p > 0 else -p)
+
+
+@inline
+def corrections(optimizer, powers):
+    """Adam's, (factor, root) of `update`, for the next step that the state sees."""
+    if optimizer < 3:
+        return 1.0, 1.0
+    # A power that has become too small to matter would be slow to multiply.
+    powers[2] = powers[2] * powers[0] if powers[2] > 1e-30 else 0.0
+    powers[3] = powers[3] * powers[1] if powers[3] > 1e-30 else 0.0
+    root = math.sqrt(1 - powers[3])
+    return root / (1 - powers[2]), root
+
+
+@inline
+def update(optimizer, decays, new, hyper, factor, root, w, g, m, v):
+    """new: the state has seen no step. factor, root: Adam's corrections of the rate and of eps."""
     lr, decay, momentum = load(ROW, hyper, 0), load(ROW, hyper, 1), load(ROW, hyper, 2)
     undamped, new1, beta2 = load(ROW, hyper, 3), load(ROW, hyper, 4), load(ROW, hyper, 5)
     new2, floor = load(ROW, hyper, 6), load(ROW, hyper, 7) * root
@@ -235,12 +250,5 @@ def train(
             if begin >= samples:
                 begin = 0
                 epoch += samples if len(order) else 0
-            factor = root = 1.0
-            if optimizer >= 3:
-                # A power that has become too small to matter would be slow to multiply.
-                power1, power2 = powers[block, 2], powers[block, 3]
-                powers[block, 2] = power1 * powers[block, 0] if power1 > 1e-30 else 0.0
-                powers[block, 3] = power2 * powers[block, 1] if power2 > 1e-30 else 0.0
-                root = math.sqrt(1 - powers[block, 3])
-                factor = root / (1 - powers[block, 2])
-            _update(optimizer, decays, new and step == start, hyper, factor, root, w, g, m, v)
+            factor, root = corrections(optimizer, powers[block])
+            update(optimizer, decays, new and step == start, hyper, factor, root, w, g, m, v)

@@ -38,8 +38,11 @@ __all__ = [
     "repeat",
     "samples_of",
     "select",
+    "spread",
+    "spread_next",
     "sqrt",
     "store",
+    "store_rows",
 ]
 
 _instruction = cast("Callable[[Callable], Callable[..., Any]]", intrinsic(prefer_literal=False))
@@ -264,6 +267,60 @@ def fill(typing, tile, a, value):
     """A vector of numbers like those of a, for each member the same one."""
     kind = Vector(a.dtype, tile.tile.members)
     return signature(kind, tile, a, kind), lambda _, builder, sig, args: args[2]
+
+
+@_instruction
+def spread(typing, tile, a, places, first, i):
+    """For each sample s of the tile a[places[first + s] + i], for all of its members."""
+
+    def place(builder, places, first, s):
+        return builder.load(builder.gep(places, [builder.add(first, ir.IntType(64)(s))]))
+
+    def emit(context, builder, sig, args):
+        _, array, own, first, i = args
+        own = context.make_array(places)(context, builder, own).data
+        starts = [place(builder, own, first, s) for s in range(tile.tile.samples)]
+        return _spread(context, builder, tile, a, array, [builder.add(start, i) for start in starts])
+
+    return signature(Vector(a.dtype, tile.lanes), tile, a, places, types.int64, types.int64), emit
+
+
+@_instruction
+def spread_next(typing, tile, a, i):
+    """For each sample s of the tile a[i + s], for all of its members."""
+
+    def emit(context, builder, sig, args):
+        indices = [builder.add(args[2], ir.IntType(64)(s)) for s in range(tile.tile.samples)]
+        return _spread(context, builder, tile, a, args[1], indices)
+
+    return signature(Vector(a.dtype, tile.lanes), tile, a, types.int64), emit
+
+
+def _spread(context, builder, tile, array_type, array, indices):
+    """A number of the array for each sample, for all of its members."""
+    kind = Vector(array_type.dtype, tile.tile.members)
+    data = context.make_array(array_type)(context, builder, array).data
+    parts = [_splat(builder, builder.load(builder.gep(data, [i])), kind) for i in indices]
+    while len(parts) > 1:
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
+        parts = [builder.shuffle_vector(a, b, mask) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+@_instruction
+def store_rows(typing, tile, a, i, stride, value):
+    """Writes what the members have, sample by sample, as vectors i, i + stride and so on of a."""
+    kind = Vector(a.dtype, tile.tile.members)
+
+    def emit(context, builder, sig, args):
+        _, array, first, step, value = args
+        for s in range(tile.tile.samples):
+            part = _shuffle(builder, value, range(s * kind.lanes, (s + 1) * kind.lanes))
+            index = builder.add(first, builder.mul(step, ir.IntType(64)(s)))
+            builder.store(part, _pointer(context, builder, a, array, index, kind), align=a.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return signature(types.void, tile, a, types.int64, types.int64, value), emit
 
 
 @_instruction

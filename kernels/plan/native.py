@@ -9,8 +9,8 @@ from .chips import cdiv
 # what is not there would cost the most.
 NETWORKS = 16
 STACK_ROWS = 4
-ALONE_ROWS, FEW_ROWS = 16, 4
-TILES = ((ALONE_ROWS, 1), (FEW_ROWS, 1), (STACK_ROWS, NETWORKS))
+FEW_ROWS, NEURON_ROWS = 4, 8
+TILES = ((NEURON_ROWS, 1), (FEW_ROWS, 1), (STACK_ROWS, NETWORKS))
 
 # Microseconds on one core of Zen 4, a fit to 30 timings from 2-2-1 on 4 samples to 64 networks 32-64-5 on 256, good to
 # 20 %: per tile and layer, per tile and neuron, per tile and weight (twice where its layer has a gradient to pass on),

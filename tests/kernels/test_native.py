@@ -144,7 +144,7 @@ def test_data(data, tile):
 
 
 def test_a_wide_network():
-    Case(TrainConfig((33, 65, 17), "relu", "identity", loss="mse"), 1, 20).check(TILES["16x1"])
+    Case(TrainConfig((33, 65, 17), "relu", "identity", loss="mse"), 1, 20).check(TILES["8x1"])
 
 
 def test_other_runs_are_refused():
@@ -335,7 +335,7 @@ def chosen(members=1, batch=4, config=XOR, dtype="float32", steps=None, waits=(0
 
 def test_small_networks_are_compiled_and_wide_ones_are_not():
     assert (chosen().rows, chosen().networks) == (4, 1)
-    assert (chosen(batch=9).rows, chosen(batch=9).networks) == (16, 1)
+    assert (chosen(batch=9).rows, chosen(batch=9).networks) == (8, 1)
     assert (chosen(64).rows, chosen(64).networks) == (4, 16)
     assert chosen(dtype="torch.float64").impl == "native"
     assert chosen(config=TrainConfig((784, 32, 10)), batch=64).impl == "torch"
