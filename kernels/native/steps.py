@@ -30,7 +30,19 @@ from .vectors import (
     store,
 )
 
-__all__ = ["ACTIVATIONS", "HYPERPARAMETERS", "LOSSES", "OPTIMIZERS", "ROW", "Tile", "corrections", "inline", "loss_of", "train", "update"]
+__all__ = [
+    "ACTIVATIONS",
+    "HYPERPARAMETERS",
+    "LOSSES",
+    "OPTIMIZERS",
+    "ROW",
+    "Tile",
+    "corrections",
+    "inline",
+    "loss_of",
+    "train",
+    "update",
+]
 
 LOSSES = ("mse", "bce", "bce_logits")
 OPTIMIZERS = ("plain", "momentum", "nesterov", "adam", "adamw")

@@ -5,18 +5,19 @@ import itertools
 from ..records import Device, TrainConfig, TrainPlan
 from .chips import cdiv
 
-# Samples and networks of a vector. One network has few samples in each vector where its batch is small, for sums over
-# what is not there would cost the most.
-NETWORKS = 16
-STACK_ROWS = 4
-FEW_ROWS, NEURON_ROWS = 4, 8
+# What a vector holds: STACK_ROWS samples of each of NETWORKS networks; one network's FEW_ROWS samples, for sums over what
+# is not there would cost the most; or LANES neurons of one network, NEURON_ROWS samples at a time.
+LANES = NETWORKS = 16
+STACK_ROWS, FEW_ROWS, NEURON_ROWS = 4, 4, 8
 TILES = ((NEURON_ROWS, 1), (FEW_ROWS, 1), (STACK_ROWS, NETWORKS))
 
-# Microseconds on one core of Zen 4, a fit to 30 timings from 2-2-1 on 4 samples to 64 networks 32-64-5 on 256, good to
-# 20 %: per tile and layer, per tile and neuron, per tile and weight (twice where its layer has a gradient to pass on),
-# and per parameter. They are compared with those of the plain torch loop in `train.py`.
-ALONE_US = (3e-2, 0.0, 1.9e-3, 4e-4)
+# Microseconds on one core of Zen 4, fits to 25 and 30 timings from 2-2-1 on 4 samples to 784-512-512-10 on 128, good to
+# 16 and 20 %. Per tile and layer, per tile and neuron, per tile and weight (twice where its layer has a gradient to pass
+# on), and per parameter.
+FEW_US = (3e-2, 0.0, 1.9e-3, 4e-4)
 STACK_US = (2.7e-2, 1.2e-2, 3.5e-3, 2.9e-3)
+# Per layer, per product of a vector of neurons with one number, per vector of outputs, and per vector of parameters.
+NEURONS_US = (0.19, 3.05e-4, 7.7e-3, 1.25e-3)
 
 # Seconds until the first step: to import the compiler and read code from disk, or to compile it first. Twice those
 # measured, because a run that waits in vain is worse than one that goes on as it is.
@@ -30,16 +31,27 @@ def native(members: int, batch: int, config: TrainConfig, dtype: str, device: De
         return 0, TrainPlan("torch", f"{device.kind}: compiled loops are for the CPU")
     if dtype not in ("float32", "torch.float64"):
         return 0, TrainPlan("torch", f"{dtype}: compiled loops take float32 and float64")
-    alone = FEW_ROWS if batch <= FEW_ROWS else ALONE_ROWS
-    plans = {
-        "one network at a time, samples side by side in compiled loops": (alone, 1, ALONE_US),
-        "networks side by side in compiled loops": (STACK_ROWS, NETWORKS, STACK_US),
-    }
-    options = []
-    for reason, (rows, networks, prices) in plans.items():
-        us = cdiv(members, networks) * _block_us(cdiv(batch, rows), config, prices)
-        options.append((us, TrainPlan("native", reason, rows, networks)))
-    return min(options, key=lambda option: option[0])
+    few, stack = _block_us(cdiv(batch, FEW_ROWS), config, FEW_US), _block_us(cdiv(batch, STACK_ROWS), config, STACK_US)
+    options = (
+        (members * _neurons_us(batch, config), "one network at a time, neurons side by side", NEURON_ROWS, 1),
+        (members * few, "one network at a time, samples side by side", FEW_ROWS, 1),
+        (cdiv(members, NETWORKS) * stack, "networks side by side", STACK_ROWS, NETWORKS),
+    )
+    us, reason, rows, networks = min(options)
+    return us, TrainPlan("native", f"{reason} in compiled loops", rows, networks)
+
+
+def _neurons_us(batch: int, config: TrainConfig) -> float:
+    layers = list(itertools.pairwise(config.widths))
+    tiles = cdiv(batch, NEURON_ROWS)
+    products = sum(
+        cdiv(n, LANES) * (tiles * NEURON_ROWS * k + batch * cdiv(k, NEURON_ROWS) * NEURON_ROWS) for k, n in layers
+    )
+    products += sum(cdiv(k, LANES) * tiles * NEURON_ROWS * n for k, n in layers[1:])
+    outputs = batch * sum(cdiv(n, LANES) for _, n in layers)
+    parameters = sum(cdiv(n, LANES) * (k + config.bias) for k, n in layers)
+    counts = (len(layers), products, outputs, parameters)
+    return sum(price * count for price, count in zip(NEURONS_US, counts, strict=True))
 
 
 def _block_us(tiles: int, config: TrainConfig, prices: tuple[float, ...]) -> float:

@@ -158,6 +158,7 @@ UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7}  # elementwise, 
 JOINT_MACS = 1 << 16
 # Below these sizes a second thread waits longer for the first than it works, far longer where cores are shared.
 THREADED_MACS = 1 << 21  # of one product
+THREADED_MAC_US = 1.4e-5  # per multiply-add of a product on two threads
 THREADED_ELEMENTS = 1 << 17  # of one elementwise call
 
 
@@ -184,7 +185,8 @@ def loop_us(members: int, batch: int, config: TrainConfig) -> float:
     layers = list(itertools.pairwise(config.widths))
     macs = [batch * n * k for k, n in layers]
     if members == 1:
-        return LAYER_US * len(layers) + PRODUCT_MAC_US * (2 * sum(macs) + sum(macs[1:]))
+        prices = [mac * (THREADED_MAC_US if mac >= THREADED_MACS else PRODUCT_MAC_US) for mac in macs]
+        return LAYER_US * len(layers) + 2 * sum(prices) + sum(prices[1:])
     first = 3 * CALL_US + 3 * PRODUCT_MAC_US * members * macs[0]
     return first + min(_stack_us(members, batch, config, layers[1:]))
 
