@@ -17,7 +17,7 @@ class Layout(ABC):
     """Of `members` networks, which are trained in blocks of `networks`, `samples` samples at a time."""
 
     def __init__(self, config: TrainConfig, members: int, samples: int, networks: int, lanes: int) -> None:
-        """lanes: of a vector that an update takes."""
+        """lanes: of the vectors that memory is filled up to."""
         self.config, self.members, self.samples, self.networks, self.lanes = config, members, samples, networks, lanes
         self.layers = list(itertools.pairwise(config.widths))
         self.blocks = -(-members // networks)

@@ -67,10 +67,13 @@ class NativeLoop:
         with _compiler() as (steps, neurons):
             self.given, self.taken, self.size = (parameters, first, second), taken, min(batch_size, x.shape[1])
             if plan.rows == planning.NEURON_ROWS:
-                self.train, self.tile, layout = neurons.train, steps.Tile(plan.rows, steps.LANES), Neurons
+                # More would not find room in the registers.
+                lanes = steps.LANES if torch.backends.cpu.get_cpu_capability() == "AVX512" else steps.LANES // 2
+                self.train, self.tile, layout = neurons.train, steps.Tile(plan.rows, lanes), Neurons
             else:
+                lanes = steps.LANES
                 self.train, self.tile, layout = steps.train, steps.Tile(plan.rows, plan.networks), Members
-            self.layout = layout(config, lr.shape[0], plan.rows, plan.networks, steps.LANES)
+            self.layout = layout(config, lr.shape[0], plan.rows, plan.networks, lanes)
             with torch.no_grad():
                 self._lay_out(steps, config, lr, x, y)
             self.run(None, 0, 0, 0, lr.new_empty(0, len(lr)))

@@ -1,8 +1,8 @@
 """Steps of training of one network, compiled: the neurons of a layer lie side by side, several samples at a time.
 
 Where a network has as many neurons as a vector has lanes, this computes each product as a library would, without its
-calls. Memory is counted in vectors of sixteen numbers (ROW), and a layer of N neurons has `columns` of them, the last
-filled up with neurons that nobody reads. A layer's parameters are a row for each input and one for the bias, filled up
+calls. Memory is counted in vectors of one number for each of as many neurons as are a tile's members, and a layer of N
+neurons has `columns` of them, the last filled up with neurons that nobody reads. A layer's parameters are a row for each input and one for the bias, filled up
 to whole tiles of rows. Its outputs, and the gradients there, are a row for each sample.
 """
 
@@ -10,15 +10,26 @@ from numba import njit
 
 from .cache import cached
 from .functions import activate, through
-from .steps import LANES, ROW, corrections, inline, loss_of, update
-from .vectors import fill, load, muladd, repeat, samples_of, spread, spread_next, store, store_rows
+from .steps import corrections, inline, loss_of, update
+from .vectors import (
+    fill,
+    load_members,
+    members_of,
+    muladd,
+    repeat,
+    samples_of,
+    spread,
+    spread_next,
+    store,
+    store_rows,
+)
 
 __all__ = ["train"]
 
 
 @inline
-def _columns(neurons):
-    return (neurons + LANES - 1) // LANES
+def _columns(tile, neurons):
+    return (neurons + members_of(tile) - 1) // members_of(tile)
 
 
 @inline
@@ -36,28 +47,28 @@ def _product(tile, a, places, first, count, inputs, w, at, columns, bias, out, t
     samples = samples_of(tile)
     for s in range(0, count, samples):
         for c in range(columns):
-            z = repeat(tile, load(ROW, w, at + inputs * columns + c) if bias else fill(ROW, w, 0.0))
+            z = repeat(tile, load_members(tile, w, at + inputs * columns + c) if bias else fill(tile, w, 0.0))
             for i in range(inputs):
-                own = repeat(tile, load(ROW, w, at + i * columns + c))
+                own = repeat(tile, load_members(tile, w, at + i * columns + c))
                 z = muladd(spread(tile, a, places, first + s, i), own, z)
             store_rows(tile, out, to + s * columns + c, columns, z)
 
 
 @njit(nogil=True, error_model="numpy")
 def _sums(tile, a, places, first, count, inputs, dz, at, columns, bias, g, to):
-    """Rows of g = a.T @ dz and, behind them, the sum of dz. There may be rubbish in the rows between this and the next tile."""
+    """Rows of g = a.T @ dz and, behind them, the sum of dz. What fills up the last tile of rows is rubbish."""
     samples = samples_of(tile)
     for c in range(columns):
         for i in range(0, inputs, samples):
-            total = repeat(tile, fill(ROW, g, 0.0))
+            total = repeat(tile, fill(tile, g, 0.0))
             for s in range(count):
-                own = repeat(tile, load(ROW, dz, at + s * columns + c))
+                own = repeat(tile, load_members(tile, dz, at + s * columns + c))
                 total = muladd(spread_next(tile, a, places[first + s] + i), own, total)
             store_rows(tile, g, to + i * columns + c, columns, total)
         if bias:
-            total = fill(ROW, g, 0.0)
+            total = fill(tile, g, 0.0)
             for s in range(count):
-                total = total + load(ROW, dz, at + s * columns + c)
+                total = total + load_members(tile, dz, at + s * columns + c)
             store(g, to + inputs * columns + c, total)
 
 
@@ -66,7 +77,7 @@ def _forward(tile, widths, bias, hidden, output, count, x, w, h, places, rows):
     """The vector of h where the last layer's outputs begin, that of w behind its parameters."""
     at = to = above = 0
     for l in range(len(widths) - 1):
-        inputs, columns = widths[l], _columns(widths[l + 1])
+        inputs, columns = widths[l], _columns(tile, widths[l + 1])
         above = to
         if l == 0:
             _product(tile, x, places, 0, count, inputs, w, at, columns, bias, h, to)
@@ -74,7 +85,7 @@ def _forward(tile, widths, bias, hidden, output, count, x, w, h, places, rows):
             _product(tile, h, places, l * rows, count, inputs, w, at, columns, bias, h, to)
         kind = hidden if l + 2 < len(widths) else output
         for i in range(count * columns):
-            store(h, to + i, activate(kind, load(ROW, h, to + i)))
+            store(h, to + i, activate(kind, load_members(tile, h, to + i)))
         at += _rows(tile, inputs, bias) * columns
         to += rows * columns
     return above, at
@@ -85,20 +96,22 @@ def _backward(tile, widths, bias, hidden, count, x, w, h, dz, g, turned, places,
     """Writes the gradients. at, above: what `_forward` returns."""
     for l in range(len(widths) - 2, -1, -1):
         inputs, outputs = widths[l], widths[l + 1]
-        columns = _columns(outputs)
+        columns = _columns(tile, outputs)
         at -= _rows(tile, inputs, bias) * columns
         if l == 0:
             _sums(tile, x, places, 0, count, inputs, dz, above, columns, bias, g, at)
         else:
             _sums(tile, h, places, l * rows, count, inputs, dz, above, columns, bias, g, at)
-            wide = _columns(inputs)
+            wide = _columns(tile, inputs)
             for n in range(outputs):
                 for k in range(inputs):
-                    turned[n * wide * LANES + k] = w[(at + k * columns) * LANES + n]
+                    turned[n * wide * members_of(tile) + k] = w[(at + k * columns) * members_of(tile) + n]
             below = above - rows * wide
             _product(tile, dz, places, (l + 1) * rows, count, outputs, turned, 0, wide, 0, dz, below)
             for i in range(count * wide):
-                store(dz, below + i, through(hidden, load(ROW, dz, below + i), load(ROW, h, below + i)))
+                store(
+                    dz, below + i, through(hidden, load_members(tile, dz, below + i), load_members(tile, h, below + i))
+                )
             above = below
 
 
@@ -126,17 +139,17 @@ def train(
 ):
     """As `steps.train`, where a block is one network and a tile's members are its neurons.
 
-    inputs: (blocks or 1, rows of samples filled up to whole tiles), targets: the same, filled up to whole ROWs.
+    inputs: (blocks or 1, rows of samples filled up to whole tiles), targets: the same, to whole vectors.
     """
     hidden, output, loss, optimizer, bias, mean, decays, samples, new = kinds
     g, h, dz, turned, places = memory
     last, rows, tall = len(widths) - 1, len(places) // len(widths), samples_of(tile)
-    columns, stride = _columns(widths[last]), (widths[0] + tall - 1) // tall * tall
+    columns, stride = _columns(tile, widths[last]), (widths[0] + tall - 1) // tall * tall
     to = 0
     for l in range(1, len(widths)):
-        wide = _columns(widths[l])
+        wide = _columns(tile, widths[l])
         for s in range(rows):
-            places[l * rows + s] = (to + s * wide) * LANES
+            places[l * rows + s] = (to + s * wide) * members_of(tile)
         to += rows * wide
     for block in range(blocks[0], blocks[1]):
         x, y = inputs[block % len(inputs)], targets[block % len(targets)]
@@ -155,18 +168,21 @@ def train(
                 total = 0.0
                 for s in range(count):
                     for n in range(widths[last]):
-                        p, t = h[(above + s * columns) * LANES + n], y[places[s] // stride * columns * LANES + n]
+                        p, t = (
+                            h[(above + s * columns) * members_of(tile) + n],
+                            y[places[s] // stride * columns * members_of(tile) + n],
+                        )
                         total += loss_of(loss, float(p), float(t))
                 losses[block, logged] += share * total
                 logged += 1
             link = 1 if loss == 2 else 0
             for s in range(count):
                 for c in range(columns):
-                    p = load(ROW, h, above + s * columns + c)
-                    gradient = activate(link, p) - load(ROW, y, places[s] // stride * columns + c)
+                    p = load_members(tile, h, above + s * columns + c)
+                    gradient = activate(link, p) - load_members(tile, y, places[s] // stride * columns + c)
                     if loss == 0:
                         gradient = through(output, gradient, p)
-                    store(dz, above + s * columns + c, gradient * fill(ROW, w, scale))
+                    store(dz, above + s * columns + c, gradient * fill(tile, w, scale))
             _backward(tile, widths, bias, hidden, count, x, w, h, dz, g, turned, places, rows, at, above)
             begin += count
             if begin >= samples:
