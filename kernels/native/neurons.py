@@ -1,28 +1,19 @@
 """Steps of training of one network, compiled: the neurons of a layer lie side by side, several samples at a time.
 
 Where a network has as many neurons as a vector has lanes, this computes each product as a library would, without its
-calls. Memory is counted in vectors of one number for each of as many neurons as are a tile's members, and a layer of N
-neurons has `columns` of them, the last filled up with neurons that nobody reads. A layer's parameters are a row for each input and one for the bias, filled up
-to whole tiles of rows. Its outputs, and the gradients there, are a row for each sample.
+calls. Memory is counted in vectors of one number for each of a tile's members, which are neurons here. A layer of N
+neurons has `columns` of them, the last filled up with neurons that nobody reads. A layer's parameters are a row for
+each input and one for the bias, filled up to whole tiles of rows. Its outputs, and the gradients there, are a row for
+each sample.
 """
 
 from numba import njit
 
 from .cache import cached
 from .functions import activate, through
+from .memory import fill, load_members, members_of, repeat, samples_of, spread, spread_next, store, store_rows
 from .steps import corrections, inline, loss_of, update
-from .vectors import (
-    fill,
-    load_members,
-    members_of,
-    muladd,
-    repeat,
-    samples_of,
-    spread,
-    spread_next,
-    store,
-    store_rows,
-)
+from .vectors import muladd
 
 __all__ = ["train"]
 

@@ -28,6 +28,10 @@ def seconds(dtype: torch.dtype) -> tuple[float, ...]:
     """About how long it takes until steps of each of the plan's TILES can begin."""
     if all((dtype, *tile) in loaded for tile in planning.TILES):
         return (0.0,) * len(planning.TILES)
-    on_disk = next(FOLDER.glob("steps.train-*.nbi"), None) is not None
-    wait = planning.LOAD_SECONDS if on_disk else planning.COMPILE_SECONDS
-    return tuple(0.0 if (dtype, *tile) in loaded else wait for tile in planning.TILES)
+    return tuple(0.0 if (dtype, *tile) in loaded else _wait(tile[0]) for tile in planning.TILES)
+
+
+def _wait(rows: int) -> float:
+    source = "neurons" if rows == planning.NEURON_ROWS else "steps"
+    on_disk = next(FOLDER.glob(f"{source}.train-*.nbi"), None) is not None
+    return planning.LOAD_SECONDS if on_disk else planning.COMPILE_SECONDS

@@ -15,20 +15,8 @@ from numba import njit
 
 from .cache import cached
 from .functions import ACTIVATIONS, activate, through
-from .vectors import (
-    Tile,
-    add_products,
-    fill,
-    load,
-    load_members,
-    members_of,
-    muladd,
-    repeat,
-    samples_of,
-    select,
-    sqrt,
-    store,
-)
+from .memory import add_products, fill, load, load_members, members_of, repeat, samples_of, store
+from .vectors import Tile, muladd, select, sqrt
 
 __all__ = [
     "ACTIVATIONS",

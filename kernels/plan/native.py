@@ -5,14 +5,14 @@ import itertools
 from ..records import Device, TrainConfig, TrainPlan
 from .chips import cdiv
 
-# What a vector holds: STACK_ROWS samples of each of NETWORKS networks; one network's FEW_ROWS samples, for sums over what
-# is not there would cost the most; or LANES neurons of one network, NEURON_ROWS samples at a time.
+# What a vector holds: STACK_ROWS samples of each of NETWORKS networks; FEW_ROWS samples of one, so few because sums
+# over what is not there would cost the most; or LANES neurons of one, NEURON_ROWS samples at a time.
 LANES = NETWORKS = 16
 STACK_ROWS, FEW_ROWS, NEURON_ROWS = 4, 4, 8
 TILES = ((NEURON_ROWS, 1), (FEW_ROWS, 1), (STACK_ROWS, NETWORKS))
 
-# Microseconds on one core of Zen 4, fits to 25 and 30 timings from 2-2-1 on 4 samples to 784-512-512-10 on 128, good to
-# 16 and 20 %. Per tile and layer, per tile and neuron, per tile and weight (twice where its layer has a gradient to pass
+# Microseconds on one core of Zen 4, fits to some 30 timings each from 2-2-1 on 4 samples to 784-512-512-10 on 128, good
+# to 20 %. Per tile and layer, per tile and neuron, per tile and weight (twice where its layer has a gradient to pass
 # on), and per parameter.
 FEW_US = (3e-2, 0.0, 1.9e-3, 4e-4)
 STACK_US = (2.7e-2, 1.2e-2, 3.5e-3, 2.9e-3)

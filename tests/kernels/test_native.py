@@ -335,11 +335,12 @@ def chosen(members=1, batch=4, config=XOR, dtype="float32", steps=None, waits=(0
 
 def test_small_networks_are_compiled_and_wide_ones_are_not():
     assert (chosen().rows, chosen().networks) == (4, 1)
-    assert (chosen(batch=9).rows, chosen(batch=9).networks) == (8, 1)
+    wide = chosen(config=TrainConfig((8, 16, 1)), batch=9)
+    assert (wide.rows, wide.networks) == (8, 1)
     assert (chosen(64).rows, chosen(64).networks) == (4, 16)
     assert chosen(dtype="torch.float64").impl == "native"
-    assert chosen(config=TrainConfig((784, 32, 10)), batch=64).impl == "torch"
-    assert chosen(config=TrainConfig((32, 64, 5)), batch=256).impl == "torch"
+    assert chosen(config=TrainConfig((784, 32, 10)), batch=64).impl == "native"
+    assert chosen(config=TrainConfig((784, 256, 10)), batch=64).impl == "torch"
     assert chosen(dtype="bfloat16").impl == "torch"
 
 
