@@ -393,6 +393,8 @@ def test_what_is_ready_is_known(monkeypatch, tmp_path):
     monkeypatch.setattr(ready, "FOLDER", tmp_path)
     assert ready.seconds(torch.float32) == (plan.COMPILE_SECONDS, 0, plan.COMPILE_SECONDS)
     (tmp_path / "steps.train-1.py310.nbi").touch()
+    assert ready.seconds(torch.float32) == (plan.COMPILE_SECONDS, 0, plan.LOAD_SECONDS)
+    (tmp_path / "neurons.train-1.py310.nbi").touch()
     assert ready.seconds(torch.float32) == (plan.LOAD_SECONDS, 0, plan.LOAD_SECONDS)
 
 
