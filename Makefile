@@ -40,6 +40,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@# torch first, alone: nothing that comes later may choose another build of it.
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'
+	@$(BIN)/perceptriton build
 	@touch $@
 
 # Another triton, laid over the one in the environment: 3.6.0 is what torch 2.11 ships on CUDA. Its interpreter needs the

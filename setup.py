@@ -31,12 +31,14 @@ setup(
     ],
     extras_require={
         "cli": ["matplotlib", "tqdm"],
+        "native": ["numba>=0.61"],
         "sklearn": ["scikit-learn>=1.6"],
         "bench": ["jax"],
         "dev": [
             "matplotlib",
             "tqdm",
             "scikit-learn>=1.6",
+            "numba>=0.61",
             "kernels~=0.17",
             "safetensors",
             "onnxruntime",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 
 IMPLS = (None, "triton", "torch")
-TRAIN_IMPLS = (None, "lane", "block", "graph", "torch")
+TRAIN_IMPLS = (None, "lane", "block", "graph", "native", "torch")
 DTYPES = ("float32", "bfloat16", "float16")
 EMPTY = "nothing to compute"
 
@@ -272,14 +272,14 @@ class TrainPlan:
     """How a whole training loop runs.
 
     `impl` is "lane" (one kernel for all steps of `networks` networks per program, one per lane), "block" (one kernel
-    for all steps, one network per program), "graph" (`loop/` on a GPU, each step a replay of a captured graph) or
-    "torch" (`loop/`, step by step).
+    for all steps, one network per program), "graph" (`loop/` on a GPU, each step a replay of a captured graph),
+    "native" (`native/`, loops compiled for the CPU) or "torch" (`loop/`, step by step).
     """
 
     impl: str
     reason: str
     rows: int = 0  # samples that a kernel takes at a time
-    networks: int = 1  # per program
+    networks: int = 1  # per program, or per vector of the CPU
     num_warps: int = 1
 
 

@@ -1,11 +1,15 @@
 """The door to whole training loops: which implementation trains, and where it is."""
 
+from typing import Any
+
 import torch
 
 from . import plan as planning
 from .devices import describe, dtype_name, gpu
 from .eligibility import cpu_refusal
 from .loop import TorchLoop
+from .native import ready
+from .native.loop import NativeLoop
 from .records import TrainConfig, TrainPlan
 
 
@@ -17,8 +21,11 @@ def plan_train(
     dtype: torch.dtype,
     device: torch.device,
     impl: str | None = None,
+    steps: int | None = None,
 ) -> TrainPlan:
     """Which implementation trains `members` networks on `samples` samples each, and why. batch_size: None for all.
+
+    steps: for how many it is to be the fastest, None for many.
 
     Raises NotImplementedError with the reason where `impl` cannot be obeyed.
     """
@@ -26,12 +33,18 @@ def plan_train(
     if kernels and (reason := cpu_refusal(device)):
         raise NotImplementedError(f"impl={impl!r}: {reason}")
     described = describe(device, kernels and device.type == "cpu")
-    plan = planning.train(members, samples, batch_size, config, dtype_name(dtype), described, impl)
+    native: dict[str, Any] = {}
+    if device.type == "cpu" and impl in (None, "native"):
+        refusal = ready.refusal()
+        native = {"native_refusal": refusal} if refusal else {"steps": steps, "native_seconds": ready.seconds(dtype)}
+    plan = planning.train(members, samples, batch_size, config, dtype_name(dtype), described, impl, **native)
     if impl is not None and plan.impl != impl:
         raise NotImplementedError(f"impl={impl!r}: {plan.reason}")
     return plan
 
 
-def training_loop(plan: TrainPlan) -> "type[TorchLoop]":
+def training_loop(plan: TrainPlan) -> "type[TorchLoop] | type[NativeLoop]":
     """The implementation of the plan; the others have the signatures of `TorchLoop`."""
+    if plan.impl == "native":
+        return NativeLoop
     return TorchLoop if plan.impl in ("torch", "graph") else gpu("train").KernelLoop

@@ -1,4 +1,4 @@
-"""The command line: `perceptriton lesson NAME`, `doctor` and `export-hub DIR`, also as `python -m perceptriton.mlp`.
+"""The command line: `perceptriton lesson NAME`, `doctor`, `build`, `export-hub DIR`; also `python -m perceptriton.mlp`.
 
 Exit codes: 0; 1 where a lesson does not reproduce its table or lacks its data, or a file cannot be written; 2 for bad
 arguments; 130 after an interrupt; 141 when the reader of the output has gone.
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
 
+from ..kernels.native import ready
+from ..kernels.native.loop import compile_all
 from . import doctor, hub
 from .lessons import pictures
 from .lessons.catalogue import LESSONS
@@ -69,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     about = add(commands, "doctor", "what is installed, and which implementation layers take on this machine")
     about.set_defaults(run=_doctor)
+    build = add(commands, "build", "compile the loops for CPUs ahead of the first training, where numba is installed")
+    build.set_defaults(run=_build)
     export = add(commands, "export-hub", "write this package as the kernel hub of the package `kernels` loads it")
     export.add_argument("directory", metavar="DIR", help="a folder that is empty or does not exist yet")
     export.add_argument("--repo-id", metavar="OWNER/NAME", help="where on the hub it is to be published")
@@ -149,6 +153,15 @@ def _export_hub(args: argparse.Namespace) -> int:
     for variant, identifier in identifiers.items():
         print(f"{variant:<16}  {identifier}")
     print(f"\nTo load it: kernels.get_local_kernel(pathlib.Path({args.directory!r}))")
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    if reason := ready.refusal():
+        return _failed(reason, 1)
+    print("compiling the training loops for this CPU, or reading them from disk", flush=True)
+    for kind, seconds in compile_all():
+        print(f"{kind:<40}  {seconds:4.1f} s", flush=True)
     return 0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..kernels import devices, explain
+from ..kernels.native import ready
 from .lessons.text import WIDTH
 
 __all__ = ["SHAPES", "has_cuda", "report", "triton_cache"]
@@ -75,6 +76,7 @@ def _facts(cuda: bool) -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("triton", _version("triton")),
         ("numpy", _version("numpy")),
+        ("numba", _numba()),
         ("CPU", f"{devices.cpu_kind() or 'unknown vendor'}, torch uses {torch.get_num_threads()} threads"),
     ]
     for index in range(torch.cuda.device_count() if cuda else 0):
@@ -105,6 +107,12 @@ def triton_cache() -> str:
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror}): new kernels will fail"
     return f"{folder}, writable"
+
+
+def _numba() -> str:
+    if ready.refusal():
+        return "not installed: small networks train slowly; pip install 'perceptriton[native]'"
+    return _version("numba")
 
 
 def _version(distribution: str) -> str:

@@ -1,10 +1,12 @@
-"""Whole training loops: one launch by lane or by block, replayed graphs, or plain torch."""
+"""Whole training loops: one launch by lane or by block, replayed graphs, compiled loops on a CPU, or plain torch."""
 
 import functools
 import itertools
+import math
 
 from ..records import EMPTY, Device, LoopPlan, TrainConfig, TrainPlan
 from .chips import cdiv, device_refusal, next_power_of_2
+from .native import TILES, native
 
 # The most parameters of a network that one lane trains, by the tensors of state that the optimizer keeps for each.
 # Registers would take some more; the compiler's time, which grows faster than the code that is unrolled, would not.
@@ -32,18 +34,44 @@ def train(
     dtype: str,
     device: Device,
     impl: str | None = None,
+    steps: int | None = None,
+    native_seconds: tuple[float, ...] = (),
+    native_refusal: str | None = None,
 ) -> TrainPlan:
     """The plan for training `members` networks of one config on `samples` samples each.
 
-    batch_size: None for all samples. impl: "lane", "block" or "graph" asks for that one; the plan says "torch", and
-    why, where it cannot be had.
+    batch_size: None for all samples. impl: "lane", "block", "graph" or "native" asks for that one; the plan says
+    "torch", and why, where it cannot be had. steps: how many, None for many. native_seconds: until compiled loops with
+    each of the TILES could begin. native_refusal: why there are none.
     """
+    if impl == "native" or (impl is None and device.kind == "cpu" and not device.triton):
+        if native_refusal:
+            return TrainPlan("torch", native_refusal)
+        return _compiled_loop(members, samples, batch_size, config, dtype, device, impl, steps, native_seconds)
     capturing = device.kind == "cuda" and 0 not in (members, samples, *config.widths)
     if impl == "graph" and not capturing:
         return TrainPlan("torch", f"{device.kind}: only a CUDA device captures graphs")
     plan = _kernel_loop(members, samples, batch_size, config, dtype, device, impl)
     if capturing and impl in (None, "graph") and plan.impl == "torch":
         return TrainPlan("graph", f"{plan.reason}; a step is one replay of a captured graph")
+    return plan
+
+
+def _compiled_loop(members, samples, batch_size, config, dtype, device, impl, steps, native_seconds) -> TrainPlan:
+    """Compiled loops, or "torch" and why: where they are too short to wait for them, or too wide to be ahead."""
+    if 0 in (members, samples, *config.widths):
+        return TrainPlan("torch", EMPTY)
+    batch = min(batch_size or samples, samples)
+    us, plan = native(members, batch, config, dtype, device)
+    if impl == "native" or plan.impl == "torch":
+        return plan
+    torch_us = loop_us(members, batch, config)
+    if us > torch_us:
+        return TrainPlan("torch", f"{torch_us:.3g} us a step, and {us:.3g} by compiled loops")
+    wait = native_seconds[TILES.index((plan.rows, plan.networks))] if native_seconds else 0.0
+    saved = math.inf if steps is None else steps * (torch_us - us) / 1e6
+    if saved < wait:
+        return TrainPlan("torch", f"compiled loops would save {saved:.2g} s, and begin {wait:.2g} s later")
     return plan
 
 
@@ -118,6 +146,7 @@ def _block(members: int, batch: int, config: TrainConfig, device: Device) -> tup
 # Microseconds on one core, read off layouts that were timed against each other: 2-2-1, 2-10-10-10-1, 4-8-1 and others
 # to 32-64-5, with 2 to 8,192 members. They decide between two layouts, so only their ratios count.
 CALL_US = 1.5  # of torch, whatever it computes
+LAYER_US = 4.7  # of a layer of one network: its calls
 ARRAY_MAC_US = 2.5e-4  # per multiply-add of an elementwise call over members
 SMALL_PRODUCT_MAC_US = 2e-3  # per multiply-add of a stack of products that torch computes itself
 SMALL_PRODUCT_MACS = 400  # from here on the BLAS does, at a price per product and another per multiply-add
@@ -129,6 +158,7 @@ UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7}  # elementwise, 
 JOINT_MACS = 1 << 16
 # Below these sizes a second thread waits longer for the first than it works, far longer where cores are shared.
 THREADED_MACS = 1 << 21  # of one product
+THREADED_MAC_US = 1.4e-5  # per multiply-add of a product on two threads
 THREADED_ELEMENTS = 1 << 17  # of one elementwise call
 
 
@@ -144,16 +174,31 @@ def train_loop(members: int, batch: int, config: TrainConfig, shared: bool) -> L
         if joint <= JOINT_MACS:
             return LoopPlan("joint", one_thread, "one small network: a product for all updates")
         return LoopPlan("matrices", one_thread, "one network: a product for each layer")
-    update = UPDATE_CALLS["momentum" if config.momentum else config.optimizer]
-    alone = layers[1:] if shared else layers
-    # A step has three products of the same size: forward, backward and update.
-    arrays = CALL_US * (update + sum(2 + k + n + batch for k, n in alone))
-    arrays += members * ARRAY_MAC_US * sum(3 * batch * n * k for k, n in alone)
-    matrices = CALL_US * (update * len(layers) + 5 * len(alone))
-    matrices += members * sum(3 * _stacked_product_us(batch * n * k) for k, n in alone)
+    arrays, matrices = _stack_us(members, batch, config, layers[1:] if shared else layers)
     if arrays < matrices:
         return LoopPlan("arrays", one_thread, "many members, whose products cost more one by one than their elements")
     return LoopPlan("matrices", one_thread, "few members or wide layers: stacks of products")
+
+
+def loop_us(members: int, batch: int, config: TrainConfig) -> float:
+    """About the time of a step of the plain torch loop, if the members see the same samples."""
+    layers = list(itertools.pairwise(config.widths))
+    macs = [batch * n * k for k, n in layers]
+    if members == 1:
+        prices = [mac * (THREADED_MAC_US if mac >= THREADED_MACS else PRODUCT_MAC_US) for mac in macs]
+        return LAYER_US * len(layers) + 2 * sum(prices) + sum(prices[1:])
+    first = 3 * CALL_US + 3 * PRODUCT_MAC_US * members * macs[0]
+    return first + min(_stack_us(members, batch, config, layers[1:]))
+
+
+def _stack_us(members: int, batch: int, config: TrainConfig, layers: list[tuple[int, int]]) -> tuple[float, float]:
+    """Of arrays and of matrices: what these layers of all members cost in a step. It has three products of one size."""
+    update = UPDATE_CALLS["momentum" if config.momentum else config.optimizer]
+    arrays = CALL_US * (update + sum(2 + k + n + batch for k, n in layers))
+    arrays += members * ARRAY_MAC_US * sum(3 * batch * n * k for k, n in layers)
+    matrices = CALL_US * (update * (len(config.widths) - 1) + 5 * len(layers))
+    matrices += members * sum(3 * _stacked_product_us(batch * n * k) for k, n in layers)
+    return arrays, matrices
 
 
 def _stacked_product_us(macs: int) -> float:

@@ -15,7 +15,7 @@ from .jobs import FastJob
 from .state import State
 
 
-def fast_job(model, x, y, criterion, optimizer, batch_size, lr, impl) -> FastJob | str:
+def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl) -> FastJob | str:
     """The loop without autograd, or the reason why there is none. Raises ValueError for data that do not fit it."""
     network = _network(model)
     if isinstance(network, str):
@@ -25,10 +25,10 @@ def fast_job(model, x, y, criterion, optimizer, batch_size, lr, impl) -> FastJob
     loss = _loss_fields(criterion, network)
     if isinstance(loss, str):
         return loss
-    steps = _optimizer_fields(optimizer, network)
-    if isinstance(steps, str):
-        return steps
-    fields, rate = steps
+    update = _optimizer_fields(optimizer, network)
+    if isinstance(update, str):
+        return update
+    fields, rate = update
     p = network.parameters[0]
     if p.dtype not in (torch.float32, torch.float64):
         return f"parameters are {p.dtype}"
@@ -48,7 +48,7 @@ def fast_job(model, x, y, criterion, optimizer, batch_size, lr, impl) -> FastJob
     if not all(lie_apart(t, p) for t in (x, y) for p in network.parameters):
         return "x or y shares memory with a parameter"
     rates = p.new_full((network.members or 1,), rate) if lr is None else lr.detach().to(p.device, p.dtype)
-    return FastJob(network, config, state, x, y, rates.detach(), batch_size, impl)
+    return FastJob(network, config, state, x, y, rates.detach(), batch_size, steps, impl)
 
 
 def _network(model: nn.Module) -> Network | str:

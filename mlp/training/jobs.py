@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import train
-from ...kernels.records import TrainConfig
+from ...kernels.records import TrainConfig, TrainPlan
 from ..as_network import Network
 from ..ensemble import Ensemble
 from .pacing import SampleOrder, logged_steps, synchronize
@@ -17,22 +17,33 @@ from .state import State
 class FastJob:
     """Steps on copies of the parameters and of the optimizer's state, written back after every chunk."""
 
-    def __init__(self, network: Network, config: TrainConfig, state: State, x, y, lr, batch_size, impl) -> None:
+    def __init__(self, network: Network, config: TrainConfig, state: State, x, y, lr, batch_size, steps, impl) -> None:
         """Raises NotImplementedError with the reason where the loop asked for cannot run."""
         self.network, self.config, self.state, self.x, self.y, self.lr = network, config, state, x, y, lr
-        self.columns, self.samples = network.members or 1, x.shape[-2]
+        self.columns, self.samples, self.impl = network.members or 1, x.shape[-2], impl
         self.loop: Any = None
         p = network.parameters[0]
-        self.plan = train.plan_train(self.columns, self.samples, batch_size, config, p.dtype, p.device, impl)
+        self.plan = train.plan_train(self.columns, self.samples, batch_size, config, p.dtype, p.device, impl, steps)
         self.path = self.plan.impl
+
+    @property
+    def setup_seconds(self) -> float:
+        return getattr(self.loop, "setup_seconds", 0.0)
 
     def _set_up(self, batch: int) -> Any:
         self.parameters, self.first, self.second = map(self._copies, (self.network.parameters, *self.state.tensors()))
         # A view like z.conj().imag keeps the negative of its values in memory, which is what a kernel reads.
         x, y, lr = (t.resolve_neg().contiguous() for t in (self.x, self.y, self.lr))
         x, y = (t if t.dim() == 3 else t[None] for t in (x, y))
-        arguments = (self.parameters, self.first, self.second, lr, x, y, batch, self.state.taken, self.plan)
-        return train.training_loop(self.plan)(self.config, *arguments)
+        arguments = (self.config, self.parameters, self.first, self.second, lr, x, y, batch, self.state.taken)
+        try:
+            return train.training_loop(self.plan)(*arguments, self.plan)
+        except ImportError as error:  # a numba that is installed, but not for this numpy or this Python
+            if self.impl is not None:
+                raise NotImplementedError(f"impl={self.impl!r}: {error}") from error
+            self.plan = TrainPlan("torch", f"numba cannot be imported: {error}")
+            self.path = self.plan.impl
+            return train.training_loop(self.plan)(*arguments, self.plan)
 
     def _copies(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         copies = (t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
@@ -57,6 +68,7 @@ class GeneralJob:
     """An ordinary loop: for each step a forward pass, a backward pass and a step of the optimizer."""
 
     path = "general"
+    setup_seconds = 0.0
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, criterion, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.x, self.y, self.criterion, self.optimizer = model, x, y, criterion, optimizer

@@ -50,8 +50,10 @@ def fit(
     and (E, samples, O), in the same order. The criterion applies to each member, and the losses are summed. lr, for an
     Ensemble only: (E,), a learning rate per member in place of the optimizer's own, which stays as it is.
 
-    impl: None chooses; "lane", "block", "graph" and "torch" are obeyed, or refused with NotImplementedError and the
-    reason. `History.path` says what ran.
+    impl: None chooses; "lane", "block", "graph", "native" and "torch" are obeyed, or refused with NotImplementedError
+    and the reason. `History.path` says what ran. Of "native", loops that numba compiles for a CPU, None has only what
+    is fast enough to make up for their start, which `History.setup_seconds` tells; once they are there, short runs take
+    them too.
 
     Steps run in chunks of about 0.2 s, whose size does not change the result. KeyboardInterrupt leaves model and
     optimizer at the end of a chunk. The gradients of all parameters are None afterwards. x and y are not written to.
@@ -84,6 +86,7 @@ def fit(
         loss if isinstance(model, Ensemble) else loss.squeeze(1),
         time.perf_counter() - began,
         job.path,
+        job.setup_seconds,
     )
 
 
@@ -91,7 +94,7 @@ def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr,
     """The job that will train, of which nothing is computed or copied yet. Raises all that `fit` refuses."""
     check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
     x, y = x.detach(), y.detach()
-    job = fast_job(model, x, y, criterion, optimizer, batch_size, lr, impl)
+    job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl)
     if isinstance(job, str):
         if impl is not None:
             raise NotImplementedError(f"impl={impl!r}: {job}")

@@ -18,7 +18,7 @@ FLOORS = [
     {"kernels.tables"},
     {"kernels.crossover"},
     {"kernels.plan"},
-    {"kernels.reference", "kernels.loop", "kernels.gpu", "kernels.devices"},
+    {"kernels.reference", "kernels.loop", "kernels.native", "kernels.gpu", "kernels.devices"},
     {"kernels.eligibility"},
     {"kernels.ops", "kernels.train"},
     {"kernels.explain", "kernels.registration"},
@@ -148,6 +148,11 @@ def test_planted_imports_are_found(source, module, rooms):
 @pytest.mark.parametrize("path", PACKAGE, ids=name)
 def test_only_the_gpu_room_imports_triton(path):
     assert path.parent.name == "gpu" or under(imports_of(path), "triton") == []
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_only_the_native_room_imports_numba(path):
+    assert path.parent.name == "native" or under(imports_of(path), "numba", "llvmlite") == []
 
 
 def private_names(source, home):

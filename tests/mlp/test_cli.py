@@ -16,6 +16,7 @@ import torch
 from training_cases import needs_images
 
 from perceptriton.kernels import explain
+from perceptriton.kernels.native import ready
 from perceptriton.mlp import doctor, lessons
 from perceptriton.mlp.__main__ import main
 from perceptriton.mlp.lessons import pictures, problem
@@ -293,6 +294,24 @@ def test_doctor_looks_at_the_cache_where_triton_does(unset, tmp_path, monkeypatc
     ).stdout.strip()
     assert expected.startswith(str(tmp_path))
     assert doctor.triton_cache() == f"{expected}, writable"
+
+
+def test_build_compiles_ahead(monkeypatch, capsys):
+    monkeypatch.setattr("perceptriton.mlp.__main__.compile_all", lambda: iter([("one kind", 1.5), ("another", 0.0)]))
+    monkeypatch.setattr(ready, "refusal", lambda: None)
+    assert main(["build"]) == 0
+    assert re.findall(r"^(.+?) +(\d\.\d) s$", capsys.readouterr().out, re.MULTILINE) == [
+        ("one kind", "1.5"),
+        ("another", "0.0"),
+    ]
+
+
+def test_what_is_missed_without_numba_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(ready, "refusal", lambda: "no numba")
+    assert main(["build"]) == 1
+    assert capsys.readouterr().err == "perceptriton: no numba\n"
+    assert main(["doctor"]) == 0
+    assert re.search(r"^numba +not installed: small networks train slowly", capsys.readouterr().out, re.M)
 
 
 def run_doctor(*flags, **options):

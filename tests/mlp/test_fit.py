@@ -708,7 +708,7 @@ BAD = {
     "log_every": bad(ValueError, r"^log_every must be at least 0, not -2$", log_every=-2),
     "batch_size": bad(ValueError, r"^batch_size must be at least 1, not 0$", batch_size=0),
     "batch_size-type": bad(TypeError, r"^batch_size must be an int, not True$", batch_size=True),
-    "impl": bad(ValueError, r"^impl must be one of None, 'lane', 'block', 'graph', 'torch', not 'fast'$", impl="fast"),
+    "impl": bad(ValueError, r"^impl must be one of None, 'lane', 'block', .*, 'native', 'torch', not 'f", impl="fast"),
     "samples": bad(ValueError, r"^x \(5, 3\) and y \(4, 2\) differ in their number of samples$", y=torch.rand(4, 2)),
     "no-samples": bad(ValueError, r"^x \(0, 3\) holds no samples$", x=torch.rand(0, 3), y=torch.rand(0, 2)),
     "width": bad(ValueError, r"^x \(5, 4\) is not \(5, 3\)$", x=torch.rand(5, 4)),
@@ -754,6 +754,33 @@ def test_errors_name_the_argument_and_leave_the_model(case):
 
 def test_impl_torch_is_obeyed():
     assert fit(**arguments(impl="torch")).path == "torch"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", *STATEFUL])
+@pytest.mark.parametrize("batch_size", [None, 4], ids=["full", "minibatches"])
+def test_the_size_of_a_compiled_chunk_changes_no_bit(optimizer, batch_size, monkeypatch):
+    pytest.importorskip("numba", reason="numba is not installed")
+    results = []
+    for sizes in ((1,), (2, 3, 1), (50,)):
+        monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks_of(*sizes))
+        model, x, y = make((3, 7, 5, 2), "sigmoid", "sigmoid", True, 10, torch.float32)
+        own = OPTIMIZERS[optimizer](model.parameters())
+        options = {"batch_size": batch_size, "log_every": 7, "generator": torch.Generator().manual_seed(2)}
+        history = fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=50, impl="native", **options)
+        results.append([*values(model), history.loss, *state_of(own)[1]])
+    for other in results[1:]:
+        assert same_bits(results[0], other)
+
+
+def test_a_run_that_makes_up_for_their_start_takes_compiled_loops(monkeypatch):
+    pytest.importorskip("numba", reason="numba is not installed")
+    monkeypatch.setattr("perceptriton.kernels.native.ready.seconds", lambda _: (0.01, 0.01, 0.01))
+    given = arguments(steps=3000)
+    history = fit(**given)
+    assert history.path == "native"
+    assert 0 < history.setup_seconds < history.seconds
+    history = fit(**given | {"steps": 30})
+    assert (history.path, history.setup_seconds) == ("torch", 0)
 
 
 # --- progress --------------------------------------------------------------------------------------------------
@@ -818,6 +845,13 @@ def test_an_ensemble_is_no_sequential():
     assert as_network(Ensemble(2, [3, 2])) == "Ensemble is neither an MLP nor an nn.Sequential"
 
 
+def device_of(impl, request):
+    """Where an implementation runs; skips where it cannot."""
+    if impl == "native":
+        pytest.importorskip("numba", reason="numba is not installed")
+    return "cpu" if impl in ("torch", "native") else request.getfixturevalue("device")
+
+
 NEGATIVE = [
     ("x", negated),
     ("x", conjugated),
@@ -829,9 +863,9 @@ NEGATIVE = [
 
 
 @pytest.mark.parametrize(("operand", "layout"), NEGATIVE, ids=lambda value: getattr(value, "__name__", value))
-@pytest.mark.parametrize("impl", ["torch", "lane", "block"])
+@pytest.mark.parametrize("impl", ["torch", "native", "lane", "block"])
 def test_negative_views(impl, operand, layout, request):
-    device = "cpu" if impl == "torch" else request.getfixturevalue("device")
+    device = device_of(impl, request)
     results = []
     for negative in (False, True):
         ensemble = Ensemble(3, [2, 3, 1], generator=torch.Generator().manual_seed(1)).to(device)
@@ -853,9 +887,9 @@ def test_negative_views(impl, operand, layout, request):
 # --- the kernels -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", ["torch", "lane", "block"])
+@pytest.mark.parametrize("impl", ["torch", "native", "lane", "block"])
 def test_infinite_targets_of_dead_outputs(impl, request):
-    device = "cpu" if impl == "torch" else request.getfixturevalue("device")
+    device = device_of(impl, request)
     results = []
     for path in (impl, "ordinary"):
         torch.manual_seed(0)

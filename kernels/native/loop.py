@@ -1,0 +1,157 @@
+"""A run of training steps in compiled code: what lies where, and which thread trains what."""
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import plan as planning
+from ..records import TrainConfig, TrainPlan
+from .layout import Members, Neurons
+from .ready import loaded
+
+__all__ = ["NativeLoop", "compile_all"]
+
+PIECES = 4  # of work, for each thread
+
+_lock = threading.Lock()
+
+
+@contextmanager
+def _compiler() -> Iterator[tuple[Any, Any]]:
+    """The modules of compiled functions, which compile while this lasts. The first call imports numba."""
+    from numba.core import config
+
+    # Who debugs functions of his own without the compiler still has ours, which are nothing without it.
+    settings: Any = cast(Any, config)
+    with _lock:
+        disabled, settings.DISABLE_JIT = settings.DISABLE_JIT, 0
+        try:
+            from . import neurons, steps
+
+            yield steps, neurons
+        finally:
+            settings.DISABLE_JIT = disabled
+
+
+class NativeLoop:
+    """A run of training steps, in as many pieces as the caller likes.
+
+    The networks are dealt out in blocks of `plan.networks`, of which the last is filled up with copies of the last
+    network. One thread trains a block from the first to the last step of a piece, so the number of threads changes no
+    bit. Threads live as long as one call of `run`: there are none that a fork could lose.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        parameters: Sequence[Tensor],
+        first: Sequence[Tensor],
+        second: Sequence[Tensor],
+        lr: Tensor,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        taken: int,
+        plan: TrainPlan,
+    ) -> None:
+        """The arguments are those of `TorchLoop`. `setup_seconds`: compiling, or reading from disk."""
+        began = time.perf_counter()
+        with _compiler() as (steps, neurons):
+            self.given, self.taken, self.size = (parameters, first, second), taken, min(batch_size, x.shape[1])
+            if plan.rows == planning.NEURON_ROWS:
+                # More would not find room in the registers.
+                lanes = steps.LANES if torch.backends.cpu.get_cpu_capability() == "AVX512" else steps.LANES // 2
+                self.train, self.tile, layout = neurons.train, steps.Tile(plan.rows, lanes), Neurons
+            else:
+                lanes = steps.LANES
+                self.train, self.tile, layout = steps.train, steps.Tile(plan.rows, plan.networks), Members
+            self.layout = layout(config, lr.shape[0], plan.rows, plan.networks, lanes)
+            with torch.no_grad():
+                self._lay_out(steps, config, lr, x, y)
+            self.run(None, 0, 0, 0, lr.new_empty(0, len(lr)))
+            loaded.add((lr.dtype, plan.rows, plan.networks))
+        self.setup_seconds = time.perf_counter() - began
+
+    def run(self, order: Tensor | None, start: int, steps: int, log_every: int, losses: Tensor) -> None:
+        """As `TorchLoop.run`."""
+        samples = np.empty(0, np.int32) if order is None else order.flatten().numpy()
+        layout, blocks = self.layout, self.layout.blocks
+        logged = torch.zeros(blocks, len(losses) * layout.networks, dtype=torch.float64, device="cpu")
+        pace = (samples, self.size, start, steps, log_every)
+        own = [t.numpy() for t in (self.hyper, *self.storages, self.powers, logged)]
+        kinds = (*self.kinds, int(not self.taken))
+
+        def work(piece: tuple[int, int]) -> None:
+            memory = tuple(t.numpy() for t in layout.memory(self.storages[0], self.size))
+            self.train(self.tile, piece, self.widths, kinds, *self.data, *pace, *own, memory)
+
+        threads = min(torch.get_num_threads(), blocks)
+        # Several pieces for each thread: one that another program holds up leaves pieces to the others.
+        each = -(-blocks // (PIECES * threads))
+        pieces = [(begin, min(begin + each, blocks)) for begin in range(0, blocks, each)]
+        if threads > 1 and steps:
+            with ThreadPoolExecutor(threads) as pool:
+                for _ in pool.map(work, pieces):
+                    pass
+        else:
+            work((0, blocks))
+        self.taken += steps
+        with torch.no_grad():
+            rows = logged.view(blocks, len(losses), layout.networks).transpose(0, 1)
+            losses.copy_(rows.flatten(1)[:, : layout.members])
+            for storage, tensors in zip(self.storages, self.given, strict=True):
+                layout.read(storage, tensors)
+
+    def _lay_out(self, steps: Any, config: TrainConfig, lr: Tensor, x: Tensor, y: Tensor) -> None:
+        layout = self.layout
+        self.widths = np.array(config.widths, np.int64)
+        w, *state = (layout.write(tensors, lr) for tensors in self.given)
+        if not self.taken:
+            for storage in state:
+                storage.zero_()
+        self.storages = [w, *state]
+        self.data = [layout.inputs(x).numpy(), layout.targets(y).numpy()]
+        numbers = {
+            "lr": lr,
+            "weight_decay": config.weight_decay,
+            "momentum": config.momentum,
+            "undamped": 1 - config.dampening,
+            "new1": 1 - config.beta1,
+            "beta2": config.beta2,
+            "new2": 1 - config.beta2,
+            "eps": config.eps,
+        }
+        rows = [torch.as_tensor(numbers[name], dtype=lr.dtype).expand(len(lr)) for name in steps.HYPERPARAMETERS]
+        # One network's numbers stand in all lanes of an update.
+        hyper = layout.side_by_side(torch.stack(rows, 1)).view(layout.blocks, len(rows), layout.networks)
+        self.hyper = hyper.expand(-1, -1, steps.LANES).flatten(1).contiguous()
+        betas = torch.tensor([config.beta1, config.beta2], dtype=torch.float64)
+        self.powers = torch.cat([betas, betas**self.taken]).repeat(layout.blocks, 1)
+        optimizer = config.optimizer
+        if optimizer == "sgd":
+            optimizer = "nesterov" if config.nesterov else "momentum" if config.momentum else "plain"
+        self.kinds = (
+            steps.ACTIVATIONS.index(config.hidden),
+            steps.ACTIVATIONS.index(config.output),
+            steps.LOSSES.index(config.loss),
+            steps.OPTIMIZERS.index(optimizer),
+            *map(int, (config.bias, config.reduction == "mean", config.weight_decay != 0)),
+            x.shape[1],
+        )
+
+
+def compile_all() -> Iterator[tuple[str, float]]:
+    """Compiles each kind of steps, or reads it from disk: (what it is, the seconds that it took)."""
+    for dtype, (rows, networks) in itertools.product((torch.float32, torch.float64), planning.TILES):
+        parameters, lr, x, y = (torch.zeros(shape, dtype=dtype) for shape in ((1, 1, 1), (1,), (1, 1, 1), (1, 1, 1)))
+        config, plan = TrainConfig((1, 1), bias=False), TrainPlan("native", "compiled ahead", rows, networks)
+        loop = NativeLoop(config, [parameters], [], [], lr, x, y, 1, 0, plan)
+        yield f"{str(dtype).removeprefix('torch.')}, {rows} samples of {networks} networks", loop.setup_seconds

@@ -1,0 +1,183 @@
+"""Steps of training of one network, compiled: the neurons of a layer lie side by side, several samples at a time.
+
+Where a network has as many neurons as a vector has lanes, this computes each product as a library would, without its
+calls. Memory is counted in vectors of one number for each of a tile's members, which are neurons here. A layer of N
+neurons has `columns` of them, the last filled up with neurons that nobody reads. A layer's parameters are a row for
+each input and one for the bias, filled up to whole tiles of rows. Its outputs, and the gradients there, are a row for
+each sample.
+"""
+
+from numba import njit
+
+from .cache import cached
+from .functions import activate, through
+from .memory import fill, load_members, members_of, repeat, samples_of, spread, spread_next, store, store_rows
+from .steps import corrections, inline, loss_of, update
+from .vectors import muladd
+
+__all__ = ["train"]
+
+
+@inline
+def _columns(tile, neurons):
+    return (neurons + members_of(tile) - 1) // members_of(tile)
+
+
+@inline
+def _rows(tile, inputs, bias):
+    """Of a layer's parameters."""
+    return (inputs + bias + samples_of(tile) - 1) // samples_of(tile) * samples_of(tile)
+
+
+@njit(nogil=True, error_model="numpy")
+def _product(tile, a, places, first, count, inputs, w, at, columns, bias, out, to):
+    """Rows of out = a @ w, plus the bias in the row of w behind its inputs.
+
+    Row s of a begins at a[places[first + s]], those of w and out at their vectors `at` and `to`.
+    """
+    samples = samples_of(tile)
+    for s in range(0, count, samples):
+        for c in range(columns):
+            z = repeat(tile, load_members(tile, w, at + inputs * columns + c) if bias else fill(tile, w, 0.0))
+            for i in range(inputs):
+                own = repeat(tile, load_members(tile, w, at + i * columns + c))
+                z = muladd(spread(tile, a, places, first + s, i), own, z)
+            store_rows(tile, out, to + s * columns + c, columns, z)
+
+
+@njit(nogil=True, error_model="numpy")
+def _sums(tile, a, places, first, count, inputs, dz, at, columns, bias, g, to):
+    """Rows of g = a.T @ dz and, behind them, the sum of dz. What fills up the last tile of rows is rubbish."""
+    samples = samples_of(tile)
+    for c in range(columns):
+        for i in range(0, inputs, samples):
+            total = repeat(tile, fill(tile, g, 0.0))
+            for s in range(count):
+                own = repeat(tile, load_members(tile, dz, at + s * columns + c))
+                total = muladd(spread_next(tile, a, places[first + s] + i), own, total)
+            store_rows(tile, g, to + i * columns + c, columns, total)
+        if bias:
+            total = fill(tile, g, 0.0)
+            for s in range(count):
+                total = total + load_members(tile, dz, at + s * columns + c)
+            store(g, to + inputs * columns + c, total)
+
+
+@inline
+def _forward(tile, widths, bias, hidden, output, count, x, w, h, places, rows):
+    """The vector of h where the last layer's outputs begin, that of w behind its parameters."""
+    at = to = above = 0
+    for l in range(len(widths) - 1):
+        inputs, columns = widths[l], _columns(tile, widths[l + 1])
+        above = to
+        if l == 0:
+            _product(tile, x, places, 0, count, inputs, w, at, columns, bias, h, to)
+        else:
+            _product(tile, h, places, l * rows, count, inputs, w, at, columns, bias, h, to)
+        kind = hidden if l + 2 < len(widths) else output
+        for i in range(count * columns):
+            store(h, to + i, activate(kind, load_members(tile, h, to + i)))
+        at += _rows(tile, inputs, bias) * columns
+        to += rows * columns
+    return above, at
+
+
+@inline
+def _backward(tile, widths, bias, hidden, count, x, w, h, dz, g, turned, places, rows, at, above):
+    """Writes the gradients. at, above: what `_forward` returns."""
+    for l in range(len(widths) - 2, -1, -1):
+        inputs, outputs = widths[l], widths[l + 1]
+        columns = _columns(tile, outputs)
+        at -= _rows(tile, inputs, bias) * columns
+        if l == 0:
+            _sums(tile, x, places, 0, count, inputs, dz, above, columns, bias, g, at)
+        else:
+            _sums(tile, h, places, l * rows, count, inputs, dz, above, columns, bias, g, at)
+            wide = _columns(tile, inputs)
+            for n in range(outputs):
+                for k in range(inputs):
+                    turned[n * wide * members_of(tile) + k] = w[(at + k * columns) * members_of(tile) + n]
+            below = above - rows * wide
+            _product(tile, dz, places, (l + 1) * rows, count, outputs, turned, 0, wide, 0, dz, below)
+            for i in range(count * wide):
+                store(
+                    dz, below + i, through(hidden, load_members(tile, dz, below + i), load_members(tile, h, below + i))
+                )
+            above = below
+
+
+@cached
+@njit(nogil=True, error_model="numpy")
+def train(
+    tile,
+    blocks,
+    widths,
+    kinds,
+    inputs,
+    targets,
+    order,
+    size,
+    start,
+    steps,
+    log_every,
+    hypers,
+    parameters,
+    firsts,
+    seconds,
+    powers,
+    losses,
+    memory,
+):
+    """As `steps.train`, where a block is one network and a tile's members are its neurons.
+
+    inputs: (blocks or 1, rows of samples filled up to whole tiles), targets: the same, to whole vectors.
+    """
+    hidden, output, loss, optimizer, bias, mean, decays, samples, new = kinds
+    g, h, dz, turned, places = memory
+    last, rows, tall = len(widths) - 1, len(places) // len(widths), samples_of(tile)
+    columns, stride = _columns(tile, widths[last]), (widths[0] + tall - 1) // tall * tall
+    to = 0
+    for l in range(1, len(widths)):
+        wide = _columns(tile, widths[l])
+        for s in range(rows):
+            places[l * rows + s] = (to + s * wide) * members_of(tile)
+        to += rows * wide
+    for block in range(blocks[0], blocks[1]):
+        x, y = inputs[block % len(inputs)], targets[block % len(targets)]
+        hyper, w, m, v = hypers[block], parameters[block], firsts[block], seconds[block]
+        begin, epoch, logged = start % -(-samples // size) * size, 0, 0
+        for step in range(start, start + steps):
+            count = min(size, samples - begin)
+            share = 1.0 / (count * widths[last]) if mean else 1.0
+            scale = 2.0 * share if loss == 0 else share
+            for s in range(-(-count // tall) * tall):
+                # Rows without a sample are computed like the last one, and read by nobody.
+                i = epoch + begin + min(s, count - 1)
+                places[s] = (order[i] if len(order) else i) * stride
+            above, at = _forward(tile, widths, bias, hidden, output, count, x, w, h, places, rows)
+            if log_every > 0 and step % log_every == 0:
+                total = 0.0
+                for s in range(count):
+                    for n in range(widths[last]):
+                        p, t = (
+                            h[(above + s * columns) * members_of(tile) + n],
+                            y[places[s] // stride * columns * members_of(tile) + n],
+                        )
+                        total += loss_of(loss, float(p), float(t))
+                losses[block, logged] += share * total
+                logged += 1
+            link = 1 if loss == 2 else 0
+            for s in range(count):
+                for c in range(columns):
+                    p = load_members(tile, h, above + s * columns + c)
+                    gradient = activate(link, p) - load_members(tile, y, places[s] // stride * columns + c)
+                    if loss == 0:
+                        gradient = through(output, gradient, p)
+                    store(dz, above + s * columns + c, gradient * fill(tile, w, scale))
+            _backward(tile, widths, bias, hidden, count, x, w, h, dz, g, turned, places, rows, at, above)
+            begin += count
+            if begin >= samples:
+                begin = 0
+                epoch += samples if len(order) else 0
+            factor, root = corrections(optimizer, powers[block])
+            update(optimizer, decays, new and step == start, hyper, factor, root, w, g, m, v)

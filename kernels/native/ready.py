@@ -1,0 +1,37 @@
+"""What must happen before compiled loops can run, told without importing numba."""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from .. import plan as planning
+
+__all__ = ["loaded", "refusal", "seconds"]
+
+# Where numba keeps compiled code if it may. That it lies there is a guess: it may be of another version.
+FOLDER = Path(__file__).parent / "__pycache__"
+# Kinds of steps that this process has compiled or read from disk: (dtype, samples, networks).
+loaded: set[tuple[torch.dtype, int, int]] = set()
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Why there are no compiled loops in this process, or None."""
+    if importlib.util.find_spec("numba") is None:
+        return "compiled loops need numba, which is not installed: pip install 'perceptriton[native]'"
+    return None
+
+
+def seconds(dtype: torch.dtype) -> tuple[float, ...]:
+    """About how long it takes until steps of each of the plan's TILES can begin."""
+    if all((dtype, *tile) in loaded for tile in planning.TILES):
+        return (0.0,) * len(planning.TILES)
+    return tuple(0.0 if (dtype, *tile) in loaded else _wait(tile[0]) for tile in planning.TILES)
+
+
+def _wait(rows: int) -> float:
+    source = "neurons" if rows == planning.NEURON_ROWS else "steps"
+    on_disk = next(FOLDER.glob(f"{source}.train-*.nbi"), None) is not None
+    return planning.LOAD_SECONDS if on_disk else planning.COMPILE_SECONDS

@@ -1,0 +1,254 @@
+"""Steps of training, compiled: forward, backward and update of the networks that lie side by side in a vector.
+
+One source serves all widths and both tiles: several networks, a few samples of each at a time, or several samples of
+one network. Memory is counted in rows, of a vector of all lanes ("tile row") or of one number for each member ("member
+row"). A parameter and its gradient are member rows: for each layer and neuron its weights, then its bias. h and dz have
+a tile row for each input and each neuron. Places of a tile without a sample are 0 in h and dz, so that they add nothing
+to a sum, whatever the parameters are.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+from numba import njit
+
+from .cache import cached
+from .functions import ACTIVATIONS, activate, through
+from .memory import add_products, fill, load, load_members, members_of, repeat, samples_of, store
+from .vectors import Tile, muladd, select, sqrt
+
+__all__ = [
+    "ACTIVATIONS",
+    "HYPERPARAMETERS",
+    "LOSSES",
+    "OPTIMIZERS",
+    "ROW",
+    "Tile",
+    "corrections",
+    "inline",
+    "loss_of",
+    "train",
+    "update",
+]
+
+LOSSES = ("mse", "bce", "bce_logits")
+OPTIMIZERS = ("plain", "momentum", "nesterov", "adam", "adamw")
+# Member rows of what a step reads. 1 - dampening and others are rounded as a whole: 1 - 0.999 has no digits to lose.
+HYPERPARAMETERS = ("lr", "weight_decay", "momentum", "undamped", "new1", "beta2", "new2", "eps")
+# Part of the function that calls it already in numba's own form: compiled once, and not alone first.
+inline = cast("Callable[[Callable], Callable[..., Any]]", njit(inline="always"))
+LANES = 16  # of an update
+ROW = Tile(1, LANES)  # what an update takes at a time: a number of each member, or sixteen of one network
+
+
+@inline
+def _fetch(tile, data, shared, order, first, used, out, width):
+    """Writes inputs or targets of `used` samples into the first tile rows of `out`, and 0 where there is no sample."""
+    samples = samples_of(tile)
+    for place in range(samples):
+        i = first + place
+        sample = order[i] if len(order) and place < used else i
+        for k in range(width):
+            if place >= used:
+                value = fill(tile, data, 0.0)
+            elif shared:
+                value = fill(tile, data, data[sample * width + k])
+            else:
+                value = load_members(tile, data, sample * width + k)
+            store(out, k * samples + place, value)
+
+
+@inline
+def _forward(tile, widths, bias, hidden, output, w, h, partly, there):
+    """there: a tile row, 1 where there is a sample; read where the tile is filled `partly`."""
+    row, below = 0, 0
+    for l in range(len(widths) - 1):
+        inputs, outputs = widths[l], widths[l + 1]
+        kind = hidden if l + 2 < len(widths) else output
+        for n in range(outputs):
+            z = repeat(tile, load_members(tile, w, row + inputs) if bias else fill(tile, w, 0.0))
+            for k in range(inputs):
+                z = muladd(repeat(tile, load_members(tile, w, row + k)), load(tile, h, below + k), z)
+            y = activate(kind, z)
+            if partly:
+                y = select(load(tile, there, 0) > 0.0, y, 0.0)
+            store(h, below + inputs + n, y)
+            row += inputs + bias
+        below += inputs
+    return row, below
+
+
+@inline
+def _output_gradient(tile, loss, output, scale, top, h, t, dz, partly, there):
+    link = 1 if loss == 2 else 0  # logits are compared as what a sigmoid makes of them
+    for n in range(len(t) // (samples_of(tile) * members_of(tile))):
+        p = load(tile, h, top + n)
+        gradient = activate(link, p) - load(tile, t, n)
+        if loss == 0:
+            gradient = through(output, gradient, p)
+        gradient = gradient * scale
+        if partly:
+            gradient = select(load(tile, there, 0) > 0.0, gradient, 0.0)
+        store(dz, top + n, gradient)
+
+
+@inline
+def _backward(tile, widths, bias, hidden, w, h, dz, g, row, above, partly, there):
+    """Adds to the gradients. row, above: the member row behind the last parameter, the tile row of the first output."""
+    for l in range(len(widths) - 2, -1, -1):
+        inputs, outputs = widths[l], widths[l + 1]
+        each = inputs + bias
+        row -= outputs * each
+        below = above - inputs
+        for n in range(outputs):
+            own = load(tile, dz, above + n)
+            for k in range(inputs):
+                add_products(tile, g, row + n * each + k, own, load(tile, h, below + k))
+            if bias:
+                add_products(tile, g, row + n * each + inputs, own, repeat(tile, fill(tile, g, 1.0)))
+        if l > 0:
+            for k in range(inputs):
+                dy = repeat(tile, fill(tile, w, 0.0))
+                for n in range(outputs):
+                    weight = repeat(tile, load_members(tile, w, row + n * each + k))
+                    dy = muladd(weight, load(tile, dz, above + n), dy)
+                gradient = through(hidden, dy, load(tile, h, below + k))
+                if partly:
+                    gradient = select(load(tile, there, 0) > 0.0, gradient, 0.0)
+                store(dz, below + k, gradient)
+        above = below
+
+
+@inline
+def _plus_losses(tile, loss, share, top, h, t, used, losses, logged):
+    """Adds `share` of the losses of the samples to member row `logged`, in fp64."""
+    members, lanes = members_of(tile), members_of(tile) * samples_of(tile)
+    for n in range(len(t) // lanes):
+        for lane in range(used * members):
+            value = loss_of(loss, float(h[(top + n) * lanes + lane]), float(t[n * lanes + lane]))
+            losses[logged * members + lane % members] += share * value
+
+
+@inline
+def loss_of(loss, p, target):
+    if loss == 0:
+        return (p - target) * (p - target)
+    if loss == 1:
+        log, log1 = math.log(p), math.log1p(-p)
+        log, log1 = -100.0 if log < -100 else log, -100.0 if log1 < -100 else log1
+        return -(target * log + (1 - target) * log1)
+    return (1 - target) * p + math.log1p(math.exp(-abs(p))) + (0.0 if p > 0 else -p)
+
+
+@inline
+def corrections(optimizer, powers):
+    """Adam's, (factor, root) of `update`, for the next step that the state sees."""
+    if optimizer < 3:
+        return 1.0, 1.0
+    # A power that has become too small to matter would be slow to multiply.
+    powers[2] = powers[2] * powers[0] if powers[2] > 1e-30 else 0.0
+    powers[3] = powers[3] * powers[1] if powers[3] > 1e-30 else 0.0
+    root = math.sqrt(1 - powers[3])
+    return root / (1 - powers[2]), root
+
+
+@inline
+def update(optimizer, decays, new, hyper, factor, root, w, g, m, v):
+    """new: the state has seen no step. factor, root: Adam's corrections of the rate and of eps."""
+    lr, decay, momentum = load(ROW, hyper, 0), load(ROW, hyper, 1), load(ROW, hyper, 2)
+    undamped, new1, beta2 = load(ROW, hyper, 3), load(ROW, hyper, 4), load(ROW, hyper, 5)
+    new2, floor = load(ROW, hyper, 6), load(ROW, hyper, 7) * root
+    rate, keep = lr * factor, 1.0 - lr * decay
+    for i in range(len(w) // LANES):
+        parameter, gradient = load(ROW, w, i), load(ROW, g, i)
+        if decays and optimizer == 4:
+            parameter = parameter * keep
+        elif decays:
+            gradient = muladd(parameter, decay, gradient)
+        if optimizer == 0:
+            parameter = parameter - lr * gradient
+        elif optimizer < 3:
+            average = gradient if new else muladd(momentum, load(ROW, m, i), undamped * gradient)
+            store(m, i, average)
+            step = muladd(momentum, average, gradient) if optimizer == 2 else average
+            parameter = parameter - lr * step
+        else:
+            average = load(ROW, m, i)
+            average = muladd(gradient - average, new1, average)
+            square = muladd(beta2, load(ROW, v, i), new2 * (gradient * gradient))
+            store(m, i, average)
+            store(v, i, square)
+            parameter = parameter - rate * (average / (sqrt(square) + floor))
+        store(w, i, parameter)
+
+
+@cached
+@njit(nogil=True, error_model="numpy")
+def train(
+    tile,
+    blocks,
+    widths,
+    kinds,
+    inputs,
+    targets,
+    order,
+    size,
+    start,
+    steps,
+    log_every,
+    hypers,
+    parameters,
+    firsts,
+    seconds,
+    powers,
+    losses,
+    memory,
+):
+    """Takes `steps` steps, the first being number `start` of the run, of the blocks from blocks[0] to blocks[1].
+
+    widths: int64. kinds: the numbers of what is trained, as `loop` has them. order: int32, samples by their numbers
+    from the epoch of step `start` on, or nothing for full batches. memory: to work in, see `loop`.
+
+    A block is the members of one tile. The first dimension of all else counts blocks, or is 1 where all have the same.
+    inputs, targets: of each sample, those of all members or, in member rows, of each its own. hypers: in rows of
+    ROW, the HYPERPARAMETERS. parameters, firsts, seconds: member rows, and what the optimizer keeps for them, padded to
+    rows of ROW. powers: fp64, beta1 and beta2, and both to the power of the steps that the state has seen, which are
+    updated. losses: fp64, member rows of zeros, one for each step that is logged.
+    """
+    hidden, output, loss, optimizer, bias, mean, decays, samples, new = kinds
+    lanes = samples_of(tile)
+    g, h, dz, t, there = memory
+    for block in range(blocks[0], blocks[1]):
+        x, y = inputs[block % len(inputs)], targets[block % len(targets)]
+        hyper, w, m, v = hypers[block], parameters[block], firsts[block], seconds[block]
+        begin, epoch, logged = start % -(-samples // size) * size, 0, 0
+        fetched = partly = False
+        for step in range(start, start + steps):
+            count = min(size, samples - begin)
+            share = 1.0 / (count * widths[-1]) if mean else 1.0
+            scale = 2.0 * share if loss == 0 else share
+            logs = log_every > 0 and step % log_every == 0
+            for i in range(len(w) // LANES):
+                store(g, i, fill(ROW, g, 0.0))
+            for first in range(0, count, lanes):
+                used = min(count - first, lanes)
+                if not fetched:
+                    partly = used < lanes
+                    for place in range(lanes):
+                        store(there, place, fill(tile, there, 1.0 if place < used else 0.0))
+                    _fetch(tile, x, len(x) == samples * widths[0], order, epoch + begin + first, used, h, widths[0])
+                    _fetch(tile, y, len(y) == samples * widths[-1], order, epoch + begin + first, used, t, widths[-1])
+                    fetched = not len(order) and count <= lanes
+                row, top = _forward(tile, widths, bias, hidden, output, w, h, partly, there)
+                if logs:
+                    _plus_losses(tile, loss, share, top, h, t, used, losses[block], logged)
+                _output_gradient(tile, loss, output, scale, top, h, t, dz, partly, there)
+                _backward(tile, widths, bias, hidden, w, h, dz, g, row, top, partly, there)
+            logged += logs
+            begin += count
+            if begin >= samples:
+                begin = 0
+                epoch += samples if len(order) else 0
+            factor, root = corrections(optimizer, powers[block])
+            update(optimizer, decays, new and step == start, hyper, factor, root, w, g, m, v)

@@ -1,0 +1,520 @@
+"""Compiled loops against the plain torch loop, which is the definition of correct, and against ordinary loops."""
+
+import dataclasses
+import errno
+import itertools
+import os
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import ACTIVATIONS, FUZZ_BUDGET, FUZZ_SEED, relative_error, same_bits
+from torch import nn
+from training_cases import LOSSES as CRITERIA
+from training_cases import RECIPES, assert_same_state, make, ordinary, relative, values
+
+from perceptriton.kernels import plan
+from perceptriton.kernels.loop import TorchLoop
+from perceptriton.kernels.native import ready
+from perceptriton.kernels.native.loop import NativeLoop, compile_all
+from perceptriton.kernels.records import Device, TrainConfig, TrainPlan
+from perceptriton.kernels.train import plan_train
+from perceptriton.mlp import MLP, Ensemble, fit
+
+pytest.importorskip("numba", reason="numba is not installed")
+
+TORCH = TrainPlan("torch", "the test says so")
+TILES = {f"{rows}x{networks}": TrainPlan("native", "the test says so", rows, networks) for rows, networks in plan.TILES}
+LANES = TILES["4x16"]
+SECONDS = ready.seconds  # which a fixture replaces
+EXACT = 1e-10  # two orders of the same fp64 sums over some steps
+every_tile = pytest.mark.parametrize("tile", TILES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Members of one config with their data. Pre-activations have a std of 1 to 2: zeros would not pass."""
+
+    config: TrainConfig
+    members: int = 3
+    samples: int = 5
+    batch_size: int | None = None
+    shared: tuple[bool, bool] = (True, True)  # inputs, targets
+
+    def tensors(self, dtype):
+        """(parameters, x, y, lr)"""
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        parameters = []
+        for k, n in itertools.pairwise(self.config.widths):
+            parameters.append(1.4 * normal(self.members, n, k) / k**0.5)
+            parameters += [0.5 * normal(self.members, n)] if self.config.bias else []
+        many = [1 if shared else self.members for shared in self.shared]
+        y = torch.rand(many[1], self.samples, self.config.widths[-1], generator=generator, dtype=torch.float64)
+        rates = (0.01, 0.05) if self.config.optimizer != "sgd" or self.config.reduction == "sum" else (0.1, 0.4)
+        lr = torch.linspace(*rates, self.members, dtype=torch.float64)
+        return parameters, normal(many[0], self.samples, self.config.widths[0]), y.to(dtype), lr.to(dtype)
+
+    def run(self, chosen, dtype=torch.float32, pieces=(9,), log_every=2, change=None):
+        """Parameters, state and losses after steps in these pieces."""
+        parameters, x, y, lr = self.tensors(dtype)
+        if change:
+            change(parameters, x, y)
+        config = self.config
+        states = 2 if config.optimizer != "sgd" else int(config.momentum != 0)
+        # What the state holds before its first step must not matter.
+        first, second = ([torch.full_like(p, torch.nan) for p in parameters] if states > i else [] for i in range(2))
+        size = self.batch_size or self.samples
+        loop = (NativeLoop if chosen.impl == "native" else TorchLoop)(
+            config, parameters, first, second, lr, x, y, size, 0, chosen
+        )
+        epochs = -(-self.samples // size)
+        generator, done, losses, order = torch.Generator().manual_seed(1), 0, [], None
+        orders = [torch.randperm(self.samples, generator=generator).int() for _ in range(sum(pieces))]
+        for steps in pieces:
+            if self.batch_size:
+                order = torch.stack(orders[done // epochs : (done + max(steps, 1) - 1) // epochs + 1])
+            rows = [step for step in range(done, done + steps) if step % log_every == 0]
+            losses.append(torch.full((len(rows), self.members), torch.nan, dtype=dtype))
+            loop.run(order, done, steps, log_every, losses[-1])
+            done += steps
+        return [*parameters, *first, *second, torch.cat(losses)]
+
+    def check(self, chosen, change=None, steps=9):
+        exact = self.run(TORCH, torch.float64, (steps,), change=change)
+        for actual, expected in zip(self.run(chosen, torch.float64, (steps,), change=change), exact, strict=True):
+            assert relative_error(actual, expected) <= EXACT
+        ours, theirs = (self.run(one, torch.float32, (steps,), change=change) for one in (chosen, TORCH))
+        assert relative(ours, exact) <= 2 * relative(theirs, exact) + 2e-6
+
+
+# --- numbers -------------------------------------------------------------------------------------------------
+
+
+@every_tile
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_optimizers(recipe, tile):
+    Case(TrainConfig((3, 4, 2), **RECIPES[recipe])).check(TILES[tile])
+
+
+LOSSES = {"bce": ("bce", "sigmoid"), "logits": ("bce_logits", "identity")}
+LOSSES |= {f"mse-{output}": ("mse", output) for output in ACTIVATIONS}
+
+
+@every_tile
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses(loss, reduction, tile):
+    name, output = LOSSES[loss]
+    config = TrainConfig((3, 4, 2), "tanh", output, loss=name, reduction=reduction)
+    Case(config, samples=7, batch_size=3).check(TILES[tile])
+
+
+@every_tile
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "bare"])
+@pytest.mark.parametrize("hidden", ACTIVATIONS)
+def test_activations(hidden, bias, tile):
+    Case(TrainConfig((3, 5, 4, 2), hidden, bias=bias, momentum=0.5)).check(TILES[tile], steps=5)
+
+
+# name: members, samples, batch size, shared: why
+DATA = {
+    "one": (1, 1, None),
+    "own": (3, 5, None, (False, False)),
+    "own-inputs": (3, 5, 4, (False, True)),
+    "own-targets": (17, 5, None, (True, False)),
+    "full-tiles": (16, 16, None),
+    "ragged": (17, 21, None, (False, False)),  # a block with one network, and a tile with one sample
+    "batches": (2, 37, 18),
+    "own-batches": (18, 10, 4, (False, False)),
+    "single-samples": (2, 5, 1),
+}
+
+
+@every_tile
+@pytest.mark.parametrize("data", DATA)
+def test_data(data, tile):
+    Case(TrainConfig((2, 3, 2), weight_decay=0.01), *DATA[data]).check(TILES[tile])
+
+
+def test_a_wide_network():
+    Case(TrainConfig((33, 65, 17), "relu", "identity", loss="mse"), 1, 20).check(TILES["8x1"])
+
+
+def test_other_runs_are_refused():
+    case = Case(TrainConfig((3, 4, 2), momentum=0.5))
+    for change in ({"momentum": 0.51}, {"weight_decay": 0.001}, {"hidden": "tanh"}, {"nesterov": True}):
+        other = dataclasses.replace(case, config=dataclasses.replace(case.config, **change))
+        assert relative(other.run(LANES, torch.float64), case.run(TORCH, torch.float64)) > 1e4 * EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
+def test_functions_are_right_to_the_last_digits(activation, dtype):
+    generator = torch.Generator().manual_seed(2)
+    z = torch.randn(4000, generator=generator, dtype=torch.float64) * torch.logspace(-6, 1.2, 4000, dtype=torch.float64)
+    z = z.to(dtype)
+    # The loss of an output y whose target is 0 is y ** 2.
+    config = TrainConfig((1, 1), output=activation, bias=False, loss="mse", reduction="sum")
+    data = (torch.ones(1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, dtype=dtype))
+    loop = NativeLoop(config, [z.clone().view(-1, 1, 1)], [], [], torch.zeros_like(z), *data, 1, 0, LANES)
+    losses = torch.empty(1, len(z), dtype=dtype)
+    loop.run(None, 0, 1, 1, losses)
+    exact = getattr(torch, activation)(z.double()).abs()
+    found = losses[0].double().sqrt()
+    kept = exact**2 > torch.finfo(dtype).tiny
+    assert (found / exact - 1)[kept].abs().max() <= 4 * torch.finfo(dtype).eps
+
+
+# --- NaN and inf ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t", [0.0, 0.25, 1.0])
+@every_tile
+def test_the_logarithm_of_a_saturated_output_is_cut_off(tile, t):
+    logits = torch.tensor([-torch.inf, -200, -99, -88.5, -50, -17, 0, 10, 16.5, 50, 103, torch.inf, torch.nan])
+    config = TrainConfig((1, 1), bias=False, reduction="sum")
+    case = Case(config, members=len(logits), samples=1)
+
+    def change(parameters, x, y):
+        parameters[0].copy_(logits.view(-1, 1, 1))
+        x.fill_(1)
+        y.fill_(t)
+
+    ours, theirs = (case.run(one, pieces=(1,), log_every=1, change=change)[-1][0] for one in (TILES[tile], TORCH))
+    torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=1e-6, equal_nan=True)
+    edges = [0, 1, 6, 10, 11, 12]
+    torch.testing.assert_close(ours[edges], theirs[edges], rtol=2e-6, atol=1e-7, equal_nan=True)
+
+
+SPOILED = [torch.nan, torch.inf, -torch.inf]
+
+
+@every_tile
+@pytest.mark.parametrize("where", ["weight", "input", "target"])
+@pytest.mark.parametrize("hidden", ACTIVATIONS)
+def test_nan_and_inf_are_what_torch_makes_of_them(hidden, where, tile):
+    case = Case(TrainConfig((2, 3, 2), hidden, "identity", loss="mse"), 3, 5, shared=(False, False))
+
+    def change(parameters, x, y):
+        for member, value in enumerate(SPOILED):
+            {"weight": parameters[0], "input": x, "target": y}[where][member, 1, 0] = value
+
+    ours, theirs = (case.run(one, pieces=(1, 1), change=change) for one in (TILES[tile], TORCH))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@every_tile
+def test_members_do_not_touch_each_other(tile):
+    case = Case(TrainConfig((2, 3, 1), "relu"), 19, 5, shared=(False, False))
+
+    def change(parameters, x, y):
+        x[1, 0], x[17, 2] = torch.nan, torch.inf
+
+    before, after = case.run(TILES[tile]), case.run(TILES[tile], change=change)
+    others = [e for e in range(19) if e not in (1, 17)]
+    for a, b in zip(before[:-1], after[:-1], strict=True):
+        assert torch.equal(a[others], b[others])
+        assert not b[1].isfinite().all()
+    assert torch.equal(before[-1][:, others], after[-1][:, others])
+
+
+# --- bits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["decay", "dampening", "adam"])
+@every_tile
+def test_the_size_of_a_piece_changes_no_bit(tile, recipe):
+    case = Case(TrainConfig((3, 4, 2), **RECIPES[recipe]), 3, 10, batch_size=4)
+    whole = case.run(TILES[tile], pieces=(23,))
+    for pieces in ((1,) * 23, (2, 20, 1), (0, 7, 16)):
+        assert same_bits(case.run(TILES[tile], pieces=pieces), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_the_number_of_threads_changes_no_bit(dtype):
+    case, results = Case(TrainConfig((3, 4, 2), optimizer="adam"), 161, 6, shared=(False, False)), []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        results.append(case.run(LANES, dtype))
+    torch.set_num_threads(before)
+    assert all(same_bits(other, results[0]) for other in results[1:])
+
+
+@every_tile
+def test_a_member_alone_is_what_it_is_among_others(tile):
+    case = Case(TrainConfig((3, 2, 2), optimizer="adam"), 18, 3, batch_size=2)
+    together = case.run(TILES[tile])
+    parameters, _, _, lr = case.tensors(torch.float32)
+    for e in (0, 17):
+        alone = dataclasses.replace(case, members=1)
+        alone.__dict__["tensors"] = lambda _, e=e: ([p[e : e + 1] for p in parameters], *case_data(case), lr[e : e + 1])
+        single = alone.run(TILES[tile])
+        assert same_bits([t[0] for t in single[:-1]], [t[e] for t in together[:-1]])
+        assert same_bits(single[-1][:, 0], together[-1][:, e])
+
+
+def case_data(case):
+    _, x, y, _ = case.tensors(torch.float32)
+    return x, y
+
+
+# --- in fit --------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "sgd": lambda p, lr: torch.optim.SGD(p, lr),
+    "sgd-decay": lambda p, lr: torch.optim.SGD(p, lr, weight_decay=0.01),
+    "momentum": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, dampening=0.2),
+    "nesterov": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.7, nesterov=True, weight_decay=0.01),
+    "adam": lambda p, lr: torch.optim.Adam(p, 0.1 * lr, (0.8, 0.99), weight_decay=0.01),
+    "adamw": lambda p, lr: torch.optim.AdamW(p, 0.1 * lr),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_state_is_taken_over_and_handed_back(optimizer):
+    model, x, y = make((3, 4, 2), "tanh", "sigmoid", True, 7)
+    twin, _, _ = make((3, 4, 2), "tanh", "sigmoid", True, 7)
+    own, other = (OPTIMIZERS[optimizer](m.parameters(), 0.2) for m in (model, twin))
+    ordinary(model, x, y, nn.BCELoss(), own, 5)
+    for steps in (20, 1):
+        history = fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=steps, impl="native")
+        assert history.path == "native"
+        assert history.seconds >= history.setup_seconds >= 0
+    ordinary(model, x, y, nn.BCELoss(), own, 4)
+    ordinary(twin, x, y, nn.BCELoss(), other, 30)
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert_same_state(own, other, EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.fuzz
+def test_random_configurations_train_as_an_ordinary_loop():
+    for seed in range(FUZZ_SEED, FUZZ_SEED + max(1, int(1000 * FUZZ_BUDGET))):
+        draw = random.Random(f"native {seed}")
+        criterion, output = CRITERIA[draw.choice(list(CRITERIA))]
+        sizes = [draw.randint(1, 9) for _ in range(draw.randint(2, 5))]
+        samples, bias, hidden = draw.randint(1, 40), draw.random() < 0.8, draw.choice(ACTIVATIONS)
+        batch_size = draw.choice([None, None, 1, 3, 16, samples])
+        steps, log_every = draw.randint(1, 6), draw.randint(1, 3)
+        name = draw.choice(list(OPTIMIZERS))
+        where = f"FUZZ_SEED={seed}: {sizes} {hidden} {criterion} {name}, {samples} samples by {batch_size}"
+        # A relu whose input is 0 but for rounding goes either way, and the sum of many losses diverges.
+        rate = 0.02 if criterion.reduction == "sum" else 0.1
+        models = [make(sizes, hidden, output, bias, samples, seed=seed) for _ in range(2)]
+        (model, x, y), (twin, _, _) = models
+        own, other = (OPTIMIZERS[name](m.parameters(), rate) for m in (model, twin))
+        options = {"batch_size": batch_size, "log_every": log_every, "generator": torch.Generator()}
+        options["generator"].manual_seed(seed)
+        history = fit(model, x, y, criterion=criterion, optimizer=own, steps=steps, impl="native", **options)
+        options["generator"].manual_seed(seed)
+        losses = ordinary(twin, x, y, criterion, other, steps, **options)
+        if not (losses.isfinite().all() and losses.abs().max() < 1e3):
+            continue
+        assert (history.loss.double() - losses).norm() <= 1e-9 * (1 + losses.norm()), where
+        assert relative(model.parameters(), twin.parameters()) <= 1e-8, where
+        assert_same_state(own, other, 1e-6)
+
+
+# --- which when ----------------------------------------------------------------------------------------------
+
+CPU, XOR = Device("cpu"), TrainConfig((2, 2, 1))
+
+
+def chosen(members=1, batch=4, config=XOR, dtype="float32", steps=None, waits=(0.0, 0.0, 0.0), **options):
+    return plan.train(members, batch, None, config, dtype, CPU, steps=steps, native_seconds=waits, **options)
+
+
+def test_small_networks_are_compiled_and_wide_ones_are_not():
+    assert (chosen().rows, chosen().networks) == (4, 1)
+    wide = chosen(config=TrainConfig((8, 16, 1)), batch=9)
+    assert (wide.rows, wide.networks) == (8, 1)
+    assert (chosen(64).rows, chosen(64).networks) == (4, 16)
+    assert chosen(dtype="torch.float64").impl == "native"
+    assert chosen(config=TrainConfig((784, 32, 10)), batch=64).impl == "native"
+    assert chosen(config=TrainConfig((784, 256, 10)), batch=64).impl == "torch"
+    assert chosen(dtype="bfloat16").impl == "torch"
+
+
+def test_a_short_run_does_not_wait_for_compiled_loops():
+    waits = (0.5, 0.5, 0.5)
+    found = chosen(steps=1000, waits=waits)
+    assert found.impl == "torch"
+    assert re.fullmatch(r"compiled loops would save 0\.009\d s, and begin 0\.5 s later", found.reason)
+    assert chosen(steps=1_000_000, waits=waits).impl == "native"
+    assert chosen(steps=1000).impl == "native"
+    assert chosen(steps=1000, waits=waits, impl="native").impl == "native"
+    assert chosen(config=TrainConfig((2, 0, 1)), impl="native").impl == "torch"
+
+
+def test_without_numba(monkeypatch):
+    monkeypatch.setattr(ready, "refusal", lambda: "no numba")
+    assert plan_train(1, 4, None, XOR, torch.float32, torch.device("cpu")) == TrainPlan("torch", "no numba")
+    with pytest.raises(NotImplementedError, match=r"^impl='native': no numba$"):
+        plan_train(1, 4, None, XOR, torch.float32, torch.device("cpu"), "native")
+
+
+def test_a_numba_that_cannot_be_imported_is_none(monkeypatch):
+    monkeypatch.setattr(ready, "seconds", lambda _: (0.0, 0.0, 0.0))
+    monkeypatch.setitem(sys.modules, "numba.core", None)
+    results = []
+    for impl in (None, "torch"):
+        model, x, y = make((2, 3, 1), "tanh", "sigmoid", True, 4)
+        own = torch.optim.SGD(model.parameters(), 0.1)
+        assert fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=9, impl=impl).path == "torch"
+        results.append(values(model))
+    assert same_bits(*results)
+    with pytest.raises(NotImplementedError, match=r"^impl='native': .*numba"):
+        fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=9, impl="native")
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    ask = ready.refusal.__wrapped__
+    assert ask() is None
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert ask() == "compiled loops need numba, which is not installed: pip install 'perceptriton[native]'"
+
+
+def test_what_is_ready_is_known(monkeypatch, tmp_path):
+    monkeypatch.setattr(ready, "seconds", SECONDS)
+    for kind, seconds in compile_all():
+        assert kind
+        assert seconds >= 0
+    assert ready.seconds(torch.float32) == ready.seconds(torch.float64) == (0, 0, 0)
+    monkeypatch.setattr(ready, "loaded", {(torch.float32, 4, 1)})
+    monkeypatch.setattr(ready, "FOLDER", tmp_path)
+    assert ready.seconds(torch.float32) == (plan.COMPILE_SECONDS, 0, plan.COMPILE_SECONDS)
+    (tmp_path / "steps.train-1.py310.nbi").touch()
+    assert ready.seconds(torch.float32) == (plan.COMPILE_SECONDS, 0, plan.LOAD_SECONDS)
+    (tmp_path / "neurons.train-1.py310.nbi").touch()
+    assert ready.seconds(torch.float32) == (plan.LOAD_SECONDS, 0, plan.LOAD_SECONDS)
+
+
+# --- code on disk --------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, sys
+import torch
+from torch import nn
+from perceptriton.mlp import Ensemble, fit
+def train():
+    ensemble = Ensemble(40, [2, 2, 1], generator=torch.Generator().manual_seed(1))
+    x, y = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]]), torch.tensor([[0.0], [1], [1], [0]])
+    optimizer = torch.optim.SGD(ensemble.parameters(), lr=1.0)
+    history = fit(ensemble, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=50, log_every=10, impl="native")
+    return history.loss.double().sum().item().hex()
+"""
+
+
+def start(script, folder):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", SCRIPT + script]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def printed(process):
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    return output.split()
+
+
+@pytest.mark.more
+def test_two_processes_compile_at_once_and_a_third_reads(tmp_path):
+    results = [printed(process) for process in [start("print(train())", tmp_path) for _ in range(2)]]
+    assert [path.suffix for path in sorted(tmp_path.rglob("steps.train-*"))] == [".nbc", ".nbi"]
+    # Where nothing can be compiled, all comes from the disk.
+    script = "from numba.core import compiler; compiler.compile_extra = None; print(train())"
+    results.append(printed(start(script, tmp_path)))
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.slow
+def test_a_fork_trains_as_its_parent(tmp_path):
+    script = """
+torch.set_num_threads(2)
+first = train()
+if not os.fork():
+    assert train() == first
+    os._exit(7)
+_, status = os.wait()
+print(os.waitstatus_to_exitcode(status), train() == first)
+"""
+    chosen_folder = os.environ.get("NUMBA_CACHE_DIR", "")
+    assert printed(start(script, chosen_folder)) == ["7", "True"]
+
+
+@pytest.mark.more
+def test_numba_may_be_switched_off_for_others(tmp_path):
+    script = "import numba; numba.config.DISABLE_JIT = 1; print(train(), numba.config.DISABLE_JIT)"
+    assert printed(start(script, tmp_path)) == [printed(start("print(train())", tmp_path))[0], "1"]
+
+
+def test_code_is_kept_in_memory_where_no_folder_takes_it(monkeypatch):
+    from numba import njit
+    from numba.core.caching import CacheImpl
+
+    from perceptriton.kernels.native import cache
+
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    assert cache.cached(njit(lambda a: a + 1))(2) == 3
+
+
+def test_a_full_disk_and_a_damaged_file_cost_time_alone(monkeypatch, tmp_path):
+    from numba import config, njit
+
+    from perceptriton.kernels.native import cache
+
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+
+    def plus(a):
+        return a + 1
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numba.core.caching.IndexDataCacheFile.save", full)
+        assert cache.cached(njit(plus))(2) == 3
+    assert not list(tmp_path.rglob("*.nbc"))
+    assert cache.cached(njit(plus))(2) == 3
+    (data,) = tmp_path.rglob("*.nbc")
+    whole = data.read_bytes()
+    data.write_bytes(whole[:100])
+    assert cache.cached(njit(plus))(2) == 3
+    assert len(data.read_bytes()) > 100
+    again = cache.cached(njit(plus))
+    assert again(2) == 3
+    assert sum(again.stats.cache_hits.values()) == 1
+    monkeypatch.setattr(cache, "_fingerprint", lambda: "of other sources")
+    other = cache.cached(njit(plus))
+    assert other(2) == 3
+    assert sum(other.stats.cache_hits.values()) == 0
+
+
+def test_an_ensemble_with_rates_of_its_own():
+    results = []
+    for impl in ("native", "torch"):
+        ensemble = Ensemble(20, [2, 3, 1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        x, y = torch.ones(20, 3, 2, dtype=torch.float64).cumsum(0) / 20, torch.full((3, 1), 0.3, dtype=torch.float64)
+        own = torch.optim.SGD(ensemble.parameters(), lr=1.0, momentum=0.5)
+        options = {"steps": 30, "lr": torch.linspace(0.1, 1, 20), "impl": impl}
+        history = fit(ensemble, x, y.expand(20, 3, 1), criterion=nn.BCELoss(), optimizer=own, **options)
+        assert history.path == impl
+        results.append(values(ensemble))
+    assert relative(*results) <= EXACT
+
+
+def test_a_model_in_single_precision_keeps_its_parameters():
+    model = MLP([2, 2, 1])
+    parameters = list(model.parameters())
+    own = torch.optim.SGD(model.parameters(), lr=0.5)
+    fit(model, torch.ones(4, 2), torch.ones(4, 1), criterion=nn.BCELoss(), optimizer=own, steps=3, impl="native")
+    assert all(a is b and a.grad is None for a, b in zip(model.parameters(), parameters, strict=True))
