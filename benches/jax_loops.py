@@ -82,13 +82,15 @@ class Loop:
 
             return jax.lax.fori_loop(0, steps, step, (layers, state))
 
-        self.run = run
+        self.run, self.first_call = run, 0.0
 
     def advance(self, steps: int) -> None:
+        began = time.perf_counter()
         order = None if self.batches is None else jnp.asarray(np.stack([next(self.batches) for _ in range(steps)]))
         self.layers, self.state = jax.block_until_ready(
             self.run(self.layers, self.state, self.x, self.y, order, jnp.int32(steps))
         )
+        self.first_call = self.first_call or time.perf_counter() - began
 
 
 def faster(make: Callable[[Callable], Loop], steps: int) -> Loop:
