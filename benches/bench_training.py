@@ -319,12 +319,13 @@ class Group:
     def steps_per_call(self) -> dict[str, int]:
         counts = {}
         for impl in self.impls:
-            contender, steps = self.contender(impl), 1
-            # From call to call, since what a call costs by itself makes the steps of short ones look slow.
-            while (
-                took := timing.batch(partial(contender.advance, steps), 1, self.device == "cuda")
-            ) < CALL_SECONDS / 2:
-                steps = round(steps * min(10, max(2, CALL_SECONDS / took)))
+            contender, steps, took = self.contender(impl), 1, 0.0
+            # From call to call, since what a call costs by itself makes the steps of short ones look slow. Of two
+            # calls, because some compile for every number of steps.
+            while took < CALL_SECONDS / 2:
+                steps = round(steps * min(10, max(2, CALL_SECONDS / took))) if took else steps
+                call = partial(contender.advance, steps)
+                took = min(timing.batch(call, 1, self.device == "cuda") for _ in range(2))
             counts[impl] = max(1, round(steps * CALL_SECONDS / took))
         return counts
 
