@@ -4,7 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -111,7 +111,8 @@ class Loop:
 class FitCalls:
     """Calls of `fit`, each training a fresh copy of the model for all steps, at a few of the turns.
 
-    Each call takes all steps: in calls of 100 steps the checks of `fit` would take most of the time.
+    Each call takes all steps: in calls of 100 steps the checks of `fit` would take most of the time. On a CPU all take
+    compiled loops, where there are any: their steady speed is to be shown, and beside it how long the first call took.
 
     lr: that of `fit`, for an Ensemble. column: the member whose losses are shown, for an Ensemble.
     """
@@ -130,6 +131,12 @@ class FitCalls:
         self.name, self.initial, self.task, self.impl, self.calls = name, model, task, impl, calls
         self.lr, self.column, self.members = lr, column, len(model) if isinstance(model, Ensemble) else 1
         self.clock = _Clock(task.x.device)
+        if impl is None and task.x.is_cpu:
+            self.impl = "native"
+            with suppress(NotImplementedError):
+                self.model, self.history = self._fit(0)
+                return
+        self.impl = impl
         self.model, self.history = self._fit(0)
 
     @property

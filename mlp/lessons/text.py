@@ -86,8 +86,9 @@ def timing_table(title: str, head: str, cells: Callable[[Run], str], runs: Seque
         us = f"{run.us_per_step:9.1f}" if run.us_per_step >= 1 else f"{run.us_per_step:9.4f}"
         speed = f"{run.ratio:7.2f}x" if run.ratio < 100 else f"{run.ratio:7,.0f}x"
         lines.append(f"  {run.name:24}  {run.path:8}  {cells(run)}  {run.seconds:8.2f}  {us}  {speed}")
+    seconds = "seconds: all steps once, with what has to be compiled or loaded for the first"
     meaning = "us/step and speed: one network's step, median over turns, and how many times as fast as"
-    return [*lines, fill(f"{meaning} {runs[0].name}.")]
+    return [*lines, fill(f"{seconds}. {meaning} {runs[0].name}.")]
 
 
 def prediction_table(result: Trajectory) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from training_cases import needs_images
 
 from perceptriton.kernels import explain
+from perceptriton.kernels.native import ready
 from perceptriton.mlp import MLP, lessons
 from perceptriton.mlp.lessons import pictures
 from perceptriton.mlp.lessons import race as racing
@@ -34,6 +35,7 @@ BLOBS_BAND = 1e-6  # some units in the last place of fp32, which a mean of 100 l
 HAND_BAND = 2e-4
 DIGITS_BAND = 1e-5  # four times what seven ways of rounding came to
 FIT = "fit"
+FIT_PATH = "native" if ready.refusal() is None else "torch"
 WAYS = (lessons.NN, lessons.FUSED, FIT)
 
 
@@ -93,7 +95,7 @@ def spoilt(result, name, index, factor):
 def test_xor_follows_the_table_all_three_ways(xor):
     assert xor.steps == list(range(0, 10_001, 100))
     assert [run.name for run in xor.runs] == list(WAYS)
-    assert [run.path for run in xor.runs] == ["loop", "loop", "torch"]
+    assert [run.path for run in xor.runs] == ["loop", "loop", FIT_PATH]
     for run in xor.runs:
         assert_follows(xor, run, TABLE["loss"], BAND)
         difference, step, band = xor.largest_difference(run)
@@ -359,7 +361,7 @@ def test_digits_are_read_alike_all_three_ways(digits):
     trajectory = digits.trajectory
     assert trajectory.steps == list(range(0, 661, 10))
     assert [run.name for run in trajectory.runs] == list(WAYS)
-    assert [run.path for run in trajectory.runs] == ["loop", "loop", "torch"]
+    assert [run.path for run in trajectory.runs] == ["loop", "loop", FIT_PATH]
     nn = trajectory.runs[0]
     assert nn.losses[0] > 0.7
     assert nn.losses[-1] < 0.03
@@ -418,6 +420,16 @@ def test_loops_see_the_batches_of_fit(batch_size):
         epochs = [torch.cat([x for x, _ in seen[i : i + 3]]).flatten().tolist() for i in (0, 3)]
         assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(8))
         assert epochs[0] != epochs[1] != sorted(epochs[0])
+
+
+@pytest.mark.parametrize("missing", [None, "no numba"], ids=["as-installed", "without-numba"])
+def test_lessons_show_compiled_loops_where_there_are_any(missing, monkeypatch):
+    if missing:
+        monkeypatch.setattr(ready, "refusal", lambda: missing)
+    x = torch.rand(4, 2)
+    task = Task(x, x[:, :1], torch.nn.MSELoss(), lambda p: torch.optim.SGD(p, lr=0.1), 5, 1)
+    (run,) = race(task, [FitCalls(MLP([2, 2, 1]), task)], False)
+    assert run.path == ("torch" if missing else FIT_PATH)
 
 
 # --- sweep -------------------------------------------------------------------------------------------------
