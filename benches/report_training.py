@@ -24,6 +24,8 @@ class Row:
     members: int | None
     us: dict[str, float] = field(default_factory=dict)
     speedup: dict[str, float] = field(default_factory=dict)
+    over_jax: float | None = None  # of fit
+    first_call: dict[str, float] = field(default_factory=dict)  # seconds
     spread: float = 0.0
 
 
@@ -43,6 +45,9 @@ def read(document: dict) -> tuple[list[Row], dict[str, str]]:
         row.us[impl] = info["us_per_net_step"]
         if "speedup_over_eager" in info:
             row.speedup[impl] = info["speedup_over_eager"]
+        row.first_call[impl] = info.get("first_call_seconds", 0.0)
+        if impl == JUDGED:
+            row.over_jax = info.get("speedup_over_jax")
         if impl in (BASELINE, JUDGED):
             row.spread = max(row.spread, info["spread"])
     return list(rows.values()), labels
@@ -78,6 +83,10 @@ def markdown(document: dict) -> str:
         "a row were timed in turn; a speed-up over the eager loop is the median over the rounds of the ratio within a "
         "round. The eager loop of an ensemble is its networks one after the other, up to 32 of them."
     )
+    for impl, label in labels.items():
+        seconds = [row.first_call[impl] for row in rows if row.first_call.get(impl)]
+        if seconds:
+            text.append(f"Before its first step {label} took up to {max(seconds):.1f} s, which no figure here holds.")
     if any(row.spread > NOISY for row in rows):
         text.append(f"`~`: timings scattered by more than {NOISY:.0%} (interquartile range over median).")
     if left_out := document["machine_info"].get("not_reached"):
@@ -86,22 +95,25 @@ def markdown(document: dict) -> str:
 
 
 def loops_by_machine(documents: dict[str, dict]) -> list[str]:
-    """The first machine's times and speed-ups, the others' speed-ups, and what vmap gains for ensembles."""
+    """The first machine's times and speed-ups, those over JAX and of vmap, and the speed-ups of the other machines."""
     (rows, labels), *others = (read(document) for document in documents.values())
-    header = ["network", "networks", labels[BASELINE], "`fit`", "speed-up", *list(documents)[1:], labels["vmap"]]
+    header = ["network", "networks", labels[BASELINE], "`fit`", "speed-up", "over JAX", labels["vmap"]]
     lines = []
     for row in rows:
-        same = [next(own for own in there if own.case == row.case) for there, _ in others]
+        same = [next((own for own in there if own.case == row.case), None) for there, _ in others]
         cells = [row.what, f"{row.members:,} (ensemble)" if row.members else "1", _us(row.us[BASELINE])]
-        cells += [_us(row.us[JUDGED]), *(_times(own.speedup[JUDGED]) for own in (row, *same))]
-        lines.append([*cells, _times(row.speedup["vmap"]) if "vmap" in row.speedup else ""])
-    return table(header, 1, lines)
+        cells += [_us(row.us[JUDGED]), _times(row.speedup[JUDGED])]
+        cells += ["" if row.over_jax is None else f"**{_times(row.over_jax)}**"]
+        cells += [_times(row.speedup["vmap"]) if "vmap" in row.speedup else ""]
+        lines.append([*cells, *("" if own is None else _times(own.speedup[JUDGED]) for own in same)])
+    return table([*header, *list(documents)[1:]], 1, lines)
 
 
 def pictures(document: dict) -> dict[str, bytes]:
     """PNG images by name: the time of a step by implementation, and net-steps per second against ensemble size."""
     rows, labels = read(document)
     single, many = [row for row in rows if row.members is None], [row for row in rows if row.members]
+    many = [row for row in many if row.what == many[0].what]  # a line joins what differs in size alone
     found = {}
     if single:
         found["step"] = _steps(document, single, labels)
