@@ -132,7 +132,7 @@ class NativeLoop:
         rows = [torch.as_tensor(numbers[name], dtype=lr.dtype).expand(len(lr)) for name in steps.HYPERPARAMETERS]
         # One network's numbers stand in all lanes of an update.
         hyper = layout.side_by_side(torch.stack(rows, 1)).view(layout.blocks, len(rows), layout.networks)
-        self.hyper = hyper.expand(-1, -1, steps.LANES).flatten(1).contiguous()
+        self.hyper = hyper.expand(-1, -1, steps.LANES).flatten(1).contiguous()[None]
         betas = torch.tensor([config.beta1, config.beta2], dtype=torch.float64)
         self.powers = torch.cat([betas, betas**self.taken]).repeat(layout.blocks, 1)
         optimizer = config.optimizer

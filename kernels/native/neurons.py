@@ -144,7 +144,7 @@ def train(
         to += rows * wide
     for block in range(blocks[0], blocks[1]):
         x, y = inputs[block % len(inputs)], targets[block % len(targets)]
-        hyper, w, m, v = hypers[block], parameters[block], firsts[block], seconds[block]
+        w, m, v = parameters[block], firsts[block], seconds[block]
         begin, epoch, logged = start % -(-samples // size) * size, 0, 0
         for step in range(start, start + steps):
             count = min(size, samples - begin)
@@ -180,4 +180,5 @@ def train(
                 begin = 0
                 epoch += samples if len(order) else 0
             factor, root = corrections(optimizer, powers[block])
+            hyper = hypers[(step - start) % len(hypers), block]
             update(optimizer, decays, new and step == start, hyper, factor, root, w, g, m, v)

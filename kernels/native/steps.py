@@ -211,17 +211,18 @@ def train(
     from the epoch of step `start` on, or nothing for full batches. memory: to work in, see `loop`.
 
     A block is the members of one tile. The first dimension of all else counts blocks, or is 1 where all have the same.
-    inputs, targets: of each sample, those of all members or, in member rows, of each its own. hypers: in rows of
-    ROW, the HYPERPARAMETERS. parameters, firsts, seconds: member rows, and what the optimizer keeps for them, padded to
-    rows of ROW. powers: fp64, beta1 and beta2, and both to the power of the steps that the state has seen, which are
-    updated. losses: fp64, member rows of zeros, one for each step that is logged.
+    inputs, targets: of each sample, those of all members or, in member rows, of each its own. hypers: in rows of ROW,
+    the HYPERPARAMETERS; their first dimension counts steps, or is 1, and the second one blocks. parameters, firsts,
+    seconds: member rows, and what the optimizer keeps for them, padded to rows of ROW. powers: fp64, beta1 and beta2,
+    and both to the power of the steps that the state has seen, which are updated. losses: fp64, member rows of zeros,
+    one for each step that is logged.
     """
     hidden, output, loss, optimizer, bias, mean, decays, samples, new = kinds
     lanes = samples_of(tile)
     g, h, dz, t, there = memory
     for block in range(blocks[0], blocks[1]):
         x, y = inputs[block % len(inputs)], targets[block % len(targets)]
-        hyper, w, m, v = hypers[block], parameters[block], firsts[block], seconds[block]
+        w, m, v = parameters[block], firsts[block], seconds[block]
         begin, epoch, logged = start % -(-samples // size) * size, 0, 0
         fetched = partly = False
         for step in range(start, start + steps):
@@ -251,4 +252,5 @@ def train(
                 begin = 0
                 epoch += samples if len(order) else 0
             factor, root = corrections(optimizer, powers[block])
+            hyper = hypers[(step - start) % len(hypers), block]
             update(optimizer, decays, new and step == start, hyper, factor, root, w, g, m, v)
