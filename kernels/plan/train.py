@@ -146,7 +146,8 @@ def _block(members: int, batch: int, config: TrainConfig, device: Device) -> tup
 # Microseconds on one core, read off layouts that were timed against each other: 2-2-1, 2-10-10-10-1, 4-8-1 and others
 # to 32-64-5, with 2 to 8,192 members. They decide between two layouts, so only their ratios count.
 CALL_US = 1.5  # of torch, whatever it computes
-LAYER_US = 4.7  # of a layer of one network: its calls
+# Of a layer of one network: its calls, per multiply-add of a product, and per output.
+LAYER_US, LAYER_MAC_US, OUTPUT_US = 4.7, 3e-5, 8e-4
 ARRAY_MAC_US = 2.5e-4  # per multiply-add of an elementwise call over members
 SMALL_PRODUCT_MAC_US = 2e-3  # per multiply-add of a stack of products that torch computes itself
 SMALL_PRODUCT_MACS = 400  # from here on the BLAS does, at a price per product and another per multiply-add
@@ -158,7 +159,7 @@ UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7}  # elementwise, 
 JOINT_MACS = 1 << 16
 # Below these sizes a second thread waits longer for the first than it works, far longer where cores are shared.
 THREADED_MACS = 1 << 21  # of one product
-THREADED_MAC_US = 1.4e-5  # per multiply-add of a product on two threads
+THREADED_US, THREADED_MAC_US = 30, 1.3e-5  # of a product on two threads, and per multiply-add of it
 THREADED_ELEMENTS = 1 << 17  # of one elementwise call
 
 
@@ -185,8 +186,9 @@ def loop_us(members: int, batch: int, config: TrainConfig) -> float:
     layers = list(itertools.pairwise(config.widths))
     macs = [batch * n * k for k, n in layers]
     if members == 1:
-        prices = [mac * (THREADED_MAC_US if mac >= THREADED_MACS else PRODUCT_MAC_US) for mac in macs]
-        return LAYER_US * len(layers) + 2 * sum(prices) + sum(prices[1:])
+        products = [THREADED_US + THREADED_MAC_US * mac if mac >= THREADED_MACS else LAYER_MAC_US * mac for mac in macs]
+        outputs = OUTPUT_US * batch * sum(n for _, n in layers)
+        return LAYER_US * len(layers) + 2 * sum(products) + sum(products[1:]) + outputs
     first = 3 * CALL_US + 3 * PRODUCT_MAC_US * members * macs[0]
     return first + min(_stack_us(members, batch, config, layers[1:]))
 
