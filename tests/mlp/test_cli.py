@@ -98,6 +98,7 @@ def test_lesson_xor_prints_the_table(capsys):
     assert len(re.findall(r"^  (?:inference|forward  |backward ) aten ", out, re.MULTILINE)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [("xor", {"seed": 778}), ("xor-deep", {"seed": 778}), ("blobs", {"seed": 3}), ("sweep", {"first_seed": 778})],
@@ -153,6 +154,7 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch, capsys):
     assert capsys.readouterr().err == message
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_a_picture_that_cannot_be_written_is_a_failure(tmp_path, monkeypatch, capsys):
     def full(*_):

@@ -93,6 +93,7 @@ def test_parameters_are_stacked():
     assert list(Ensemble(2, [3, 1], bias=False).state_dict()) == ["weights.0"]
 
 
+@pytest.mark.slow
 def test_init_is_that_of_linear():
     generator = torch.Generator().manual_seed(1)
     before = torch.get_rng_state()
@@ -248,6 +249,7 @@ def test_it_moves():
 # --- fit -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("batch_size", [None, 4], ids=["full", "minibatches"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -937,6 +937,7 @@ def test_compiled_calls_raise_what_eager_ones_do(changes, error, message, monkey
             call(**inputs)
 
 
+@pytest.mark.slow
 def test_kernels_see_as_many_rows_as_the_program_finds(traced):
     x, weight, bias, _ = make_layer(6, 5, 3, torch.float32)
 
@@ -949,6 +950,7 @@ def test_kernels_see_as_many_rows_as_the_program_finds(traced):
     torch.testing.assert_close(found, plain(x[x[:, 0] > 0], weight, bias))
 
 
+@pytest.mark.slow
 def test_a_batched_gradient_of_a_compiled_layer_takes_plain_operations(traced, monkeypatch):
     inputs = [t.requires_grad_() for t in make_layer(6, 5, 3, torch.float32)[:3]]
     y, _ = traced(linear_act, *inputs)
@@ -1180,6 +1182,7 @@ def test_each_gpu_of_a_process_has_plans_of_its_own(pretend, monkeypatch):
     assert len({explain((4096, 256), (256, 256), torch.bfloat16, device).forward for device in devices}) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_programs_hold_kernels_for_the_gpus_that_have_some(pretend):
     pretend(capabilities=CAPABILITIES)

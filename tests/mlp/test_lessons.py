@@ -485,6 +485,7 @@ def test_success_proves_all_four_answers_right():
     assert loss.item() == pytest.approx(lessons.SOLVED)
 
 
+@pytest.mark.slow
 def test_a_sweep_repeats_to_the_bit():
     first, again, other = (lessons.sweep(201, seeds=20, rates=(1.0, 3.0), first_seed=s) for s in (777, 777, 778))
     assert torch.equal(first.losses, again.losses)
@@ -749,6 +750,7 @@ def test_a_surface_on_one_side_of_one_half_has_no_contour(short, tmp_path):
     pictures.save(figure, tmp_path / "flat.png")  # matplotlib warns of an empty contour, here an error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "magic"), [("xor.png", b"\x89PNG\r\n"), ("xor.SVG", b"<?xml"), ("a b.pdf", b"%PDF")])
 def test_save_writes_one_file_in_the_format_of_its_suffix(figure, tmp_path, name, magic):
     target = tmp_path / name
