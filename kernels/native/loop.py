@@ -68,7 +68,7 @@ class NativeLoop:
             self.given, self.taken, self.size = (parameters, first, second), taken, min(batch_size, x.shape[1])
             if plan.rows == planning.NEURON_ROWS:
                 # More would not find room in the registers.
-                lanes = steps.LANES if torch.backends.cpu.get_cpu_capability() == "AVX512" else steps.LANES // 2
+                lanes = steps.LANES if "AVX512" in torch.backends.cpu.get_cpu_capability() else steps.LANES // 2
                 self.train, self.tile, layout = neurons.train, steps.Tile(plan.rows, lanes), Neurons
             else:
                 lanes = steps.LANES

@@ -4,7 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ NN, FUSED, HAND = "nn.Linear + nn.Sigmoid", "fused layers", "by hand"
 # Steps that a loop takes before it is another's turn. On a busy machine the ratio of two loops' times wandered by 10%
 # with turns of 500, by 2% with turns of 100.
 TURN = 100
-FIT_CALLS = 3  # all steps each, spread over the turns of the loops
+FIT_CALLS = 4  # all steps each, spread over the turns of the loops; the first may have to compile or load something
 
 
 def check_steps(steps: int) -> None:
@@ -73,7 +73,7 @@ class Run:
     model: nn.Module  # trained
     losses: list[float]  # at the logged steps
     seconds: float  # all steps once, the first one's compilation included where there is one
-    us_per_step: float  # microseconds, of an Ensemble per member; median over turns or calls
+    us_per_step: float  # microseconds, of an Ensemble per member; median over turns, or over calls but for the first
     ratio: float  # the first contender's time per step over this one's; of loops the median over turns
 
 
@@ -143,18 +143,19 @@ class FitCalls:
     def path(self) -> str:
         return self.history.path
 
-    def _fit(self, steps: int) -> tuple[nn.Module, History]:
+    def _fit(self, steps: int, turn: int | None = None) -> tuple[nn.Module, History]:
         model, task = copy.deepcopy(self.initial), self.task
         options = {"steps": steps, "log_every": task.log_every, "lr": self.lr, "impl": self.impl}
         options |= {"batch_size": task.batch_size, "generator": task.order()}
-        optimizer = task.optimizer(model.parameters())
-        return model, fit(model, task.x, task.y, criterion=task.criterion, optimizer=optimizer, **options)
+        options |= {"criterion": task.criterion, "optimizer": task.optimizer(model.parameters())}
+        with nullcontext() if turn is None else self.clock.of(turn, steps):
+            history = fit(model, task.x, task.y, **options)
+        return model, history
 
     def take(self, turn: int, turns: int, steps: range) -> None:
         """Trains from the start for all steps, if this is one of its turns: none at the ends, where loops warm up."""
         if turn in {(2 * call + 1) * turns // (2 * self.calls) for call in range(self.calls)}:
-            with self.clock.of(turn, self.task.steps):
-                self.model, self.history = self._fit(self.task.steps)
+            self.model, self.history = self._fit(self.task.steps, turn)
 
     @property
     def losses(self) -> list[float]:
@@ -197,7 +198,8 @@ def race(task: Task, contenders: Sequence[Loop | FitCalls], progress: bool) -> t
     runs = []
     for c in contenders:
         us = {turn: value / c.members for turn, value in c.clock.us.items()}
-        us_per_step = statistics.median(us.values())
+        steady = list(us.values())[isinstance(c, FitCalls) and len(us) > 1 :]
+        us_per_step = statistics.median(steady)
         if isinstance(c, Loop):
             seconds = sum(c.clock.seconds)
             ratio = statistics.median(base[turn] / value for turn, value in us.items())

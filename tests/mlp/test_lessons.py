@@ -603,26 +603,20 @@ class SlowOnce(Loop):
         return super().step()
 
 
-class CompiledOnce(FitCalls):
-    """Calls of `fit` that take 1, 0.001 and 0.002 seconds of a simulated clock."""
-
-    def __init__(self, task, now):
-        self.now, self.durations = now, iter([1, 0.001, 0.002])
-        super().__init__(MLP([2, 2, 1]), task)
-
-    def _fit(self, steps):
-        self.now[0] += next(self.durations) if steps else 0
-        return super()._fit(steps)
-
-
 def test_units_of_a_race(monkeypatch):
     now = [0.0]  # a clock that no other process on this machine can hold up
     monkeypatch.setattr(racing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    fit, durations = racing.fit, iter([1, 0.003, 0.001, 0.002])
+
+    def compiled_once(*args, steps, **options):
+        now[0] += next(durations) if steps else 0
+        return fit(*args, steps=steps, **options)
+
+    monkeypatch.setattr(racing, "fit", compiled_once)
     x, y = xor_data()
     task = Task(x, y, torch.nn.BCELoss(), lambda p: torch.optim.SGD(p, lr=1.0), 500, 100)
-    a, b, c = race(
-        task, [SlowOnce("a", task, now, 20, 1), SlowOnce("b", task, now, 10, 3), CompiledOnce(task, now)], False
-    )
+    loops = [SlowOnce("a", task, now, 20, 1), SlowOnce("b", task, now, 10, 3)]
+    a, b, c = race(task, [*loops, FitCalls(MLP([2, 2, 1]), task)], False)
     assert (a.seconds, b.seconds, c.seconds) == pytest.approx((0.028, 0.014, 1))  # the slow turn, the first call
     assert (a.us_per_step, b.us_per_step, c.us_per_step) == pytest.approx((20, 10, 4))  # neither
     assert (a.ratio, b.ratio, c.ratio) == pytest.approx((1, 2, 5))
