@@ -115,10 +115,11 @@ class Neurons(Layout):
             yield part.view(self.blocks, rows, -1)[:, : k + self.config.bias, :n].mT
 
     def memory(self, like: Tensor, size: int) -> tuple[Tensor, ...]:
-        """Gradients, activations and their gradients, the weights of a layer turned, and where samples begin."""
+        """Gradients, activations and their gradients, a layer turned, and where samples begin."""
         rows = size + -size % self.samples
         wide = [n + -n % self.lanes for n in self.config.widths]
-        turned = max((n * k for k, n in zip(wide[1:], self.config.widths[2:], strict=False)), default=0)
+        tall = [n + -n % self.samples for n in self.config.widths]
+        turned = max((n * k for k, n in zip(wide[1:], tall[2:], strict=False)), default=0)
         counts = (like.shape[1], rows * sum(wide[1:]), rows * sum(wide[1:]), turned)
         places = torch.zeros(len(wide) * rows, dtype=torch.int64, device="cpu")
         return *(like.new_zeros(count) for count in counts), places

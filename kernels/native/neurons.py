@@ -92,12 +92,20 @@ def _backward(tile, widths, bias, hidden, count, x, w, h, dz, g, turned, places,
         if l == 0:
             _sums(tile, x, places, 0, count, inputs, dz, above, columns, bias, g, at)
         else:
-            _sums(tile, h, places, l * rows, count, inputs, dz, above, columns, bias, g, at)
             wide = _columns(tile, inputs)
+            below = above - rows * wide
+            if _rows(tile, outputs, 0) * wide < _rows(tile, inputs, 0) * columns:
+                # Of few neurons most of a vector would be filling: the sums with inputs side by side, then turned.
+                _sums(tile, dz, places, (l + 1) * rows, count, outputs, h, below, wide, 0, turned, 0)
+                for n in range(outputs):
+                    for k in range(inputs):
+                        g[(at + k * columns) * members_of(tile) + n] = turned[n * wide * members_of(tile) + k]
+                _sums(tile, h, places, l * rows, count, 0, dz, above, columns, bias, g, at + inputs * columns)
+            else:
+                _sums(tile, h, places, l * rows, count, inputs, dz, above, columns, bias, g, at)
             for n in range(outputs):
                 for k in range(inputs):
                     turned[n * wide * members_of(tile) + k] = w[(at + k * columns) * members_of(tile) + n]
-            below = above - rows * wide
             _product(tile, dz, places, (l + 1) * rows, count, outputs, turned, 0, wide, 0, dz, below)
             for i in range(count * wide):
                 store(
