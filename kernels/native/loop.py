@@ -129,11 +129,12 @@ class NativeLoop:
             "new2": 1 - config.beta2,
             "eps": config.eps,
         }
-        rows = [torch.as_tensor(numbers[name], dtype=lr.dtype).expand(len(lr)) for name in steps.HYPERPARAMETERS]
+        settings = (torch.as_tensor(numbers[name], dtype=lr.dtype, device="cpu") for name in steps.HYPERPARAMETERS)
+        rows = [number.expand(len(lr)) for number in settings]
         # One network's numbers stand in all lanes of an update.
         hyper = layout.side_by_side(torch.stack(rows, 1)).view(layout.blocks, len(rows), layout.networks)
         self.hyper = hyper.expand(-1, -1, steps.LANES).flatten(1).contiguous()[None]
-        betas = torch.tensor([config.beta1, config.beta2], dtype=torch.float64)
+        betas = torch.tensor([config.beta1, config.beta2], dtype=torch.float64, device="cpu")
         self.powers = torch.cat([betas, betas**self.taken]).repeat(layout.blocks, 1)
         optimizer = config.optimizer
         if optimizer == "sgd":

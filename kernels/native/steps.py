@@ -176,7 +176,7 @@ def update(optimizer, decays, new, hyper, factor, root, w, g, m, v):
         else:
             average = load(ROW, m, i)
             average = muladd(gradient - average, new1, average)
-            square = muladd(beta2, load(ROW, v, i), new2 * (gradient * gradient))
+            square = muladd(beta2, load(ROW, v, i), new2 * gradient * gradient)  # as torch: a square alone may be inf
             store(m, i, average)
             store(v, i, square)
             parameter = parameter - rate * (average / (sqrt(square) + floor))

@@ -539,3 +539,26 @@ def test_a_model_in_single_precision_keeps_its_parameters():
     own = torch.optim.SGD(model.parameters(), lr=0.5)
     fit(model, torch.ones(4, 2), torch.ones(4, 1), criterion=nn.BCELoss(), optimizer=own, steps=3, impl="native")
     assert all(a is b and a.grad is None for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_the_default_device_is_of_no_account(optimizer):
+    results = []
+    for device in ("cpu", "meta"):
+        model, x, y = make((2, 3, 1), "tanh", "sigmoid", True, 4)
+        own = OPTIMIZERS[optimizer](model.parameters(), 0.1)
+        options = {"steps": 3, "log_every": 1, "batch_size": 3, "impl": "native"}
+        with torch.device(device):
+            fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, generator=torch.Generator("cpu"), **options)
+        results.append(values(model))
+    assert same_bits(*results)
+
+
+@every_tile
+def test_adams_squares_stay_finite_as_long_as_those_of_torch(tile):
+    def change(parameters, x, y):
+        y[:] = -1e20
+
+    config = TrainConfig((3, 17, 16), output="identity", loss="mse", reduction="sum", optimizer="adam")
+    for actual, expected in zip(*(Case(config).run(one, change=change) for one in (TILES[tile], TORCH)), strict=True):
+        assert torch.equal(actual.isfinite(), expected.isfinite())
