@@ -23,12 +23,8 @@ class Layout(ABC):
         self.blocks = -(-members // networks)
 
     @abstractmethod
-    def inputs(self, x: Tensor) -> Tensor:
-        """x (E or 1, S, K) -> (blocks or 1, numbers)."""
-
-    @abstractmethod
-    def targets(self, y: Tensor) -> Tensor:
-        """y (E or 1, S, N) -> (blocks or 1, numbers)."""
+    def data(self, t: Tensor) -> Tensor:
+        """x or y, (E or 1, S, numbers of a sample) -> (blocks or 1, numbers)."""
 
     @abstractmethod
     def storage(self, layers: Sequence[Tensor]) -> Tensor:
@@ -71,11 +67,8 @@ class Layout(ABC):
 class Members(Layout):
     """As `steps` has them: for each layer and neuron its weights, then its bias, of all networks of a block."""
 
-    def inputs(self, x: Tensor) -> Tensor:
-        return x.flatten(1) if x.shape[0] == 1 else self.side_by_side(x.flatten(1))
-
-    def targets(self, y: Tensor) -> Tensor:
-        return self.inputs(y)
+    def data(self, t: Tensor) -> Tensor:
+        return t.flatten(1) if len(t) == 1 else self.side_by_side(t.flatten(1))
 
     def storage(self, layers: Sequence[Tensor]) -> Tensor:
         packed = self.side_by_side(torch.cat([layer.flatten(1) for layer in layers], 1))
@@ -98,11 +91,8 @@ class Members(Layout):
 class Neurons(Layout):
     """As `neurons` has them: for each layer and input the weights of all neurons, then their biases."""
 
-    def inputs(self, x: Tensor) -> Tensor:
-        return F.pad(x, (0, -x.shape[2] % self.samples)).flatten(1)
-
-    def targets(self, y: Tensor) -> Tensor:
-        return F.pad(y, (0, -y.shape[2] % self.lanes)).flatten(1)
+    def data(self, t: Tensor) -> Tensor:
+        return t.flatten(1)
 
     def storage(self, layers: Sequence[Tensor]) -> Tensor:
         padded = [F.pad(t.mT, (0, -t.shape[1] % self.lanes, 0, -t.shape[2] % self.samples)) for t in layers]
@@ -115,11 +105,12 @@ class Neurons(Layout):
             yield part.view(self.blocks, rows, -1)[:, : k + self.config.bias, :n].mT
 
     def memory(self, like: Tensor, size: int) -> tuple[Tensor, ...]:
-        """Gradients, activations and their gradients, a layer turned, and where samples begin."""
+        """Gradients, activations and theirs, a layer turned, a batch's inputs and targets, and where samples begin."""
         rows = size + -size % self.samples
         wide = [n + -n % self.lanes for n in self.config.widths]
         tall = [n + -n % self.samples for n in self.config.widths]
         turned = max((n * k for k, n in zip(wide[1:], tall[2:], strict=False)), default=0)
-        counts = (like.shape[1], rows * sum(wide[1:]), rows * sum(wide[1:]), turned)
+        near = 0 if tall[0] == self.config.widths[0] else rows * tall[0]
+        counts = (like.shape[1], rows * sum(wide[1:]), rows * sum(wide[1:]), turned, near, rows * wide[-1])
         places = torch.zeros(len(wide) * rows, dtype=torch.int64, device="cpu")
         return *(like.new_zeros(count) for count in counts), places

@@ -27,7 +27,10 @@ _lock = threading.Lock()
 @contextmanager
 def _compiler() -> Iterator[tuple[Any, Any]]:
     """The modules of compiled functions, which compile while this lasts. The first call imports numba."""
-    from numba.core import config
+    try:
+        from numba.core import config
+    except Exception as error:  # also a library of numba's that does not load, or a numpy that it does not know
+        raise ImportError(f"numba cannot be imported: {error}") from error
 
     # Who debugs functions of his own without the compiler still has ours, which are nothing without it.
     settings: Any = cast(Any, config)
@@ -118,7 +121,7 @@ class NativeLoop:
             for storage in state:
                 storage.zero_()
         self.storages = [w, *state]
-        self.data = [layout.inputs(x).numpy(), layout.targets(y).numpy()]
+        self.data = [layout.data(t).numpy() for t in (x, y)]
         numbers = {
             "lr": lr,
             "weight_decay": config.weight_decay,

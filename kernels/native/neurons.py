@@ -138,12 +138,12 @@ def train(
 ):
     """As `steps.train`, where a block is one network and a tile's members are its neurons.
 
-    inputs: (blocks or 1, rows of samples filled up to whole tiles), targets: the same, to whole vectors.
+    Inputs are read a whole tile of numbers at a time. Where a sample's are none, each batch is copied with filling.
     """
     hidden, output, loss, optimizer, bias, mean, decays, samples, new = kinds
-    g, h, dz, turned, places = memory
-    last, rows, tall = len(widths) - 1, len(places) // len(widths), samples_of(tile)
-    columns, stride = _columns(tile, widths[last]), (widths[0] + tall - 1) // tall * tall
+    g, h, dz, turned, near, t, places = memory
+    rows, features, neurons = len(places) // len(widths), widths[0], widths[-1]
+    columns, stride = _columns(tile, neurons), _rows(tile, features, 0)
     to = 0
     for l in range(1, len(widths)):
         wide = _columns(tile, widths[l])
@@ -153,36 +153,41 @@ def train(
     for block in range(blocks[0], blocks[1]):
         x, y = inputs[block % len(inputs)], targets[block % len(targets)]
         w, m, v = parameters[block], firsts[block], seconds[block]
-        begin, epoch, logged = start % -(-samples // size) * size, 0, 0
+        source = x if stride == features else near
+        begin, epoch, logged, fetched = start % -(-samples // size) * size, 0, 0, False
         for step in range(start, start + steps):
             count = min(size, samples - begin)
-            share = 1.0 / (count * widths[last]) if mean else 1.0
+            share = 1.0 / (count * neurons) if mean else 1.0
             scale = 2.0 * share if loss == 0 else share
-            for s in range(-(-count // tall) * tall):
-                # Rows without a sample are computed like the last one, and read by nobody.
-                i = epoch + begin + min(s, count - 1)
-                places[s] = (order[i] if len(order) else i) * stride
-            above, at = _forward(tile, widths, bias, hidden, output, count, x, w, h, places, rows)
+            if not fetched:
+                for s in range(_rows(tile, count, 0)):
+                    # Rows without a sample are computed like the last one, and read by nobody.
+                    i = epoch + begin + min(s, count - 1)
+                    sample = order[i] if len(order) else i
+                    places[s] = sample * features if stride == features else s * stride
+                    for k in range(0 if stride == features else features):
+                        near[s * stride + k] = x[sample * features + k]
+                    for n in range(neurons):
+                        t[s * columns * members_of(tile) + n] = y[sample * neurons + n]
+                fetched = not len(order)
+            above, at = _forward(tile, widths, bias, hidden, output, count, source, w, h, places, rows)
             if log_every > 0 and step % log_every == 0:
                 total = 0.0
                 for s in range(count):
-                    for n in range(widths[last]):
-                        p, t = (
-                            h[(above + s * columns) * members_of(tile) + n],
-                            y[places[s] // stride * columns * members_of(tile) + n],
-                        )
-                        total += loss_of(loss, float(p), float(t))
+                    for n in range(neurons):
+                        p = h[(above + s * columns) * members_of(tile) + n]
+                        total += loss_of(loss, float(p), float(t[s * columns * members_of(tile) + n]))
                 losses[block, logged] += share * total
                 logged += 1
             link = 1 if loss == 2 else 0
             for s in range(count):
                 for c in range(columns):
                     p = load_members(tile, h, above + s * columns + c)
-                    gradient = activate(link, p) - load_members(tile, y, places[s] // stride * columns + c)
+                    gradient = activate(link, p) - load_members(tile, t, s * columns + c)
                     if loss == 0:
                         gradient = through(output, gradient, p)
                     store(dz, above + s * columns + c, gradient * fill(tile, w, scale))
-            _backward(tile, widths, bias, hidden, count, x, w, h, dz, g, turned, places, rows, at, above)
+            _backward(tile, widths, bias, hidden, count, source, w, h, dz, g, turned, places, rows, at, above)
             begin += count
             if begin >= samples:
                 begin = 0

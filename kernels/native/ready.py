@@ -19,7 +19,11 @@ loaded: set[tuple[torch.dtype, int, int]] = set()
 @functools.cache
 def refusal() -> str | None:
     """Why there are no compiled loops in this process, or None."""
-    if importlib.util.find_spec("numba") is None:
+    try:
+        found = importlib.util.find_spec("numba")
+    except ValueError:  # something else goes by that name
+        found = None
+    if found is None:
         return "compiled loops need numba, which is not installed: pip install 'perceptriton[native]'"
     return None
 

@@ -38,10 +38,10 @@ class FastJob:
         arguments = (self.config, self.parameters, self.first, self.second, lr, x, y, batch, self.state.taken)
         try:
             return train.training_loop(self.plan)(*arguments, self.plan)
-        except ImportError as error:  # a numba that is installed, but not for this numpy or this Python
+        except ImportError as error:  # of numba
             if self.impl is not None:
                 raise NotImplementedError(f"impl={self.impl!r}: {error}") from error
-            self.plan = TrainPlan("torch", f"numba cannot be imported: {error}")
+            self.plan = TrainPlan("torch", str(error))
             self.path = self.plan.impl
             return train.training_loop(self.plan)(*arguments, self.plan)
 

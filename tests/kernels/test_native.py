@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -239,6 +240,14 @@ def test_the_size_of_a_piece_changes_no_bit(tile, recipe):
 
 
 @every_tile
+def test_shared_samples_are_read_where_they_are(tile):
+    config = TrainConfig((3, 4, 2))
+    parameters, x, y, lr = Case(config).tensors(torch.float32)
+    loop = NativeLoop(config, parameters, [], [], lr, x, y, 2, 0, TILES[tile])
+    assert [data.ctypes.data for data in loop.data] == [x.data_ptr(), y.data_ptr()]
+
+
+@every_tile
 def test_hyperparameters_may_change_from_step_to_step(tile):
     factors, results = torch.linspace(0.5, 2, 5), []
     for pieces in ((5,), (1,) * 5):
@@ -383,9 +392,17 @@ def test_without_numba(monkeypatch):
         plan_train(1, 4, None, XOR, torch.float32, torch.device("cpu"), "native")
 
 
-def test_a_numba_that_cannot_be_imported_is_none(monkeypatch):
+class Broken(types.ModuleType):
+    """A module whose library does not load."""
+
+    def __getattr__(self, name):
+        raise OSError("no such library")
+
+
+@pytest.mark.parametrize("module", [None, Broken("numba.core")], ids=["none", "broken"])
+def test_a_numba_that_cannot_be_imported_is_none(module, monkeypatch):
     monkeypatch.setattr(ready, "seconds", lambda _: (0.0, 0.0, 0.0))
-    monkeypatch.setitem(sys.modules, "numba.core", None)
+    monkeypatch.setitem(sys.modules, "numba.core", module)
     results = []
     for impl in (None, "torch"):
         model, x, y = make((2, 3, 1), "tanh", "sigmoid", True, 4)
@@ -400,8 +417,9 @@ def test_a_numba_that_cannot_be_imported_is_none(monkeypatch):
 def test_what_is_missing_is_said(monkeypatch):
     ask = ready.refusal.__wrapped__
     assert ask() is None
-    monkeypatch.setitem(sys.modules, "numba", None)
-    assert ask() == "compiled loops need numba, which is not installed: pip install 'perceptriton[native]'"
+    for module in (None, types.ModuleType("numba")):
+        monkeypatch.setitem(sys.modules, "numba", module)
+        assert ask() == "compiled loops need numba, which is not installed: pip install 'perceptriton[native]'"
 
 
 def test_what_is_ready_is_known(monkeypatch, tmp_path):
