@@ -10,9 +10,9 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
-import re
 import sys
 import time
 import types
