@@ -110,7 +110,7 @@ check: $(READY) ## while you work: lint, types, the fast tests and the core of t
 	$(call parts,check-mlp check-core check-others lint)
 
 test: $(READY) ## everything that needs no GPU, but for what takes long
-	$(call parts,test-mlp test-compile test-traced test-kernels test-others)
+	$(call parts,test-mlp test-kernels test-others test-traced test-compile)
 
 test-more: $(READY) ## what CI runs besides: what takes long, sanitize, test-long and test-matrix (many minutes)
 	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-old-triton test-networks test-benches test-slowest test-fuzz)

@@ -1,8 +1,8 @@
 """What the compile-only tests share: cases compiled ahead of time in all cores, and tables of what came out.
 
 `compiled/<triton's version>.json` has a row for each kernel that the cases compile. Tests read the row: a run compiles
-what has none, because something in it changed, and a twentieth of the rest, which must come out as the row says. Each
-commit has another twentieth, so that twenty in succession have them all. `make test-tiles` compiles everything and
+what has none, because something in it changed, and a fortieth of the rest, which must come out as the row says. Each
+commit has another fortieth, so that forty in succession have them all. `make test-tiles` compiles everything and
 writes the tables.
 """
 
@@ -23,7 +23,7 @@ CHIPS = {arch: Device("cuda", arch, units, triton=True) for arch, units in ((80,
 PRINTED = ("HGMMA", "HMMA", "FFMA", "MUFU")
 PER_PROGRAM = ("registers", "stack", "shared", "num_warps")
 TABLES = Path(__file__).with_name("compiled")
-PARTS = 20
+PARTS = 40
 REPORT = pytest.StashKey()  # lines for the end of a run
 
 # What tests gate besides the machine code: a name, and how often it is found in the compiler's texts, "ttir", "ttgir",

@@ -412,12 +412,12 @@ def test_parts_are_about_equal(module):
     parts = [compiling.part_of(aot.identity(90, launch(module, block))) for block in range(2000)]
     counts = [parts.count(part) for part in range(compiling.PARTS)]
     assert sum(counts) == 2000
-    assert min(counts) > 60  # of 100, give or take 10
-    assert max(counts) < 140
+    assert min(counts) > 20  # of 50, give or take 7
+    assert max(counts) < 80
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_twenty_commits_in_succession_have_all_parts(tmp_path, monkeypatch):
+def test_as_many_commits_as_parts_have_them_all(tmp_path, monkeypatch):
     def git(*arguments):
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", *who, *arguments], cwd=tmp_path / "whole", check=True, capture_output=True)
