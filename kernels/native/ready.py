@@ -30,8 +30,6 @@ def refusal() -> str | None:
 
 def seconds(dtype: torch.dtype) -> tuple[float, ...]:
     """About how long it takes until steps of each of the plan's TILES can begin."""
-    if all((dtype, *tile) in loaded for tile in planning.TILES):
-        return (0.0,) * len(planning.TILES)
     return tuple(0.0 if (dtype, *tile) in loaded else _wait(tile[0]) for tile in planning.TILES)
 
 
