@@ -99,18 +99,23 @@ class TorchLoop:
 
 _lock = threading.Lock()
 _running = 0  # loops that have set one thread and not yet finished
-_threads_before = 0  # torch's number before the first of them began
+_process_threads = 0  # torch's number for new threads before the first of them began
 
 
 @contextmanager
 def _threads(one: bool) -> Iterator[None]:
     """Runs on one thread if `one`, and gives torch its number back."""
-    global _running, _threads_before
+    global _running, _process_threads
     if not one:
         yield
         return
     with _lock:
-        _threads_before = _threads_before if _running else torch.get_num_threads()
+        threads = torch.get_num_threads()
+        # Each Python thread has a number of its own, and one that began beside a loop has inherited the loop's 1.
+        if not _running:
+            _process_threads = threads if threads > 1 else _threads_of_a_new_thread()
+        if threads == 1:
+            threads = _process_threads
         _running += 1
         torch.set_num_threads(1)
     try:
@@ -118,5 +123,12 @@ def _threads(one: bool) -> Iterator[None]:
     finally:
         with _lock:
             _running -= 1
-            # Each Python thread has a number of its own, and one that began beside another loop has inherited the 1.
-            torch.set_num_threads(_threads_before)
+            torch.set_num_threads(threads)
+
+
+def _threads_of_a_new_thread() -> int:
+    found: list[int] = []
+    asks = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    asks.start()
+    asks.join()
+    return found[0]

@@ -294,6 +294,32 @@ def test_threads_come_back_from_loops_side_by_side():
         assert relative(trained, found["main"][1]) == 0
 
 
+@pytest.mark.parametrize(("own", "process", "after"), [(None, 2, 2), (3, 2, 3), (1, 1, 1)])
+def test_threads_of_a_thread_that_began_beside_a_loop(own, process, after):
+    """It has inherited the loop's 1, which is not a number that anyone chose."""
+    torch.set_num_threads(1)  # as a loop does
+    began, ended, found = threading.Event(), threading.Event(), []
+
+    def train():
+        found.append(torch.get_num_threads())
+        if own:
+            torch.set_num_threads(own)
+        began.set()
+        ended.wait()
+        model, x, y = make_net("xor")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        fit(model, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=3)
+        found.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    began.wait()
+    torch.set_num_threads(process)  # as a loop does at its end
+    ended.set()
+    thread.join()
+    assert found == [1, after]
+
+
 def test_no_steps():
     model, twin, x, y = twins("xor")
     optimizer = torch.optim.Adam(model.parameters())
