@@ -11,6 +11,7 @@ import torch
 from . import plan as planning
 from .records import SPLITS, Device
 
+CPU_ARCH = 90  # the compute capability that plans assume where kernels run on the CPU
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -58,7 +59,7 @@ def look_at(device: torch.device) -> Device:
         properties = torch.cuda.get_device_properties(device)
         arch = 10 * properties.major + properties.minor
         return Device("cuda", arch, properties.multi_processor_count, triton=has_triton(), name=properties.name)
-    return Device("cpu", 90, 1, cpu_kind()) if device.type == "cpu" else Device(device.type)
+    return Device("cpu", CPU_ARCH, 1, cpu_kind()) if device.type == "cpu" else Device(device.type)
 
 
 @functools.cache
@@ -72,7 +73,7 @@ def describe(device: torch.device, interpreted: bool = False) -> Device:
 
 def device_for(device: torch.device, impl: str | None) -> Device:
     # CPU tensors reach the kernels only when asked for, and only under triton's interpreter.
-    return describe(device, device.type == "cpu" and impl == "triton" and gpu("launch").INTERPRETED)
+    return describe(device, device.type == "cpu" and impl == "triton" and gpu("launch").ON_CPU)
 
 
 def fp32_precision(device: Device) -> str:

@@ -239,7 +239,7 @@ def functions_are_watched() -> bool:
 
 
 def cpu_refusal(device: torch.device) -> str | None:
-    if device.type == "cpu" and not (has_triton() and gpu("launch").INTERPRETED):
+    if device.type == "cpu" and not (has_triton() and gpu("launch").ON_CPU):
         return "x is on the CPU, which triton reaches only under its interpreter (TRITON_INTERPRET=1)"
     return None
 

@@ -53,12 +53,15 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.
 TF32 = 6e-4
 
 
+EMULATED = None  # the chip that tests/ptx emulates, as in "sm_90": pytest --compiled-for
+
+
 def kernel_device():
-    """Where kernels run in this process: "cpu" in triton's interpreter, "cuda" on a GPU, None nowhere."""
+    """Where kernels run in this process: "cpu" in triton's interpreter or emulated, "cuda" on a GPU, None nowhere."""
     if importlib.util.find_spec("triton") is None:
         return None
     # Asked first: in the interpreter even a machine with a GPU computes on the CPU.
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    if EMULATED or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return "cpu"
     return "cuda" if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) else None
 

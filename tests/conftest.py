@@ -18,9 +18,17 @@ def pytest_addoption(parser):
     parser.addoption("--deadline", type=float, metavar="SECONDS", help="start no test after this many: skip it")
     parser.addoption("--shard", metavar="I/N", help="of N processes that deal the tests out, this is number I from 0")
     parser.addoption("--watch-memory", action="store_true", help="kernels under the interpreter: see tests/watching.py")
+    parser.addoption("--compiled-for", metavar="CHIP", help="emulate what is compiled for it: sm_80, sm_90")
     parser.addoption("--cubins", metavar="DIR", help="keep what the compile-only tests compile there")
     parser.addoption("--all-tiles", action="store_true", help="compile what tests/compiled has a row for too")
     parser.addoption("--write-tiles", action="store_true", help="compile all tiles and write tests/compiled")
+
+
+def pytest_configure(config):
+    if chip := config.getoption("--compiled-for"):
+        from ptx.plugin import Emulation
+
+        config.pluginmanager.register(Emulation(chip))
 
 
 def pytest_report_header():
@@ -149,7 +157,8 @@ def device():
         if found == "cuda":
             yield found
             return
-        _round_bfloat16(monkeypatch)
+        if not cases.EMULATED:
+            _round_bfloat16(monkeypatch)
         with cases.poisoned():
             yield found
 

@@ -13,6 +13,7 @@ from ..records import NotCompiledError
 from .layer_kernels import linear_act_fwd_rows_kernel
 
 INTERPRETED = not isinstance(linear_act_fwd_rows_kernel, JITFunction)
+ON_CPU = INTERPRETED  # whether kernels can be launched on tensors of the CPU; tests that emulate a GPU set it
 
 
 def device_of(tensor: Tensor):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import watching
 
-if cases.kernel_device() != "cpu":
+if cases.kernel_device() != "cpu" or cases.EMULATED:
     pytest.skip("needs TRITON_INTERPRET=1; on a GPU compute-sanitizer does this", allow_module_level=True)
 
 import triton

@@ -1,0 +1,291 @@
+"""Instructions that work on each thread by itself, by the sections of the PTX ISA."""
+
+import numpy as np
+
+from .arithmetic import (
+    bits_of,
+    decoder,
+    divided,
+    dtype_of,
+    encoder,
+    extracted_field,
+    flushed,
+    fma,
+    funnel,
+    high_product,
+    in_fp64,
+    inserted_field,
+    leading_zeros,
+    looked_up,
+    permuted_bytes,
+    remainder,
+    reversed_bits,
+    rsqrt,
+    shifted_left,
+    shifted_right,
+    to_integer,
+    to_tf32,
+    u2,
+    u4,
+    wide_product,
+)
+from .parse import SIZES
+from .translate import constant_of, destination, elementwise, instruction, source, vector
+
+# Formulas by the instruction without its type, with the types of the result and of the operands: t is the instruction's
+# own, n is u32, w is twice as wide.
+INTEGERS = {
+    # Integer Arithmetic Instructions
+    "add": (np.add, "t tt"),
+    "sub": (np.subtract, "t tt"),
+    "mul.lo": (np.multiply, "t tt"),
+    "mul.hi": (high_product, "t tt"),
+    "mul.wide": (wide_product, "w tt"),
+    "mad.lo": (lambda a, b, c: a * b + c, "t ttt"),
+    "mad.wide": (lambda a, b, c: wide_product(a, b) + c, "w ttw"),
+    "div": (divided, "t tt"),
+    "rem": (remainder, "t tt"),
+    "abs": (np.abs, "t t"),
+    "neg": (np.negative, "t t"),
+    "min": (np.minimum, "t tt"),
+    "max": (np.maximum, "t tt"),
+    "popc": (np.bitwise_count, "n t"),
+    "clz": (leading_zeros, "n t"),
+    "bfind": (lambda a: u4(31) - leading_zeros(a), "n t"),
+    "brev": (reversed_bits, "t t"),
+    "bfe": (extracted_field, "t tnn"),
+    "bfi": (inserted_field, "t ttnn"),
+    # Logic and Shift Instructions
+    "and": (np.bitwise_and, "t tt"),
+    "or": (np.bitwise_or, "t tt"),
+    "xor": (np.bitwise_xor, "t tt"),
+    "not": (np.invert, "t t"),
+    "shl": (shifted_left, "t tn"),
+    "shr": (shifted_right, "t tn"),
+    "shf.l.wrap": (funnel(True, True), "t ttn"),
+    "shf.r.wrap": (funnel(False, True), "t ttn"),
+    "shf.l.clamp": (funnel(True, False), "t ttn"),
+    "shf.r.clamp": (funnel(False, False), "t ttn"),
+    # Data Movement and Conversion Instructions
+    "prmt": (permuted_bytes, "t ttt"),
+}
+# Floating-Point Instructions, and those of half precision, whose numbers come as fp32.
+FLOATS = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "fma": fma,
+    "mad": fma,
+    "fma.relu": lambda a, b, c: np.maximum(fma(a, b, c), 0),
+    "neg": np.negative,
+    "abs": np.abs,
+    "min": np.fmin,
+    "max": np.fmax,
+    "min.NaN": np.minimum,
+    "max.NaN": np.maximum,
+    "copysign": lambda a, b: np.copysign(b, a),
+    "rcp": in_fp64(np.reciprocal),
+    "sqrt": in_fp64(np.sqrt),
+    "rsqrt": rsqrt,
+    "ex2": in_fp64(np.exp2),
+    "lg2": in_fp64(np.log2),
+    "tanh": in_fp64(np.tanh),
+}
+SPECIAL = ("rcp", "sqrt", "rsqrt", "ex2", "lg2", "tanh")
+ROUNDING = {"rn", "ftz", "sat", "approx", "full"}  # what the formulas round to nearest, and what is done around them
+
+
+def is_float(kind):
+    return kind[0] == "f" or kind.startswith("bf")
+
+
+@instruction(*{key.split(".")[0] for key in (*INTEGERS, *FLOATS)})
+def arithmetic(program, own):
+    result, *operands = own.operands
+    kind = own.type
+    if is_float(kind):
+        key = ".".join(part for part in own.parts[:-1] if part not in ROUNDING)
+        if key in SPECIAL and kind != "f32":
+            raise own.unknown()
+        return elementwise(program, own, FLOATS[key], [(name, kind) for name in operands], result)
+    if kind[0] == "b" and own.parts[0] == "shr":
+        kind = f"u{kind[1:]}"
+    formula, types = INTEGERS[".".join(own.parts[:-1])]
+    meant = {"t": kind, "n": "u32", "w": kind if kind == "pred" else f"{kind[0]}{16 * SIZES[kind]}"}
+    to, given = types.split()
+    sources = [(name, meant[letter]) for name, letter in zip(operands, given, strict=True)]
+    return elementwise(program, own, formula, sources, result, meant[to])
+
+
+@instruction("lop3")
+def lop3(program, own):
+    result, *operands, table = own.operands
+    return elementwise(program, own, looked_up(int(table, 0)), [(name, "b32") for name in operands], result)
+
+
+# --- Comparison and Selection Instructions, and those of half precision ----------------------------------------------
+
+COMPARISONS = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
+COMBINATIONS = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+
+
+def comparison(name, floating):
+    """Of floats: an unordered one (with a "u") is true of NaN, "ne" is not."""
+    if not floating:
+        return COMPARISONS[{"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(name, name)]
+    unordered = lambda a, b: np.isnan(a) | np.isnan(b)  # noqa: E731
+    if name == "nan":
+        return unordered
+    if name == "num":
+        return lambda a, b: ~unordered(a, b)
+    if name == "ne":
+        return lambda a, b: (a != b) & ~unordered(a, b)
+    if name in COMPARISONS:
+        return COMPARISONS[name]
+    compare = COMPARISONS[name.removesuffix("u")]
+    return lambda a, b: compare(a, b) | unordered(a, b)
+
+
+@instruction("setp")
+def setp(program, own):
+    results, a, b, *other = own.operands
+    kind, compare = own.type, comparison(own.parts[1], is_float(own.type))
+    if set(own.parts[2:-1]) - {"ftz"} - ({own.parts[2]} if other else set()):
+        raise own.unknown()
+    combine, third = (COMBINATIONS[own.parts[2]], source(program, other[0], "pred")) if other else (None, None)
+    packed = decoder(kind[:-2]) if kind.endswith("x2") else None
+    reads = [source(program, name, "b32" if packed else kind) for name in (a, b)]
+    writes = [destination(program, name, "pred") for name in results.split("|")]
+    flush = flushed if own.has("ftz") else lambda x: x
+
+    def run(batch, mask):
+        x, y = (flush(read(batch)) for read in reads)
+        if packed:  # a predicate for each half, the low one first
+            found = [compare(*(packed((bits >> u4(shift)).astype(u2)) for bits in (x, y))) for shift in (0, 16)]
+        else:
+            found = [compare(x, y)]
+            found.append(~found[0])
+        if combine:
+            condition = third(batch)
+            found = [combine(each, condition) for each in found]
+        for write, each in zip(writes, found, strict=False):
+            write(batch, each, mask)
+
+    return run
+
+
+@instruction("selp")
+def selp(program, own):
+    result, a, b, predicate = own.operands
+    kind = f"b{8 * SIZES[own.type]}"
+    sources = [(predicate, "pred"), (a, kind), (b, kind)]
+    return elementwise(program, own, np.where, sources, result, kind)
+
+
+# --- Data Movement and Conversion Instructions -----------------------------------------------------------------------
+
+
+@instruction("mov")
+def mov(program, own):
+    to, given = own.operands
+    if own.type == "pred":
+        return elementwise(program, own, lambda x: x, [(given, "pred")], to)
+    whole = f"b{8 * SIZES[own.type]}"
+    if not isinstance(to, list) and not isinstance(given, list):
+        return elementwise(program, own, lambda x: x, [(given, whole)], to)
+    parts = max(len(vector(to)), len(vector(given)))
+    width = 8 * SIZES[own.type] // parts
+    part, bits = f"b{width}", bits_of(whole)
+    if isinstance(to, list):
+        read = source(program, given, whole)
+        writes = [destination(program, name, part) for name in to]
+
+        def apart(batch, mask):
+            value = read(batch)
+            for place, write in enumerate(writes):
+                write(batch, value >> bits.type(width * place), mask)
+
+        return apart
+    reads = [source(program, name, part) for name in given]
+    write = destination(program, to, whole)
+
+    def together(batch, mask):
+        value = bits.type(0)
+        for place, read in enumerate(reads):
+            value = value | (read(batch).astype(bits) << bits.type(width * place))
+        write(batch, value, mask)
+
+    return together
+
+
+@instruction("cvt")
+def cvt(program, own):
+    *modifiers, to, given = own.parts[1:]
+    result, *operands = own.operands
+    if set(modifiers) - {"rn", "rz", "rna", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu"}:
+        raise own.unknown()
+    relu = (lambda x: np.maximum(x, 0)) if "relu" in modifiers else lambda x: x
+    if to.endswith("x2"):  # the first operand becomes the high half
+        high, low = (source(program, name, "f32") for name in operands)
+        encode, write = _encoder(to[:-2], modifiers, own), destination(program, result, "b32")
+
+        def pack(batch, mask):
+            halves = [encode(relu(read(batch))).astype(u4) for read in (low, high)]
+            write(batch, halves[0] | (halves[1] << u4(16)), mask)
+
+        return pack
+    if to == "tf32":
+        ties_away = "rna" in modifiers
+        return elementwise(program, own, lambda x: to_tf32(x, ties_away), [(operands[0], "f32")], result, "b32")
+    rounding = next((own for own in modifiers if own in ("rni", "rzi", "rmi", "rpi")), None)
+    if is_float(given) and not is_float(to):
+        formula = lambda x: to_integer(x, dtype_of(to), rounding)  # noqa: E731
+    elif is_float(to) and rounding:
+        formula = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding]
+    elif is_float(to) and "rz" in modifiers:
+        encode, kind = _encoder(to, modifiers, own), f"b{8 * SIZES[to]}"
+        return elementwise(program, own, encode, [(operands[0], given)], result, kind)
+    elif is_float(to) or "sat" not in modifiers:
+        formula = relu if is_float(to) else lambda x: x
+    else:
+        raise own.unknown()
+    kind = dtype_of({"bf16": "f32", "f16": "f32"}.get(to, to))
+    if is_float(to) and not is_float(given):
+        return elementwise(program, own, lambda x: x.astype(kind), [(operands[0], given)], result, to)
+    return elementwise(program, own, lambda x: formula(x).astype(kind, copy=False), [(operands[0], given)], result, to)
+
+
+def _encoder(kind, modifiers, own):
+    """fp32 to 16 bits; bf16 can also be cut off."""
+    if "rz" not in modifiers:
+        return encoder(kind)
+    if kind != "bf16":
+        raise own.unknown()
+    return lambda x: (x.view(u4) >> u4(16)).astype(u2)
+
+
+@instruction("cvta")
+def cvta(program, own):
+    """Generic, global and shared addresses are the same numbers here."""
+    result, given = own.operands
+    return elementwise(program, own, lambda x: x, [(given, f"b{8 * SIZES[own.type]}")], result)
+
+
+@instruction("createpolicy")
+def createpolicy(program, own):
+    write, none = destination(program, own.operands[0], "b64"), constant_of(program, "0", "b64")
+    return lambda batch, mask: write(batch, none, mask)
+
+
+@instruction("prefetch", "prefetchu", "discard", "membar", "setmaxnreg", "griddepcontrol", "nanosleep")
+def hint(program, own):
+    """Of no effect on what is computed."""
+    return lambda batch, mask: None
