@@ -21,6 +21,7 @@ def pytest_addoption(parser):
     parser.addoption("--compiled-for", metavar="CHIP", help="emulate what is compiled for it: sm_80, sm_90")
     parser.addoption("--cubins", metavar="DIR", help="keep what the compile-only tests compile there")
     parser.addoption("--all-tiles", action="store_true", help="compile what tests/compiled has a row for too")
+    parser.addoption("--write-traffic", action="store_true", help="write tests/ptx/traffic.json")
     parser.addoption("--write-tiles", action="store_true", help="compile all tiles and write tests/compiled")
 
 

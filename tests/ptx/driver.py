@@ -1,7 +1,9 @@
 """A driver of triton for a chip that is absent: what it launches runs here, on the memory of CPU tensors."""
 
+import contextlib
 import struct
 import weakref
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,16 +24,28 @@ FORMATS |= {"u64": "Q", "fp32": "f", "f32": "f", "fp64": "d"}
 # What is known and meant to be seen through, by the beginning of triton's version.
 KNOWN = {"3.6.": ("wgmma reads what cp.async wrote, with no fence.proxy.async between",)}
 
-launched = []  # every Launch, until somebody clears the list
+launched = []  # every Launch since the chip is there, or somebody has cleared the list
 edit = None  # a function of the PTX, for faults that are planted
 raising = True  # whether faults raise at the end of the launch
 
 
-def activate(arch):
-    """Makes a chip of that compute capability, as in 90, triton's current device; machine code is not made."""
-    CUDABackend.make_cubin = lambda *_, **__: b"no machine code"
-    CompiledKernel._init_handles = _init_handles
-    driver.set_active(Driver(arch))
+@contextlib.contextmanager
+def activated(arch):
+    """Makes a chip of that compute capability, as in 90, triton's current device, and gives the list of its launches.
+
+    Machine code is not made, and fresh tensors know that nobody has written them.
+    """
+    with (
+        mock.patch.object(CUDABackend, "make_cubin", return_value=b"no machine code"),
+        mock.patch.object(CompiledKernel, "_init_handles", _init_handles),
+        marked_fresh(),
+    ):
+        driver.set_active(Driver(arch))
+        launched.clear()
+        try:
+            yield launched
+        finally:
+            driver.set_active(None)  # whatever this machine has, once it is asked for
 
 
 class Driver:
@@ -40,7 +54,7 @@ class Driver:
         self.utils = self
 
     def get_current_device(self):
-        return 0
+        return self.arch  # kernels that are compiled for different chips are kept apart by it
 
     def get_current_stream(self, device):
         return 0
@@ -57,7 +71,7 @@ class Driver:
 
 def _init_handles(compiled):
     if compiled.module is None:
-        limit = driver.active.get_device_properties(0)["max_shared_mem"]
+        limit = driver.active.get_device_properties(None)["max_shared_mem"]
         if compiled.metadata.shared > limit:
             raise OutOfResources(compiled.metadata.shared, limit, "shared memory")
         compiled._run = Launcher(compiled)
@@ -146,16 +160,15 @@ PATTERNS = {2: 0x7FBA, 4: 0x7FBADBAD, 8: 0x7FF4BADBADBADBAD}  # NaN of each size
 _fresh = {}  # address -> (start, end, pattern) of fresh tensors
 
 
-def mark_fresh():
-    """torch.empty and new_empty give memory whose first reader is told. Returns a function that undoes it."""
+@contextlib.contextmanager
+def marked_fresh():
+    """torch.empty and new_empty give memory whose first reader is told."""
     empty, new_empty = torch.empty, torch.Tensor.new_empty
-    torch.empty = lambda *a, **k: _marked(empty(*a, **k))
-    torch.Tensor.new_empty = lambda self, *a, **k: _marked(new_empty(self, *a, **k))
-
-    def undo():
-        torch.empty, torch.Tensor.new_empty = empty, new_empty
-
-    return undo
+    with (
+        mock.patch.object(torch, "empty", lambda *a, **k: _marked(empty(*a, **k))),
+        mock.patch.object(torch.Tensor, "new_empty", lambda self, *a, **k: _marked(new_empty(self, *a, **k))),
+    ):
+        yield
 
 
 def _marked(t):

@@ -31,18 +31,16 @@ class Emulation:
     @pytest.fixture(autouse=True)
     def emulated(self):
         """The chip, whatever drivers other tests have set, and memory that knows whether it has been written."""
-        self.driver.activate(int(self.chip[3:]))
-        undo = self.driver.mark_fresh()
-        yield
-        undo()
+        with self.driver.activated(int(self.chip[3:])):
+            yield
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self):
         for launch in self.driver.launched:
             own = self.ran[launch.name, str(launch.types[0]).removeprefix("torch.") if launch.types else ""]
             own[0] += 1
             own[1].add(id(launch.program))
             own[2] += launch.seconds
-        self.driver.launched.clear()
 
     def pytest_terminal_summary(self, terminalreporter):
         for (name, dtype), (launches, programs, seconds) in sorted(self.ran.items()):
