@@ -47,3 +47,5 @@ class Emulation:
             terminalreporter.write_line(
                 f"{self.chip} {name} {dtype}: {launches} launches of {len(programs)} kernels, {seconds:.1f} s"
             )
+        worst = ", ".join(f"{cases.IDS[dtype]} {part:.2f}" for dtype, part in cases.WORST.items())
+        terminalreporter.write_line(f"largest error as a part of what is allowed: {worst}")

@@ -1,0 +1,185 @@
+"""Every tile that a plan can pick, as compiled code against fp64: `make test-compiled-all`."""
+
+import itertools
+import os
+
+import cases
+import pytest
+import torch
+
+from perceptriton.kernels import plan, records, tables
+from perceptriton.kernels.records import MlpPlan, MlpSegment, Plan
+
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
+driver = pytest.importorskip("ptx.driver", reason="needs triton")
+from perceptriton.kernels.gpu import layer, network, wide  # noqa: E402 (without triton there is none)
+
+pytestmark = [pytest.mark.emulated, pytest.mark.more]
+
+KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
+ALLOWED = {"tf32": 2e-3, "bf16x3": 2e-5}  # what a product of fewer bits adds, for each layer
+CHIPS = (80, 90)
+NETWORK_OPS = ("mlp_infer", "mlp_fwd", "mlp_bwd")
+
+
+def rows_of(tile):
+    """Two whole tiles and a half, for two programs."""
+    return 2 * tile.block_m + tile.block_m // 2 + 1
+
+
+def check(actual, tensors, function, dtype, precision="ieee", layers=1):
+    """Each result against `function` of the same tensors in fp64."""
+    expected, exact = function(*tensors), function(*(t.double() for t in tensors))
+    allowance = ALLOWED.get(precision, 0) * layers
+    names = [str(number) for number in range(len(actual))]
+    cases.assert_as_good_as_torch(actual, expected, exact, dtype, names, allowance)
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def _layers():
+    for chip, op, kind in itertools.product(CHIPS, ("linear_act_fwd", "linear_act_bwd"), KINDS):
+        for layout in records.LAYOUTS[op]:
+            for row in tables.tile_rows("gpu_tiles.json", f"sm_{chip}", op, kind, layout):
+                k, n = row.widths if layout == "aligned" else (row.widths[0] - 3, row.widths[1] - 5)
+                yield f"sm_{chip}-{op}-{kind}-{k}x{n}", (chip, op, kind, k, n, row.layer_tile)
+
+
+LAYERS = dict(_layers())
+
+
+def layer_gradients(dy, y, x, weight):
+    dz = dy * y * (1 - y)
+    return dz @ weight, dz.t() @ x, dz.sum(0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name):
+    chip, op, kind, k, n, tile = LAYERS[name]
+    dtype, precision = KINDS[kind]
+    x, weight, bias, dy = cases.make_layer(rows_of(tile), k, n, dtype)
+    own = Plan("rows", "the test says so", tile, 2, precision)
+    with driver.activated(chip):
+        if op == "linear_act_fwd":
+            actual = [layer.linear_act_fwd(x, weight, bias, "sigmoid", own)]
+            check(actual, (x, weight, bias), lambda *t: [cases.plain(*t)], dtype, precision)
+        else:
+            y = cases.plain(x, weight, bias)
+            actual = layer.linear_act_bwd(dy, y, x, weight, "sigmoid", (True, True, True), own)
+            check(actual, (dy, y, x, weight), layer_gradients, dtype, precision)
+
+
+TILED = {
+    f"{kind}-{tile.block_m}x{tile.block_n}": (kind, tile) for kind, tiles in plan.layer.TILED.items() for tile in tiles
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", TILED)
+def test_output_tiles(name, chip):
+    kind, tile = TILED[name]
+    dtype, precision = KINDS[kind.split()[0]]
+    if " on " in kind and kind.split()[-1] != f"sm_{chip}":
+        pytest.skip("the tile is of the other chip")
+    m, k, n = 2 * tile.block_m + 3, 3 * tile.block_k + 5, tile.block_n + 9
+    x, weight, bias, _ = cases.make_layer(m, k, n, dtype)
+    own = Plan("tiled", "the test says so", tile, 6, precision)
+    with driver.activated(chip):
+        actual = [layer.linear_act_fwd(x, weight, bias, "tanh", own)]
+    check(actual, (x, weight, bias), lambda *t: [cases.plain(*t, "tanh")], dtype, precision)
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+def _networks():
+    for chip, op, kind in itertools.product(CHIPS, NETWORK_OPS, KINDS):
+        for layout in records.LAYOUTS[op]:
+            for row in tables.tile_rows("mlp_tiles.json", f"sm_{chip}", op, kind, layout):
+                widths = list(row.widths)
+                widths[0] -= 3 * (layout in ("in", "both"))
+                widths[-1] -= 5 * (layout in ("out", "both"))
+                if layout != "exact":
+                    widths[1:-1] = [width - 1 for width in widths[1:-1]]
+                name = f"sm_{chip}-{op}-{kind}-{layout}-{'-'.join(map(str, widths))}"
+                yield name, (chip, op, kind, tuple(widths), row.network_tile)
+
+
+NETWORKS = dict(_networks())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name):
+    chip, op, kind, widths, tile = NETWORKS[name]
+    dtype, precision = KINDS[kind]
+    layers = len(widths) - 1
+    x, weights, biases, dy = cases.make_network(widths, (rows_of(tile),), dtype)
+    own = MlpPlan("fused", "the test says so", (MlpSegment(0, layers, tile, 2),), precision)
+    parameters = tuple(weights), tuple(biases), "sigmoid", "sigmoid"
+
+    def forward(x, *parameters):
+        return [cases.plain_network(x, parameters[:layers], parameters[layers:])]
+
+    def gradients(dy, *tensors):
+        inputs = [t.detach().requires_grad_() for t in tensors]
+        return torch.autograd.grad(forward(*inputs), inputs, dy)
+
+    with driver.activated(chip):
+        if op != "mlp_bwd":
+            y, _ = network.mlp_fwd(x, *parameters, own, tuple(range(1, layers)) if op == "mlp_fwd" else ())
+            check([y], (x, *weights, *biases), forward, dtype, precision, layers)
+            return
+        wanted = True, (True,) * layers, (True,) * layers
+        dx, dweights, dbiases = network.mlp_bwd(dy, x, (), *parameters, wanted, own)
+    tensors = dy, x, *weights, *biases
+    expected, exact = gradients(*tensors), gradients(*(t.double() for t in tensors))
+    ends = 0, 1, 1 + layers, 1 + 2 * layers
+    actual = (dx, *dweights, *dbiases)
+    kinds = {
+        of: list(zip(*(results[first:last] for results in (actual, expected, exact)), strict=True))
+        for of, (first, last) in zip(("dx", "dweight", "dbias"), itertools.pairwise(ends), strict=True)
+    }
+    cases.assert_as_good_as_the_worst(kinds, dtype, ALLOWED.get(precision, 0) * layers)
+
+
+# --- wide layers by TMA ----------------------------------------------------------------------------------------------
+
+PRODUCTS = ("half", "tf32", *records.SPLITS)
+WIDE = {
+    f"{kind}-{'-'.join(map(str, tables.wide_row(tile)))}": (kind, tile)
+    for kind in (*PRODUCTS, *(f"dgrad-{own}" for own in PRODUCTS), *(f"wgrad-{own}" for own in records.SPLITS))
+    for tile in plan.wide_candidates(kind, 90)
+}
+
+
+def wide_gradient(dz, weight, h):
+    below = (dz @ weight) * h * (1 - h)
+    return below, below.sum(0)
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide(name):
+    kind, tile = WIDE[name]
+    of, product = kind.rpartition("-")[::2]
+    dtype, precision = KINDS.get(product, (torch.float32, product))
+    m, k, n = tile.block_m + 9, 2 * tile.block_k + 8, tile.block_n + 24
+    with driver.activated(90):
+        if of == "wgrad":
+            dz, h = (cases.make_layer(k, width, 4, dtype, seed=seed)[0] for seed, width in enumerate((m - 1, n)))
+            for splits in (1, 2)[: plan.wide_splits(1, 1 << 20, 1, tile, 132)]:
+                own = Plan("tma", "the test says so", tile, 3, precision, splits=splits)
+                actual = [wide.linear_act_wgrad(dz, h, own)]
+                check(actual, (dz, h), lambda dz, h: [dz.t() @ h], dtype, precision)
+            return
+        own = Plan("tma", "the test says so", tile, 2, precision)
+        x, weight, bias, _ = cases.make_layer(m, k, n, dtype)
+        if of == "dgrad":
+            h = torch.rand(m, n).to(dtype)
+            weight = weight.t().contiguous()
+            actual = wide.linear_act_dgrad(x, weight, h, "sigmoid", True, own)
+            check(actual, (x, weight, h), wide_gradient, dtype, precision)
+        else:
+            actual = [wide.linear_act_fwd(x, weight, bias, "sigmoid", own)]
+            check(actual, (x, weight, bias), lambda *t: [cases.plain(*t)], dtype, precision)
