@@ -1,5 +1,6 @@
 """A driver of triton for a chip that is absent: what it launches runs here, on the memory of CPU tensors."""
 
+import contextlib
 import struct
 import weakref
 
@@ -27,11 +28,21 @@ edit = None  # a function of the PTX, for faults that are planted
 raising = True  # whether faults raise at the end of the launch
 
 
-def activate(arch):
-    """Makes a chip of that compute capability, as in 90, triton's current device; machine code is not made."""
-    CUDABackend.make_cubin = lambda *_, **__: b"no machine code"
-    CompiledKernel._init_handles = _init_handles
-    driver.set_active(Driver(arch))
+@contextlib.contextmanager
+def activated(arch):
+    """A chip of that compute capability, as in 90, is triton's current device, and machine code is not made."""
+    patched = [
+        (CUDABackend, "make_cubin", lambda *_, **__: b"no machine code"),
+        # What lies in triton's cache without machine code is not for those who have the chip.
+        (CUDABackend, "hash", lambda self: f"emulated-{self.target.arch}"),
+        (CompiledKernel, "_init_handles", _init_handles),
+        (driver, "_active", Driver(arch)),
+    ]
+    with contextlib.ExitStack() as undo:
+        for owner, name, own in patched:
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, own)
+        yield
 
 
 class Driver:
@@ -40,7 +51,8 @@ class Driver:
         self.utils = self
 
     def get_current_device(self):
-        return 0
+        """A number for each chip, since a kernel keeps what it has been compiled to by the number of the device."""
+        return self.arch
 
     def get_current_stream(self, device):
         return 0

@@ -31,10 +31,10 @@ class Emulation:
     @pytest.fixture(autouse=True)
     def emulated(self):
         """The chip, whatever drivers other tests have set, and memory that knows whether it has been written."""
-        self.driver.activate(int(self.chip[3:]))
-        undo = self.driver.mark_fresh()
-        yield
-        undo()
+        with self.driver.activated(int(self.chip[3:])):
+            undo = self.driver.mark_fresh()
+            yield
+            undo()
 
     def pytest_runtest_teardown(self):
         for launch in self.driver.launched:
