@@ -21,6 +21,7 @@ def pytest_addoption(parser):
     parser.addoption("--compiled-for", metavar="CHIP", help="emulate what is compiled for it: sm_80, sm_90")
     parser.addoption("--cubins", metavar="DIR", help="keep what the compile-only tests compile there")
     parser.addoption("--all-tiles", action="store_true", help="compile what tests/compiled has a row for too")
+    parser.addoption("--changed", action="store_true", help="only tests of kernels that tests/ptx/passed.json lacks")
     parser.addoption("--write-traffic", action="store_true", help="write tests/ptx/traffic.json")
     parser.addoption("--write-tiles", action="store_true", help="compile all tiles and write tests/compiled")
 
@@ -51,6 +52,11 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+def pytest_sessionfinish(session, exitstatus):
+    if session.config.getoption("--changed") and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK
+
+
 BEGAN = time.monotonic()
 
 
@@ -62,6 +68,12 @@ def pytest_runtest_setup(item):
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--changed"):
+        from ptx import changes
+
+        due = changes.changed()
+        config.hook.pytest_deselected(items=[item for item in items if not changes.families(item.nodeid) & due])
+        items[:] = [item for item in items if changes.families(item.nodeid) & due]
     if (shard := config.getoption("--shard")) is None:
         return
     mine, count = map(int, shard.split("/"))

@@ -100,6 +100,11 @@ def rsqrt(x):
     return np.where(x == 0, np.copysign(f4(np.inf), x), (1.0 / np.sqrt(x.astype(f8))).astype(f4))
 
 
+def signs(a, b):
+    """1 or -1: the sign of the product, of zeros and NaN too."""
+    return np.copysign(f4(1), a) * np.copysign(f4(1), b)
+
+
 def to_integer(x, dtype, rounding):
     """Saturates; NaN becomes 0."""
     whole = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding](x.astype(f8))
