@@ -107,15 +107,15 @@ endef
 
 .PHONY: check test test-more
 check: $(READY) ## while you work: lint, types, the fast tests and the core of the interpreter's (under two minutes)
-	$(call parts,check-mlp check-core check-others lint)
+	$(call parts,check-mlp check-core check-others check-compiled lint)
 
 test: $(READY) ## everything that needs no GPU, but for what takes long
 	$(call parts,test-mlp test-kernels test-others test-traced test-compile)
 
 test-more: $(READY) ## what CI runs besides: what takes long, sanitize, test-long and test-matrix (many minutes)
-	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-old-triton test-networks test-benches test-slowest test-fuzz)
+	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-old-triton test-networks test-benches test-slowest test-fuzz test-ampere test-hopper test-emulator test-changed-ampere test-changed-hopper test-changed-tiles)
 
-.PHONY: check-mlp check-others check-core
+.PHONY: check-mlp check-others check-core check-compiled
 check-mlp: $(READY)
 	$(call step,fast tests of mlp,FUZZ_BUDGET=0.02 $(PYTEST) -m 'not (slow or more or compiles)' tests/mlp)
 
@@ -124,6 +124,9 @@ check-others: $(READY)
 
 check-core: $(READY)
 	$(call step,core of the kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) -m core)
+
+check-compiled: $(READY)
+	$(call step,a kernel of each family compiled and run,$(PYTEST) -m 'emulated and core' tests/ptx)
 
 .PHONY: test-mlp test-traced test-others test-compile test-kernels test-networks test-old-triton test-benches test-slowest test-fuzz
 test-mlp: $(READY)
@@ -181,6 +184,56 @@ test-tiles: $(OVERLAY)/.ready $(NEW_OVERLAY)/.ready ## compile every tile on eac
 	$(PYTEST) -q --write-tiles $(TILES)
 	PYTHONPATH=$(OVERLAY) $(PYTEST) -q --write-tiles $(TILES)
 	PYTHONPATH=$(NEW_OVERLAY) $(PYTEST) -q --write-tiles $(TILES)
+
+# What triton compiles for a chip that is not here, run by tests/ptx: sm_80 is Ampere's, sm_90 Hopper's.
+
+.PHONY: test-compiled test-compiled-all test-ampere test-hopper test-emulator
+test-compiled: $(READY) ## run compiled kernels for sm_80 and sm_90 on the CPU: the core, and controls of the emulator (minutes)
+	$(call parts,test-ampere test-hopper test-emulator)
+
+test-ampere: $(READY)
+	$(call step,core of the kernels compiled for sm_80,$(PYTEST) --compiled-for sm_80 -m core)
+
+test-hopper: $(READY)
+	$(call step,core of the kernels compiled for sm_90,$(PYTEST) --compiled-for sm_90 -m core)
+
+test-emulator: $(READY)
+	$(call step,emulator of compiled kernels,$(PYTEST) -m 'emulated and not more' tests/ptx)
+
+test-compiled-all: $(READY) ## all of it, with every tile that plans pick, on two tritons; says so in tests/ptx/passed.json (an hour)
+	$(call parts,test-all-ampere test-all-hopper test-all-tiles test-old-ampere test-old-hopper test-old-tiles)
+	$(BIN)/python tests/ptx/changes.py
+
+.PHONY: test-all-ampere test-all-hopper test-all-tiles test-old-ampere test-old-hopper test-old-tiles
+test-all-ampere: $(READY)
+	$(call step,all kernels compiled for sm_80,$(PYTEST) --compiled-for sm_80 -m 'interpreter and not long')
+
+test-all-hopper: $(READY)
+	$(call step,all kernels compiled for sm_90,$(PYTEST) --compiled-for sm_90 -m 'interpreter and not long')
+
+test-all-tiles: $(READY)
+	$(call step,every tile compiled and run,$(PYTEST) -m emulated tests/ptx)
+
+test-old-ampere: $(OVERLAY)/.ready
+	$(call step,all kernels compiled for sm_80 by triton $(OLD_TRITON),PYTHONPATH=$(<D) $(PYTEST) --compiled-for sm_80 -m 'interpreter and not long')
+
+test-old-hopper: $(OVERLAY)/.ready
+	$(call step,all kernels compiled for sm_90 by triton $(OLD_TRITON),PYTHONPATH=$(<D) $(PYTEST) --compiled-for sm_90 -m 'interpreter and not long')
+
+test-old-tiles: $(OVERLAY)/.ready
+	$(call step,every tile compiled by triton $(OLD_TRITON) and run,PYTHONPATH=$(<D) $(PYTEST) -m emulated tests/ptx)
+
+# The same of those kernels alone that have changed since it passed, as far as ten minutes of a core go: to run all of it
+# is up to whoever changes them.
+.PHONY: test-changed-ampere test-changed-hopper test-changed-tiles
+test-changed-ampere: $(READY)
+	$(call step,changed kernels compiled for sm_80,$(PYTEST) --changed --deadline 600 --compiled-for sm_80 -m 'interpreter and not long')
+
+test-changed-hopper: $(READY)
+	$(call step,changed kernels compiled for sm_90,$(PYTEST) --changed --deadline 600 --compiled-for sm_90 -m 'interpreter and not long')
+
+test-changed-tiles: $(READY)
+	$(call step,every tile of changed kernels,$(PYTEST) --changed --deadline 600 -m 'emulated and more' tests/ptx)
 
 .PHONY: sanitize
 sanitize: $(READY) $(LENS)/.ready ## every kernel under the interpreter, watched for stray addresses and races (minutes)

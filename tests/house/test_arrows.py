@@ -192,7 +192,7 @@ def test_plans_are_numbers_and_names():
 
 
 def test_tests_and_benches_do_not_import_each_other():
-    tests, benches = {p.stem for p in TESTS}, {p.stem for p in BENCHES}
+    tests, benches = ({p.stem for p in paths if p.stem != "__init__"} for paths in (TESTS, BENCHES))
     assert tests & benches - {"conftest"} == set(), "both folders are on the path: one name, one module"
     for paths, others, folder in ((TESTS, benches, "benches"), (BENCHES, tests, "tests")):
         for path in paths:

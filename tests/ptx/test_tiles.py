@@ -6,16 +6,17 @@ import os
 import cases
 import pytest
 import torch
+import torch.nn.functional as F
 
 from perceptriton.kernels import plan, records, tables
-from perceptriton.kernels.records import MlpPlan, MlpSegment, Plan
+from perceptriton.kernels.records import MlpPlan, MlpSegment, Plan, TrainConfig, TrainPlan
 
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
 driver = pytest.importorskip("ptx.driver", reason="needs triton")
-from perceptriton.kernels.gpu import layer, network, wide  # noqa: E402 (without triton there is none)
+from perceptriton.kernels.gpu import layer, network, train, wide  # noqa: E402 (without triton there is none)
 
-pytestmark = [pytest.mark.emulated, pytest.mark.more]
+pytestmark = pytest.mark.emulated
 
 KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
 ALLOWED = {"tf32": 2e-3, "bf16x3": 2e-5}  # what a product of fewer bits adds, for each layer
@@ -50,12 +51,16 @@ def _layers():
 LAYERS = dict(_layers())
 
 
+# By wgmma, and by mma.sync.
+FIRST_LAYERS = "sm_90-linear_act_fwd-half-32x32", "sm_80-linear_act_bwd-half-32x16"
+
+
 def layer_gradients(dy, y, x, weight):
     dz = dy * y * (1 - y)
     return dz @ weight, dz.t() @ x, dz.sum(0)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", cases.core(LAYERS, *FIRST_LAYERS))
 def test_layers(name):
     chip, op, kind, k, n, tile = LAYERS[name]
     dtype, precision = KINDS[kind]
@@ -76,6 +81,7 @@ TILED = {
 }
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("name", TILED)
 def test_output_tiles(name, chip):
@@ -110,7 +116,7 @@ def _networks():
 NETWORKS = dict(_networks())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", cases.core(NETWORKS, "sm_90-mlp_bwd-ieee-exact-32-32"))
 def test_networks(name):
     chip, op, kind, widths, tile = NETWORKS[name]
     dtype, precision = KINDS[kind]
@@ -144,6 +150,38 @@ def test_networks(name):
     cases.assert_as_good_as_the_worst(kinds, dtype, ALLOWED.get(precision, 0) * layers)
 
 
+# --- training loops --------------------------------------------------------------------------------------------------
+
+LOOPS = {
+    "lane": TrainPlan("lane", "the test says so", rows=4, networks=32, num_warps=1),
+    "block": TrainPlan("block", "the test says so", rows=16, num_warps=4),
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", cases.core(LOOPS, "lane"))
+def test_training(name, chip):
+    """Five steps of two networks; tests/kernels/test_training_kernels.py has the rest."""
+    x, y = torch.randn(1, 4, 2), torch.rand(1, 4, 1)
+    parameters = [torch.randn(2, *size) for size in ((3, 2), (3,), (1, 3), (1,))]
+    rate, losses = torch.full((2,), 0.3), torch.empty(0, 2)
+    expected, exact = (
+        [p.clone().to(dtype).requires_grad_() for p in parameters] for dtype in (torch.float32, torch.float64)
+    )
+    for inputs in (expected, exact):
+        for _ in range(5):
+            z = torch.sigmoid(x.to(inputs[0].dtype) @ inputs[0].mT + inputs[1][:, None])
+            p = torch.sigmoid(z @ inputs[2].mT + inputs[3][:, None])
+            loss = F.binary_cross_entropy(p, y.to(p.dtype).expand_as(p), reduction="sum") / 4
+            for own, gradient in zip(inputs, torch.autograd.grad(loss, inputs), strict=True):
+                own.data -= 0.3 * gradient
+    actual = [p.clone() for p in parameters]
+    with driver.activated(chip):
+        loop = train.KernelLoop(TrainConfig((2, 3, 1)), actual, (), (), rate, x, y, 4, 0, LOOPS[name])
+        loop.run(None, 0, 5, 0, losses)
+    cases.assert_as_good_as_torch(actual, expected, exact, torch.float32, ("weight", "bias", "weight", "bias"))
+
+
 # --- wide layers by TMA ----------------------------------------------------------------------------------------------
 
 PRODUCTS = ("half", "tf32", *records.SPLITS)
@@ -159,7 +197,7 @@ def wide_gradient(dz, weight, h):
     return below, below.sum(0)
 
 
-@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("name", cases.core(WIDE, next(iter(WIDE))))
 def test_wide(name):
     kind, tile = WIDE[name]
     of, product = kind.rpartition("-")[::2]

@@ -19,7 +19,7 @@ from perceptriton.kernels.records import Plan, TrainConfig, TrainPlan
 driver = pytest.importorskip("ptx.driver", reason="needs triton")
 from perceptriton.kernels.gpu import layer, network, train, wide  # noqa: E402 (without triton there is none)
 
-pytestmark = [pytest.mark.emulated, pytest.mark.more]
+pytestmark = pytest.mark.emulated
 
 TABLE = Path(__file__).with_name("traffic.json")
 WORSE = 1.05
