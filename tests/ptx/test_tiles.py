@@ -7,6 +7,7 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import core
 
 from perceptriton.kernels import plan, records, tables
 from perceptriton.kernels.records import MlpPlan, MlpSegment, Plan, TrainConfig, TrainPlan
@@ -60,7 +61,7 @@ def layer_gradients(dy, y, x, weight):
     return dz @ weight, dz.t() @ x, dz.sum(0)
 
 
-@pytest.mark.parametrize("name", cases.core(LAYERS, *FIRST_LAYERS))
+@pytest.mark.parametrize("name", core(LAYERS, *FIRST_LAYERS))
 def test_layers(name):
     chip, op, kind, k, n, tile = LAYERS[name]
     dtype, precision = KINDS[kind]
@@ -116,7 +117,7 @@ def _networks():
 NETWORKS = dict(_networks())
 
 
-@pytest.mark.parametrize("name", cases.core(NETWORKS, "sm_90-mlp_bwd-ieee-exact-32-32"))
+@pytest.mark.parametrize("name", core(NETWORKS, "sm_90-mlp_bwd-ieee-exact-32-32"))
 def test_networks(name):
     chip, op, kind, widths, tile = NETWORKS[name]
     dtype, precision = KINDS[kind]
@@ -159,7 +160,7 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("name", cases.core(LOOPS, "lane"))
+@pytest.mark.parametrize("name", core(LOOPS, "lane"))
 def test_training(name, chip):
     """Five steps of two networks; tests/kernels/test_training_kernels.py has the rest."""
     x, y = torch.randn(1, 4, 2), torch.rand(1, 4, 1)
@@ -197,7 +198,7 @@ def wide_gradient(dz, weight, h):
     return below, below.sum(0)
 
 
-@pytest.mark.parametrize("name", cases.core(WIDE, next(iter(WIDE))))
+@pytest.mark.parametrize("name", core(WIDE, next(iter(WIDE))))
 def test_wide(name):
     kind, tile = WIDE[name]
     of, product = kind.rpartition("-")[::2]
