@@ -139,7 +139,7 @@ test-others: $(READY)
 	$(call step,plans and benches and packaging on the CPU,$(PYTEST) -m 'not (more or compiles)' tests/kernels tests/benches tests/house)
 
 test-slowest: $(READY)
-	$(call step,the slowest on the CPU,$(PYTEST) -m more)
+	$(call step,the slowest on the CPU,$(PYTEST) -m 'more and not emulated')
 
 test-fuzz: $(READY)
 	$(call step,random arguments,FUZZ_BUDGET=1 $(PYTEST) -m fuzz)
