@@ -27,7 +27,7 @@ BEGAN = time.perf_counter()
 
 ROOT = Path(__file__).parents[2]
 SUITES = "training,layers,mlp,kernelbench"
-KEPT = (".cubin", ".json", ".so")  # of what triton writes; a launch needs no more
+KEPT = (".cubin", ".json", ".so", ".c")  # of what the cache holds; a launch needs no more
 
 
 def import_package() -> None:
@@ -47,6 +47,14 @@ def about() -> dict[str, str]:
     return {"triton": triton.__version__, "python": sys.implementation.cache_tag, "key": key}
 
 
+def place_of(source: str) -> str:
+    """The folder of what gcc makes of a source. Whether the program `file` is installed counts in triton's key."""
+    from triton.runtime.build import platform_key
+    from triton.runtime.cache import _base32
+
+    return _base32(hashlib.sha256((source + platform_key()).encode()).hexdigest())
+
+
 # --- fill ------------------------------------------------------------------------------------------------------------
 
 
@@ -57,7 +65,18 @@ def fill(archive: Path, tests: str, suites: str, processes: int) -> None:
     import_package()
     import asked
     import chip
+    from triton import knobs
+    from triton.runtime import build
 
+    make, cache = build._build, Path(knobs.cache.dir)
+
+    def keep(name: str, source: str, *rest) -> str:
+        """What is built, with its source beside it, from which `unpack` finds the folder again."""
+        text = Path(source).read_text()
+        (cache / place_of(text) / f"{name}.c").write_text(text)
+        return make(name, source, *rest)
+
+    build._build = keep
     with tempfile.TemporaryDirectory() as folder:
         chip.pretend(chip.Driver(Path(folder)))
         with asked.Asked() as found:
@@ -79,7 +98,6 @@ def fill(archive: Path, tests: str, suites: str, processes: int) -> None:
                 if len(made) % 50 == 0:
                     print(f"{len(made)} after {time.perf_counter() - began:.0f} s", flush=True)
     places = [place for place, _ in made if place]
-    cache = Path(os.environ["TRITON_CACHE_DIR"])
     launchers = [path.parent.name for path in cache.glob("*/*.so")]
     size = pack(archive, cache, {*places, *launchers})
     took = sum(seconds for _, seconds in made)
@@ -129,7 +147,7 @@ def pack(archive: Path, cache: Path, places: set[str]) -> int:
 def unpack(archive: Path) -> None:
     from triton import knobs
 
-    cache, new, held = Path(knobs.cache.dir), 0, 0
+    cache, places, new, held = Path(knobs.cache.dir), {}, 0, 0
     with tarfile.open(archive) as packed:
         made_for = json.loads(packed.extractfile("about.json").read())
         if made_for != (own := about()):
@@ -137,11 +155,16 @@ def unpack(archive: Path) -> None:
             return
         for entry in packed:
             place, _, name = entry.name.partition("/")
-            if not name or (cache / entry.name).exists():
+            if not name:
                 continue
-            (cache / place).mkdir(parents=True, exist_ok=True)
-            (cache / place / name).write_bytes(packed.extractfile(entry).read())
-            new += 1
+            content = packed.extractfile(entry).read()
+            if name.endswith(".c"):  # the first of its folder
+                places[place] = place_of(content.decode())
+            path = cache / places.get(place, place) / name
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                new += 1
     for metadata in cache.glob("*/[!_]*.json"):
         # triton names the files of a kernel by their whole paths, which are those of this machine.
         group = metadata.with_name(f"__grp__{metadata.name}")

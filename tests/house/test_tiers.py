@@ -86,6 +86,7 @@ def test_the_fast_loop_reaches_every_part():
         "test_tilelens",
         "test_distributed",
         "test_cache",
+        "test_cuda_cache",
         "test_packaging",
     }
 
