@@ -16,6 +16,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -213,6 +214,8 @@ def main() -> None:
     commands.add_parser("unpack").add_argument("archive", type=Path)
     commands.add_parser("prove")
     options = vars(parser.parse_args())
+    if options["command"] != "unpack" and shutil.which("gcc") is None:
+        sys.exit("gcc is needed, for triton's launchers and for the driver below them")
     {"fill": fill, "unpack": unpack, "prove": prove}[options.pop("command")](**options)
 
 

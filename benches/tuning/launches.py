@@ -7,6 +7,7 @@ JSON: of both, the higher number of bytes.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -35,9 +36,9 @@ def case(name: str, nbytes: int) -> Case:
 
 
 def crossing(sizes: Sequence[int], speedups: Sequence[float]) -> int | None:
-    """Bytes from which on all speed-ups are at least 1, between two sizes on a line of logarithms.
+    """Bytes from which on all speed-ups are at least 1, by a line through logarithms between two sizes.
 
-    The lowest size if they all are, None if the highest is not.
+    The lowest size if they all are, None if that of the highest is not.
     """
     last = max((at for at, speedup in enumerate(speedups) if speedup < 1), default=-1)
     if last < 0:
@@ -63,12 +64,12 @@ def measure(name: str, mode: str, nbytes: int, device: str, seconds: float) -> d
     return {"network": name, "mode": mode, "bytes": nbytes, **us, "speedup": speedup}
 
 
-def document(rows: list[dict], about: dict) -> dict:
-    """Rows and what follows from them."""
+def document(rows: list[dict], sizes: Sequence[int], about: dict) -> dict:
+    """Rows and what follows from them; nothing does where some are still to come."""
 
     def found(name: str, mode: str) -> int | None:
-        own = [row for row in rows if (row["network"], row["mode"]) == (name, mode)]
-        return crossing([row["bytes"] for row in own], [row["speedup"] for row in own])
+        own = [row["speedup"] for row in rows if (row["network"], row["mode"]) == (name, mode)]
+        return crossing(sizes, own) if len(own) == len(sizes) else None
 
     crossings = {name: {mode: found(name, mode) for mode in MODES} for name in LAYERS}
     by_mode = [[crossings[name][mode] for name in LAYERS] for mode in MODES]
@@ -78,7 +79,7 @@ def document(rows: list[dict], about: dict) -> dict:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="tune.py launches", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=0.8, help="of timing for each size and mode")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of timing for each size and mode")
     parser.add_argument("--out", type=Path, default=ROOT / ".build" / "calibration.json", help="the JSON to write")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, which says nothing")
     options = parser.parse_args(arguments)
@@ -92,13 +93,12 @@ def main(arguments: list[str]) -> None:
         "launch_bound_bytes_before": list(crossover.LAUNCH_BOUND_BYTES),
     }
     crossover.LAUNCH_BOUND_BYTES = (0, 0)
-    rows = []
-    for name in LAYERS:
-        for mode in MODES:
-            for nbytes in sizes:
-                rows.append(row := measure(name, mode, nbytes, device, options.seconds))
-                print(f"{name:8} {mode:17} {nbytes / (1 << 20):10.3f} MiB {row['speedup']:7.2f}x", flush=True)
-    result = document(rows, about)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(options.out, json.dumps(result, indent=2) + "\n")
+    rows: list[dict] = []
+    for name, mode, nbytes in itertools.product(LAYERS, MODES, sizes):
+        rows.append(row := measure(name, mode, nbytes, device, options.seconds))
+        print(f"{name:8} {mode:17} {nbytes / (1 << 20):10.3f} MiB {row['speedup']:7.2f}x", flush=True)
+        # Each time: a run may be cut off.
+        result = document(rows, sizes, about)
+        atomic.write(options.out, json.dumps(result, indent=2) + "\n")
     print(f"{options.out}: kernels win from {result['launch_bound_bytes']} bytes on, without and with gradients")
