@@ -74,8 +74,23 @@ bench: $(READY) ## time layers, networks, KernelBench and training loops against
 	OMP_PROC_BIND=true $(BIN)/python benches/run.py --suite training
 
 .PHONY: cuda
-cuda: ## on a machine with a CUDA device: correctness, then benchmarks (PARTS=, OUT=); installs nothing
-	@bash .ci/cuda
+cuda: ## on a machine with a CUDA device: correctness, then speed (HALF=, PARTS=, OUT=); installs nothing
+	@bash .ci/cuda $(HALF)
+
+# What a rented GPU's machine has: the key by which triton finds a kernel counts every file of its own wheel. torch brings
+# libraries of some GB, of which nothing is used.
+CUDA_PYTHON ?= python3.12
+CUDA_ENV := .build/cuda-env
+
+$(CUDA_ENV)/.ready:
+	@command -v $(CUDA_PYTHON) > /dev/null || { echo 'no $(CUDA_PYTHON) here: CUDA_PYTHON names one, which must be 3.12'; exit 1; }
+	$(CUDA_PYTHON) -m venv --clear $(CUDA_ENV)
+	$(CUDA_ENV)/bin/python -m pip install -qq torch==2.11.0 triton==$(OLD_TRITON) numpy pytest pytest-benchmark
+	@touch $@
+
+.PHONY: cuda-cache
+cuda-cache: $(CUDA_ENV)/.ready ## compile for an H100 or H200, ahead, what `make cuda` compiles there (minutes; an install of GBs)
+	OMP_NUM_THREADS=1 $(CUDA_ENV)/bin/python .ci/cache/cache.py fill .build/cuda-cache.tar.xz
 
 .PHONY: lint
 lint: $(READY) ## ruff, formatting, types of kernels and mlp

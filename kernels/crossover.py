@@ -11,7 +11,7 @@ from .tables import cpu_thresholds
 # Bytes of x and y, per layer, below which a GPU is done before the host has asked for more: without gradients, with
 # them. An eager call of ours takes the host 15 to 25 us per layer, and 115 to 270 with its backward pass; torch's own 8
 # and 75 to 180 (measured with a driver that does nothing). Its kernels for as many bytes as these take a GPU about as
-# long as ours takes the host. Estimates.
+# long as ours takes the host. Estimates: `benches/tune.py launches` measures them.
 LAUNCH_BOUND_BYTES = (32 << 20, 128 << 20)
 
 

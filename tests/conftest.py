@@ -16,6 +16,7 @@ from perceptriton.kernels.native import ready
 
 def pytest_addoption(parser):
     parser.addoption("--deadline", type=float, metavar="SECONDS", help="start no test after this many: skip it")
+    parser.addoption("--first", default="", metavar="MARKERS", help="run tests with these first; see `turn`")
     parser.addoption("--shard", metavar="I/N", help="of N processes that deal the tests out, this is number I from 0")
     parser.addoption("--watch-memory", action="store_true", help="kernels under the interpreter: see tests/watching.py")
     parser.addoption("--compiled-for", metavar="CHIP", help="emulate what is compiled for it: sm_80, sm_90")
@@ -63,10 +64,20 @@ BEGAN = time.monotonic()
 def pytest_runtest_setup(item):
     deadline = item.config.getoption("--deadline")
     if deadline is not None and time.monotonic() - BEGAN > deadline:
+        if turn(item) == 0:
+            pytest.fail(f"not reached: {deadline:g} s were over before its turn came", pytrace=False)
         # A run that is cut off leaves no report at all.
         pytest.skip(f"not run: {deadline:g} s were over before its turn came")
 
 
+def turn(item):
+    """When a test's turn comes: 0 with the first marker of --first, separated by commas, which must all be reached."""
+    first = [marker for marker in item.config.getoption("--first").split(",") if marker]
+    # Without any, nothing must be reached.
+    return next((place for place, marker in enumerate(first) if item.get_closest_marker(marker)), len(first) or 1)
+
+
+@pytest.hookimpl(trylast=True)  # pytest itself sorts them by the fixtures that they share
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--changed"):
         from ptx import changes
@@ -74,6 +85,7 @@ def pytest_collection_modifyitems(config, items):
         due = changes.changed()
         config.hook.pytest_deselected(items=[item for item in items if not changes.families(item.nodeid) & due])
         items[:] = [item for item in items if changes.families(item.nodeid) & due]
+    items.sort(key=turn)
     if (shard := config.getoption("--shard")) is None:
         return
     mine, count = map(int, shard.split("/"))

@@ -963,6 +963,30 @@ def test_measured_rows_join_the_table(bench, tmp_path):
     assert json.loads(copy.read_text()) == document
 
 
+def test_calibration_finds_the_crossing(bench):
+    launches = bench("tuning.launches")
+    assert launches.case("network", 1 << 23).rows * 64 * 2 * 2 == 1 << 23
+    sizes = (1, 2, 4, 8)
+    for speedups, found in (
+        ((0.5, 0.5, 0.5, 2.0), round(4 * 2**0.5)),  # halfway, in logarithms
+        ((0.5, 2.0, 0.9, 1.0), 8),  # from where on all are
+        ((1.0, 1.1, 1.2, 1.3), 1),
+        ((1.0, 1.1, 1.2, 0.99), None),
+    ):
+        assert launches.crossing(sizes, speedups) == found
+    rows = [
+        {"network": name, "mode": mode, "bytes": nbytes, "speedup": nbytes / (3 if mode == "forward" else 6)}
+        for name in launches.LAYERS
+        for mode in launches.MODES
+        for nbytes in sizes
+    ]
+    whole, part = (launches.document(own, sizes, {"device": "some"}) for own in (rows, rows[:-1]))
+    assert whole["device"] == "some"
+    assert whole["crossing_bytes"]["layer"] == {"forward": 3, "forward+backward": 6}
+    # A run that was cut off says nothing of what is not complete.
+    assert (whole["launch_bound_bytes"], part["launch_bound_bytes"]) == ([3, 6], [3, None])
+
+
 def test_every_tuner_has_its_command(bench, capsys):
     tune = bench("tune")
     for name in tune.MODULES:

@@ -86,6 +86,7 @@ def test_the_fast_loop_reaches_every_part():
         "test_tilelens",
         "test_distributed",
         "test_cache",
+        "test_cuda_cache",
         "test_packaging",
         "test_controls",
         "test_traffic",
@@ -113,7 +114,9 @@ def test_every_marker_is_used_and_asked_for():
     used = set().union(*(marks for path in FILES for _, marks in cases_in(path.read_text())))
     recipes = (ROOT / "Makefile").read_text() + (ROOT / ".ci" / "cuda").read_text()
     asked = {
-        name for expression in re.findall(r" -m ('[^']+'|\w+)", recipes) for name in re.findall(r"\w+", expression)
+        name
+        for expression in re.findall(r" (?:-m|--first) ('[^']+'|[\w,]+)", recipes)
+        for name in re.findall(r"\w+", expression)
     }
     assert used == MARKERS
     assert asked >= MARKERS

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from perceptriton.kernels import Device, crossover, explain, ops, records
 from perceptriton.mlp import MLP, functional, linear_act, mlp_act, mlp_sigmoid_bce, warmup
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.hardware]
 DEVICE = kernel_device()
 
 

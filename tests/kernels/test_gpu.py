@@ -22,7 +22,7 @@ from triton.runtime import JITFunction
 from perceptriton.kernels.gpu import launch, network
 from perceptriton.kernels.gpu import layer as layers
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.hardware]
 MODELS = {
     "layer": (lambda: LinearSigmoid(32, 16), 32),
     "network": (lambda: MLP([16, 32, 8], "tanh", "sigmoid"), 16),

@@ -485,6 +485,7 @@ def test_transposed_weight_is_refused():
 # --- on the device only -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.hardware
 @pytest.mark.skipif(DEVICE != "cuda", reason="the interpreter cannot see what a compiler makes of it")
 @pytest.mark.parametrize(
     ("width", "block_m", "num_warps"),
@@ -493,9 +494,7 @@ def test_transposed_weight_is_refused():
         for tile in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8))
         # That one takes more shared memory than there is.
         if tile != (128, 256, 4)
-    ]
-    if DEVICE == "cuda"
-    else [("any",) * 3],
+    ],
 )
 def test_gradients_of_weights_on_the_device(width, block_m, num_warps):
     # Products of transposed registers were once miscompiled for some of these tiles (see network_kernels.py).
