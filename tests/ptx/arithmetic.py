@@ -37,13 +37,28 @@ def from_bf16(bits):
 
 def to_bf16(x):
     """To the nearest, ties to even."""
-    bits = x.astype(f4).view(u4)
+    bits = (x if x.dtype == f4 else rounded_to_odd(x)).view(u4)
     rounded = (bits + u4(0x7FFF) + ((bits >> u4(16)) & u4(1))) >> u4(16)
     return np.where(np.isnan(x), u2(0x7FFF), rounded.astype(u2))
 
 
 def to_fp16(x):
     return np.where(np.isnan(x), u2(0x7FFF), x.astype(f2).view(u2))
+
+
+def rounded_to_odd(x):
+    """fp32 of wider numbers whose last bit is 1 if anything was cut off, so that rounding it again is rounding once."""
+    near = x.astype(f4)
+    inexact, too_far = near != x, np.abs(near) > np.abs(x)
+    return np.where(inexact, (near.view(u4) - too_far) | u4(1), near.view(u4)).view(f4)
+
+
+def cut_off(x, kind):
+    """fp32 to 16 bits, towards zero."""
+    if kind == "bf16":
+        return np.where(np.isnan(x), u2(0x7FFF), (x.view(u4) >> u4(16)).astype(u2))
+    near = to_fp16(x)
+    return near - (np.abs(near.view(f2)) > np.abs(x))
 
 
 def to_tf32(x, ties_away):
@@ -85,10 +100,19 @@ def flushed(x):
     return np.where(np.abs(x) < SMALLEST_NORMAL, np.copysign(f4(0), x), x) if x.dtype == f4 else x
 
 
+def wide_fma(a, b, c):
+    return a.astype(f8) * b.astype(f8) + c.astype(f8)
+
+
 def fma(a, b, c):
     """One rounding, but for the rare sums whose fp64 rounding falls on a tie of fp32."""
-    wide = a.astype(f8) * b.astype(f8) + c.astype(f8)
-    return wide.astype(a.dtype)
+    return wide_fma(a, b, c).astype(a.dtype)
+
+
+def greatest(choose, a, b):
+    """The maximum by a function of numpy, which takes either zero of two: +0 is greater than -0."""
+    zeros = (a == 0) & (b == 0)
+    return np.where(zeros, a + b, choose(a, b)) if zeros.any() else choose(a, b)
 
 
 def in_fp64(function):
@@ -134,9 +158,9 @@ def remainder(a, b):
 
 def high_product(a, b):
     """The upper half of the product."""
-    if a.dtype.itemsize == 4:
-        wide = i8 if a.dtype.kind == "i" else u8
-        return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
+    if a.dtype.itemsize < 8:
+        wide = wide_product(a, b)
+        return (wide >> wide.dtype.type(8 * a.dtype.itemsize)).astype(a.dtype)
     x, y = a.view(u8), b.view(u8)
     middle = (x >> u8(32)) * (y & LOW) + (((x & LOW) * (y & LOW)) >> u8(32))
     other = (x & LOW) * (y >> u8(32)) + (middle & LOW)

@@ -43,7 +43,7 @@ def cp(program, own):
     def run(batch, mask):
         lanes, to = batch.active(mask, find_to(batch))
         given = np.full(len(lanes), size) if read_bytes is None else batch.of(lanes, read_bytes(batch))
-        if not np.isin(given, (0, size)).all():
+        if ((given != 0) & (given != size)).any():
             raise own.unknown()
         data = np.zeros((len(lanes), size // 4), u4)  # what is not read is zero
         reads = given != 0

@@ -1,5 +1,7 @@
 """What an access costs a chip beside what it must: sectors of global memory, wavefronts of shared memory."""
 
+import functools
+
 import numpy as np
 
 CLASSES = {
@@ -17,6 +19,7 @@ CLASSES = {
 }
 
 
+@functools.cache
 def instruction_class(op):
     return next((name for name, heads in CLASSES.items() if op.startswith(heads)), "other")
 
@@ -38,6 +41,5 @@ def wavefronts(lanes, at, total):
     groups = lanes // (128 // max(total, 4))
     words = (at[:, None] + 4 * np.arange(max(total // 4, 1))) >> 2
     distinct = np.unique((groups[:, None].astype(np.int64) << 32) | words)
-    banks = np.bincount((distinct >> 32) << 5 | distinct & 31)
-    banks = np.pad(banks, (0, -len(banks) % 32)).reshape(-1, 32)
+    banks = np.bincount((distinct >> 32) << 5 | distinct & 31, minlength=32 * (int(groups.max()) + 1)).reshape(-1, 32)
     return int(banks.max(1).sum()), int((-(-banks.sum(1) // 32)).sum())

@@ -4,14 +4,18 @@ import numpy as np
 
 from .arithmetic import (
     bits_of,
+    cut_off,
     decoder,
     divided,
     dtype_of,
     encoder,
     extracted_field,
+    f4,
+    f8,
     flushed,
     fma,
     funnel,
+    greatest,
     high_product,
     in_fp64,
     inserted_field,
@@ -28,6 +32,7 @@ from .arithmetic import (
     to_tf32,
     u2,
     u4,
+    wide_fma,
     wide_product,
 )
 from .parse import SIZES
@@ -70,7 +75,8 @@ INTEGERS = {
     # Data Movement and Conversion Instructions
     "prmt": (permuted_bytes, "t ttt"),
 }
-# Floating-Point Instructions, and those of half precision, whose numbers come as fp32.
+# Floating-Point Instructions, and those of half precision, whose numbers come as fp32: one operation rounds them as if
+# it were in half precision, but for fma, of which HALVES are.
 FLOATS = {
     "add": np.add,
     "sub": np.subtract,
@@ -81,10 +87,10 @@ FLOATS = {
     "fma.relu": lambda a, b, c: np.maximum(fma(a, b, c), 0),
     "neg": np.negative,
     "abs": np.abs,
-    "min": np.fmin,
-    "max": np.fmax,
-    "min.NaN": np.minimum,
-    "max.NaN": np.maximum,
+    "min": lambda a, b: -greatest(np.fmax, -a, -b),
+    "max": lambda a, b: greatest(np.fmax, a, b),
+    "min.NaN": lambda a, b: -greatest(np.maximum, -a, -b),
+    "max.NaN": lambda a, b: greatest(np.maximum, a, b),
     "min.xorsign.abs": lambda a, b: np.copysign(np.fmin(np.abs(a), np.abs(b)), signs(a, b)),
     "min.NaN.xorsign.abs": lambda a, b: np.copysign(np.minimum(np.abs(a), np.abs(b)), signs(a, b)),
     "copysign": lambda a, b: np.copysign(b, a),
@@ -94,6 +100,10 @@ FLOATS = {
     "ex2": in_fp64(np.exp2),
     "lg2": in_fp64(np.log2),
     "tanh": in_fp64(np.tanh),
+}
+HALVES = {
+    "fma": wide_fma,
+    "fma.relu": lambda a, b, c: np.maximum(wide_fma(a, b, c), 0),
 }
 SPECIAL = ("rcp", "sqrt", "rsqrt", "ex2", "lg2", "tanh")
 ROUNDING = {"rn", "ftz", "sat", "approx", "full"}  # what the formulas round to nearest, and what is done around them
@@ -111,7 +121,8 @@ def arithmetic(program, own):
         key = ".".join(part for part in own.parts[:-1] if part not in ROUNDING)
         if key in SPECIAL and kind != "f32":
             raise own.unknown()
-        return elementwise(program, own, FLOATS[key], [(name, kind) for name in operands], result)
+        formula = FLOATS[key] if kind in ("f32", "f64") else HALVES.get(key, FLOATS[key])
+        return elementwise(program, own, formula, [(name, kind) for name in operands], result)
     if kind[0] == "b" and own.parts[0] == "shr":
         kind = f"u{kind[1:]}"
     formula, types = INTEGERS[".".join(own.parts[:-1])]
@@ -183,6 +194,22 @@ def setp(program, own):
             write(batch, each, mask)
 
     return run
+
+
+PROPERTIES = {
+    "finite": np.isfinite,
+    "infinite": np.isinf,
+    "number": lambda x: ~np.isnan(x),
+    "notanumber": np.isnan,
+    "normal": lambda x: np.isfinite(x) & (np.abs(x) >= np.finfo(x.dtype).tiny),
+    "subnormal": lambda x: (x != 0) & (np.abs(x) < np.finfo(x.dtype).tiny),
+}
+
+
+@instruction("testp")
+def testp(program, own):
+    result, given = own.operands
+    return elementwise(program, own, PROPERTIES[own.parts[1]], [(given, own.type)], result, "pred")
 
 
 @instruction("selp")
@@ -260,19 +287,20 @@ def cvt(program, own):
         formula = relu if is_float(to) else lambda x: x
     else:
         raise own.unknown()
-    kind = dtype_of({"bf16": "f32", "f16": "f32"}.get(to, to))
-    if is_float(to) and not is_float(given):
-        return elementwise(program, own, lambda x: x.astype(kind), [(operands[0], given)], result, to)
+    if to in ("bf16", "f16"):  # whole numbers as numbers of 64 bits or more, of which the encoder makes halves
+        kind = np.dtype(np.longdouble if not is_float(given) else f8 if given == "f64" else f4)
+    else:
+        kind = dtype_of(to)
     return elementwise(program, own, lambda x: formula(x).astype(kind, copy=False), [(operands[0], given)], result, to)
 
 
 def _encoder(kind, modifiers, own):
-    """fp32 to 16 bits; bf16 can also be cut off."""
+    """fp32 to 16 bits."""
     if "rz" not in modifiers:
         return encoder(kind)
-    if kind != "bf16":
+    if kind not in ("bf16", "f16"):
         raise own.unknown()
-    return lambda x: (x.view(u4) >> u4(16)).astype(u2)
+    return lambda x: cut_off(x, kind)
 
 
 @instruction("cvta")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 SIZES = {f"{kind}{8 * size}": size for kind in "bus" for size in (1, 2, 4, 8)}  # bytes
-SIZES |= {"f16": 2, "bf16": 2, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4, "f64": 8}
+SIZES |= {"f16": 2, "bf16": 2, "f32": 4, "tf32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "u16x2": 4, "s16x2": 4}
 # Where a block ends, besides its branches: threads of a CTA wait for each other, or for an mbarrier.
 WAITS = ("bar.sync", "barrier.sync", "bar.red", "bar.arrive", "mbarrier.try_wait", "mbarrier.test_wait")
 
@@ -126,7 +126,7 @@ def _blocks(statements):
         if text.startswith(".reg"):
             _, kind, names = text.split(None, 2)
             for name in map(str.strip, names.split(",")):
-                many = re.fullmatch(r"(%[\w$]+)<(\d+)>", name)
+                many = re.fullmatch(r"(%?[\w$]+)<(\d+)>", name)
                 for each in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name]:
                     declared.add((each, scopes[-1]))
                     registers[_unique(each, scopes, declared)] = (len(registers), kind[1:])

@@ -161,7 +161,8 @@ def _within_one(formula):
 def _packed(program, formula, names, result, kind):
     """The formula on both halves of 32 bits."""
     reads = [source(program, name, "b32") for name in names]
-    write, decode, encode = destination(program, result, "b32"), decoder(kind), encoder(kind)
+    write, encode = destination(program, result, "b32"), encoder(kind)
+    decode = decoder(kind) or (lambda bits: bits)
 
     def run(batch, mask):
         whole = [read(batch) for read in reads]
