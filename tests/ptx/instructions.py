@@ -13,6 +13,7 @@ from .arithmetic import (
     fma,
     funnel,
     high_product,
+    highest_bit,
     in_fp64,
     inserted_field,
     leading_zeros,
@@ -52,7 +53,7 @@ INTEGERS = {
     "max": (np.maximum, "t tt"),
     "popc": (np.bitwise_count, "n t"),
     "clz": (leading_zeros, "n t"),
-    "bfind": (lambda a: u4(31) - leading_zeros(a), "n t"),
+    "bfind": (highest_bit, "n t"),
     "brev": (reversed_bits, "t t"),
     "bfe": (extracted_field, "t tnn"),
     "bfi": (inserted_field, "t ttnn"),
@@ -121,7 +122,7 @@ def arithmetic(program, own):
     return elementwise(program, own, formula, sources, result, meant[to])
 
 
-@instruction("lop3")
+@instruction("lop3", form=r"lop3\.b32")
 def lop3(program, own):
     result, *operands, table = own.operands
     return elementwise(program, own, looked_up(int(table, 0)), [(name, "b32") for name in operands], result)
@@ -185,7 +186,7 @@ def setp(program, own):
     return run
 
 
-@instruction("selp")
+@instruction("selp", form=r"selp\.\w+")
 def selp(program, own):
     result, a, b, predicate = own.operands
     kind = f"b{8 * SIZES[own.type]}"
@@ -196,7 +197,7 @@ def selp(program, own):
 # --- Data Movement and Conversion Instructions -----------------------------------------------------------------------
 
 
-@instruction("mov")
+@instruction("mov", form=r"mov\.\w+")
 def mov(program, own):
     to, given = own.operands
     if own.type == "pred":
@@ -275,20 +276,20 @@ def _encoder(kind, modifiers, own):
     return lambda x: (x.view(u4) >> u4(16)).astype(u2)
 
 
-@instruction("cvta")
+@instruction("cvta", form=r"cvta(\.to)?\.(global|shared(::cta)?|param)\.u(32|64)")
 def cvta(program, own):
     """Generic, global and shared addresses are the same numbers here."""
     result, given = own.operands
     return elementwise(program, own, lambda x: x, [(given, f"b{8 * SIZES[own.type]}")], result)
 
 
-@instruction("createpolicy")
+@instruction("createpolicy", form=r"createpolicy\.fractional\.L2::evict_\w+\.b64")
 def createpolicy(program, own):
     write, none = destination(program, own.operands[0], "b64"), constant_of(program, "0", "b64")
     return lambda batch, mask: write(batch, none, mask)
 
 
-@instruction("prefetch", "prefetchu", "discard", "membar", "setmaxnreg", "griddepcontrol", "nanosleep")
+@instruction("prefetch", "prefetchu", "membar", "setmaxnreg", "griddepcontrol", "nanosleep")
 def hint(program, own):
     """Of no effect on what is computed."""
     return lambda batch, mask: None
