@@ -163,7 +163,7 @@ WIDE = {
         idle(0, 3, 4, 5, 6, 7, 8, 10, 11),
     ),
     "halves": (
-        WideTile(128, 128, 64, 4, 3, subtiles=2),
+        WideTile(64, 64, 64, 4, 3, subtiles=2),
         {"bar.sync": 14, **LOADS, **stores(2)},
         idle(0, 5, 6, 7, 8, 9, 10, 12, 13),
     ),

@@ -161,7 +161,6 @@ FAULTS = {
     "misaligned-in-shared-memory": ("st.shared.v4.b32 [%r1+8], {%r0, %r0, %r0, %r0};", "misaligned write of 16 bytes"),
     "misaligned-copy": ("cp.async.cg.shared.global [%r1+8], [%rd1], 16;", "misaligned asynchronous copy"),
     "two-values-for-one-address": ("st.global.b32 [%rd1], %r0;", "different values written to one address"),
-    "two-values-for-one-in-shared": ("st.shared.b32 [%r1], %r2;", "different values written to one shared address"),
     "shared-that-nobody-wrote": ("ld.shared.b32 %r4, [%r3];", "read of uninitialized shared memory"),
     "shared-that-another-warp-writes": (
         "mad.lo.u32 %r5, %r0, 4, %r1;\nst.shared.b32 [%r5], %r0;\nxor.b32 %r6, %r0, 32;\nmad.lo.u32 %r6, %r6, 4, %r1;\n"
@@ -193,6 +192,13 @@ FAULTS = {
 @pytest.mark.parametrize(("body", "what"), FAULTS.values(), ids=FAULTS)
 def test_what_no_program_may_do(body, what):
     assert what in complaint(lambda: assembly.run(OFFSET + body, zeros(64), shared=1024))
+
+
+def test_two_values_for_one_address_of_shared_memory_are_noted():
+    launch = assembly.run(OFFSET + "st.shared.b32 [%r1], %r2;", zeros(64), threads=32)
+    assert [what for what, _ in launch.reports] == [
+        "note: different values written to one shared address by one instruction"
+    ]
 
 
 # --- what is not known -----------------------------------------------------------------------------------------------
