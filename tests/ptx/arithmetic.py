@@ -254,6 +254,12 @@ def leading_zeros(a):
     return u4(32) - np.frexp(a.astype(f8))[1].astype(u4)
 
 
+def highest_bit(a):
+    """The place of the highest bit that is not the sign's, all bits where there is none."""
+    bits = BITS[a.dtype.itemsize]
+    return u4(8 * bits.itemsize - 1) - leading_zeros(np.where(a < 0, ~a, a).view(bits))
+
+
 def reversed_bits(a):
     out = np.zeros_like(a)
     for place in range(32):

@@ -18,7 +18,18 @@ from .translate import address, instruction, source
 # --- cp.async --------------------------------------------------------------------------------------------------------
 
 
-@instruction("cp")
+CP = "|".join(
+    (
+        r"cp\.async\.(ca|cg)\.shared(::cta)?\.global(\.L2::[\w:]+)*",
+        r"cp\.async\.(commit_group|wait_group|wait_all)",
+        r"cp\.async\.bulk\.(commit_group|wait_group(\.read)?)",
+        r"cp\.async\.bulk\.tensor\.2d\.shared::\w+\.global(\.tile)?\.mbarrier::complete_tx::bytes(\.L2::cache_hint)?",
+        r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta(\.tile)?\.bulk_group(\.L2::cache_hint)?",
+    )
+)
+
+
+@instruction("cp", form=CP)
 def cp(program, own):
     if own.parts[2] == "bulk":
         return bulk(program, own)
@@ -34,8 +45,6 @@ def cp(program, own):
             arrive(batch, lanes, 0 if every else int(own.operands[0]))
 
         return wait
-    if own.parts[2] not in ("ca", "cg"):
-        raise own.unknown()
     size = int(own.operands[2], 0)
     find_to, find_from = (address(program, operand) for operand in own.operands[:2])
     read_bytes = source(program, own.operands[3], "u32") if len(own.operands) > 3 else None
@@ -78,18 +87,20 @@ def arrive(batch, lanes, keep):
 
 
 class Mbarrier:
-    def __init__(self, count, knows):
+    def __init__(self, count, nothing):
         self.count = self.pending = count
         self.phase = self.bytes = 0
-        self.known = knows  # what those that have arrived knew
+        # What those knew that have arrived in phases that are complete, and in this one.
+        self.known, self.arriving = nothing, nothing.copy()
 
     def settle(self):
         if self.pending == 0 and self.bytes == 0:
             self.phase ^= 1
+            self.known = np.maximum(self.known, self.arriving)
             self.pending = self.count
 
 
-@instruction("mbarrier")
+@instruction("mbarrier", form=r"mbarrier\.(init|inval|arrive(\.expect_tx)?)(\.release\.cta)?\.shared(::cta)?\.b64")
 def mbarrier(program, own):
     operands = own.operands if not isinstance(own.operands[0], str) else own.operands[1:]  # without the state
     find = address(program, operands[0])
@@ -98,16 +109,14 @@ def mbarrier(program, own):
         return lambda batch, mask: batch.tma.init(batch, mask, find(batch), read(batch), own.line)
     if own.parts[1] == "inval":
         return lambda batch, mask: batch.tma.invalidate(batch, mask, find(batch), own.line)
-    if own.parts[1] != "arrive":
-        raise own.unknown()
     read = source(program, operands[1] if len(operands) > 1 else "1", "u32")
     expects = own.has("expect_tx")
     return lambda batch, mask: batch.tma.arrive(batch, mask, find(batch), read(batch), expects, own.line)
 
 
-@instruction("fence")
+@instruction("fence", form=r"fence\.(proxy\.async(\.[\w:]+)?|mbarrier_init\.release\.cluster|(sc|acq_rel)\.\w+)")
 def fence(program, own):
-    proxy = own.has("proxy")
+    proxy = own.has("proxy") and not own.has("global")
 
     def run(batch, mask):
         if proxy and batch.races:
@@ -206,7 +215,7 @@ class Tma:
             if own.pending < 0:
                 batch.launch.fail("more arrivals at an mbarrier than it expects", line)
             if batch.races and lane < batch.threads:
-                own.known = np.maximum(own.known, batch.races.released(lane >> 5))
+                own.arriving = np.maximum(own.arriving, batch.races.released(lane >> 5))
             own.settle()
 
     def ready(self, batch, lanes, where, parity, line):
@@ -250,7 +259,7 @@ class Tma:
         mbarrier.bytes -= box.nbytes
         if races and cta == 0:
             races.completed_write(np.array([races.engine]), np.array([own.at]), box.nbytes)
-            mbarrier.known[races.engine] = races.released(races.engine)[races.engine]
+            mbarrier.arriving[races.engine] = races.released(races.engine)[races.engine]
         mbarrier.settle()
 
     def store(self, batch, lane, own):
@@ -302,8 +311,6 @@ def bulk(program, own):
     if own.parts[3] == "wait_group":
         keep = int(own.operands[0])
         return lambda batch, mask: batch.tma.finish_stores(batch, batch.lanes_of(mask), keep)
-    if own.parts[3:5] != ["tensor", "2d"]:
-        raise own.unknown()
     loads = own.parts[5].startswith("shared")
     tensor, shared = own.operands[:2] if not loads else own.operands[1::-1]
     find_map, find = (address(program, operand) for operand in (tensor, shared))

@@ -7,6 +7,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
@@ -100,7 +101,8 @@ class Launcher:
         launch.name, launch.types = name, found.types
         launch.run()
         launched.append(launch)
-        if raising and launch.faults:
+        known = next((own for version, own in KNOWN.items() if triton.__version__.startswith(version)), ())
+        if raising and set(launch.faults).difference(known):
             raise EmulationError(f"{name}: {launch.describe()}")
 
 

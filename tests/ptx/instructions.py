@@ -17,6 +17,7 @@ from .arithmetic import (
     funnel,
     greatest,
     high_product,
+    highest_bit,
     in_fp64,
     inserted_field,
     leading_zeros,
@@ -57,7 +58,7 @@ INTEGERS = {
     "max": (np.maximum, "t tt"),
     "popc": (np.bitwise_count, "n t"),
     "clz": (leading_zeros, "n t"),
-    "bfind": (lambda a: u4(31) - leading_zeros(a), "n t"),
+    "bfind": (highest_bit, "n t"),
     "brev": (reversed_bits, "t t"),
     "bfe": (extracted_field, "t tnn"),
     "bfi": (inserted_field, "t ttnn"),
@@ -132,7 +133,7 @@ def arithmetic(program, own):
     return elementwise(program, own, formula, sources, result, meant[to])
 
 
-@instruction("lop3")
+@instruction("lop3", form=r"lop3\.b32")
 def lop3(program, own):
     result, *operands, table = own.operands
     return elementwise(program, own, looked_up(int(table, 0)), [(name, "b32") for name in operands], result)
@@ -206,13 +207,13 @@ PROPERTIES = {
 }
 
 
-@instruction("testp")
+@instruction("testp", form=r"testp\.\w+\.f\d+")
 def testp(program, own):
     result, given = own.operands
     return elementwise(program, own, PROPERTIES[own.parts[1]], [(given, own.type)], result, "pred")
 
 
-@instruction("selp")
+@instruction("selp", form=r"selp\.\w+")
 def selp(program, own):
     result, a, b, predicate = own.operands
     kind = f"b{8 * SIZES[own.type]}"
@@ -223,7 +224,7 @@ def selp(program, own):
 # --- Data Movement and Conversion Instructions -----------------------------------------------------------------------
 
 
-@instruction("mov")
+@instruction("mov", form=r"mov\.\w+")
 def mov(program, own):
     to, given = own.operands
     if own.type == "pred":
@@ -303,20 +304,20 @@ def _encoder(kind, modifiers, own):
     return lambda x: cut_off(x, kind)
 
 
-@instruction("cvta")
+@instruction("cvta", form=r"cvta(\.to)?\.(global|shared(::cta)?|param)\.u(32|64)")
 def cvta(program, own):
     """Generic, global and shared addresses are the same numbers here."""
     result, given = own.operands
     return elementwise(program, own, lambda x: x, [(given, f"b{8 * SIZES[own.type]}")], result)
 
 
-@instruction("createpolicy")
+@instruction("createpolicy", form=r"createpolicy\.fractional\.L2::evict_\w+\.b64")
 def createpolicy(program, own):
     write, none = destination(program, own.operands[0], "b64"), constant_of(program, "0", "b64")
     return lambda batch, mask: write(batch, none, mask)
 
 
-@instruction("prefetch", "prefetchu", "discard", "membar", "setmaxnreg", "griddepcontrol", "nanosleep")
+@instruction("prefetch", "prefetchu", "membar", "setmaxnreg", "griddepcontrol", "nanosleep")
 def hint(program, own):
     """Of no effect on what is computed."""
     return lambda batch, mask: None

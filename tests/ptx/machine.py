@@ -226,6 +226,8 @@ class Batch:
             self.state[lanes] = AT_MBARRIER
             self._wake_from_mbarrier(pc, lanes)
         elif own.op.startswith(("bar.sync", "barrier.sync")):
+            if own.op != "barrier.sync":
+                self.whole_warps(active, own.line)
             number, *count = [source(self.program, name, "u32")(self) for name in own.operands]
             self.barrier[0, lanes] = self.of(lanes, number)
             self.barrier[1, lanes] = self.of(lanes, count[0]) if count else self.threads
@@ -288,9 +290,10 @@ class Batch:
         report = self.launch.report
         if any((self.copies.committed[who] == number).any() for who, number, *_ in self.copies.flying):
             report("cp.async that was never committed", 0)
-        for _, number, _, own in self.tma.stores.flying:
-            if (self.tma.stores.committed[_] == number).any():
-                report("TMA store that was never committed", own.line)
+        for who, number, _, own in self.tma.stores.flying:
+            # What it has yet to read may belong to another CTA by then.
+            missing = "waited for" if (self.tma.stores.committed[who] > number).all() else "committed"
+            report(f"TMA store that nobody {missing}", own.line)
         self.tma.stores.commit(self.everyone)
         self.tma.finish_stores(self, self.everyone, 0)
         for load in (load for loads in self.tma.loads.values() for load in loads):

@@ -130,6 +130,9 @@ class SharedMemory:
         self.check(at, total, line, what)
         self.watch(lanes, at, total, line, what, True)
         self.rows.write(at + self.base[lanes], total, data)
+        if (self.rows.read(at + self.base[lanes], total).view(data.dtype) != data).any():
+            # Sums that several threads hold may differ by a rounding, where each has added in an order of its own.
+            self.batch.launch.report("note: different values written to one shared address by one instruction", line)
 
     def watch(self, lanes, at, total, line, what, writes):
         """Races and bank conflicts of the first CTA."""
@@ -151,20 +154,20 @@ class SharedMemory:
 
 
 def _space(own):
-    """global, shared or param, of an instruction whose other modifiers mean nothing here."""
+    """(global, shared or param, the number of values) of an instruction whose other modifiers mean nothing here."""
     space = own.parts[1].split("::")[0]
-    if own.has("volatile", "acquire", "release", "relaxed") or space not in ("global", "shared", "param"):
-        raise own.unknown()
     count = next((int(part[1:]) for part in own.parts if part in ("v2", "v4", "v8")), 1)
     if SIZES[own.type] * count > 16:
         raise own.unknown()
     return space, count
 
 
-@instruction("ld")
+@instruction("ld", form=r"ld\.(global|shared|param)(::\w+)?(\.(ca|cg|cs|lu|nc|L[12]::[\w:]+))*(\.v[248])?\.\w+")
 def ld(program, own):
     space, count = _space(own)
     results, where = vector(own.operands[0]), own.operands[1]
+    if len(results) != count:
+        raise own.unknown()
     writes = [destination(program, name, own.type) for name in results]
     size, decode = SIZES[own.type], _numbers(own.type)
     if space == "param":
@@ -206,11 +209,11 @@ def _ld_param(program, own, where, writes):
     return run
 
 
-@instruction("st")
+@instruction("st", form=r"st\.(global|shared)(::\w+)?(\.(wb|cg|cs|wt|L[12]::[\w:]+))*(\.v[248])?\.\w+")
 def st(program, own):
     space, count = _space(own)
     where, values = own.operands[0], vector(own.operands[1])
-    if space == "param" or len(values) != count:
+    if len(values) != count:
         raise own.unknown()
     find, size = address(program, where), SIZES[own.type]
     reads = [source(program, name, f"b{8 * size}") for name in values]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 SIZES = {f"{kind}{8 * size}": size for kind in "bus" for size in (1, 2, 4, 8)}  # bytes
 SIZES |= {"f16": 2, "bf16": 2, "f32": 4, "tf32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "u16x2": 4, "s16x2": 4}
 # Where a block ends, besides its branches: threads of a CTA wait for each other, or for an mbarrier.
-WAITS = ("bar.sync", "barrier.sync", "bar.red", "bar.arrive", "mbarrier.try_wait", "mbarrier.test_wait")
+WAITS = ("bar.sync", "barrier.", "bar.red", "bar.arrive", "mbarrier.try_wait", "mbarrier.test_wait")
+KNOWN_WAITS = r"bar\.sync|barrier\.sync(\.aligned)?|mbarrier\.(try|test)_wait\.parity(\.acquire\.cta)?\.shared\S*\.b64"
 
 
 class EmulationError(Exception):
@@ -154,6 +155,8 @@ def _blocks(statements):
                     blocks.append(Block())
                 labels[own] = len(blocks) - 1
         elif own.parts[0] in ("bra", "brx", "ret", "exit") or own.op.startswith(WAITS):
+            if own.op.startswith(WAITS) and not re.fullmatch(KNOWN_WAITS, own.op):
+                raise own.unknown()
             blocks[-1].end = own
             blocks.append(Block())
         else:

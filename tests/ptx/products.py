@@ -59,15 +59,20 @@ def _rows(batch, own, mask, read, count):
     return warps, lanes, batch.full(read(batch)).astype(i8)[lanes]
 
 
-def _matrix(own):
-    if not own.has("m8n8") or own.type != "b16":
+MATRICES = r"matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared(::cta)?\.b16"
+
+
+def _matrices(own, registers):
+    """Whether they are transposed."""
+    if f"x{len(registers)}" not in own.parts:
         raise own.unknown()
     return own.has("trans")
 
 
-@instruction("ldmatrix")
+@instruction("ldmatrix", form="ld" + MATRICES)
 def ldmatrix(program, own):
-    results, transposed = vector(own.operands[0]), _matrix(own)
+    results = vector(own.operands[0])
+    transposed = _matrices(own, results)
     read, writes = address(program, own.operands[1]), [destination(program, name, "b32") for name in results]
 
     def run(batch, mask):
@@ -83,9 +88,10 @@ def ldmatrix(program, own):
     return run
 
 
-@instruction("stmatrix")
+@instruction("stmatrix", form="st" + MATRICES)
 def stmatrix(program, own):
-    values, transposed = vector(own.operands[1]), _matrix(own)
+    values = vector(own.operands[1])
+    transposed = _matrices(own, values)
     find, reads = address(program, own.operands[0]), [source(program, name, "b32") for name in values]
 
     def run(batch, mask):
@@ -99,12 +105,9 @@ def stmatrix(program, own):
     return run
 
 
-@instruction("mma")
+@instruction("mma", form=r"mma\.sync\.aligned\.m16n8k(8|16)\.row\.col\.f32\.(b?f16|tf32)\.\2\.f32")
 def mma(program, own):
-    shape, kinds = next(part for part in own.parts if re.fullmatch(r"m\d+n\d+k\d+", part)), own.parts[-4:]
-    kind = kinds[1]
-    if shape not in ("m16n8k16", "m16n8k8") or kinds != ["f32", kind, kind, "f32"] or not own.has("row"):
-        raise own.unknown()
+    kind = own.parts[-2]
     a, b, c = ([source(program, name, "b32") for name in operand] for operand in own.operands[1:])
     writes = [destination(program, name, "b32") for name in own.operands[0]]
 
@@ -274,7 +277,10 @@ class Products:
                         launch.report(f"wgmma reads what {who}, with no fence.proxy.async between", own.line, name)
 
 
-@instruction("wgmma")
+WGMMA = r"wgmma\.(fence|commit_group|wait_group|mma_async)\.sync\.aligned(\.m64n\d+k(8|16)\.f32\.(b?f16|tf32)\.\4)?"
+
+
+@instruction("wgmma", form=WGMMA)
 def wgmma(program, own):
     if own.parts[1] in ("fence", "commit_group"):
         return lambda batch, mask: (batch.products.fence if own.parts[1] == "fence" else batch.products.groups.commit)(
@@ -287,7 +293,7 @@ def wgmma(program, own):
     to, a, b, keeps, *signs_and_order = own.operands
     kind = own.type
     signs, order = signs_and_order[:2], [int(each) for each in signs_and_order[2:]]
-    if own.parts[-3:] != ["f32", kind, kind] or signs != ["1", "1"]:
+    if signs != ["1", "1"]:
         raise own.unknown()
     indices = tuple(program.registers[name][0] for name in to)
     in_registers = isinstance(a, list)

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("TRITON_INTERPRET is set, which compiles nothing", allow_module_level=True)
 
-from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import kernels, products  # noqa: E402
+from . import kernels, products
 
 pytestmark = pytest.mark.emulated
 

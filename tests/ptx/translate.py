@@ -6,6 +6,7 @@ batch and a mask, None where all of its threads take part, and is not called whe
 
 import functools
 import hashlib
+import re
 import struct
 
 import numpy as np
@@ -18,9 +19,14 @@ PARAMETER_BASE = 0x7FF000000000  # no memory of this process lies there
 MAKERS = {}
 
 
-def instruction(*heads):
+SPECIAL = {f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"} | {"%laneid", "%warpid"}
+
+
+def instruction(*heads, form=".*"):
+    """form: a pattern of the whole instruction with its modifiers, for makers that do not look at each of them."""
+
     def register(maker):
-        MAKERS.update(dict.fromkeys(heads, maker))
+        MAKERS.update(dict.fromkeys(heads, (maker, re.compile(form))))
         return maker
 
     return register
@@ -48,8 +54,8 @@ class Program:
         return self.code[index]
 
     def translated(self, own):
-        maker = MAKERS.get(own.parts[0])
-        if maker is None:
+        maker, form = MAKERS.get(own.parts[0], (None, None))
+        if maker is None or not form.fullmatch(own.op):
             raise own.unknown()
         try:
             run = maker(self, own)
@@ -81,7 +87,7 @@ def source(program, name, kind):
             raise ValueError(name)
         narrow = lambda batch: batch.registers[index].astype(bits)  # noqa: E731
         return (lambda batch: decode(narrow(batch))) if decode else narrow
-    if name.startswith("%"):
+    if name in SPECIAL:
         return lambda batch: batch.special[name].astype(bits, copy=False)
     constant = constant_of(program, name, kind)
     return lambda batch: constant

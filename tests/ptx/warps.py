@@ -8,7 +8,7 @@ from .translate import destination, instruction, source
 LANES = np.arange(32)
 
 
-@instruction("shfl")
+@instruction("shfl", form=r"shfl\.sync\.(up|down|bfly|idx)\.b32")
 def shfl(program, own):
     mode = own.parts[2]
     results = own.operands[0].split("|")
@@ -40,7 +40,7 @@ def shfl(program, own):
     return run
 
 
-@instruction("elect")
+@instruction("elect", form=r"elect\.sync")
 def elect(program, own):
     leader, chosen = own.operands[0].split("|")
     writes = destination(program, leader, "b32"), destination(program, chosen, "pred")
@@ -54,7 +54,7 @@ def elect(program, own):
     return run
 
 
-@instruction("vote")
+@instruction("vote", form=r"vote\.sync\.((all|any|uni)\.pred|ballot\.b32)")
 def vote(program, own):
     mode = own.parts[2]
     read = source(program, own.operands[1], "pred")
@@ -83,7 +83,7 @@ REDUCTIONS = {
 }
 
 
-@instruction("redux")
+@instruction("redux", form=r"redux\.sync\.(add|min|max|and|or|xor)\.[bsu]32")
 def redux(program, own):
     reduce = REDUCTIONS[own.parts[2]].reduce
     read, write = source(program, own.operands[1], own.type), destination(program, own.operands[0], own.type)
@@ -97,7 +97,7 @@ def redux(program, own):
     return run
 
 
-@instruction("activemask")
+@instruction("activemask", form=r"activemask\.b32")
 def activemask(program, own):
     write = destination(program, own.operands[0], "b32")
 
@@ -109,9 +109,7 @@ def activemask(program, own):
     return run
 
 
-@instruction("bar")
+@instruction("bar", form=r"bar\.warp\.sync")
 def warp_barrier(program, own):
     """bar.warp.sync: the threads of a warp are in step here. The other barriers end blocks."""
-    if own.parts[1] != "warp":
-        raise own.unknown()
     return lambda batch, mask: None
