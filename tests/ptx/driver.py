@@ -17,8 +17,8 @@ from triton.runtime.errors import OutOfResources
 from perceptriton.kernels.records import CHIPS
 
 from . import machine, translate
-from .copies import TensorMap
 from .parse import EmulationError
+from .tma import TensorMap
 
 FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"}
 FORMATS |= {"u64": "Q", "fp32": "f", "f32": "f", "fp64": "d"}

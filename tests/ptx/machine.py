@@ -9,16 +9,16 @@ from collections import Counter
 
 import numpy as np
 
-from . import copies, instructions, memory, products, warps  # noqa: F401 (they register what they know)
+from . import copies, instructions, memory, moves, products, tma, warps, wgmma  # noqa: F401 (they register themselves)
 from .arithmetic import bits_of, i8, u4
-from .copies import Tma
 from .counters import instruction_class
 from .groups import Groups
 from .memory import GlobalMemory, SharedMemory
 from .parse import EmulationError
-from .products import Products
 from .races import Races, granule
+from .tma import Tma
 from .translate import address, source
+from .wgmma import Products
 
 LANES = 4096  # threads of a batch
 SHARED_BYTES = 64 << 20  # and their shared memory, at most

@@ -87,8 +87,8 @@ def test_products(chip, launched, own):
 
 
 def test_wgmma_finds_matrices_in_every_swizzle(hopper, launched, monkeypatch):
-    rows, swizzled = set(), products.swizzled
-    monkeypatch.setattr(products, "swizzled", lambda at, row: (rows.add(row), swizzled(at, row))[1])
+    rows, swizzled = set(), wgmma.swizzled
+    monkeypatch.setattr(wgmma, "swizzled", lambda at, row: (rows.add(row), swizzled(at, row))[1])
     for block_k, row in ((16, 32), (32, 64), (64, 128)):
         a, b = torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
         rows.clear()

@@ -54,7 +54,8 @@ class Program:
         return self.code[index]
 
     def translated(self, own):
-        maker, form = MAKERS.get(own.parts[0], (None, None))
+        heads = [".".join(own.parts[:count]) for count in (3, 2, 1)]
+        maker, form = next((MAKERS[head] for head in heads if head in MAKERS), (None, None))
         if maker is None or not form.fullmatch(own.op):
             raise own.unknown()
         try:
@@ -64,7 +65,7 @@ class Program:
         return None if own.predicate is None else self.registers[own.predicate][0], own.negated, run
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=128)
 def _program(digest, text, dynamic_shared):
     return Program(text, dynamic_shared)
 
