@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import kernels, products
+from . import kernels, wgmma
 
 pytestmark = pytest.mark.emulated
 
