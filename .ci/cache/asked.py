@@ -1,6 +1,7 @@
 """What is asked of the compiler before a chip has shown anything: by the tests, by the benchmarks, of every family."""
 
 import contextlib
+import functools
 import itertools
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from perceptriton.kernels.records import TrainConfig
 from perceptriton.mlp import MLP, LinearSigmoid
 
 ROOT = Path(__file__).parents[2]
+SPLITS = ("bf16x6", "bf16x3")  # that suites time
 
 
 class Version(CompiledKernel):
@@ -122,7 +124,7 @@ def hardware() -> None:
 
 
 class OnAbsentChip:
-    """A plugin of pytest: tests of kernels run on the CPU's memory, with kernels that do nothing. Most then fail."""
+    """A plugin of pytest: tests of kernels run on the CPU's memory, with kernels that do nothing. Some then fail."""
 
     def __init__(self) -> None:
         self.driver = driver.active
@@ -148,7 +150,7 @@ class OnAbsentChip:
 def tests(expression: str) -> None:
     """What the tests with these markers ask for, up to where each misses a right result."""
     own = ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-W", "ignore"]
-    pytest.main([*own, "-q", "--tb=short", "-m", expression, str(ROOT / "tests")], plugins=[OnAbsentChip()])
+    pytest.main([*own, "-q", "--tb=no", "-rN", "-m", expression, str(ROOT / "tests")], plugins=[OnAbsentChip()])
 
 
 # --- the benchmarks --------------------------------------------------------------------------------------------------
@@ -165,21 +167,16 @@ def benchmarks(suite: str) -> None:
                 with contextlib.suppress(RuntimeError):  # one that trains in a CUDA graph has no kernel of ours
                     bench_training.fitted(bench_training.Problem(case, "cpu")).advance(10)
         return
+    import contenders
     import stack_cases
 
     for case, dtype in stack_cases.cases(suite, "cuda"):
-        own = {"device": "meta", "dtype": getattr(torch, dtype)}
-        if len(case.sizes) == 2 and case.output_activation == "sigmoid":
-            model = LinearSigmoid(*case.sizes, **own)
-        else:
-            model = MLP(case.sizes, case.activation, case.output_activation, **own)
-        for split in (None, "bf16x6", "bf16x3") if dtype == "float32" and suite == "kernelbench" else (None,):
+        tensor = functools.partial(empty, dtype=getattr(torch, dtype))
+        for mode, split in itertools.product(case.modes, (None, *SPLITS) if dtype == "float32" else (None,)):
+            parameters = [tensor(*shape) for k, n in itertools.pairwise(case.sizes) for shape in ((n, k), (n,))]
+            ends = tensor(case.rows, case.sizes[0]), tensor(case.rows, case.sizes[-1])
+            problem = contenders.Problem(case, mode != "forward", ends[0], tuple(parameters), ends[1])
             allow_fp32_split(split)
-            for mode in case.modes:
-                x = empty(case.rows, case.sizes[0], dtype=own["dtype"])
-                x.requires_grad_(mode != "forward" and case.x_requires_grad)
-                with torch.set_grad_enabled(mode != "forward"):
-                    y = model(x)
-                if mode != "forward":
-                    differentiate(y)
-        allow_fp32_split(None)
+            with torch.set_grad_enabled(problem.training):
+                contenders.fused(problem).step()
+            allow_fp32_split(None)

@@ -48,6 +48,12 @@ def about() -> dict[str, str]:
     return {"triton": triton.__version__, "python": sys.implementation.cache_tag, "key": key}
 
 
+def sources() -> str:
+    """A hash of the kernels' sources. Of a file that changed, nothing is found below the change."""
+    texts = [path.read_bytes() for path in sorted((ROOT / "kernels" / "gpu").glob("*.py"))]
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+
+
 def place_of(source: str) -> str:
     """The folder of what gcc makes of a source. Whether the program `file` is installed counts in triton's key."""
     from triton.runtime.build import platform_key
@@ -88,13 +94,11 @@ def fill(archive: Path, tests: str, suites: str, processes: int) -> None:
                 asked.tests(tests)
             for suite in filter(None, suites.split(",")):
                 asked.benchmarks(suite)
-        began, jobs = time.perf_counter(), list(found.values())
-        print(f"{len(jobs)} kernels to compile, in {processes} processes", flush=True)
-        # Forked, since a kernel cannot be sent to another process: its number can.
-        _compile.jobs = jobs
+        JOBS[:] = found.values()
+        began, made = time.perf_counter(), []
+        print(f"{len(JOBS)} kernels to compile, in {processes} processes", flush=True)
         with multiprocessing.get_context("fork").Pool(processes) as pool:
-            made = []
-            for one in pool.imap_unordered(_compile, range(len(jobs))):
+            for one in pool.imap_unordered(_compile, range(len(JOBS))):
                 made.append(one)
                 if len(made) % 50 == 0:
                     print(f"{len(made)} after {time.perf_counter() - began:.0f} s", flush=True)
@@ -103,9 +107,13 @@ def fill(archive: Path, tests: str, suites: str, processes: int) -> None:
     size = pack(archive, cache, {*places, *launchers})
     took = sum(seconds for _, seconds in made)
     print(
-        f"{archive}: {len(places)} kernels ({len(jobs) - len(places)} could not be compiled), {len(launchers)} "
+        f"{archive}: {len(places)} kernels ({len(JOBS) - len(places)} could not be compiled), {len(launchers)} "
         f"launchers, {size / 1e6:.1f} MB; {took:.0f} core-seconds, {took / max(1, len(made)):.2f} each"
     )
+
+
+# What is to be compiled. A kernel cannot be sent to another process, but its number to one that was forked.
+JOBS: list[tuple] = []
 
 
 def _compile(number: int) -> tuple[str, float]:
@@ -116,13 +124,13 @@ def _compile(number: int) -> tuple[str, float]:
     from triton.runtime.cache import _base32
 
     began = time.perf_counter()
-    kernel, signature, constants, attributes, options = _compile.jobs[number]
+    kernel, signature, constants, attributes, options = JOBS[number]
     source = ASTSource(kernel, signature, constants, attributes)
     try:
         compiled = triton.compile(source, driver.active.get_current_target(), options.__dict__)
         driver.active.launcher_cls(compiled.src, compiled.metadata)
     except Exception as error:  # tests ask for tiles that no compiler takes, to see what is said then
-        print(f"{kernel.__name__}: {type(error).__name__}", file=sys.stderr)
+        print(f"{kernel.__name__}: {type(error).__name__}: {error!s:.500}", file=sys.stderr)
         return "", time.perf_counter() - began
     return _base32(compiled.hash), time.perf_counter() - began
 
@@ -131,7 +139,7 @@ def pack(archive: Path, cache: Path, places: set[str]) -> int:
     """Writes those folders of a cache, without what a launch does not need. Its size in bytes."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, "w:xz") as out:
-        manifest = json.dumps(about()).encode()
+        manifest = json.dumps({"for": about(), "sources": sources()}).encode()
         entry = tarfile.TarInfo("about.json")
         entry.size = len(manifest)
         out.addfile(entry, io.BytesIO(manifest))
@@ -150,9 +158,9 @@ def unpack(archive: Path) -> None:
 
     cache, places, new, held = Path(knobs.cache.dir), {}, 0, 0
     with tarfile.open(archive) as packed:
-        made_for = json.loads(packed.extractfile("about.json").read())
-        if made_for != (own := about()):
-            print(f"cache: not used, it is for {made_for} and this machine has {own}")
+        manifest = json.loads(packed.extractfile("about.json").read())
+        if manifest["for"] != (own := about()):
+            print(f"cache: not used, it is for {manifest['for']} and this machine has {own}")
             return
         for entry in packed:
             place, _, name = entry.name.partition("/")
@@ -173,7 +181,8 @@ def unpack(archive: Path) -> None:
         if not group.exists() and files[1].exists():
             group.write_text(json.dumps({"child_paths": {path.name: str(path) for path in files}}))
         held += 1
-    print(f"cache: {new} files unpacked, {held} kernels in {cache}")
+    stale = "" if manifest["sources"] == sources() else "; of other sources, so that some have to be compiled again"
+    print(f"cache: {new} files unpacked, {held} kernels in {cache}{stale}")
 
 
 # --- prove -----------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def pretend(own: Driver) -> None:
     """From now on tensors on the CPU, and on device "meta", are planned for and launched as if they lay on an H200."""
     driver.set_active(own)
     devices.look_at = lambda device: H200
-    eligibility._kind_refusal = lambda *_: None
+    refusal, enabled = eligibility._kind_refusal, torch.is_autocast_enabled
+    eligibility._kind_refusal = lambda x, *rest: None if x.is_meta else refusal(x, *rest)
     eligibility.cpu_refusal = train.cpu_refusal = lambda device: None
-    enabled = torch.is_autocast_enabled
     torch.is_autocast_enabled = lambda *kind: kind != ("meta",) and enabled(*kind)  # torch knows no autocast of that
