@@ -89,6 +89,8 @@ def test_the_fast_loop_reaches_every_part():
         "test_cuda_cache",
         "test_packaging",
         "test_controls",
+        "test_faults",
+        "test_threads",
         "test_traffic",
     }
 

@@ -41,14 +41,11 @@ def activated(arch):
         # What lies in triton's cache without machine code is not for those who have the chip.
         mock.patch.object(CUDABackend, "hash", lambda self: f"emulated-{self.target.arch}"),
         mock.patch.object(CompiledKernel, "_init_handles", _init_handles),
+        mock.patch.object(driver, "_active", Driver(arch)),
         marked_fresh(),
     ):
-        driver.set_active(Driver(arch))
         launched.clear()
-        try:
-            yield launched
-        finally:
-            driver.set_active(None)  # whatever this machine has, once it is asked for
+        yield launched
 
 
 class Driver:

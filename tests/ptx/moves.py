@@ -12,10 +12,11 @@ from .arithmetic import (
     to_integer,
     to_tf32,
     u4,
+    u8,
 )
 from .instructions import is_float
 from .parse import SIZES
-from .translate import constant_of, destination, elementwise, instruction, source, vector
+from .translate import PARAMETER_BASE, constant_of, destination, elementwise, instruction, source, vector
 
 
 @instruction("mov", form=r"mov\.\w+")
@@ -100,9 +101,10 @@ def _encoder(kind, modifiers, own):
 
 @instruction("cvta", form=r"cvta(\.to)?\.(global|shared(::cta)?|param)\.u(32|64)")
 def cvta(program, own):
-    """Generic, global and shared addresses are the same numbers here."""
+    """Generic, global and shared addresses are the same numbers here. Those of parameters may come with 32 bits."""
     result, given = own.operands
-    return elementwise(program, own, lambda x: x, [(given, f"b{8 * SIZES[own.type]}")], result)
+    formula = (lambda x: x | u8(PARAMETER_BASE)) if own.has("param") else lambda x: x
+    return elementwise(program, own, formula, [(given, f"b{8 * SIZES[own.type]}")], result)
 
 
 @instruction("createpolicy", form=r"createpolicy\.fractional\.L2::evict_\w+\.b64")

@@ -11,9 +11,12 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("TRITON_INTERPRET is set, which compiles nothing", allow_module_level=True)
 
 import triton
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import CompiledKernel
+from triton.runtime import driver as active
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import kernels, wgmma
+from . import driver, kernels, wgmma
 
 pytestmark = pytest.mark.emulated
 
@@ -37,6 +40,14 @@ def instructions_of(launch):
 
 def takes(launch, *heads):
     return all(any(op.startswith(head) for op in instructions_of(launch)) for head in heads)
+
+
+def test_the_driver_goes_as_it_has_come():
+    own = [(CUDABackend, "make_cubin"), (CUDABackend, "hash"), (CompiledKernel, "_init_handles"), (active, "_active")]
+    before = [vars(owner)[name] for owner, name in own]
+    with driver.activated(80), driver.activated(90):
+        assert not any(vars(owner)[name] is old for (owner, name), old in zip(own, before, strict=True))
+    assert [vars(owner)[name] for owner, name in own] == before
 
 
 # --- products --------------------------------------------------------------------------------------------------------

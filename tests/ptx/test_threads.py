@@ -9,6 +9,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("TRITON_INTERPRET is set, which compiles nothing", allow_module_level=True)
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from . import assembly, kernels
 from .parse import EmulationError
 
@@ -147,6 +149,19 @@ def test_memory_that_nobody_has_written(chip, launched, dtype):
     assert launched.pop().faults == ["read of uninitialized global memory"]
     kernels.copy_kernel[1,](x, y, 60, 100, 128)
     assert launched.pop().faults == []
+
+
+def test_a_tile_that_nobody_has_written(hopper, launched):
+    """TMA brings what is there. Rows beyond the end are not read."""
+    a, b, c = (torch.empty(rows, 64, dtype=torch.float16) for rows in (72, 64, 72))
+    b.fill_(1)
+    a[:71] = 1
+    blocks = [TensorDescriptor.from_tensor(t, [64, 64]) for t in (a, b, c)]
+    with pytest.raises(EmulationError, match="read of uninitialized global memory"):
+        kernels.tma_matmul_kernel[2, 1](*blocks, 64, 64, 64, 64, 1)
+    a[71] = 1
+    kernels.tma_matmul_kernel[2, 1](*blocks, 64, 64, 64, 64, 1)
+    assert (c == 64).all()
 
 
 OFFSET = "and.b32 %r2, %r0, 31;\nmad.lo.u32 %r3, %r2, 4, %r1;\nmul.wide.u32 %rd2, %r0, 4;\nadd.u64 %rd3, %rd1, %rd2;\n"

@@ -15,7 +15,7 @@ from .arithmetic import bits_of, decoder, encoder, flushed, u1, u2, u4
 from .parse import SIZES, Address, EmulationError, parse
 
 SHARED_BASE = 1024  # the first KB of shared memory is the system's
-PARAMETER_BASE = 0x7FF000000000  # no memory of this process lies there
+PARAMETER_BASE = 0x7FF000000000  # no memory of this process lies there; the lower 32 bits are 0
 MAKERS = {}
 
 
