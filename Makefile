@@ -218,6 +218,7 @@ test-emulator: $(READY)
 test-compiled-all: $(READY) ## all of it, with every tile that plans pick, on two tritons; says so in tests/ptx/passed.json (an hour)
 	$(call parts,test-all-ampere test-all-hopper test-all-tiles test-old-ampere test-old-hopper test-old-tiles)
 	$(BIN)/python tests/ptx/changes.py
+	PYTHONPATH=$(OVERLAY) $(BIN)/python tests/ptx/changes.py
 
 .PHONY: test-all-ampere test-all-hopper test-all-tiles test-old-ampere test-old-hopper test-old-tiles
 test-all-ampere: $(READY)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -482,21 +483,23 @@ def test_transposed_weight_is_refused():
         check(net, actual)
 
 
-# --- on the device only -------------------------------------------------------------------------------------------
+# --- compiled code only -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.hardware
-@pytest.mark.skipif(DEVICE != "cuda", reason="the interpreter cannot see what a compiler makes of it")
+@pytest.mark.skipif(
+    DEVICE != "cuda" and not cases.EMULATED, reason="the interpreter cannot see what a compiler makes of it"
+)
 @pytest.mark.parametrize(
     ("width", "block_m", "num_warps"),
     [
         tile
         for tile in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8))
-        # That one takes more shared memory than there is.
-        if tile != (128, 256, 4)
+        # These take more shared memory than there is, the one of 8 warps by triton 3.7.
+        if tile[:2] != (128, 256)
     ],
 )
-def test_gradients_of_weights_on_the_device(width, block_m, num_warps):
+def test_gradients_of_weights_as_compiled(width, block_m, num_warps):
     # Products of transposed registers were once miscompiled for some of these tiles (see network_kernels.py).
     net = Net((width,) * 3, m=1000, dtype=torch.bfloat16)
     check(net, net.run(fused(2, block_m=block_m, num_warps=num_warps), forward=fused(2, block_m=32)))

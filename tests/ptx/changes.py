@@ -1,4 +1,4 @@
-"""Which kernels have changed since all that is compiled of them passed, on this machine or another.
+"""Which kernels have changed since all that this triton compiles of them passed, on this machine or another.
 
 `python tests/ptx/changes.py` writes down that they have passed as they are: the last step of `make test-compiled-all`.
 With `pytest --changed` the tests of kernels that are as they were then are not run.
@@ -7,6 +7,7 @@ With `pytest --changed` the tests of kernels that are as they were then are not 
 import ast
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 PASSED = Path(__file__).with_name("passed.json")
@@ -21,7 +22,7 @@ FILES = {
 TESTS = {
     "layers": ("test_kernels.py", "test_layers", "test_output_tiles"),
     "networks": ("test_mlp_kernels.py", "mlp/", "test_networks"),
-    "training": ("test_training_kernels.py",),
+    "training": ("test_training_kernels.py", "test_training"),
     "wide": ("test_wide.py", "test_wide"),
 }
 
@@ -32,9 +33,14 @@ def digest(family):
     return hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16]
 
 
+def passed():
+    """By triton's version and family: the digest that passed."""
+    return json.loads(PASSED.read_text()) if PASSED.exists() else {}
+
+
 def changed():
-    passed = json.loads(PASSED.read_text()) if PASSED.exists() else {}
-    return {family for family in FILES if passed.get(family) != digest(family)}
+    own = passed().get(version("triton"), {})
+    return {family for family in FILES if own.get(family) != digest(family)}
 
 
 def families(nodeid):
@@ -47,4 +53,5 @@ def families(nodeid):
 
 
 if __name__ == "__main__":
-    PASSED.write_text(json.dumps({family: digest(family) for family in FILES}, indent=1) + "\n")
+    now = passed() | {version("triton"): {family: digest(family) for family in FILES}}
+    PASSED.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
