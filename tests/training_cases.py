@@ -38,6 +38,7 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
 }
 STATEFUL = ("momentum", "nesterov", "adam", "adamw")
+SLOW_OPTIMIZERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("momentum", "nesterov", "adamw")]
 # The same kinds as fields of a TrainConfig.
 RECIPES = {
     "sgd": {},

@@ -88,7 +88,7 @@ def train(impl, config, members, batch_size, chunks, every=5):
 
 
 @pytest.mark.parametrize("batch_size", [None, 4], ids=["full-batch", "minibatches"])
-@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("members", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
 def test_replayed_steps_are_steps(options, members, batch_size):
     config = TrainConfig((3, 5, 2), **options)
@@ -105,6 +105,7 @@ def test_replayed_steps_are_steps(options, members, batch_size):
     assert Graph.made == (1 if batch_size is None else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("members", [1, 3])
 def test_long_trajectories(members):
     expected, actual = (

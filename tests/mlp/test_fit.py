@@ -20,6 +20,7 @@ from training_cases import (
     LOSSES,
     NETS,
     OPTIMIZERS,
+    SLOW_OPTIMIZERS,
     STATEFUL,
     assert_same_state,
     chunks_of,
@@ -367,7 +368,7 @@ def test_strided_parameters_and_data():
 
 
 @pytest.mark.parametrize("batch_size", [None, 4], ids=["full", "minibatches"])
-@pytest.mark.parametrize("optimizer", ["sgd", *STATEFUL])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", *SLOW_OPTIMIZERS])
 def test_the_size_of_a_chunk_changes_no_bit(optimizer, batch_size, layout, monkeypatch):
     results = []
     for sizes in ((1,), (2, 3, 1), (50,)):
