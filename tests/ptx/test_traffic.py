@@ -1,8 +1,8 @@
 """What compiled kernels move, against the least that the plans' formulas say, and how well their accesses lie.
 
 `traffic.json` has, for each case, the bytes that its kernels ask for over the formula's, and for each kernel the
-sectors of global memory and the wavefronts of shared memory over the fewest for the same bytes. A figure that is 5%
-worse fails. `pytest --write-traffic tests/ptx/test_traffic.py` writes the table.
+sectors of global memory and the wavefronts of shared memory over the fewest for the same bytes, and the barriers that a
+warp meets in a tile of rows. A figure that is 5% worse fails. `pytest --write-traffic tests/ptx/test_traffic.py` writes the table.
 """
 
 import itertools
@@ -191,6 +191,7 @@ def measure(chip, case, dtype):
             for key in (f"ld {name}", f"st {name}", f"ld.shared {name}", f"st.shared {name}"):
                 sums[launch.name][name] += launch.counters[key]
                 sums[launch.name][f"{name} needed"] += launch.counters[f"{key} needed"]
+        sums[launch.name]["barriers"] += launch.counters["barrier instructions"] * 32 / launch.program.entry.threads
     rows = {
         kernel: {
             name: round(own[name] / own[f"{name} needed"], 3)
