@@ -2,7 +2,8 @@
 
 `traffic.json` has, for each case, the bytes that its kernels ask for over the formula's, and for each kernel the
 sectors of global memory and the wavefronts of shared memory over the fewest for the same bytes, and the barriers that a
-warp meets in a tile of rows. A figure that is 5% worse fails. `pytest --write-traffic tests/ptx/test_traffic.py` writes the table.
+warp meets in a tile of rows. A figure that is 5% worse fails. `pytest --write-traffic tests/ptx/test_traffic.py` writes
+the table.
 """
 
 import itertools
@@ -179,7 +180,7 @@ MEASURED = [
 
 
 def measure(chip, case, dtype):
-    """{"bytes": asked for / least, kernel: {"sectors": asked for / needed, "wavefronts": .. }}."""
+    """{"bytes": asked for / least, kernel: {"sectors": asked for / needed, "wavefronts": .., "barriers": ..}}."""
     torch.manual_seed(0)
     with driver.activated(CHIPS[chip]):
         least = CASES[case](Device("cuda", CHIPS[chip], UNITS, triton=True), dtype)
@@ -192,14 +193,11 @@ def measure(chip, case, dtype):
                 sums[launch.name][name] += launch.counters[key]
                 sums[launch.name][f"{name} needed"] += launch.counters[f"{key} needed"]
         sums[launch.name]["barriers"] += launch.counters["barrier instructions"] * 32 / launch.program.entry.threads
-    rows = {
-        kernel: {
-            name: round(own[name] / own[f"{name} needed"], 3)
-            for name in ("sectors", "wavefronts")
-            if own[f"{name} needed"]
-        }
-        for kernel, own in sums.items()
-    }
+    rows = {}
+    for kernel, own in sums.items():
+        names = [name for name in ("sectors", "wavefronts") if own[f"{name} needed"]]
+        rows[kernel] = {name: round(own[name] / own[f"{name} needed"], 3) for name in names}
+        rows[kernel]["barriers"] = round(own["barriers"] / ROW_TILES, 3)
     return {"bytes": round(moved / least, 3), **rows}
 
 
