@@ -50,7 +50,8 @@ def layer_backward(device, dtype):
     m = ROW_TILES * own.tile.block_m
     dy, y, x = (normal(m, width, dtype=dtype) for width in (n, n, k))
     layer.linear_act_bwd(dy, y, x, normal(n, k, dtype=dtype), "sigmoid", (True, True, True), own)
-    slots = 8 * own.programs * n * (k + 1)  # fp32 sums of each program, written and read
+    # fp32 sums of each program, written and read.
+    slots = 8 * own.programs * n * (k + 1) if own.programs > 1 else 0
     return plan.predict_bwd(m, k, n, NAMES[dtype], own).bytes + slots
 
 
