@@ -259,7 +259,7 @@ class Batch:
     def _wake_from_mbarrier(self, pc, lanes):
         """Lets those go whose phase is complete, and those whose try_wait is not repeated until it succeeds."""
         own = self.program.entry.blocks[pc].end
-        if own.has("test_wait") or not self.repeated(pc):
+        if own.has("test_wait") or not self.program.repeats(pc):
             done = np.zeros(len(lanes), bool)
             self.state[lanes] = RUNS
             self.at[lanes] += 1
@@ -273,11 +273,6 @@ class Batch:
         found[lanes] = done
         self.registers[index] = found
         return done.any()
-
-    def repeated(self, pc):
-        after = self.program.entry.blocks[pc + 1]
-        back = after.end is not None and after.end.parts[0] == "bra" and after.targets[0] <= pc
-        return back and not after.instructions
 
     def _wake(self):
         """Whether anybody whose wait has ended goes on."""

@@ -53,6 +53,12 @@ class Program:
             self.code[index] = [self.translated(own) for own in self.entry.blocks[index].instructions]
         return self.code[index]
 
+    def repeats(self, index):
+        """Whether what follows a block is nothing but a branch back to it, as after a try_wait."""
+        after = self.entry.blocks[index + 1]
+        back = after.end is not None and after.end.parts[0] == "bra" and after.targets[0] <= index
+        return back and not after.instructions
+
     def translated(self, own):
         heads = [".".join(own.parts[:count]) for count in (3, 2, 1)]
         maker, form = next((MAKERS[head] for head in heads if head in MAKERS), (None, None))
