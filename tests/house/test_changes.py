@@ -3,8 +3,7 @@
 import json
 
 import pytest
-
-from . import changes
+from ptx import changes
 
 pytest.importorskip("triton")  # whose version counts
 
