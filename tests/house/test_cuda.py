@@ -92,6 +92,6 @@ def test_what_comes_first_comes_first_in_every_shard():
     options = ("--collect-only", "--first", "hardware,core", "--shard", "1/3", "tests/kernels")
     _, lines = of_pytest(*options, TRITON_INTERPRET="1")
     names = [line for line in lines if line.startswith("tests/")]
-    hardware = [name for name in names if "test_capture" in name or "on_the_device" in name]
+    hardware = [name for name in names if "test_capture" in name or "as_compiled" in name]
     assert len(hardware) > 10
     assert names[: len(hardware)] == hardware
