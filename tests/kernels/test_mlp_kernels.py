@@ -490,16 +490,16 @@ def test_transposed_weight_is_refused():
 @pytest.mark.skipif(
     DEVICE != "cuda" and not cases.EMULATED, reason="the interpreter cannot see what a compiler makes of it"
 )
-@pytest.mark.parametrize(
-    ("width", "block_m", "num_warps"),
-    [
-        tile
-        for tile in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8))
-        # These take more shared memory than there is, the one of 8 warps by triton 3.7.
-        if tile[:2] != (128, 256)
-    ],
-)
+@pytest.mark.parametrize("num_warps", [4, 8])
+@pytest.mark.parametrize("block_m", [64, 128, 256])
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
 def test_gradients_of_weights_as_compiled(width, block_m, num_warps):
     # Products of transposed registers were once miscompiled for some of these tiles (see network_kernels.py).
     net = Net((width,) * 3, m=1000, dtype=torch.bfloat16)
-    check(net, net.run(fused(2, block_m=block_m, num_warps=num_warps), forward=fused(2, block_m=32)))
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        actual = net.run(fused(2, block_m=block_m, num_warps=num_warps), forward=fused(2, block_m=32))
+    except OutOfResources as error:
+        pytest.skip(f"no plan picks it: {error}")
+    check(net, actual)
