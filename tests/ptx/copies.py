@@ -45,7 +45,7 @@ def cp(program, own):
         shared = batch.shared
         shared.check(to, size, own.line, "asynchronous copy")
         mine = lanes < batch.threads
-        if batch.races and mine.any():
+        if mine.any():
             raced = batch.races.write(lanes[mine] >> 5, to[mine], size, PENDING, BY_COPIES)
             if raced.any():
                 batch.launch.report("shared-memory race (cp.async)", own.line, f"{raced.sum()} threads")
@@ -61,5 +61,5 @@ def arrive(batch, lanes, keep):
         size = data.shape[1] * 4
         batch.shared.rows.write(to + batch.shared.base[who], size, data)
         mine = who < batch.threads
-        if batch.races and mine.any():
+        if mine.any():
             batch.races.completed_write(who[mine] >> 5, to[mine], size)

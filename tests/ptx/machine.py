@@ -38,7 +38,7 @@ class Launch:
         self.program, self.grid = program, grid
         self.parameters, self.maps = np.frombuffer(parameters, np.uint8), maps or {}
         self.memory = GlobalMemory(self, extents, unwritten)
-        self.reports, self.counters, self.lines, self.executed = {}, Counter(), {}, Counter()
+        self.reports, self.counters, self.executed = {}, Counter(), Counter()
         self.seconds = 0.0
 
     def run(self):
@@ -65,12 +65,9 @@ class Launch:
     def fail(self, what, line, detail=""):
         raise EmulationError(f"{what} in line {line}: {self.source(line)}; {detail}")
 
-    def count(self, what, line, asked, needed):
+    def count(self, what, asked, needed):
         self.counters[what] += asked
         self.counters[f"{what} needed"] += needed
-        own = self.lines.setdefault((what, line), [0, 0])
-        own[0] += asked
-        own[1] += needed
 
     @property
     def faults(self):

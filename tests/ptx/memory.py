@@ -70,7 +70,7 @@ class GlobalMemory:
 
     def read(self, batch, lanes, at, total, line, what="read"):
         self.check(at, total, line, what)
-        self.count(batch, lanes, at, total, line, "ld")
+        self.count(batch, lanes, at, total, "ld")
         data = PROCESS.read(at - LOWEST, total)
         self.check_written(at, data, line)
         return data
@@ -87,16 +87,16 @@ class GlobalMemory:
     def write(self, batch, lanes, at, data, line):
         total = data.shape[1] * data.itemsize
         self.check(at, total, line, "write")
-        self.count(batch, lanes, at, total, line, "st")
+        self.count(batch, lanes, at, total, "st")
         PROCESS.write(at - LOWEST, total, data)
         if (PROCESS.read(at - LOWEST, total).view(data.dtype) != data).any():
             self.launch.report("different values written to one address by one instruction", line)
 
-    def count(self, batch, lanes, at, total, line, verb):
+    def count(self, batch, lanes, at, total, verb):
         self.launch.counters[f"{verb} bytes"] += len(at) * total
         mine = lanes < batch.threads
         if mine.any():
-            self.launch.count(f"{verb} sectors", line, *sectors(lanes[mine] >> 5, at[mine], total))
+            self.launch.count(f"{verb} sectors", *sectors(lanes[mine] >> 5, at[mine], total))
 
 
 class SharedMemory:
@@ -138,7 +138,7 @@ class SharedMemory:
         """Races and bank conflicts of the first CTA."""
         races, launch = self.batch.races, self.batch.launch
         mine = lanes < self.batch.threads
-        if races is None or not mine.any():
+        if not mine.any():
             return
         warps, at = lanes[mine] >> 5, at[mine]
         if writes:
@@ -150,7 +150,7 @@ class SharedMemory:
         if raced.any():
             launch.report(f"shared-memory race ({what})", line, f"{raced.sum()} threads")
         # Rows of a matrix come from 8 threads at a time, 16 bytes each, as in the accesses of whole threads.
-        launch.count(f"{'st' if writes else 'ld'}.shared wavefronts", line, *wavefronts(lanes[mine], at, total))
+        launch.count(f"{'st' if writes else 'ld'}.shared wavefronts", *wavefronts(lanes[mine], at, total))
 
 
 def _space(own):

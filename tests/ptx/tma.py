@@ -120,7 +120,7 @@ class Tma:
         return self.mbarriers[cta, at]
 
     def touch(self, batch, lane, at, line):
-        if batch.races and lane < batch.threads and batch.races.write(np.array([lane >> 5]), np.array([at]), 8).any():
+        if lane < batch.threads and batch.races.write(np.array([lane >> 5]), np.array([at]), 8).any():
             batch.launch.report("shared-memory race (mbarrier)", line)
 
     def init(self, batch, mask, where, counts, line):
@@ -146,7 +146,7 @@ class Tma:
             own.pending -= 1 if expects else number
             if own.pending < 0:
                 batch.launch.fail("more arrivals at an mbarrier than it expects", line)
-            if batch.races and lane < batch.threads:
+            if lane < batch.threads:
                 own.arriving = np.maximum(own.arriving, batch.races.released(lane >> 5))
             own.settle()
 
@@ -160,7 +160,7 @@ class Tma:
                 for load in self.loads.pop(key, []):
                     self.land(batch, key[0], own, load)
             answers[lane] = own.phase != old
-            if answers[lane] and batch.races and lane < batch.threads and lane % 32 == 0:
+            if answers[lane] and lane < batch.threads and lane % 32 == 0:
                 if batch.races.read(np.array([lane >> 5]), np.array([at]), 8)[0].any():
                     batch.launch.report("shared-memory race (mbarrier wait)", line)
                 batch.races.acquired(lane >> 5, own.known)
@@ -172,7 +172,7 @@ class Tma:
         self.loads.setdefault((cta, own.mbarrier), []).append(own)
         shared.rows.words[(cta * shared.stride + own.at) // 4 :][: own.map.bytes // 4] = POISON
         batch.launch.counters["TMA ld bytes"] += own.map.bytes
-        if races and cta == 0:
+        if cta == 0:
             races.acquired(
                 races.engine, np.where(np.arange(races.engine + 1) == races.engine, 0, races.clock[lane >> 5])
             )
@@ -189,7 +189,7 @@ class Tma:
             memory.check_written(_rows_of(found[1]), np.ascontiguousarray(found[1]), own.line)
         shared.rows.write(own.map.units(own.at) + cta * shared.stride, 16, box.reshape(-1).view(u1).reshape(-1, 16))
         mbarrier.bytes -= box.nbytes
-        if races and cta == 0:
+        if cta == 0:
             races.completed_write(np.array([races.engine]), np.array([own.at]), box.nbytes)
             mbarrier.arriving[races.engine] = races.released(races.engine)[races.engine]
         mbarrier.settle()
@@ -198,7 +198,7 @@ class Tma:
         self.stores.begin(np.array([lane]), own)
         batch.launch.counters["TMA st bytes"] += own.map.bytes
         races = batch.races
-        if races and lane < batch.threads:
+        if lane < batch.threads:
             where = races.granules(np.array([own.at]), own.map.bytes)
             unfenced = races.unfenced[where].any()
             races.acquired(
@@ -223,7 +223,7 @@ class Tma:
             if found := own.map.window(batch.launch.memory, own.corner):
                 found[1][...] = box[found[0]]
                 batch.launch.counters["st bytes"] += found[1].nbytes
-            if races and cta == 0:
+            if cta == 0:
                 races.read(np.array([races.engine]), np.array([own.at]), own.map.bytes)
                 # Who has waited knows of it; the others hear of it at a barrier.
                 waited = int(who[0]) % batch.threads >> 5

@@ -11,7 +11,7 @@ import struct
 
 import numpy as np
 
-from .arithmetic import bits_of, decoder, encoder, flushed, u1, u2, u4
+from .arithmetic import bits_of, decoder, encoder, flushed, u2, u4
 from .parse import SIZES, Address, EmulationError, parse
 
 SHARED_BASE = 1024  # the first KB of shared memory is the system's
@@ -207,8 +207,3 @@ def address(program, operand):
 
 def vector(operand):
     return operand if isinstance(operand, list) else [operand]
-
-
-def as_bytes(values):
-    """Values of one size for each thread, side by side as memory has them."""
-    return np.ascontiguousarray(np.stack(values, axis=1)).view(u1)

@@ -148,8 +148,6 @@ class Products:
     def watch(self, groups, own, when, report=True):
         """The first CTA's warps read A and B, until they have waited."""
         races, launch = self.batch.races, self.batch.launch
-        if races is None:
-            return
         for group in groups[groups < self.batch.threads // 128]:
             for name, operand in (("A", own.a), ("B", own.b)):
                 if operand.descriptor is None:
