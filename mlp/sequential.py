@@ -89,10 +89,31 @@ class Chain:
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor | None]] | None:
         """(weights, biases), or None where calling the modules would run anything but the forwards of their classes."""
-        if list(map(type, self.modules)) != self.types or not all(map(is_plain, self.modules)):
+        if _has_any_global_hook():
             return None
+        for kind, forward in self.forwards:
+            if kind.forward is not forward:
+                return None
+        # `is_plain`, written out, for calls are what a small network costs on a GPU.
+        for module, kind in zip(self.modules, self.types, strict=True):
+            own = module.__dict__
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+                or "_compiled_call_impl" in own
+                or "weight" in own
+                or "bias" in own
+                or type(module) is not kind
+            ):
+                return None
         found = [layer._parameters for layer in self.layers]
-        return [cast(Tensor, own["weight"]) for own in found], [own["bias"] for own in found]
+        try:
+            return [cast(Tensor, own["weight"]) for own in found], [own["bias"] for own in found]
+        except KeyError:
+            return None
 
     def run(self, input: Tensor) -> Tensor:
         """What calling the modules in turn computes."""

@@ -10,7 +10,7 @@ import compiling
 import pytest
 import torch
 
-from perceptriton.kernels import crossover, plan, records
+from perceptriton.kernels import calls, crossover, plan, records
 from perceptriton.kernels.native import ready
 
 
@@ -114,6 +114,12 @@ def _round_bfloat16(monkeypatch):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def calls_decided_anew():
+    """What tests put in the place of plans, kernels and limits is gone with them."""
+    calls.forget()
 
 
 @pytest.fixture(autouse=True)

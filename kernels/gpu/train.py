@@ -109,7 +109,7 @@ class KernelLoop:
         offset = start % log_every if log_every else 1
         resident = order is None and self.batches == 1 and self.samples <= self.plan.rows
         rows = {"ROWS": self.samples if resident else self.plan.rows} if self.plan.impl == "lane" else {}
-        with device_of(losses):
+        with device_of(losses.device):
             self.kernel[self.grid](
                 order_ptr=order,
                 losses_ptr=losses,
