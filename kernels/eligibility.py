@@ -133,7 +133,8 @@ def _small(x: Tensor, weights: Sequence[Tensor], training: bool) -> str | None:
     if not x.is_cuda or not _known(weights, *x.shape[:-1]):
         return None
     widths = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
-    if crossover.launch_bound(math.prod(x.shape[:-1]) * widths[0] * x.dtype.itemsize, widths, training):
+    nbytes = math.prod(x.shape[:-1]) * widths[0] * x.dtype.itemsize
+    if crossover.layer_bytes(nbytes, widths) < crossover.traced_limit(training, look_at(x.device)):
         return "small: the host decides how long it takes"
     return None
 

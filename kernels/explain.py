@@ -9,7 +9,7 @@ from typing import NamedTuple, cast, overload
 import torch
 
 from . import plan as planning
-from .crossover import launch_note
+from .crossover import limit_note
 from .devices import device_for, dtype_name, fp32_precision, fp32_split
 from .eligibility import cpu_refusal
 from .ops import obey
@@ -80,8 +80,10 @@ def explain(
 ) -> Explanation | MlpExplanation:
     """Which implementation a layer or a network takes, with its tiles and the reason. Launches nothing.
 
-    Where eager calls on the default stream of a GPU take plain torch, because the host would be what they wait for, the
-    reason says so; what is named is what CUDA graphs, programs compiled for a dynamic batch and impl="triton" run.
+    Of a GPU the reason says too whether eager calls launch what is named. Where they take plain torch, because they
+    would wait for the host, it says below which size, and what is named is what they launch on other streams than the
+    default one, CUDA graphs, programs compiled for a dynamic batch and impl="triton". "uncalibrated": by a model of
+    calls and bandwidth (crossover.py), for a device of which `benches/tune.py launches` has measured nothing.
 
     Plans for GPUs carry a `prediction`, which `print` shows too: the time that the plan's flops and bytes take at an
     H200's peak rates with sigmoids, and the least that any plan could take (the model: `predict`, `predict_bwd` and
@@ -133,7 +135,7 @@ def explain(
     nbytes = rows * widths[0] * dtype.itemsize
 
     def with_prediction(plan, prediction):
-        note = launch_note(nbytes, widths, plan is explanation.backward) if impl is None else ""
+        note = limit_note(nbytes, widths, plan is explanation.backward, device) if impl is None else ""
         return dataclasses.replace(plan, reason=plan.reason + note, prediction=prediction)
 
     if isinstance(explanation, Explanation):

@@ -13,13 +13,14 @@ from torch import Tensor, is_grad_enabled
 from . import crossover, reference
 from . import plan as planning
 from .calls import Calls
-from .devices import cpu_kind, describe, device_for, dtype_name, fp32_precision, fp32_split, gpu
+from .devices import cpu_kind, describe, device_for, dtype_name, fp32_precision, fp32_split, gpu, look_at
 from .operands import are_dense, dense, flat_head, flattened, led, stored
 from .plan import MlpPlans
 from .records import EMPTY, MlpPlan, NeedsGrad, Plan, Wanted
 from .reference import Gradients, OptionalTensors
 
-layer_backwards, network_backwards = Calls(), Calls()
+# What kernels run, as functions of the tensors that the doors take.
+layer_forwards, layer_backwards, network_forwards, network_backwards = (Calls() for _ in range(4))
 
 # "perceptriton", or the name under which a copy of the package was imported: each copy registers ops of its own.
 NAMESPACE = "_".join(__name__.split(".")[:-2])
@@ -35,10 +36,10 @@ def prefers_torch(x: Tensor, widths: tuple[int, ...]) -> bool:
 
 
 def is_small(x: Tensor, widths: tuple[int, ...]) -> bool:
-    """Whether plain torch operations cost least, on a GPU's default stream."""
+    """The same, on the default stream."""
     if x.is_cpu:
         return x.numel() < few_elements(widths, x.dtype, is_grad_enabled())
-    return x.is_cuda and crossover.launch_bound(x.nbytes, widths, is_grad_enabled())
+    return x.is_cuda and x.numel() < _few_on_gpu(widths, x.dtype.itemsize, is_grad_enabled(), x.device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -48,6 +49,12 @@ def few_elements(widths: tuple[int, ...], dtype: torch.dtype, training: bool) ->
     Where a layer takes 7 us, the call of `prefers_torch` would be 5% of it: hot paths compare with this.
     """
     return crossover.cpu_rows(widths, dtype_name(dtype), cpu_kind(), training) * max(widths[0], 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _few_on_gpu(widths: tuple[int, ...], itemsize: int, training: bool, device: torch.device) -> float:
+    limit = crossover.eager_limit(widths, training, look_at(device))
+    return limit / (itemsize * max(crossover.layer_bytes(1, widths), 1e-9))
 
 
 def network_prefers_torch(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -69,6 +76,12 @@ def trains_plainly(x: Tensor, weight: Tensor) -> bool:
 
 def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, impl: str | None) -> Tensor:
     """act(x @ weight.T + bias) for x (..., K), weight (N, K), bias (N,): (..., N), contiguous, in x's dtype."""
+    key, tensors = (activation, impl, bias is None), (x, weight) if bias is None else (x, weight, bias)
+    if call := layer_forwards.find(key, tensors):
+        return call(x, weight, bias)
+    if call := linear_act_fwd_call(x, weight, bias, activation, impl):
+        layer_forwards.keep(key, tensors, call)
+        return call(x, weight, bias)
     x2, plan = _planned_fwd(x, weight, impl)
     return led(_layer_fwd(x2, weight, bias, activation, plan), x.shape)
 
@@ -207,7 +220,13 @@ def mlp_fwd(
         y, saved = reference.mlp_fwd(flattened(x), weights, biases, hidden, output, plan, save, *layer_fwd)
         return led(y, x.shape), saved
     weights, biases = tuple(weights), None if biases is None else tuple(biases)
-    return mlp_fwd_call(x, weights, biases, hidden, output, plan, save, head)(x, weights, biases, head)
+    target, pos_weight, *options = head or (None, None)
+    key = (id(plan), biases is None, hidden, output, save, target is None, pos_weight is None, *options)
+    tensors = [t for t in (x, *weights, *(biases or ()), target, pos_weight) if t is not None]
+    if (call := network_forwards.find(key, tensors)) is None:
+        call = mlp_fwd_call(x, weights, biases, hidden, output, plan, save, head)
+        network_forwards.keep(key, tensors, call, plan)
+    return call(x, weights, biases, head)
 
 
 def mlp_fwd_call(

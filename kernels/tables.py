@@ -12,6 +12,7 @@ from .records import DTYPES, TileRow, WideTile, WideTiming
 
 TABLES = Path(__file__).parent / "tuned"
 LAYER_TILES, MLP_TILES, WIDE_TILES = "gpu_tiles.json", "mlp_tiles.json", "wide.json"
+LAUNCHES = "launches.json"
 
 CPU_RULES = ("forward", "dx", "dweight")
 CPU_SIZES = ("small", "chunk_above_bytes", "chunk_bytes")
@@ -111,6 +112,24 @@ def read_cpu(document: dict) -> dict:
     return document
 
 
+def read_launches(document: dict) -> dict:
+    """What devices, by name, have measured of eager calls. Raises ValueError at what nothing could be decided by.
+
+    Of a layer and of a network: bytes of x and y, per layer, from which on kernels win, without gradients and with.
+    """
+    for name, measured in document["devices"].items():
+        _expect({"torch", "triton", "date"} <= measured.keys(), f"{name}, keys", sorted(measured))
+        for kind in ("layer", "network"):
+            limits = measured[kind]
+            _expect(len(limits) == 2 and all(map(_count, limits)), f"{name}, {kind}", limits)
+    return document
+
+
+def measured_limits(device: str) -> dict | None:
+    """What `launches.json` has of the device of that name."""
+    return read_table(LAUNCHES)["devices"].get(device)
+
+
 _PLAIN = dict.fromkeys(CPU_SIZES, 1 << 62) | dict.fromkeys(CPU_RULES)
 
 # How each table is read, and what stands for one that cannot be: no tiles, no measurements, plain torch on a CPU.
@@ -119,6 +138,7 @@ READERS: dict[str, tuple[Callable[[dict], dict], dict]] = {
     LAYER_TILES: (read_tiles, {"tiles": {}}),
     MLP_TILES: (read_tiles, {"tiles": {}}),
     WIDE_TILES: (read_wide, {"tiles": {}, "devices": {}}),
+    LAUNCHES: (read_launches, {"devices": {}}),
 }
 
 

@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -232,9 +233,10 @@ def mlp_bwd_call(
     add_up = sum_slots_call(programs, size, size, device) if size and programs > 1 else None
     new_flat, new_slots = fresh((size,), dtype, device), fresh((programs, size), torch.float32, device)
     # Where each gradient lies in the tensor that holds all.
+    shapes = [((n, k), (k, 1)) for k, n in itertools.pairwise(widths)], [((n,), (1,)) for n in widths[1:]]
     parts = [
-        [None if a < 0 else (p.shape, p.stride(), a) for a, p in zip(ats, own or (None,) * count, strict=True)]
-        for ats, own in ((at_weights, weights), (at_biases, biases))
+        [None if at < 0 else (*own, at) for at, own in zip(ats, each, strict=True)]
+        for ats, each in zip((at_weights, at_biases), shapes, strict=True)
     ]
 
     def call(

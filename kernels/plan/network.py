@@ -11,8 +11,6 @@ from .cpu import cpu_mlp
 from .layer import linear_act_bwd, linear_act_fwd
 from .wide import linear_act_dgrad, linear_act_wgrad
 
-MLP_MAX_WIDTH = 128
-
 # Sums of weight gradients live in registers next to the activations: one backward kernel takes 8, 4, 2 or 1 layers of
 # width 16, 32, 64 or 128. In between, a layer counts as the geometric mean of its two widths.
 MLP_BACKWARD_WIDTHS = 128

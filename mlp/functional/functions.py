@@ -20,15 +20,16 @@ def node(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 class LinearActFunction(torch.autograd.Function):
-    """A layer that saves its output, from which the activation's derivative follows. call: what computes it.
+    """A layer that saves its output, from which the activation's derivative follows. call: what computes it, if
+    that is known.
 
     `forward` takes ctx, which costs a third of what `setup_context` costs. Only torch.func transforms need the latter,
     and `linear_act` keeps them away from here.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, activation, impl, call):
-        y = call(x, weight, bias)
+    def forward(ctx, x, weight, bias, activation, impl, call=None):
+        y = call(x, weight, bias) if call else ops.linear_act_fwd(x, weight, bias, activation, impl)
         save_layer(ctx, (x, weight, bias, activation, impl), y)
         return y
 
@@ -147,15 +148,17 @@ class MlpBceFunction(torch.autograd.Function):
     """A network and its binary cross entropy, which saves what `FusedMlpFunction` saves, target and pos_weight."""
 
     @staticmethod
-    def forward(ctx, x, target, pos_weight, reduction, dtype, hidden, call, plan, layers, *parameters):
-        ctx.reduction, ctx.hidden, ctx.plan, ctx.layers = reduction, hidden, plan, layers
-        loss, saved = call(x, *split_parameters(parameters, layers), (target, pos_weight, reduction, dtype))
+    def forward(ctx, x, target, pos_weight, reduction, dtype, hidden, plans, layers, *parameters):
+        ctx.reduction, ctx.hidden, ctx.plan, ctx.layers = reduction, hidden, plans.backward, layers
+        weights, biases = split_parameters(parameters, layers)
+        options = (hidden, "identity", plans.forward, plans.backward.boundaries, (target, pos_weight, reduction, dtype))
+        loss, saved = ops.mlp_fwd(x, weights, biases, *options)
         ctx.save_for_backward(x, *parameters, target, pos_weight, *saved)
         return loss
 
     @staticmethod
     def backward(ctx, dloss):  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs, (target, pos_weight, *saved), wanted = _saved(ctx, 9)
+        inputs, (target, pos_weight, *saved), wanted = _saved(ctx, 8)
         head = (target, pos_weight, ctx.reduction)
 
         def fused(x, weights, biases, needs_grad):
@@ -164,7 +167,7 @@ class MlpBceFunction(torch.autograd.Function):
 
         in_torch = partial(torch_network, hidden=ctx.hidden, output="identity", head=head)
         dx, *others = network_bwd(dloss, inputs, ctx.layers, wanted, fused, in_torch)
-        return dx, *(None,) * 8, *others
+        return dx, *(None,) * 7, *others
 
 
 def network_bwd(upstream: Tensor, inputs: Sequence[Tensor], layers: int, wanted: tuple[bool, ...], fused, in_torch):

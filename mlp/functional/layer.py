@@ -1,7 +1,5 @@
 """One layer as a function of tensors."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
@@ -88,13 +86,15 @@ def _planned(x, weight, bias, activation, impl):
     if wants_grad and impl is None and x.is_cpu and ops.trains_plainly(x, weight):
         # The activation overwrites z: autograd keeps only y, and a new large tensor costs more than the sigmoid.
         return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias))
-    prepared = ops.linear_act_fwd_call(x, weight, bias, activation, impl)
-    call = prepared or partial(ops.linear_act_fwd, activation=activation, impl=impl)
-    y = LinearActFunction.apply(x, weight, bias, activation, impl, call) if wants_grad else call(x, weight, bias)
+    call = ops.linear_act_fwd_call(x, weight, bias, activation, impl)
+    if wants_grad:
+        y = LinearActFunction.apply(x, weight, bias, activation, impl, call)
+    else:
+        y = call(x, weight, bias) if call else ops.linear_act_fwd(x, weight, bias, activation, impl)
     # Small ones go by the stream too.
-    if prepared and not autocast and not (impl is None and ops.is_small(x, (weight.shape[1], weight.shape[0]))):
+    if call and not autocast and not (impl is None and ops.is_small(x, (weight.shape[1], weight.shape[0]))):
         if wants_grad:
-            apply, options = node(LinearActFunction), (activation, impl, prepared)
+            apply, options = node(LinearActFunction), (activation, impl, call)
             call = lambda x, weight, bias: apply(x, weight, bias, *options)  # noqa: E731
         known.keep((activation, impl, bias is None), (x, weight) if bias is None else (x, weight, bias), call)
     return y

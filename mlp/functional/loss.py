@@ -91,13 +91,10 @@ def mlp_sigmoid_bce(
             z = mlp_act(x, weights, biases, activation, "identity", impl=impl)
             return torch_bce(z, target, pos_weight, reduction)
         (x, weights, biases), plans = found
-        backward = plans.backward
-        save = () if backward is None else backward.boundaries
-        forward = ops.mlp_fwd_call(x, weights, biases, activation, "identity", plans.forward, save, head)
-        if backward is None:
-            return forward(x, weights, biases, head)[0]
+        if plans.backward is None:
+            return ops.mlp_fwd(x, weights, biases, activation, "identity", plans.forward, head=head)[0]
         parameters = (*weights, *(biases or ()))
-        return MlpBceFunction.apply(x, *head, activation, forward, backward, len(weights), *parameters)
+        return MlpBceFunction.apply(x, *head, activation, plans, len(weights), *parameters)
     except ERRORS as error:
         if is_for_torch(error, x, weights, (activation,), impl):
             return torch_network(x, weights, biases, activation, "identity", (target, pos_weight, reduction))

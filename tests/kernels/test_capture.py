@@ -266,9 +266,10 @@ def layer():
 def h200(layer, absent_h200, monkeypatch):
     """Tensors on a CPU are launched as if they were on a chip that is not there."""
     monkeypatch.setattr(torch.cuda, "device", lambda place: contextlib.nullcontext())
-    current = layer.device_of
-    tensor = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-    monkeypatch.setattr(layer, "device_of", lambda _: current(tensor))
+    from perceptriton.kernels.gpu import launch
+
+    current = launch.device_of
+    monkeypatch.setattr(launch, "device_of", lambda _: current(torch.device("cuda", 0)))
     yield
     layer.linear_act_fwd_rows_kernel.device_caches.clear()
 
@@ -298,6 +299,6 @@ def test_a_cold_kernel_is_not_compiled_while_a_graph_is_captured(layer, h200, mo
         assert JITFunction._do_compile is launch._refuse_to_compile
     assert JITFunction._do_compile is launch._compile
     # The capture is over.
-    monkeypatch.setattr(layer, "device_of", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "device_of", lambda _: contextlib.nullcontext())
     layer.linear_act_fwd(x, weight, bias, "sigmoid", plan)
     assert compiled == ["linear_act_fwd_rows_kernel"] * 2

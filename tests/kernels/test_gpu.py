@@ -11,7 +11,7 @@ from cases import kernel_device, make_layer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from perceptriton.kernels import crossover
+from perceptriton.kernels import calls, crossover
 from perceptriton.mlp import MLP, LinearSigmoid, linear_sigmoid, warmup
 
 if kernel_device() != "cuda":
@@ -19,8 +19,8 @@ if kernel_device() != "cuda":
 
 from triton.runtime import JITFunction
 
-from perceptriton.kernels.gpu import launch, network
 from perceptriton.kernels.gpu import layer as layers
+from perceptriton.kernels.gpu import network
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hardware]
 MODELS = {
@@ -53,7 +53,7 @@ forgotten = []
 
 
 def forget_kernels():
-    launch._runners.clear()
+    calls.forget()
     for kernel in (*vars(layers).values(), *vars(network).values()):
         if isinstance(kernel, JITFunction):
             forgotten.append(dict(kernel.device_caches))
