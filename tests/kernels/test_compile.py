@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from compiling import CHIPS, assert_fits, assert_sound, compile_for, compile_selected
+from compiling import CHIPS, TILED_FOR, assert_fits, assert_sound, compile_for, compile_selected
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -41,7 +41,7 @@ def _empty(dtype, *shapes):
 def _cases():
     """(id, arch, op, kind, shape, plan): every tile of the tables, through the plan of a shape that picks it."""
     ops = {"linear_act_fwd": planning.linear_act_fwd, "linear_act_bwd": planning.linear_act_bwd}
-    for arch, (op, plan_for), kind in itertools.product((80, 90), ops.items(), KINDS):
+    for arch, (op, plan_for), kind in itertools.product(TILED_FOR, ops.items(), KINDS):
         dtype, precision = KINDS[kind]
         for layout in ("aligned", "ragged"):
             for row in tables.tile_rows("gpu_tiles.json", f"sm_{arch}", op, kind, layout):
@@ -64,8 +64,10 @@ def _cases():
 
 
 CASES = {case[0]: case[1:] for case in _cases()}
-SM_100 = {
-    f"sm_100-{op}-{kind}": (100, *CASES[f"sm_90-{op}-{kind}-32x32-aligned"][1:])
+# Chips with the tiles of another.
+OTHERS = {
+    f"sm_{arch}-{op}-{kind}": (arch, *CASES[f"{tiled_for}-{op}-{kind}-32x32-aligned"][1:])
+    for arch, tiled_for in ((89, "sm_86"), (100, "sm_90"))
     for op in ("linear_act_fwd", "linear_act_bwd")
     for kind in KINDS
 }
@@ -80,12 +82,12 @@ def _launches(case):
 
 @pytest.fixture(scope="session")
 def compiled(request):
-    return compile_selected(request, CASES | SM_100, _launches)
+    return compile_selected(request, CASES | OTHERS, _launches)
 
 
-@pytest.mark.parametrize("name", CASES | SM_100)
+@pytest.mark.parametrize("name", CASES | OTHERS)
 def test_no_spills_and_fits(name, compiled):
-    arch, *_ = (CASES | SM_100)[name]
+    arch, *_ = (CASES | OTHERS)[name]
     for resources in compiled[name]:
         assert_sound(resources)
         assert_fits(resources, arch)
