@@ -5,12 +5,13 @@ No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource ta
 
 import itertools
 import os
+import re
 
 import pytest
 import torch
 from compiling import CHIPS, TILED_FOR, assert_fits, assert_sound, compile_for, compile_selected
 
-pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
+triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
 
@@ -118,6 +119,17 @@ def test_special_function_units_per_output(name, compiled):
     elements_per_thread = plan.tile.block_m * plan.tile.block_n / (32 * plan.tile.num_warps)
     # exp2 and one division or rsqrt for each output; the pipeliner may copy the loop body once.
     assert compiled[name][0].opcodes["MUFU"] <= 2 * 2 * max(elements_per_thread, 1) + 8
+
+
+@pytest.mark.parametrize("name", [f"{op}-{kind}" for op in ("linear_act_fwd", "linear_act_bwd") for kind in KINDS])
+def test_one_code_for_ampere_and_ada(name):
+    """What triton makes for 8.6 and 8.9, and for 8.0 up to 3.7, differs in its head alone: one is emulated for all."""
+    archs = (86, 89, 80) if triton.__version__ in tables.read_table("gpu_tiles.json")["triton"] else (86, 89)
+    for _, launch in _launches(CASES[f"sm_86-{name}-32x32-aligned"]):
+        # Behind the code come the names of source files.
+        texts = [aot.compiled(arch, launch).asm["ptx"].partition("\t.file\t")[0] for arch in archs]
+        assert all(f".target sm_{arch}\n" in text for arch, text in zip(archs, texts, strict=True))
+        assert len({re.sub(r"(?m)^\.(version|target) .*$", "", text) for text in texts}) == 1
 
 
 def test_a_spilling_tile_is_seen():
