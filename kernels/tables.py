@@ -3,12 +3,12 @@
 import functools
 import json
 import warnings
-from collections.abc import Callable
-from dataclasses import astuple
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from .records import DTYPES, TileRow, WideTile, WideTiming
+from .records import DTYPES, TileRow, WideTile
 
 TABLES = Path(__file__).parent / "tuned"
 LAYER_TILES, MLP_TILES, WIDE_TILES = "gpu_tiles.json", "mlp_tiles.json", "wide.json"
@@ -16,6 +16,23 @@ LAUNCHES = "launches.json"
 
 CPU_RULES = ("forward", "dx", "dweight")
 CPU_SIZES = ("small", "chunk_above_bytes", "chunk_bytes")
+
+
+@dataclass(frozen=True)
+class WideTiming:
+    """What a device measured of a wide product of shape (m, k, n). Raises ValueError at what no plan could use."""
+
+    shape: Sequence[int]
+    tile: WideTile | None  # the fastest; None: the library was faster than all
+    us: float  # of the fastest tile
+    library_us: float
+    splits: int = 1  # of the sum over k
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3 or min(self.shape) < 1 or self.splits not in (1, 2, 4, 8, 16):
+            raise ValueError(f"not three sizes, or no power of 2: {self.shape!r:.80} in {self.splits!r:.80} splits")
+        if not (self.us > 0 and self.library_us > 0):
+            raise ValueError(f"times of {self.shape}: {self.us!r:.80} and {self.library_us!r:.80}")
 
 
 def read_tiles(document: dict) -> dict:

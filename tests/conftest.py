@@ -19,7 +19,7 @@ def pytest_addoption(parser):
     parser.addoption("--first", default="", metavar="MARKERS", help="run tests with these first; see `turn`")
     parser.addoption("--shard", metavar="I/N", help="of N processes that deal the tests out, this is number I from 0")
     parser.addoption("--watch-memory", action="store_true", help="kernels under the interpreter: see tests/watching.py")
-    parser.addoption("--compiled-for", metavar="CHIP", help="emulate what is compiled for it: sm_80, sm_90")
+    parser.addoption("--compiled-for", metavar="CHIP", help="emulate what is compiled for it, as in sm_90")
     parser.addoption("--cubins", metavar="DIR", help="keep what the compile-only tests compile there")
     parser.addoption("--all-tiles", action="store_true", help="compile what tests/compiled has a row for too")
     parser.addoption("--changed", action="store_true", help="only tests of kernels that tests/ptx/passed.json lacks")

@@ -7,6 +7,7 @@ from .chips import device_refusal
 from .layer import linear_act_bwd, linear_act_fwd
 from .native import COMPILE_SECONDS, LOAD_SECONDS, NEURON_ROWS, TILES
 from .network import MLP_IEEE_ROWS, MlpPlans, mlp_both, mlp_bwd, mlp_bytes, mlp_columns, mlp_fwd, mlp_slots
+from .peaks import PEAKS, peaks_of
 from .predict import predict, predict_bwd, predict_mlp
 from .train import train, train_loop
 from .wide import linear_act_dgrad, linear_act_wgrad, wide_candidates, wide_splits
@@ -16,6 +17,7 @@ __all__ = [
     "LOAD_SECONDS",
     "MLP_IEEE_ROWS",
     "NEURON_ROWS",
+    "PEAKS",
     "TILES",
     "MlpPlans",
     "device_refusal",
@@ -29,6 +31,7 @@ __all__ = [
     "mlp_columns",
     "mlp_fwd",
     "mlp_slots",
+    "peaks_of",
     "predict",
     "predict_bwd",
     "predict_mlp",

@@ -63,7 +63,7 @@ class Driver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_device_properties(self, device):
-        return {"max_shared_mem": CHIPS[f"sm_{self.arch}"], "multiprocessor_count": 132, "warpSize": 32}
+        return {"max_shared_mem": CHIPS[f"sm_{self.arch}"].shared, "multiprocessor_count": 132, "warpSize": 32}
 
     def get_active_torch_device(self):
         return torch.device("cpu")
