@@ -6,20 +6,22 @@ Numbers and names alone, as in `plan`: no tensor, no device.
 import functools
 import itertools
 
+from .peaks import peaks_of
 from .records import Device
 from .tables import cpu_thresholds, measured_limits
 
 MLP_MAX_WIDTH = 128  # of networks that stay on chip
 
-# What eager calls take the host, in microseconds: (base, per layer) without gradients, and with them. Measured on one
-# core of Zen 4 by `benches/tune.py host`: torch's modules on a CPU at one row and a width of 1, ours on a driver that
-# does nothing.
-TORCH_US = ((1.0, 8.0), (27.0, 31.0))
-LAYER_US = ((0.0, 10.3), (0.0, 66.0))
-NETWORK_US = ((12.0, 1.3), (64.0, 17.0))
-# Launches of each, and what one takes the driver besides. An estimate.
-TORCH_LAUNCHES, LAYER_LAUNCHES, NETWORK_LAUNCHES = ((0, 2), (0, 6)), ((0, 1), (0, 3)), ((1, 0), (4, 0))
-LAUNCH_US = 2.0
+# What eager calls ask of the host: microseconds, and launches, (base, per layer) of each, without gradients and with
+# them. Measured on a core of Zen 4 by `benches/tune.py host`, torch's modules on a CPU at one row and a width of 1, ours
+# on a driver that does nothing. Wide layers are products of the library, with passes of ours between them.
+HOST = {
+    "torch": (((1.0, 8.0), (0, 2)), ((25.0, 30.5), (0, 6))),
+    "layer": (((0.0, 9.3), (0, 1)), ((0.0, 60.8), (0, 3))),
+    "wide": (((0.0, 14.0), (0, 2)), ((0.0, 75.0), (0, 6))),
+    "network": (((12.0, 1.3), (1, 0)), ((64.0, 17.0), (4, 0))),
+}
+LAUNCH_US = 2.0  # of the driver, an estimate
 # In a compiled program a layer of ours is a call of Python, and torch's is code that the compiler has made.
 TRACED_US = (40.0, 93.0)
 
@@ -50,14 +52,12 @@ def eager_limit(widths: tuple[int, ...], training: bool, device: Device) -> floa
     Where the host decides, ours must take it no longer than torch's: launches and calls are priced alike. Where ours
     takes longer, torch's kernels have to keep the device as busy as that. What a device has measured comes first.
     """
-    layers = len(widths) - 1
-    network = layers > 1 and max(widths) <= MLP_MAX_WIDTH
+    layers, wide = len(widths) - 1, max(widths) > MLP_MAX_WIDTH
+    kind = "wide" if wide else "layer" if layers == 1 else "network"
     if (measured := measured_limits(device.name)) is not None:
-        return measured["network" if network else "layer"][training]
-    ours = _host_us(*((NETWORK_US, NETWORK_LAUNCHES) if network else (LAYER_US, LAYER_LAUNCHES)), layers, training)
-    if ours <= _host_us(TORCH_US, TORCH_LAUNCHES, layers, training):
-        return 0
-    return _busy_bytes(ours / layers, training, device)
+        return measured["layer" if wide else kind][training]
+    ours = _host_us(kind, layers, training)
+    return 0 if ours <= _host_us("torch", layers, training) else _busy_bytes(ours / layers, training, device)
 
 
 def traced_limit(training: bool, device: Device) -> float:
@@ -65,14 +65,14 @@ def traced_limit(training: bool, device: Device) -> float:
     return _busy_bytes(TRACED_US[training], training, device)
 
 
-def _host_us(calls: tuple, launches: tuple, layers: int, training: bool) -> float:
-    (base, each), (first, more) = calls[training], launches[training]
-    return base + each * layers + LAUNCH_US * (first + more * layers)
+def _host_us(kind: str, layers: int, training: bool) -> float:
+    calls, launches = (base + each * layers for base, each in HOST[kind][training])
+    return calls + LAUNCH_US * launches
 
 
 def _busy_bytes(us: float, training: bool, device: Device) -> float:
     """Bytes of a layer's x and y with which torch's kernels keep the device busy for so long."""
-    return us * 1e-6 * bandwidth(device) / PASSES[training]
+    return us * 1e-6 * peaks_of(device).bandwidth / PASSES[training]
 
 
 def layer_bytes(nbytes: float, widths: tuple[int, ...]) -> float:

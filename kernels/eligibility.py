@@ -134,9 +134,16 @@ def _small(x: Tensor, weights: Sequence[Tensor], training: bool) -> str | None:
         return None
     widths = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
     nbytes = math.prod(x.shape[:-1]) * widths[0] * x.dtype.itemsize
-    if crossover.layer_bytes(nbytes, widths) < crossover.traced_limit(training, look_at(x.device)):
+    if crossover.layer_bytes(nbytes, widths) < _traced_limit(training, x.device):
         return "small: the host decides how long it takes"
     return None
+
+
+def _traced_limit(training: bool, device: torch.device) -> float:
+    return crossover.traced_limit(training, look_at(device))
+
+
+_traced_limit._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def mlp_refusal(

@@ -39,7 +39,7 @@ def is_small(x: Tensor, widths: tuple[int, ...]) -> bool:
     """The same, on the default stream."""
     if x.is_cpu:
         return x.numel() < few_elements(widths, x.dtype, is_grad_enabled())
-    return x.is_cuda and x.numel() < _few_on_gpu(widths, x.dtype.itemsize, is_grad_enabled(), x.device)
+    return x.is_cuda and x.numel() < few_on_gpu(widths, x.dtype, is_grad_enabled(), x.device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -52,9 +52,13 @@ def few_elements(widths: tuple[int, ...], dtype: torch.dtype, training: bool) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def _few_on_gpu(widths: tuple[int, ...], itemsize: int, training: bool, device: torch.device) -> float:
-    limit = crossover.eager_limit(widths, training, look_at(device))
-    return limit / (itemsize * max(crossover.layer_bytes(1, widths), 1e-9))
+def few_on_gpu(widths: tuple[int, ...], dtype: torch.dtype, training: bool, device: torch.device) -> float:
+    """The same on the default stream of a GPU."""
+    described = look_at(device)
+    if planning.device_refusal(1, 1, 1, dtype_name(dtype), described):
+        return math.inf
+    limit = crossover.eager_limit(widths, training, described)
+    return limit / (dtype.itemsize * crossover.layer_bytes(1, widths)) if limit else 0
 
 
 def network_prefers_torch(x: Tensor, weights: Sequence[Tensor]) -> bool:

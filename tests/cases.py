@@ -111,6 +111,13 @@ def nothing_is_small(monkeypatch):
     monkeypatch.setattr(ops, "few_elements", lambda widths, *_: 1 << 62 if 0 in widths else 1)
 
 
+def limit_eager_calls(monkeypatch, without, training):
+    """Bytes of x and y, per layer, below which eager calls on a GPU take plain torch, without gradients and with."""
+    monkeypatch.setattr(crossover, "eager_limit", lambda widths, grad, device: training if grad else without)
+    monkeypatch.setattr(ops, "few_on_gpu", ops.few_on_gpu.__wrapped__)
+    calls.forget()
+
+
 def forget_plans():
     """Empties what plans, and the door above them, remember of shapes and tables."""
     calls.forget()
@@ -118,6 +125,8 @@ def forget_plans():
         *vars(plan).values(),
         plan.network._mlp_row,
         ops.few_elements,
+        ops.few_on_gpu,
+        crossover.eager_limit,
         crossover.cpu_rows,
         tables.read_table,
     ):

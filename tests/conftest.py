@@ -10,7 +10,7 @@ import compiling
 import pytest
 import torch
 
-from perceptriton.kernels import calls, crossover, plan, records
+from perceptriton.kernels import calls, plan, records
 from perceptriton.kernels.native import ready
 
 
@@ -126,7 +126,7 @@ def calls_decided_anew():
 def kernels_whatever_the_size(monkeypatch):
     """On a GPU, small eager calls would take plain torch; tests are small, and mean the kernels."""
     if torch.cuda.is_available():
-        monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (0, 0))
+        cases.limit_eager_calls(monkeypatch, 0, 0)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
+from ..crossover import MLP_MAX_WIDTH
 from ..records import Device, MlpPlan, MlpSegment, MlpTile, TileRow
 from ..tables import MLP_TILES, tile_rows
 from .chips import cdiv, device_refusal, generation, itemsize, next_power_of_2, product_kind

@@ -2,10 +2,10 @@
 
 import itertools
 
+from ..peaks import H200, Peaks
 from ..records import MlpPlan, Plan, Prediction
 from .chips import itemsize, product_kind
 from .network import bwd_bytes, fwd_bytes, parameter_count
-from .peaks import H200, Peaks
 from .wide import wave_waste
 
 # Products of tensor cores that one fp32 product of each kind takes, and of which kind they are.

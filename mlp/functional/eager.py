@@ -5,8 +5,8 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.activations import ACTIVATIONS
 from ...kernels import ops
+from ...kernels.activations import ACTIVATIONS
 from ...kernels.eligibility import PLAIN
 from ...kernels.records import IMPLS, NotCompiledError
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from perceptriton import kernels
-from perceptriton.kernels import records
+from perceptriton.kernels import records, tables
 
 BENCHES = Path(__file__).parents[2] / "benches"
 
@@ -965,14 +965,14 @@ def test_measured_rows_join_the_table(bench, tmp_path):
     assert json.loads(copy.read_text()) == document
 
 
-def test_calibration_finds_the_crossing(bench):
+def test_calibration_finds_the_crossing(bench, tmp_path):
     launches = bench("tuning.launches")
     assert launches.case("network", 1 << 23).rows * 64 * 2 * 2 == 1 << 23
     sizes = (1, 2, 4, 8)
     for speedups, found in (
         ((0.5, 0.5, 0.5, 2.0), round(4 * 2**0.5)),  # halfway, in logarithms
         ((0.5, 2.0, 0.9, 1.0), 8),  # from where on all are
-        ((1.0, 1.1, 1.2, 1.3), 1),
+        ((1.0, 1.1, 1.2, 1.3), 0),
         ((1.0, 1.1, 1.2, 0.99), None),
     ):
         assert launches.crossing(sizes, speedups) == found
@@ -982,11 +982,17 @@ def test_calibration_finds_the_crossing(bench):
         for mode in launches.MODES
         for nbytes in sizes
     ]
-    whole, part = (launches.document(own, sizes, {"device": "some"}) for own in (rows, rows[:-1]))
-    assert whole["device"] == "some"
-    assert whole["crossing_bytes"]["layer"] == {"forward": 3, "forward+backward": 6}
+    about = {"device": "some", "torch": "2", "triton": "3", "date": "today"}
+    whole, part = (launches.document(own, sizes, about) for own in (rows, rows[:-1]))
     # A run that was cut off says nothing of what is not complete.
-    assert (whole["launch_bound_bytes"], part["launch_bound_bytes"]) == ([3, 6], [3, None])
+    assert [(own["layer"], own["network"]) for own in (whole, part)] == [([3, 6], [3, 6]), ([3, 6], [3, None])]
+    table = tmp_path / "launches.json"
+    with pytest.raises(SystemExit, match="not complete"):
+        launches.adopt(part, table)
+    assert not table.exists()
+    launches.adopt(whole, table)
+    found = tables.read_launches(json.loads(table.read_text()))["devices"]
+    assert found == {"some": {"torch": "2", "triton": "3", "date": "today", "layer": [3, 6], "network": [3, 6]}}
 
 
 def test_every_tuner_has_its_command(bench, capsys):

@@ -11,9 +11,11 @@ import pytest
 import torch
 from compiling import CHIPS, TILED_FOR, assert_fits, assert_sound, compile_for, compile_selected
 
-triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
+pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
+
+import triton
 
 from perceptriton.kernels import Plan, Tile, tables
 from perceptriton.kernels import plan as planning

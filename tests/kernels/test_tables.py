@@ -49,6 +49,7 @@ INSTEAD = {
     "mlp_tiles.json": ("rows", "rows", "explicit", "layers"),
     "cpu.json": ("rows", "rows", "aten", "fused"),
     "wide.json": ("rows", "rows", "explicit", "fused"),
+    "launches.json": ("rows", "rows", "explicit", "fused"),
 }
 DAMAGE = {
     "empty": lambda text: "",

@@ -1151,7 +1151,6 @@ def held_in_a_program_on(device, function=linear_act, rows=1 << 22, **options):
 @pytest.mark.filterwarnings("default")
 def test_compiled_programs_hold_the_kernels(pretend, monkeypatch):
     pretend(9, 0, True)
-    monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (1 << 25, 1 << 27))
 
     def network(x, weight, bias):
         return mlp_act(x, [weight, weight.t()])

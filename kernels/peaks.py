@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..records import Device
+from .records import Device
 
 
 @dataclass(frozen=True)
