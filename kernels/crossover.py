@@ -13,8 +13,8 @@ from .tables import cpu_thresholds, measured_limits
 MLP_MAX_WIDTH = 128  # of networks that stay on chip
 
 # What eager calls ask of the host: microseconds, and launches, (base, per layer) of each, without gradients and with
-# them. Measured on a core of Zen 4 by `benches/tune.py host`, torch's modules on a CPU at one row and a width of 1, ours
-# on a driver that does nothing. Wide layers are products of the library, with passes of ours between them.
+# them. Measured on a core of Zen 4 by `benches/tune.py host`: torch's modules on a CPU at one row and a width of 1, and
+# ours on a driver that does nothing. Wide layers are products of the library, with passes of ours between them.
 HOST = {
     "torch": (((1.0, 8.0), (0, 2)), ((25.0, 30.5), (0, 6))),
     "layer": (((0.0, 9.3), (0, 1)), ((0.0, 60.8), (0, 3))),

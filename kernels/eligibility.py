@@ -239,10 +239,7 @@ _mode_refusal._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMe
 
 
 def functions_are_watched() -> bool:
-    """Whether a TorchFunctionMode sees, and may replace, the functions of torch that are called.
-
-    The one of `torch.device` and `torch.set_default_device` has an eye for those alone that make tensors.
-    """
+    """Whether a TorchFunctionMode sees the functions of torch that are called. That of `torch.device` does not."""
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 

@@ -9,6 +9,10 @@ from torch import Tensor
 Operand = TypeVar("Operand", Tensor, Tensor | None)
 
 
+def widths_of(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    return (weights[0].shape[1], *(weight.shape[0] for weight in weights))
+
+
 def stored(tensor: Operand) -> Operand:
     """The tensor, or a copy if memory holds its negative, as that of `z.conj().imag` does: kernels read memory."""
     return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor

@@ -3,18 +3,17 @@
 Below it nothing is checked again. Layers ask `eligibility` first, which names what keeps a call from the kernels.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
-from . import crossover, reference
 from . import plan as planning
+from . import reference
 from .calls import Calls
-from .devices import cpu_kind, describe, device_for, dtype_name, fp32_precision, fp32_split, gpu, look_at
-from .operands import are_dense, dense, flat_head, flattened, led, stored
+from .devices import device_for, dtype_name, fp32_precision, fp32_split, gpu
+from .operands import are_dense, dense, flat_head, flattened, led, stored, widths_of
 from .plan import MlpPlans
 from .records import EMPTY, MlpPlan, NeedsGrad, Plan, Wanted
 from .reference import Gradients, OptionalTensors
@@ -24,58 +23,6 @@ layer_forwards, layer_backwards, network_forwards, network_backwards = (Calls() 
 
 # "perceptriton", or the name under which a copy of the package was imported: each copy registers ops of its own.
 NAMESPACE = "_".join(__name__.split(".")[:-2])
-
-
-def prefers_torch(x: Tensor, widths: tuple[int, ...]) -> bool:
-    """Whether plain torch operations cost least for layers of these widths, in turn, on x (..., widths[0]).
-
-    On a GPU they may where the host decides how long a call takes, but not on a stream other than the default one:
-    there, CUDA graphs are captured and warmed up, and a graph that is replayed asks nothing of the host.
-    """
-    return is_small(x, widths) and (x.is_cpu or torch._C._cuda_getCurrentRawStream(x.get_device()) == 0)
-
-
-def is_small(x: Tensor, widths: tuple[int, ...]) -> bool:
-    """The same, on the default stream."""
-    if x.is_cpu:
-        return x.numel() < few_elements(widths, x.dtype, is_grad_enabled())
-    return x.is_cuda and x.numel() < few_on_gpu(widths, x.dtype, is_grad_enabled(), x.device)
-
-
-@functools.lru_cache(maxsize=4096)
-def few_elements(widths: tuple[int, ...], dtype: torch.dtype, training: bool) -> int:
-    """Elements of x below which `prefers_torch` is true on a CPU.
-
-    Where a layer takes 7 us, the call of `prefers_torch` would be 5% of it: hot paths compare with this.
-    """
-    return crossover.cpu_rows(widths, dtype_name(dtype), cpu_kind(), training) * max(widths[0], 1)
-
-
-@functools.lru_cache(maxsize=4096)
-def few_on_gpu(widths: tuple[int, ...], dtype: torch.dtype, training: bool, device: torch.device) -> float:
-    """The same on the default stream of a GPU."""
-    described = look_at(device)
-    if planning.device_refusal(1, 1, 1, dtype_name(dtype), described):
-        return math.inf
-    limit = crossover.eager_limit(widths, training, described)
-    return limit / (dtype.itemsize * crossover.layer_bytes(1, widths)) if limit else 0
-
-
-def network_prefers_torch(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """The same of a network of these weights, which fit together.
-
-    False where tensors are on several devices: torch's product does not notice a weight on the meta device.
-    """
-    if not prefers_torch(x, widths_of(weights)):
-        return False
-    return all([weight.is_cpu for weight in weights] if x.is_cpu else [weight.device == x.device for weight in weights])
-
-
-def trains_plainly(x: Tensor, weight: Tensor) -> bool:
-    """Whether a layer on the CPU that wants gradients costs least as plain torch operations under autograd."""
-    n, k = weight.shape
-    rows = math.prod(x.shape[:-1])
-    return planning.linear_act_bwd(rows, k, n, dtype_name(x.dtype), "ieee", describe(x.device), None).impl == "aten"
 
 
 def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, impl: str | None) -> Tensor:
@@ -188,10 +135,6 @@ def mlp_plans(
     plans = planning.mlp_both(*arguments, training, loss, impl, fp32_split(x.dtype))
     obey(impl, plans.forward)
     return plans
-
-
-def widths_of(weights: Sequence[Tensor]) -> tuple[int, ...]:
-    return (weights[0].shape[1], *(weight.shape[0] for weight in weights))
 
 
 def _stacked_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:

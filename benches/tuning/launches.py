@@ -22,7 +22,7 @@ import timing
 import torch
 from stack_cases import MODES, Case
 
-from perceptriton.kernels import crossover, devices, ops, tables
+from perceptriton.kernels import crossover, devices, small, tables
 
 from . import common
 
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> None:
         "dtype": DTYPE,
     }
     crossover.eager_limit = lambda *_: 0
-    ops.few_on_gpu.cache_clear()
+    small.few_on_gpu.cache_clear()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
     for name, mode, nbytes in itertools.product(LAYERS, MODES, sizes):

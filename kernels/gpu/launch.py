@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.knobs import runtime as hooks
 from triton.runtime import JITFunction, driver
 
 from ..records import NotCompiledError
@@ -67,6 +67,7 @@ def _refuse_to_compile(kernel, *arguments):
 
 
 Tensors = tuple[Tensor, ...]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias
 OptionalTensors = tuple[Tensor | None, ...]
 
 
@@ -124,7 +125,7 @@ def _short(compiled: CompiledKernel, grid: tuple[int, ...], rest: tuple) -> Call
     runner, run, function, packed = compiled[grid], compiled.run, compiled.function, compiled.packed_metadata
 
     def short(tensors: tuple) -> None:
-        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
             runner(*tensors, *rest)
         else:

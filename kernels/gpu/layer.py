@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..records import Plan, Wanted
-from ..reference import Gradients
 from .functions import ACTIVATIONS
-from .launch import INTERPRETED, Launch, aligned, fresh
+from .launch import INTERPRETED, Gradients, Launch, aligned, fresh
 from .layer_kernels import (
     act_bwd_kernel,
     linear_act_bwd_rows_kernel,

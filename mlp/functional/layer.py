@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 from torch._C import _get_tracing_state  # pyright: ignore[reportAttributeAccessIssue]
 
-from ...kernels import eligibility, ops
+from ...kernels import eligibility, ops, small
 from ...kernels.activations import ACTIVATIONS
 from ...kernels.calls import Calls
 from ...kernels.records import IMPLS
@@ -47,13 +47,13 @@ def linear_act(
         # The devices are compared because torch's product takes a weight on the meta device and reads foreign memory.
         if impl is None and x.is_cpu and weight.is_cpu:
             n, k = weight.shape
-            if x.numel() < ops.few_elements((k, n), x.dtype, is_grad_enabled()):
+            if x.numel() < small.few_elements((k, n), x.dtype, is_grad_enabled()):
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         if call := known.find((activation, impl, bias is None), (x, weight) if bias is None else (x, weight, bias)):
             return call(x, weight, bias)
         if impl is None and not x.is_cpu and weight.device == x.device:
             n, k = weight.shape
-            if ops.prefers_torch(x, (k, n)):
+            if small.prefers_torch(x, (k, n)):
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         return _planned(x, weight, bias, activation, impl)
     except ERRORS as error:
@@ -83,7 +83,7 @@ def _planned(x, weight, bias, activation, impl):
         # The casts stand outside the Function, so that autograd differentiates them and gradients keep their dtypes.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     wants_grad = is_grad_enabled() and any([t.requires_grad for t in (x, weight, bias) if t is not None])
-    if wants_grad and impl is None and x.is_cpu and ops.trains_plainly(x, weight):
+    if wants_grad and impl is None and x.is_cpu and small.trains_plainly(x, weight):
         # The activation overwrites z: autograd keeps only y, and a new large tensor costs more than the sigmoid.
         return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias))
     call = ops.linear_act_fwd_call(x, weight, bias, activation, impl)
@@ -92,7 +92,7 @@ def _planned(x, weight, bias, activation, impl):
     else:
         y = call(x, weight, bias) if call else ops.linear_act_fwd(x, weight, bias, activation, impl)
     # Small ones go by the stream too.
-    if call and not autocast and not (impl is None and ops.is_small(x, (weight.shape[1], weight.shape[0]))):
+    if call and not autocast and not (impl is None and small.is_small(x, (weight.shape[1], weight.shape[0]))):
         if wants_grad:
             apply, options = node(LinearActFunction), (activation, impl, call)
             call = lambda x, weight, bias: apply(x, weight, bias, *options)  # noqa: E731

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...kernels import eligibility, ops
+from ...kernels import eligibility, ops, small
 from ...kernels.activations import ACTIVATIONS
 from ...kernels.calls import Calls
+from ...kernels.operands import widths_of
 from ...kernels.records import IMPLS
 from .checks import broadcast_bias, check_network
 from .eager import ERRORS, is_for_torch, product_dtype, torch_network
@@ -67,7 +68,7 @@ def mlp_act(
                 call = lambda x, weights, biases: apply(x, *options, *weights, *(biases or ()))  # noqa: E731
                 y = FusedMlpFunction.apply(x, *options, *weights, *(biases or ()))
             # Small ones go by the stream too, and those under autocast hold casts.
-            if x is tensors[0] and not (impl is None and ops.is_small(x, ops.widths_of(weights))):
+            if x is tensors[0] and not (impl is None and small.is_small(x, widths_of(weights))):
                 known.keep(key, tensors, call)
             return y
         if plans.backward is None:
@@ -103,7 +104,7 @@ def network_takes_torch(x, weights, biases, activations, impl) -> bool:
             refused = eligibility.bias_refusal(f"biases[{misfit}]", biases[misfit], weights[misfit])
             raise NotImplementedError(f'impl="triton": {refused}')
         return True  # torch broadcasts such a bias, kernels do not
-    return impl is None and ops.network_prefers_torch(x, weights)
+    return impl is None and small.network_prefers_torch(x, weights)
 
 
 def network_plans(x, weights, biases, impl, loss: bool = False):

@@ -11,7 +11,7 @@ from cases import kernel_device, limit_eager_calls, make_layer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perceptriton.kernels import Device, crossover, explain, ops, records
+from perceptriton.kernels import Device, crossover, explain, ops, records, small
 from perceptriton.mlp import MLP, functional, linear_act, mlp_act, mlp_sigmoid_bce, warmup
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hardware]
@@ -149,7 +149,7 @@ def test_warmup_that_fails_leaves_the_streams_as_they_were(monkeypatch):
 def test_small_eager_calls_are_launch_bound(monkeypatch, training):
     streams = {0: 0, 1: 0x7F}
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.get, raising=False)
-    monkeypatch.setattr(ops, "look_at", lambda device: Device("cuda", 90, 132, triton=True))
+    monkeypatch.setattr(small, "look_at", lambda device: Device("cuda", 90, 132, triton=True))
     limit_eager_calls(monkeypatch, 1000, 3000)
     limit = 500 * (1 + 2 * training) // 4
 
@@ -159,14 +159,14 @@ def test_small_eager_calls_are_launch_bound(monkeypatch, training):
         return types.SimpleNamespace(numel=lambda: elements, dtype=dtype, **own)
 
     with torch.set_grad_enabled(training):
-        assert ops.prefers_torch(x(limit - 1), (64, 64))
-        assert not ops.prefers_torch(x(limit), (64, 64))
-        assert not ops.prefers_torch(x(limit - 1, device=1), (64, 64)), "where graphs are captured"
-        assert not ops.prefers_torch(x(limit - 1, kind="mps"), (64, 64))
+        assert small.prefers_torch(x(limit - 1), (64, 64))
+        assert not small.prefers_torch(x(limit), (64, 64))
+        assert not small.prefers_torch(x(limit - 1, device=1), (64, 64)), "where graphs are captured"
+        assert not small.prefers_torch(x(limit - 1, kind="mps"), (64, 64))
         # What the kernels do not take, torch has at every size, without a search for the reason.
-        assert ops.prefers_torch(x(1 << 40, dtype=torch.float64), (64, 64))
-        monkeypatch.setattr(ops, "look_at", lambda device: Device("cuda", 75, 40, triton=True))
-        assert ops.prefers_torch(x(1 << 40), (64, 64))
+        assert small.prefers_torch(x(1 << 40, dtype=torch.float64), (64, 64))
+        monkeypatch.setattr(small, "look_at", lambda device: Device("cuda", 75, 40, triton=True))
+        assert small.prefers_torch(x(1 << 40), (64, 64))
 
 
 def test_bytes_are_those_of_the_average_layer():
@@ -178,7 +178,7 @@ def test_bytes_are_those_of_the_average_layer():
 
 
 def test_launch_bound_calls_take_plain_torch(monkeypatch):
-    monkeypatch.setattr(ops, "prefers_torch", lambda x, widths: True)
+    monkeypatch.setattr(small, "prefers_torch", lambda x, widths: True)
 
     def planned(*_, **__):
         raise AssertionError("went on to the kernels")
@@ -201,7 +201,7 @@ def test_networks_too_small_for_a_plan_take_plain_torch(monkeypatch, device):
     z = F.linear(torch.sigmoid(F.linear(x, weights[0], biases[0])), weights[1], biases[1])
     # The meta device stands for a GPU; a CPU is asked for multiply-adds instead.
     if device == "meta":
-        monkeypatch.setattr(ops, "prefers_torch", lambda x, widths: widths == (8, 5, 4))
+        monkeypatch.setattr(small, "prefers_torch", lambda x, widths: widths == (8, 5, 4))
 
     def planned(*_, **__):
         raise AssertionError("asked for a plan")
@@ -218,8 +218,8 @@ def test_networks_too_small_for_a_plan_take_plain_torch(monkeypatch, device):
         mlp_act(torch.zeros(3, 8), [torch.zeros(5, 8), torch.zeros(4, 5)], impl="torch")
 
 
-@pytest.mark.parametrize("small", [True, False])
-def test_a_cold_capture_of_a_small_call_takes_plain_torch(monkeypatch, force, small):
+@pytest.mark.parametrize("tiny", [True, False])
+def test_a_cold_capture_of_a_small_call_takes_plain_torch(monkeypatch, force, tiny):
     """Warmed up on the default stream, it has met no kernel; torch.nn would be captured."""
     explicit = records.Plan("explicit", "the test says so")
     force(explicit, explicit)
@@ -229,12 +229,12 @@ def test_a_cold_capture_of_a_small_call_takes_plain_torch(monkeypatch, force, sm
 
     monkeypatch.setattr(ops, "linear_act_fwd", cold)
     monkeypatch.setattr(ops, "mlp_fwd", cold)
-    monkeypatch.setattr(ops, "is_small", lambda *_: small)
+    monkeypatch.setattr(small, "is_small", lambda *_: tiny)
     x, weight, bias, _ = make_layer(12, 8, 8, torch.float32)
     y = torch.sigmoid(F.linear(x, weight, bias))
     calls = (lambda: linear_act(x, weight, bias), lambda: mlp_act(x, [weight, weight], [bias, bias]))
     for call, expected in zip(calls, (y, torch.sigmoid(F.linear(y, weight, bias))), strict=True):
-        if small:
+        if tiny:
             torch.testing.assert_close(call(), expected)
         else:
             with pytest.raises(records.NotCompiledError):
