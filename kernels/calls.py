@@ -51,8 +51,11 @@ class Calls:
             return
         if len(self._found) >= MAX_KEYS:
             self._found.clear()
-        sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
-        guards: Any = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        layout: Any = {
+            "dynamic_dims_sizes": [[*t.shape] for t in tensors],
+            "dynamic_dims_strides": [[*t.stride()] for t in tensors],
+        }
+        guards: Any = TensorGuards(*tensors, **layout)
         key = (is_grad_enabled(), fp32_setting(tensors[0].dtype), *key)
         self._found[key] = ((guards.check, call, owner), *self._found.get(key, ()))[:MAX_ALIKE]
 

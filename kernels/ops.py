@@ -86,19 +86,23 @@ def linear_act_bwd(
     n, k, rows = y.shape[-1], in_features_of(x, weight), math.prod(y.shape[:-1])
     device = device_for(y.device, impl)
     plan = planning.linear_act_bwd(rows, k, n, dtype_name(y.dtype), fp32_precision(device), device, impl)
-    as_they_are = y.is_contiguous() and not any([t.is_neg() for t in tensors])
-    flat, implementation = given, gpu("layer") if plan.triton else reference
+    flat_dy, flat_y, flat_x = dy, y, x
     if y.dim() != 2:
-        flat = dy.reshape(rows, n), y.reshape(rows, n), None if x is None else x.reshape(rows, k), weight
-    if not (plan.triton and as_they_are):
-        dy, y2, x, weight = map(stored, flat) if plan.triton else flat
-        dx, *others = implementation.linear_act_bwd(dy, y2.contiguous(), x, weight, activation, wanted, plan)
-        return dx if dx is None or y.dim() == 2 else dx.view(*y.shape[:-1], k), *others
-    call = implementation.linear_act_bwd_call(*flat, activation, wanted, plan)
-    if y.dim() != 2:
-        call = _with_leading(call, (*y.shape[:-1], k), rows)
-    layer_backwards.keep(key, tensors, call)
-    return call(*given)
+        flat_dy, flat_y = dy.reshape(rows, n), y.reshape(rows, n)
+        flat_x = None if x is None else x.reshape(rows, k)
+    if plan.triton and y.is_contiguous() and not any([t.is_neg() for t in tensors]):
+        call = gpu("layer").linear_act_bwd_call(flat_dy, flat_y, flat_x, weight, activation, wanted, plan)
+        if y.dim() != 2:
+            call = _with_leading(call, (*y.shape[:-1], k), rows)
+        layer_backwards.keep(key, tensors, call)
+        return call(*given)
+    implementation = reference
+    if plan.triton:
+        implementation = gpu("layer")
+        flat_dy, flat_y, flat_x, weight = stored(flat_dy), stored(flat_y), stored(flat_x), stored(weight)
+    arguments = (flat_dy, flat_y.contiguous(), flat_x, weight, activation, wanted, plan)
+    dx, dweight, dbias = implementation.linear_act_bwd(*arguments)
+    return dx if dx is None or y.dim() == 2 else dx.view(*y.shape[:-1], k), dweight, dbias
 
 
 def _with_leading(flat_bwd: Callable[..., Gradients], shape: tuple[int, ...], rows: int) -> Callable[..., Gradients]:
@@ -106,8 +110,8 @@ def _with_leading(flat_bwd: Callable[..., Gradients], shape: tuple[int, ...], ro
 
     def call(dy: Tensor, y: Tensor, x: Tensor | None, weight: Tensor | None) -> Gradients:
         dy, y = dy.reshape(rows, dy.shape[-1]), y.reshape(rows, y.shape[-1])
-        dx, *others = flat_bwd(dy, y, None if x is None else x.reshape(rows, shape[-1]), weight)
-        return None if dx is None else dx.view(shape), *others
+        dx, dweight, dbias = flat_bwd(dy, y, None if x is None else x.reshape(rows, shape[-1]), weight)
+        return None if dx is None else dx.view(shape), dweight, dbias
 
     return call
 
@@ -245,14 +249,14 @@ def _fused_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head
     def flat(dy, x, saved, weights, biases, head):
         return flattened(dy) if dy.dim() else stored(dy), flattened(x), saved, *dense(weights, biases), flat_head(head)
 
-    *arguments, own_head = flat(dy, x, saved, weights, biases, head)
-    shape, as_they_are = x.shape, head is None and arguments[0] is dy and arguments[1] is x
-    call = flat_bwd = gpu("network").mlp_bwd_call(*arguments, hidden, output, wanted, plan, own_head)
-    if not (as_they_are and are_dense(arguments[3:], weights, biases)):
+    shape, arguments = x.shape, flat(dy, x, saved, weights, biases, head)
+    as_they_are = head is None and arguments[0] is dy and arguments[1] is x
+    flat_bwd = gpu("network").mlp_bwd_call(*arguments[:-1], hidden, output, wanted, plan, arguments[-1])
 
-        def call(*given):
-            dx, *others = flat_bwd(*flat(*given))
-            return None if dx is None else dx.view(shape), *others
+    def reshaped(*given):
+        dx, *others = flat_bwd(*flat(*given))
+        return None if dx is None else dx.view(shape), *others
 
+    call = flat_bwd if as_they_are and are_dense(arguments[3:5], weights, biases) else reshaped
     network_backwards.keep(key, tensors, call, plan)
     return call(dy, x, saved, weights, biases, head)

@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ class Launch:
         return tuple(self.options[name] for name in self.kernel.arg_names[count:])
 
 
-def _short(compiled: CompiledKernel, grid: tuple[int, ...], rest: tuple) -> Callable[[tuple], object]:
+def _short(compiled: Any, grid: tuple[int, ...], rest: tuple) -> Callable[[tuple], object]:
     """What launches a compiled kernel on the current device and stream, as `JITFunction.run` does once it has it."""
     runner, run, function, packed = compiled[grid], compiled.run, compiled.function, compiled.packed_metadata
 
@@ -129,7 +130,7 @@ def _short(compiled: CompiledKernel, grid: tuple[int, ...], rest: tuple) -> Call
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
             runner(*tensors, *rest)
         else:
-            active = driver.active
+            active: Any = driver.active
             stream = active.get_current_stream(active.get_current_device())
             run(*grid, stream, function, packed, None, None, None, *tensors, *rest)
 

@@ -28,8 +28,9 @@ def linear_act_fwd_call(
     """`linear_act_fwd` as a function of tensors of the same dtypes, shapes, strides and device as these."""
     (M, K), N = x.shape, weight.shape[0]
     tile, new_y = plan.tile, fresh((M, N), x.dtype, x.device)
+    kernel = linear_act_fwd_rows_kernel if plan.impl == "rows" else linear_act_fwd_tiled_kernel
     launch = Launch(
-        linear_act_fwd_rows_kernel if plan.impl == "rows" else linear_act_fwd_tiled_kernel,
+        kernel,
         (plan.programs,),
         x.device,
         ("x_ptr", "weight_ptr", "bias_ptr", "y_ptr"),
@@ -184,7 +185,8 @@ def act_bwd_call(
 
 def sum_slots(slots: Tensor, first: Tensor, second: Tensor | None = None) -> None:
     """Writes the sums of slots (programs, size), in the order of programs, into first and then second."""
-    sum_slots_call(*slots.shape, first.numel(), slots.device)(slots, first, second)
+    num_slots, size = slots.shape
+    sum_slots_call(num_slots, size, first.numel(), slots.device)(slots, first, second)
 
 
 def sum_slots_call(num_slots: int, size: int, first_size: int, device: torch.device) -> Callable[..., None]:

@@ -6,6 +6,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -234,7 +235,7 @@ def mlp_bwd_call(
     new_flat, new_slots = fresh((size,), dtype, device), fresh((programs, size), torch.float32, device)
     # Where each gradient lies in the tensor that holds all.
     shapes = [((n, k), (k, 1)) for k, n in itertools.pairwise(widths)], [((n,), (1,)) for n in widths[1:]]
-    parts = [
+    parts: list[list[Any]] = [
         [None if at < 0 else (*own, at) for at, own in zip(ats, each, strict=True)]
         for ats, each in zip((at_weights, at_biases), shapes, strict=True)
     ]

@@ -16,7 +16,7 @@ from .eager import torch_network
 
 def node(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without its search for tensors that a transform has left behind, which `Calls` keeps away."""
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class LinearActFunction(torch.autograd.Function):
