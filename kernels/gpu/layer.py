@@ -127,21 +127,25 @@ def act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Plan
     M, N = y.shape
     tile = plan.tile
     dz = torch.empty((M, N), dtype=y.dtype, device=y.device)
-    grid = (-(-M // tile.block_m), -(-N // tile.block_n))  # triton.cdiv is typed as device code
-    slots = torch.empty((grid[0], N), dtype=torch.float32, device=y.device) if need_dbias else None
+    columns = -(-N // tile.block_n)  # triton.cdiv is typed as device code
+    walkers = max(1, plan.programs // columns)
     dbias = torch.empty((N,), dtype=y.dtype, device=y.device) if need_dbias else None
+    # Rows that the threads of a program cover at once, 16 bytes each.
+    sum_rows = 32 * tile.num_warps * 16 // (y.element_size() * tile.block_n)
+    # One program to a column block writes dbias itself; several write fp32 slots that are then summed.
+    slots = torch.empty((walkers, N), dtype=torch.float32, device=y.device) if need_dbias and walkers > 1 else None
     operands = known_operands(dy, y)
     known = operands and (activation, M, N, *operands, need_dbias)
     with device_of(y):
         launch(
             act_bwd_kernel,
-            grid,
+            (walkers, columns),
             plan,
             known,
             dy_ptr=dy,
             y_ptr=y,
             dz_ptr=dz,
-            dbias_ptr=slots,
+            dbias_ptr=dbias if slots is None else slots,
             M=M,
             N=N,
             stride_dym=dy.stride(0),
@@ -149,35 +153,56 @@ def act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Plan
             ACT_BACKWARD=ACTIVATIONS[activation][1],
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
+            SUM_ROWS=min(tile.block_m, max(1, sum_rows)),
             num_warps=tile.num_warps,
             enable_fp_fusion=True,
         )
         if slots is not None and dbias is not None:
-            sum_slots(slots, dbias, None)
+            sum_slots(slots, dbias)
     return dz, dbias
 
 
+# A program sums so many slots and columns at a time. Up to ONE_LAUNCH slots a second launch would take longer than the
+# rounds that it saves.
+SUM_SLOTS, SUM_COLUMNS, SUM_WARPS = 64, 64, 4
+ONE_LAUNCH = 8 * SUM_SLOTS
+
+
 def sum_slots(slots: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """Writes the sums of slots (programs, size), in the order of programs, into first and then second."""
+    """Writes the sums of slots (programs, size) into first and then second, in an order that sizes alone decide.
+
+    Many slots are summed in two launches: chunks of them, by as many programs as keep a chip busy, then those sums.
+    """
     num_slots, size = slots.shape
+    if num_slots > ONE_LAUNCH:
+        # The second launch has one round.
+        chunk = SUM_SLOTS * -(-num_slots // SUM_SLOTS**2)
+        sums = torch.empty((-(-num_slots // chunk), size), dtype=torch.float32, device=slots.device)
+        _sum_chunks(slots, chunk, sums, None)
+        slots, num_slots = sums, len(sums)
+    _sum_chunks(slots, num_slots, first, second)
+
+
+def _sum_chunks(slots: Tensor, chunk: int, first: Tensor, second: Tensor | None) -> None:
+    num_slots, size = slots.shape
+    first_size = min(size, first.numel())
     known = None
     if aligned(slots, first, second):
-        known = (slots.device, first.dtype, num_slots, size, first.numel(), second is None)
+        known = (slots.device, first.dtype, num_slots, chunk, size, first_size, second is None)
     launch(
         sum_slots_kernel,
-        (-(-size // SUM_BLOCK),),
+        (-(-size // SUM_COLUMNS), -(-num_slots // chunk)),
         None,
         known,
         slots_ptr=slots,
         first_ptr=first,
         second_ptr=second,
         num_slots=num_slots,
-        first_size=first.numel(),
+        chunk=chunk,
+        first_size=first_size,
         size=size,
-        BLOCK=SUM_BLOCK,
+        SLOTS=SUM_SLOTS,
+        BLOCK=SUM_COLUMNS,
         num_warps=SUM_WARPS,
         enable_fp_fusion=True,
     )
-
-
-SUM_BLOCK, SUM_WARPS = 64, 2
