@@ -63,7 +63,7 @@ def product(x, weight, kind, block_k=32):
 
 
 def sigmoid(z, power_error=0.0, root_error=0.0):
-    """The kernels' sigmoid of fp32 z, with `exp2` and `rsqrt` that have these relative errors before they are rounded."""
+    """The kernels' sigmoid of fp32 z, with `exp2` and `rsqrt` that have these errors before they are rounded."""
     power = (torch.exp2((z * -1.4426950408889634).double()) * (1 + power_error)).float()
     root = ((1 + power).double().rsqrt() * (1 + root_error)).float()
     return root * root
