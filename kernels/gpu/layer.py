@@ -151,13 +151,17 @@ def act_bwd_call(
     """`act_bwd` as a function of tensors of the same dtypes, shapes, strides and device as these."""
     M, N = y.shape
     dtype, device, tile = y.dtype, y.device, plan.tile
-    grid = (-(-M // tile.block_m), -(-N // tile.block_n))  # triton.cdiv is typed as device code
-    add_up = sum_slots_call(grid[0], N, N, device) if need_dbias else None
+    columns = -(-N // tile.block_n)  # triton.cdiv is typed as device code
+    walkers = max(1, plan.programs // columns)
+    # Rows that the threads of a program cover at once, 16 bytes each.
+    sum_rows = 32 * tile.num_warps * 16 // (dtype.itemsize * tile.block_n)
+    # One program to a column block writes dbias itself; several write fp32 slots that are then summed.
+    add_up = sum_slots_call(walkers, N, N, device) if need_dbias and walkers > 1 else None
     new_dz, new_dbias = fresh((M, N), dtype, device), fresh((N,), dtype, device)
-    new_slots = fresh((grid[0], N), torch.float32, device) if need_dbias else None
+    new_slots = fresh((walkers, N), torch.float32, device)
     launch = Launch(
         act_bwd_kernel,
-        grid,
+        (walkers, columns),
         device,
         ("dy_ptr", "y_ptr", "dz_ptr", "dbias_ptr"),
         M=M,
@@ -167,39 +171,68 @@ def act_bwd_call(
         ACT_BACKWARD=ACTIVATIONS[activation][1],
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
+        SUM_ROWS=min(tile.block_m, max(1, sum_rows)),
         num_warps=tile.num_warps,
         enable_fp_fusion=True,
     )
 
     def call(dy: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        dz, slots = new_dz(), new_slots and new_slots()
+        dz, dbias = new_dz(), new_dbias() if need_dbias else None
+        slots = dbias if add_up is None else new_slots()
         launch(aligned(dy, y), dy, y, dz, slots)
-        if slots is None or add_up is None:
-            return dz, None
-        dbias = new_dbias()
-        add_up(slots, dbias)
+        if add_up is not None:
+            add_up(slots, dbias)
         return dz, dbias
 
     return call
 
 
+# A program sums so many slots and columns at a time. Up to ONE_LAUNCH slots a second launch would take longer than the
+# rounds that it saves.
+SUM_SLOTS, SUM_COLUMNS, SUM_WARPS = 64, 64, 4
+ONE_LAUNCH = 8 * SUM_SLOTS
+
+
 def sum_slots(slots: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """Writes the sums of slots (programs, size), in the order of programs, into first and then second."""
+    """Writes the sums of slots (programs, size) into first and then second, in an order that sizes alone decide.
+
+    Many slots are summed in two launches: chunks of them, by as many programs as keep a chip busy, then those sums.
+    """
     num_slots, size = slots.shape
     sum_slots_call(num_slots, size, first.numel(), slots.device)(slots, first, second)
 
 
 def sum_slots_call(num_slots: int, size: int, first_size: int, device: torch.device) -> Callable[..., None]:
     """`sum_slots` as a function of slots (num_slots, size), of a first tensor of that size, and of a second one."""
+    if num_slots <= ONE_LAUNCH:
+        return _sum_chunks(num_slots, num_slots, size, first_size, device)
+    # The second launch has one round.
+    chunk = SUM_SLOTS * -(-num_slots // SUM_SLOTS**2)
+    chunks = -(-num_slots // chunk)
+    new_sums = fresh((chunks, size), torch.float32, device)
+    into_sums = _sum_chunks(num_slots, chunk, size, size, device)
+    add_up = _sum_chunks(chunks, chunks, size, first_size, device)
+
+    def call(slots: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+        sums = new_sums()
+        into_sums(slots, sums)
+        add_up(sums, first, second)
+
+    return call
+
+
+def _sum_chunks(num_slots: int, chunk: int, size: int, first_size: int, device: torch.device) -> Callable[..., None]:
     launch = Launch(
         sum_slots_kernel,
-        (-(-size // SUM_BLOCK),),
+        (-(-size // SUM_COLUMNS), -(-num_slots // chunk)),
         device,
         ("slots_ptr", "first_ptr", "second_ptr"),
         num_slots=num_slots,
+        chunk=chunk,
         first_size=first_size,
         size=size,
-        BLOCK=SUM_BLOCK,
+        SLOTS=SUM_SLOTS,
+        BLOCK=SUM_COLUMNS,
         num_warps=SUM_WARPS,
         enable_fp_fusion=True,
     )
@@ -208,6 +241,3 @@ def sum_slots_call(num_slots: int, size: int, first_size: int, device: torch.dev
         launch(aligned(slots, first, second), slots, first, second)
 
     return call
-
-
-SUM_BLOCK, SUM_WARPS = 64, 2

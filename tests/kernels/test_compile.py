@@ -61,9 +61,9 @@ def _cases():
                 plan = planning.linear_act_fwd(*shape, NAMES[dtype], precision, CHIPS[arch], "triton", None, False)
                 yield f"sm_{arch}-{op}-{kind}-tiled-{m}", arch, op, kind, shape, plan
         elif kind != "tf32":
-            shape = (4096, 1024, 1024)
-            plan = planning.linear_act_bwd(*shape, NAMES[dtype], precision, CHIPS[arch])
-            yield f"sm_{arch}-{op}-{kind}-passes", arch, op, kind, shape, plan
+            for layout, shape in (("passes", (4096, 1024, 1024)), ("passes-ragged", (4091, 1021, 1023))):
+                plan = planning.linear_act_bwd(*shape, NAMES[dtype], precision, CHIPS[arch])
+                yield f"sm_{arch}-{op}-{kind}-{layout}", arch, op, kind, shape, plan
 
 
 CASES = {case[0]: case[1:] for case in _cases()}

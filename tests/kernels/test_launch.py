@@ -74,7 +74,8 @@ def lay(rows, columns, layout, dtype):
 
 
 TILED = records.Plan("tiled", "", records.Tile(32, 32, 16, 4, 2), 3)
-PASSES = records.Plan("passes", "", records.Tile(32, 32, 16, 4, 1))
+# One program writes dbias, two write sums.
+PASSES, APART = (records.Plan("passes", "", records.Tile(32, 32, 0, 4, 1), programs) for programs in (1, 2))
 LAYOUTS = ("dense", "transposed", "pitch", "shifted")
 ROWS, DTYPES = (1, 16, 33), (torch.float32, torch.bfloat16)
 
@@ -93,7 +94,8 @@ def layers():
         for wanted in itertools.product((False, True), repeat=3):
             for plan in backwards:
                 yield layer.linear_act_bwd_call, (dy, y, x, weight), ("sigmoid", wanted, plan)
-            yield layer.act_bwd_call, (dy, y), ("sigmoid", wanted[2], PASSES)
+            for plan in (PASSES, APART):
+                yield layer.act_bwd_call, (dy, y), ("sigmoid", wanted[2], plan)
         if layout == "dense":
             # The door lets no operands of several dtypes in, but what is kept does not rely on that.
             other = torch.float16
@@ -104,7 +106,7 @@ def layers():
                 for operands in ((dy.to(other), x, weight), (dy, x.to(other), weight), (dy, x, weight.to(other))):
                     operands = (operands[0], y, *operands[1:])
                     yield layer.linear_act_bwd_call, operands, ("sigmoid", (True, True, True), plan)
-            yield layer.act_bwd_call, (dy.to(other), y), ("sigmoid", True, PASSES)
+            yield layer.act_bwd_call, (dy.to(other), y), ("sigmoid", True, APART)
 
 
 def networks():
@@ -199,7 +201,7 @@ def test_a_ragged_last_batch_compiles_nothing(batch, last, dtype, launches):
             layer.linear_act_fwd(x, weights[0], biases[0], "sigmoid", plan)
         backward = planning.linear_act_bwd(rows, 32, 64, name, "ieee", H200)
         layer.linear_act_bwd(h, h, x, weights[0], "sigmoid", (True, True, True), backward)
-        layer.act_bwd(h, h, "sigmoid", True, PASSES)
+        layer.act_bwd(h, h, "sigmoid", True, APART)
         whole = planning.mlp_bwd(rows, widths, name, "ieee", H200)
         forward = planning.mlp_fwd(rows, widths, name, "ieee", H200, True)
         common = (weights, biases, "sigmoid")
@@ -237,7 +239,7 @@ def test_the_short_way_stays_on_its_device(launches):
             (layer.linear_act_fwd_call, (x, weight, parameters[1][0]), ("sigmoid", rows)),
             (layer.linear_act_fwd_call, (x, weight, parameters[1][0]), ("sigmoid", TILED)),
             (layer.linear_act_bwd_call, (dy, y, x, weight), ("sigmoid", (True, True, True), several)),
-            (layer.act_bwd_call, (dy, y), ("sigmoid", True, PASSES)),
+            (layer.act_bwd_call, (dy, y), ("sigmoid", True, APART)),
             (network.mlp_fwd_call, (x, *parameters), ("sigmoid", "sigmoid", forward, tuple(backward.boundaries))),
             (network.mlp_bwd_call, (dy, x, saved, *parameters), ("sigmoid", "sigmoid", wanted, backward)),
         ):

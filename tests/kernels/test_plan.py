@@ -441,6 +441,15 @@ def test_predictions_count_idle_multiprocessors():
     assert two == pytest.approx(full, rel=0.01)
 
 
+@pytest.mark.parametrize(("n", "walkers"), [(256, 264), (1024, 66), (2000, 33), (100_000, 1)])
+def test_slots_of_the_dz_pass_are_bounded_by_the_chip(n, walkers):
+    device = records.Device("cuda", 90, 132, triton=True)
+    columns = -(-n // 128)
+    found = [planning.linear_act_bwd(m, 1024, n, "bfloat16", "ieee", device) for m in (1, 1 << 20, 1 << 25)]
+    assert [own.impl for own in found] == ["passes"] * 3
+    assert [own.programs for own in found] == [columns, walkers * columns, walkers * columns]
+
+
 # in_features 1024, out_features 1024, 4,096 rows, fp32: two products of 8.59 Gflop each at 66.9 Tflop/s take 256.8 us.
 # A pass over dy and y that writes dz moves 50.3 MB, 10.5 us; to read dz once more for dbias takes 3.5 us.
 @pytest.mark.parametrize(
