@@ -109,3 +109,15 @@ def launch(kernel, grid: tuple[int, ...], owner: object, known: tuple | None, /,
         if len(_runners) >= MAX_RUNNERS:
             _runners.clear()
         _runners[key] = owner, len(kernel.arg_names), compiled[(*grid, 1, 1)[:3]]
+
+
+def launch_in_a_row(kernel, grid: tuple[int, ...], count: int, /, **arguments: object) -> None:
+    """kernel[grid](**arguments), `count` times in a row."""
+    compiled = kernel[grid](**arguments)
+    if isinstance(compiled, CompiledKernel) and isinstance(kernel, JITFunction):
+        run, values = compiled[(*grid, 1, 1)[:3]], [arguments[name] for name in kernel.arg_names]
+        for _ in range(count - 1):
+            run(*values)
+    else:
+        for _ in range(count - 1):
+            kernel[grid](**arguments)
