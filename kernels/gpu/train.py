@@ -14,17 +14,17 @@ Three kernels, of one signature but for their tiles:
 - spread: the same for one step, and for batches that are too large for one multiprocessor. Each program writes its part
   of the gradient into a slot; the last one to arrive adds the slots up, in their order, and takes the step.
 
-Lane and block walk segments of steps. A segment begins with a step whose loss is logged: the loss is computed from a forward pass
-of its own, so that the loop over steps has no store in it. What a step does depends on its number alone, never on where
-a launch began: cutting a run into launches changes no bit of it. Integers are not specialized for the same reason, and
-because each specialization would be compiled anew.
+Lane and block walk segments of steps. A segment begins with a step whose loss is logged: the loss is computed from a
+forward pass of its own, so that the loop over steps has no store in it. What a step does depends on its number alone,
+never on where a launch began: cutting a run into launches changes no bit of it. Integers are not specialized for the
+same reason, and because each specialization would be compiled anew.
 
-Padding (block): a padded neuron of a sigmoid layer would put out 0.5, and the weights that read it would learn. Outputs
-of padded neurons are set to 0, with which all padded gradients are 0. A padded bias of -1e4 would do the same until
-weight decay has eaten it up.
+Padding (block and spread): a padded neuron of a sigmoid layer would put out 0.5, and the weights that read it would
+learn. Outputs of padded neurons are set to 0, with which all padded gradients are 0. A padded bias of -1e4 would do the
+same until weight decay has eaten it up.
 """
 
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 # Launch options are not in triton's types.
 import itertools
 import math
@@ -42,7 +42,7 @@ from .train_rules import LOSSES, OPTIMIZERS
 from .train_spread import train_spread_kernel
 
 # Numbers of slots that a thread may have on their way, at a register each.
-FLYING = 48
+FLYING = 96
 
 
 class KernelLoop:
@@ -142,7 +142,6 @@ class KernelLoop:
                 launch_in_a_row(self.kernel, self.grid, steps, **arguments)
             else:
                 resident = order is None and self.batches == 1 and self.samples <= self.plan.rows
-                if self.plan.impl == "lane":
-                    arguments["ROWS"] = self.samples if resident else self.plan.rows
-                self.kernel[self.grid](**arguments, steps=steps, RESIDENT=resident)
+                rows = {"ROWS": self.samples if resident else self.plan.rows} if self.plan.impl == "lane" else {}
+                self.kernel[self.grid](**arguments, steps=steps, RESIDENT=resident, **rows)
         self.taken += steps

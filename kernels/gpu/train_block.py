@@ -11,7 +11,7 @@ from .train_rules import UNALIGNED, UNSPECIALIZED, segment_steps, update
 
 
 @triton.jit
-def block_offsets(i, WIDTHS: tl.constexpr, PADDED: tl.constexpr, BIAS: tl.constexpr):
+def _block_offsets(i, WIDTHS: tl.constexpr, PADDED: tl.constexpr, BIAS: tl.constexpr):
     """Offsets of parameter i's elements within it, and which of them there are."""
     l: tl.constexpr = i // 2 if BIAS else i
     offs_n = tl.arange(0, PADDED[l + 1])
@@ -30,7 +30,7 @@ def block_load(ptrs, member, known, SIZES: tl.constexpr, WIDTHS: tl.constexpr, P
     tensors = ()
     for i in tl.static_range(len(SIZES)):
         if ptrs is not None:
-            offs, inside = block_offsets(i, WIDTHS, PADDED, BIAS)
+            offs, inside = _block_offsets(i, WIDTHS, PADDED, BIAS)
             inside = tl.where(known, inside, False)
             tensors = tensors + (tl.load(ptrs[i] + member * SIZES[i] + offs, mask=inside, other=0.0),)
         else:
@@ -39,10 +39,10 @@ def block_load(ptrs, member, known, SIZES: tl.constexpr, WIDTHS: tl.constexpr, P
 
 
 @triton.jit
-def _block_store(ptrs, tensors, member, SIZES: tl.constexpr, WIDTHS: tl.constexpr, PADDED: tl.constexpr):
+def block_store(ptrs, tensors, member, SIZES: tl.constexpr, WIDTHS: tl.constexpr, PADDED: tl.constexpr):
     BIAS: tl.constexpr = len(SIZES) >= len(WIDTHS)
     for i in tl.static_range(len(SIZES)):
-        offs, inside = block_offsets(i, WIDTHS, PADDED, BIAS)
+        offs, inside = _block_offsets(i, WIDTHS, PADDED, BIAS)
         tl.store(ptrs[i] + member * SIZES[i] + offs, tensors[i], mask=inside)
 
 
@@ -219,8 +219,8 @@ def train_block_kernel(
             batch = tl.where(batch == batches - 1, 0, batch + 1)
     # The compiler cannot know that this is 0. If it did, it would keep the addresses in registers throughout the loop.
     member += tl.minimum(batch, 0)
-    _block_store(parameter_ptrs, params, member, SIZES, WIDTHS, PADDED)
+    block_store(parameter_ptrs, params, member, SIZES, WIDTHS, PADDED)
     if first_ptrs is not None:
-        _block_store(first_ptrs, firsts, member, SIZES, WIDTHS, PADDED)
+        block_store(first_ptrs, firsts, member, SIZES, WIDTHS, PADDED)
     if second_ptrs is not None:
-        _block_store(second_ptrs, seconds, member, SIZES, WIDTHS, PADDED)
+        block_store(second_ptrs, seconds, member, SIZES, WIDTHS, PADDED)

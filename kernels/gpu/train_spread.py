@@ -8,11 +8,8 @@
 import triton
 import triton.language as tl
 
-from .train_block import block_accumulate, block_backward, block_forward, block_load, block_offsets, block_rows
+from .train_block import block_accumulate, block_backward, block_forward, block_load, block_rows, block_store
 from .train_rules import UNALIGNED, UNSPECIALIZED, update
-
-# The tensors that all programs of a step share.
-SHARED = ("slots_ptr", "progress_ptr")
 
 
 @triton.jit
@@ -103,9 +100,7 @@ def train_spread_kernel(
         hs, z = block_forward(params, x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
         if logged:
             loss += tl.sum(tl.where(inside, LOSS(z, hs[LAYERS], t), 0.0))
-        dzs = block_backward(
-            params, hs, z, t, inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, LAYERS, BIAS
-        )
+        dzs = block_backward(params, hs, z, t, inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, LAYERS, BIAS)
         grads = block_accumulate(grads, hs, dzs, LAYERS, BIAS)
 
     own_ptr = slots_ptr + program * SLOT
@@ -135,25 +130,16 @@ def train_spread_kernel(
                 sums = added
                 total += tl.load(slot_ptr + STARTS[len(params)], mask=there, other=0.0, cache_modifier=".cg")
         lr = tl.load(lr_ptr + member)
-        for i in tl.static_range(len(params)):
-            offs, inside = block_offsets(i, WIDTHS, PADDED, BIAS)
-            offs += member * SIZES[i]
-            known = inside & (taken + step > 0)
-            p = tl.load(parameter_ptrs[i] + offs, mask=inside, other=0.0)
-            m = tl.full((), 0.0, tl.float32)
-            v = tl.full((), 0.0, tl.float32)
-            if first_ptrs is not None:
-                m = tl.load(first_ptrs[i] + offs, mask=known, other=0.0)
-            if second_ptrs is not None:
-                v = tl.load(second_ptrs[i] + offs, mask=known, other=0.0)
-            ps, ms, vs = update(
-                (p,), (m,), (v,), (sums[i],), lr, weight_decay, taken + step + 1, hyper, NUMBERS, UPDATE, DECOUPLED
-            )
-            tl.store(parameter_ptrs[i] + offs, ps[0], mask=inside)
-            if first_ptrs is not None:
-                tl.store(first_ptrs[i] + offs, ms[0], mask=inside)
-            if second_ptrs is not None:
-                tl.store(second_ptrs[i] + offs, vs[0], mask=inside)
+        firsts = block_load(first_ptrs, member, taken + step > 0, SIZES, WIDTHS, PADDED)
+        seconds = block_load(second_ptrs, member, taken + step > 0, SIZES, WIDTHS, PADDED)
+        params, firsts, seconds = update(
+            params, firsts, seconds, sums, lr, weight_decay, taken + step + 1, hyper, NUMBERS, UPDATE, DECOUPLED
+        )
+        block_store(parameter_ptrs, params, member, SIZES, WIDTHS, PADDED)
+        if first_ptrs is not None:
+            block_store(first_ptrs, firsts, member, SIZES, WIDTHS, PADDED)
+        if second_ptrs is not None:
+            block_store(second_ptrs, seconds, member, SIZES, WIDTHS, PADDED)
         if logged:
             row = ((offset + step) // period - tl.where(offset > 0, 1, 0)).to(tl.int64)
             tl.store(losses_ptr + row * members + member, total * batch_scale)

@@ -26,6 +26,10 @@ BLOCK_ADAM_WEIGHTS = 3072  # padded: a single 64 x 64 layer spills on sm_80 with
 LANE_CYCLES = 9
 BLOCK_CYCLES = {16: 600, 32: 1300, 64: 2800}
 
+# Of the block's form with several programs: a launch on the host, "forum" by impl="block" would set it; cycles from its
+# start to its end beside the tiles, and per slot, a minimum and per number. Larger batches would set those.
+LAUNCH_US, STEP_CYCLES, SLOT_CYCLES, SLOT_NUMBER_CYCLES = 6.3, 3000, 50, 0.065
+
 # Per microsecond, from the data sheets of A100 and H200: cycles, bytes, and fp32 multiply-adds.
 RATES = {"sm_80": (1410, 1.6e6, 9.7e6), "sm_90": (1830, 4.8e6, 33e6)}
 # Of a small kernel in a captured graph and in a stream, as published for an H100, and of a small product beyond that.
@@ -69,11 +73,24 @@ def block(members: int, batch: int, config: TrainConfig, device: Device) -> tupl
     # The widest layers leave registers for 16 samples only.
     rows = 16 if batch <= 16 or widest == 64 else 32
     num_warps = 4 if widest == rows == 16 else 8
-    waves = max(1.0, members / (12 // num_warps * device.units))
+    resident = 12 // num_warps * device.units
     reason = "one network per program, on chip for the whole loop"
     clock, _, _ = _rates(device)
-    us = BLOCK_CYCLES[widest] * layers * cdiv(batch, rows) * waves / clock
-    return us, TrainPlan("block", reason, rows, 1, num_warps)
+    tile, tiles = BLOCK_CYCLES[widest] * layers, cdiv(batch, rows)
+    options = [(tile * tiles * max(1.0, members / resident) / clock, 1)]
+    if device.kind == "cuda":
+        numbers = sum(n * (k + config.bias) for k, n in itertools.pairwise(padded))
+        slot = max(SLOT_CYCLES, SLOT_NUMBER_CYCLES * numbers)
+        for programs in sorted(
+            {2**i for i in range(1, min(tiles, resident).bit_length())} | {min(tiles, device.units)}
+        ):
+            waves = max(1.0, members * programs / resident)
+            cycles = STEP_CYCLES + (tile * cdiv(tiles, programs) + slot * programs) * waves
+            options.append((max(LAUNCH_US, KERNEL_US + cycles / clock), programs))
+    us, programs = min(options)
+    if programs > 1:
+        reason = f"{programs} programs per network, each with a part of the batch, and one launch per step"
+    return us, TrainPlan("block", reason, rows, 1, num_warps, programs)
 
 
 @dataclass

@@ -217,7 +217,16 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    "name", core(RUNS, "lane-xor", "lane-minibatches", "block-padded", "block-minibatches", "block-exact-tile", "spread-minibatches")
+    "name",
+    core(
+        RUNS,
+        "lane-xor",
+        "lane-minibatches",
+        "block-padded",
+        "block-minibatches",
+        "block-exact-tile",
+        "spread-minibatches",
+    ),
 )
 def test_trajectories(name):
     plan, config, data = RUNS[name]

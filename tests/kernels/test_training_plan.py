@@ -179,11 +179,27 @@ def test_more_to_do_costs_no_less(size):
             before = prices
 
 
-def test_a_large_batch_of_one_network_is_no_work_for_one_multiprocessor():
-    for widths, samples in (((4, 16, 1), 65_536), ((32, 64, 5), 60_000), ((2, 2, 1), 1 << 20)):
-        prices = train_prices(1, samples, None, TrainConfig(widths), "float32", H200)
-        assert prices["block"] > 1000
-        assert plan(widths, samples=samples, batch_size=None).impl == "graph"
+@pytest.mark.parametrize(
+    ("widths", "samples", "members", "impl", "programs"),
+    [
+        ((4, 16, 1), 32, 1, "block", 1),
+        ((4, 16, 1), 256, 1, "block", 1),
+        ((4, 16, 1), 4096, 1, "block", 64),
+        ((4, 16, 1), 65_536, 1, "block", 128),
+        ((32, 64, 5), 1024, 1, "block", 32),
+        ((32, 64, 5), 1024, 1000, "graph", 1),
+        ((32, 64, 5), 1 << 18, 1, "graph", 1),
+        ((2, 2, 1), 1 << 20, 1, "graph", 1),
+    ],
+    ids=str,
+)
+def test_a_large_batch_of_one_network_is_no_work_for_one_multiprocessor(widths, samples, members, impl, programs):
+    chosen = plan(widths, members, samples, None)
+    assert (chosen.impl, chosen.programs) == (impl, programs)
+    if programs > 1:
+        assert f"{programs} programs" in chosen.reason
+    # The interpreter, which runs one program after the other, has nothing to divide.
+    assert plan(widths, members, samples, None, INTERPRETER).programs == 1
 
 
 # Those of views, of torch's own profiling, and of Adam's count of steps, which stays on the CPU.
