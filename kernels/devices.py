@@ -62,17 +62,6 @@ def look_at(device: torch.device) -> Device:
     return Device("cpu", CPU_ARCH, 1, cpu_kind()) if device.type == "cpu" else Device(device.type)
 
 
-# Multiprocessors of an A100, an H100 or H200, a B200.
-CHIPS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
-
-
-def chip(name: str) -> Device:
-    """A chip that need not be at hand, as in "sm_90". Raises ValueError for a name that is not known."""
-    if name not in CHIPS:
-        raise ValueError(f"{name!r} is none of {', '.join(CHIPS)}")
-    return Device("cuda", int(name[3:]), CHIPS[name], triton=has_triton())
-
-
 @functools.cache
 def describe(device: torch.device, interpreted: bool = False) -> Device:
     """What plans need to know of a device. Says once if it is a GPU that the kernels cannot use."""

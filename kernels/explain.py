@@ -87,12 +87,12 @@ def explain(
 
     Plans for GPUs carry a `prediction`, which `print` shows too: the time that the plan's flops and bytes take at the
     chip's peak rates with sigmoids, and the least that any plan could take (the model: `predict`, `predict_bwd` and
-    `predict_mlp` in plan/predict.py). The rates are those of data sheets, and an H200's, as the text says, for devices
-    with a name that is not in plan/peaks.py.
+    `predict_mlp` in plan/predict.py). The rates are those of data sheets. For a device with a name that is not in
+    peaks.py they are those of another chip of its compute capability, or an H200's, as the text says.
 
     x_shape: (..., in_features). weight_shape: (out_features, in_features) of a layer, or a sequence of such pairs, one
     per layer of a network. device: where the tensors would be, or a chip that is not at hand: one of the names in
-    plan/peaks.py ("RTX 3090", "RTX 4090", "RTX 5090", "A10", "L4", "L40S", "A100", "H100", "H200", "B200"), or a
+    peaks.py ("RTX 3090", "RTX 4090", "RTX 5090", "A10", "L4", "L40S", "A100", "H100", "H200", "B200"), or a
     description as in `Device("cuda", arch=90, units=132, triton=True)`. Raises ValueError for shapes that do not fit
     and an unknown impl or device, TypeError for what is no shape or no dtype, NotImplementedError where a call would.
     """

@@ -13,6 +13,7 @@ class Peaks:
     device: Device
     special: float  # functions (exp2, rsqrt)
     bandwidth: float  # bytes
+    clock: float  # cycles
     half: float  # flops, dense and summed in fp32, by kind of product
     tf32: float
     ieee: float
@@ -43,14 +44,28 @@ PEAKS = {
         # 16 per clock and multiprocessor, on all of them (CUDA programming guide, arithmetic instructions).
         16 * units * 1e9 * clock,
         1e9 * bandwidth,
+        1e9 * clock,
         *(1e12 * rate for rate in rates),
     )
     for name, (driver_name, arch, units, clock, bandwidth, *rates) in _SHEETS.items()
 }
 H200 = PEAKS["H200"]
 _BY_DEVICE = {peaks.device.name: peaks for peaks in PEAKS.values()}
+_BY_ARCH = {peaks.device.arch: peaks for peaks in PEAKS.values()}
 
 
 def peaks_of(device: Device) -> Peaks:
-    """Those of the chip that has the device's name; those of an H200 for whatever is not in the table."""
-    return _BY_DEVICE.get(device.name, H200)
+    """Those of the chip that has the device's name, of one of its compute capability, or of an H200."""
+    return _BY_DEVICE.get(device.name) or _BY_ARCH.get(device.arch, H200)
+
+
+def chip(name: str) -> Device:
+    """A chip by its name here, as in "RTX 4090", or by its compute capability, as in "sm_89".
+
+    Raises ValueError for another name.
+    """
+    named = {f"sm_{arch}": peaks.device for arch, peaks in _BY_ARCH.items()}
+    named |= {name: peaks.device for name, peaks in PEAKS.items()}
+    if name not in named:
+        raise ValueError(f"{name!r} is none of {', '.join(named)}")
+    return named[name]

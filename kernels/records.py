@@ -272,8 +272,9 @@ class TrainPlan:
     """How a whole training loop runs.
 
     `impl` is "lane" (one kernel for all steps of `networks` networks per program, one per lane), "block" (one kernel
-    for all steps, one network per program), "graph" (`loop/` on a GPU, each step a replay of a captured graph),
-    "native" (`native/`, loops compiled for the CPU) or "torch" (`loop/`, step by step).
+    for all steps, one network per program, or a kernel for each step, with `programs` for each network), "graph"
+    (`loop/` on a GPU, each step a replay of a captured graph), "native" (`native/`, loops compiled for the CPU) or
+    "torch" (`loop/`, step by step).
     """
 
     impl: str
@@ -281,6 +282,7 @@ class TrainPlan:
     rows: int = 0  # samples that a kernel takes at a time
     networks: int = 1  # per program, or per vector of the CPU
     num_warps: int = 1
+    programs: int = 1  # per network, between which each batch is divided
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import torch
 
-from ..kernels import devices
+from ..kernels import devices, peaks
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.native import ready
 from ..kernels.native.loop import compile_all
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--activation", choices=ACTIVATIONS, help="of all layers (default: sigmoid)")
     rows = "of x; a kernel's code depends on whether they are few or many (default: 32,65536)"
     build.add_argument("--rows", type=_counts, metavar="N,..", help=rows)
-    chips = "the chip to compile for, as in sm_90 (default: the CUDA device at hand)"
+    chips = "the chip to compile for, as in H100 or sm_90 (default: the CUDA device at hand)"
     build.add_argument("--chip", type=_chip, metavar="NAME", help=chips)
     build.set_defaults(run=_build)
     export = add(commands, "export-hub", "write this package as the kernel hub of the package `kernels` loads it")
@@ -128,7 +128,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _chip(text: str) -> Device:
     try:
-        return devices.chip(text)
+        return peaks.chip(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -135,3 +135,15 @@ def _short(compiled: Any, grid: tuple[int, ...], rest: tuple) -> Callable[[tuple
             run(*grid, stream, function, packed, None, None, None, *tensors, *rest)
 
     return short
+
+
+def launch_in_a_row(kernel, grid: tuple[int, ...], count: int, /, **arguments: object) -> None:
+    """kernel[grid](**arguments), `count` times in a row."""
+    compiled = kernel[grid](**arguments)
+    if isinstance(compiled, CompiledKernel) and isinstance(kernel, JITFunction):
+        run = _short(compiled, (*grid, 1, 1)[:3], tuple(arguments[name] for name in kernel.arg_names))
+        for _ in range(count - 1):
+            run(())
+    else:
+        for _ in range(count - 1):
+            kernel[grid](**arguments)

@@ -1,41 +1,48 @@
-"""Whole training loops in one launch: every step of a small MLP's training, for one network or for many.
+"""Whole training loops in one launch, or one per step: a small MLP's training, for one network or for many.
 
 A network has layers l = 0 .. L-1 from K_l = widths[l] to N_l = widths[l + 1] features, h_0 = x:
 
     z_l = h_l @ weight_l.T + bias_l,  h_{l+1} = act_l(z_l),  y = h_L,  loss = sum or mean of loss(z_{L-1}, y, target)
 
-Two kernels, of one signature but for their tiles:
+Three kernels, of one signature but for their tiles:
 
 - lane: one network per lane of a warp. Parameters, gradients and optimizer state are tuples of [BLOCK] tensors, one
   element per network, that never leave the registers; a batch is unrolled, ROWS samples at a time.
 - block: one network per program. Weights are [N, K] tiles, padded to powers of two of at least 16; a batch goes
   through them in tiles of BLOCK_M samples. Activations are transposed, [width, samples], so that a sum over samples
   has the gradient of z as its left operand as it is.
+- spread: the same for one step, and for batches that are too large for one multiprocessor. Each program writes its part
+  of the gradient into a slot; the last one to arrive adds the slots up, in their order, and takes the step.
 
-Both walk segments of steps. A segment begins with a step whose loss is logged: the loss is computed from a forward pass
-of its own, so that the loop over steps has no store in it. What a step does depends on its number alone, never on where
-a launch began: cutting a run into launches changes no bit of it. Integers are not specialized for the same reason, and
-because each specialization would be compiled anew.
+Lane and block walk segments of steps. A segment begins with a step whose loss is logged: the loss is computed from a
+forward pass of its own, so that the loop over steps has no store in it. What a step does depends on its number alone,
+never on where a launch began: cutting a run into launches changes no bit of it. Integers are not specialized for the
+same reason, and because each specialization would be compiled anew.
 
-Padding (block): a padded neuron of a sigmoid layer would put out 0.5, and the weights that read it would learn. Outputs
-of padded neurons are set to 0, with which all padded gradients are 0. A padded bias of -1e4 would do the same until
-weight decay has eaten it up.
+Padding (block and spread): a padded neuron of a sigmoid layer would put out 0.5, and the weights that read it would
+learn. Outputs of padded neurons are set to 0, with which all padded gradients are 0. A padded bias of -1e4 would do the
+same until weight decay has eaten it up.
 """
 
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 # Launch options are not in triton's types.
 import itertools
 import math
 
+import torch
 import triton
 from torch import Tensor
 
 from .functions import ACTIVATIONS
-from .launch import device_of
+from .launch import device_of, launch_in_a_row
 from .network import padded
 from .train_block import train_block_kernel
 from .train_lane import train_lane_kernel
 from .train_rules import LOSSES, OPTIMIZERS
+from .train_spread import train_spread_kernel
+
+# Numbers of slots that a thread may have on their way, at a register each.
+FLYING = 96
 
 
 class KernelLoop:
@@ -64,6 +71,18 @@ class KernelLoop:
         else:
             self.kernel, self.grid = train_block_kernel, (members,)
             tile = {"PADDED": padded(widths), "BLOCK_M": plan.rows}
+        self.spread = plan.programs > 1
+        if self.spread:
+            self.kernel, self.grid = train_spread_kernel, (plan.programs, members)
+            layers = itertools.pairwise(padded(widths))
+            counts = [count for k, n in layers for count in ((n * k, n) if config.bias else (n * k,))]
+            starts = tuple(itertools.accumulate(counts, initial=0))
+            slot = starts[-1] + 16  # a multiple of 16, with room for the loss
+            unroll = next((u for u in (16, 8, 4, 2) if u * slot <= FLYING * 32 * plan.num_warps), 1)
+            self.progress = torch.zeros(members, 2, dtype=torch.int32, device=x.device)
+            slots = torch.empty(members, plan.programs, slot, dtype=torch.float32, device=x.device)
+            tile |= {"slots_ptr": slots, "progress_ptr": self.progress}
+            tile |= {"STARTS": starts, "SLOT": slot, "UNROLL": unroll}
         # The arguments that are the same in every launch.
         self.arguments = {
             "parameter_ptrs": tuple(parameters),
@@ -107,21 +126,22 @@ class KernelLoop:
         # Without a log there is one segment, which began a step before the launch, so that no loss is due. The kernel
         # is the one that logs, and results have the same bits.
         offset = start % log_every if log_every else 1
-        resident = order is None and self.batches == 1 and self.samples <= self.plan.rows
-        rows = {"ROWS": self.samples if resident else self.plan.rows} if self.plan.impl == "lane" else {}
+        arguments = self.arguments | {
+            "order_ptr": order,
+            "losses_ptr": losses,
+            "batch": start % self.batches,
+            "taken": self.taken,
+            "offset": offset,
+            # The kernel adds the period to step numbers, and one longer than the launch could overflow.
+            "period": min(log_every or offset + steps, offset + steps),
+            "enable_fp_fusion": True,
+        }
         with device_of(losses.device):
-            self.kernel[self.grid](
-                order_ptr=order,
-                losses_ptr=losses,
-                batch=start % self.batches,
-                taken=self.taken,
-                steps=steps,
-                offset=offset,
-                # The kernel adds the period to step numbers, and one longer than the launch could overflow.
-                period=min(log_every or offset + steps, offset + steps),
-                RESIDENT=resident,
-                **rows,
-                **self.arguments,
-                enable_fp_fusion=True,
-            )
+            if self.spread:
+                self.progress.zero_()
+                launch_in_a_row(self.kernel, self.grid, steps, **arguments)
+            else:
+                resident = order is None and self.batches == 1 and self.samples <= self.plan.rows
+                rows = {"ROWS": self.samples if resident else self.plan.rows} if self.plan.impl == "lane" else {}
+                self.kernel[self.grid](**arguments, steps=steps, RESIDENT=resident, **rows)
         self.taken += steps

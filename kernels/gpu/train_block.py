@@ -24,7 +24,7 @@ def _block_offsets(i, WIDTHS: tl.constexpr, PADDED: tl.constexpr, BIAS: tl.const
 
 
 @triton.jit
-def _block_load(ptrs, member, known, SIZES: tl.constexpr, WIDTHS: tl.constexpr, PADDED: tl.constexpr):
+def block_load(ptrs, member, known, SIZES: tl.constexpr, WIDTHS: tl.constexpr, PADDED: tl.constexpr):
     """All parameters of a network; a scalar each where there are none, zeros where they are not known."""
     BIAS: tl.constexpr = len(SIZES) >= len(WIDTHS)
     tensors = ()
@@ -39,7 +39,7 @@ def _block_load(ptrs, member, known, SIZES: tl.constexpr, WIDTHS: tl.constexpr, 
 
 
 @triton.jit
-def _block_store(ptrs, tensors, member, SIZES: tl.constexpr, WIDTHS: tl.constexpr, PADDED: tl.constexpr):
+def block_store(ptrs, tensors, member, SIZES: tl.constexpr, WIDTHS: tl.constexpr, PADDED: tl.constexpr):
     BIAS: tl.constexpr = len(SIZES) >= len(WIDTHS)
     for i in tl.static_range(len(SIZES)):
         offs, inside = _block_offsets(i, WIDTHS, PADDED, BIAS)
@@ -47,7 +47,7 @@ def _block_store(ptrs, tensors, member, SIZES: tl.constexpr, WIDTHS: tl.constexp
 
 
 @triton.jit
-def _block_rows(ptr, order_ptr, start, end, WIDTH: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr):
+def block_rows(ptr, order_ptr, start, end, WIDTH: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr):
     """Samples start to end - 1 of the order as [WIDE, BLOCK_M], with zeros around them."""
     index = start + tl.arange(0, BLOCK_M)
     offs = tl.arange(0, WIDE)
@@ -59,7 +59,7 @@ def _block_rows(ptr, order_ptr, start, end, WIDTH: tl.constexpr, WIDE: tl.conste
 
 
 @triton.jit
-def _block_forward(params, x, HIDDEN, OUTPUT, WIDTHS: tl.constexpr, PADDED: tl.constexpr, BIAS: tl.constexpr):
+def block_forward(params, x, HIDDEN, OUTPUT, WIDTHS: tl.constexpr, PADDED: tl.constexpr, BIAS: tl.constexpr):
     """((h_0, .., h_{L-1}, y), z of the last layer), [PADDED[l], BLOCK_M] each."""
     LAYERS: tl.constexpr = len(WIDTHS) - 1
     EACH: tl.constexpr = 2 if BIAS else 1
@@ -83,12 +83,12 @@ def _block_loss(
     params, x, t, inside, HIDDEN, OUTPUT, LOSS, WIDTHS: tl.constexpr, PADDED: tl.constexpr, BIAS: tl.constexpr
 ):
     """The loss of a tile of samples, summed."""
-    hs, z = _block_forward(params, x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
+    hs, z = block_forward(params, x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
     return tl.sum(tl.where(inside, LOSS(z, hs[len(WIDTHS) - 1], t), 0.0))
 
 
 @triton.jit
-def _block_backward(
+def block_backward(
     params, hs, z, t, inside, scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, LAYERS: tl.constexpr, BIAS: tl.constexpr
 ):
     """dz of every layer, the last first, [PADDED[l + 1], BLOCK_M] each."""
@@ -103,7 +103,7 @@ def _block_backward(
 
 
 @triton.jit
-def _block_accumulate(grads, hs, dzs, LAYERS: tl.constexpr, BIAS: tl.constexpr):
+def block_accumulate(grads, hs, dzs, LAYERS: tl.constexpr, BIAS: tl.constexpr):
     """grads plus the gradients of a tile of samples."""
     EACH: tl.constexpr = 2 if BIAS else 1
     sums = ()
@@ -162,12 +162,12 @@ def train_block_kernel(
     x_ptr += member * stride_xe
     y_ptr += member * stride_ye
     lr = tl.load(lr_ptr + member)
-    params = _block_load(parameter_ptrs, member, True, SIZES, WIDTHS, PADDED)
-    firsts = _block_load(first_ptrs, member, taken > 0, SIZES, WIDTHS, PADDED)
-    seconds = _block_load(second_ptrs, member, taken > 0, SIZES, WIDTHS, PADDED)
+    params = block_load(parameter_ptrs, member, True, SIZES, WIDTHS, PADDED)
+    firsts = block_load(first_ptrs, member, taken > 0, SIZES, WIDTHS, PADDED)
+    seconds = block_load(second_ptrs, member, taken > 0, SIZES, WIDTHS, PADDED)
     if RESIDENT:
-        all_x, _ = _block_rows(x_ptr, None, 0, samples, WIDTHS[0], PADDED[0], BLOCK_M)
-        all_t, all_inside = _block_rows(y_ptr, None, 0, samples, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M)
+        all_x, _ = block_rows(x_ptr, None, 0, samples, WIDTHS[0], PADDED[0], BLOCK_M)
+        all_t, all_inside = block_rows(y_ptr, None, 0, samples, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M)
     for segment in range(tl.cdiv(offset + steps, period)):
         if (segment > 0) | (offset == 0):
             loss = tl.full((), 0.0, tl.float32)
@@ -177,8 +177,8 @@ def train_block_kernel(
                 log_first = batch * batch_size
                 log_end = tl.minimum(log_first + batch_size, samples)
                 for log_start in tl.range(log_first, log_end, BLOCK_M, num_stages=1):
-                    log_x, _ = _block_rows(x_ptr, order_ptr, log_start, log_end, WIDTHS[0], PADDED[0], BLOCK_M)
-                    log_t, log_inside = _block_rows(
+                    log_x, _ = block_rows(x_ptr, order_ptr, log_start, log_end, WIDTHS[0], PADDED[0], BLOCK_M)
+                    log_t, log_inside = block_rows(
                         y_ptr, order_ptr, log_start, log_end, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M
                     )
                     loss += _block_loss(params, log_x, log_t, log_inside, HIDDEN, OUTPUT, LOSS, WIDTHS, PADDED, BIAS)
@@ -192,24 +192,24 @@ def train_block_kernel(
             for i in tl.static_range(len(params)):
                 grads = grads + (tl.zeros(params[i].shape, tl.float32),)
             if RESIDENT:
-                hs, z = _block_forward(params, all_x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
-                dzs = _block_backward(
+                hs, z = block_forward(params, all_x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
+                dzs = block_backward(
                     params, hs, z, all_t, all_inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, LAYERS, BIAS
                 )
-                grads = _block_accumulate(grads, hs, dzs, LAYERS, BIAS)
+                grads = block_accumulate(grads, hs, dzs, LAYERS, BIAS)
             else:
                 first_row = batch * batch_size
                 end_row = tl.minimum(first_row + batch_size, samples)
                 for row_start in tl.range(first_row, end_row, BLOCK_M, num_stages=1):
-                    x, _ = _block_rows(x_ptr, order_ptr, row_start, end_row, WIDTHS[0], PADDED[0], BLOCK_M)
-                    t, inside = _block_rows(
+                    x, _ = block_rows(x_ptr, order_ptr, row_start, end_row, WIDTHS[0], PADDED[0], BLOCK_M)
+                    t, inside = block_rows(
                         y_ptr, order_ptr, row_start, end_row, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M
                     )
-                    hs, z = _block_forward(params, x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
-                    dzs = _block_backward(
+                    hs, z = block_forward(params, x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
+                    dzs = block_backward(
                         params, hs, z, t, inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, LAYERS, BIAS
                     )
-                    grads = _block_accumulate(grads, hs, dzs, LAYERS, BIAS)
+                    grads = block_accumulate(grads, hs, dzs, LAYERS, BIAS)
             params, firsts, seconds = update(
                 params, firsts, seconds, grads, lr, weight_decay, taken + step + 1, hyper, NUMBERS, UPDATE, DECOUPLED
             )
@@ -219,8 +219,8 @@ def train_block_kernel(
             batch = tl.where(batch == batches - 1, 0, batch + 1)
     # The compiler cannot know that this is 0. If it did, it would keep the addresses in registers throughout the loop.
     member += tl.minimum(batch, 0)
-    _block_store(parameter_ptrs, params, member, SIZES, WIDTHS, PADDED)
+    block_store(parameter_ptrs, params, member, SIZES, WIDTHS, PADDED)
     if first_ptrs is not None:
-        _block_store(first_ptrs, firsts, member, SIZES, WIDTHS, PADDED)
+        block_store(first_ptrs, firsts, member, SIZES, WIDTHS, PADDED)
     if second_ptrs is not None:
-        _block_store(second_ptrs, seconds, member, SIZES, WIDTHS, PADDED)
+        block_store(second_ptrs, seconds, member, SIZES, WIDTHS, PADDED)

@@ -24,7 +24,7 @@ class Arrays(Layout):
         counts = [n * (k + self.bias) for k, n in self.layers]
         whole = self.like.new_zeros(sum(counts), self.members)
         parts = zip(whole.split(counts), self.layers, strict=True)
-        return Storage([whole], [part.view(-1, n, self.members) for part, (_, n) in parts])
+        return Storage(whole, [whole], [part.view(-1, n, self.members) for part, (_, n) in parts])
 
     def blocks(self, view: Tensor, inputs: int) -> tuple[Tensor, Tensor | None]:
         return view[:inputs].permute(2, 1, 0), view[inputs].t() if self.bias else None

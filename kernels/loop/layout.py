@@ -24,7 +24,8 @@ Call = Callable[[], object]
 class Storage:
     """Something for every parameter: the parameters themselves, their gradients, an optimizer's state."""
 
-    parts: list[Tensor]  # that elementwise calls take, each of which a rate per member can multiply
+    whole: Tensor  # that elementwise calls take
+    parts: list[Tensor]  # of it, each of which a rate per member can multiply
     views: list[Tensor]  # one per layer, its weight and bias side by side
 
 

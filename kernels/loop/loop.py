@@ -43,7 +43,7 @@ class TorchLoop:
         self.size = min(batch_size, x.shape[1])
         self.per_epoch = -(-x.shape[1] // self.size)
         self.graph = plan.impl == "graph"
-        choice = planning.train_loop(lr.shape[0], self.size, config, x.shape[0] == 1)
+        choice = planning.train_loop(lr.shape[0], self.size, config, x.shape[0] == 1, x.device.type)
         self.one_thread = choice.one_thread and x.is_cpu
         make = Arrays if choice.layout == "arrays" else partial(Matrices, joint=choice.layout == "joint")
         with self._context():

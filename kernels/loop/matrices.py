@@ -36,12 +36,12 @@ class Matrices(Layout):
             whole = self.like.new_zeros(sum(self.rows), sum(self.columns))
             corners = zip(itertools.accumulate(self.rows), itertools.accumulate(self.columns), strict=True)
             blocks = [whole[i - n : i, j - k : j] for (i, j), (n, k) in zip(corners, sizes, strict=True)]
-            return Storage([whole], blocks)
+            return Storage(whole, [whole], blocks)
         counts = [self.members * n * k for n, k in sizes]
         whole = self.like.new_zeros(sum(counts))
         parts = zip(whole.split(counts), sizes, strict=True)
         views = [part.view(*self.stack, n, k) for part, (n, k) in parts]
-        return Storage(views if self.stack else [whole], views)
+        return Storage(whole, views if self.stack else [whole], views)
 
     def blocks(self, view: Tensor, inputs: int) -> tuple[Tensor, Tensor | None]:
         view = view if self.stack else view[None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..records import TrainConfig
-from .layout import Batch, Call, Layout
+from .layout import Batch, Call, Layout, Storage
 
 
 @functools.cache
@@ -60,7 +60,7 @@ class Optimizer:
             layout.write(own, given)
         self.gradients = layout.storage()
         storages = [layout.parameters, self.gradients, *self.states]
-        self.parts = list(zip(*(storage.parts for storage in storages), strict=True))
+        self.wholes = [storage.whole for storage in storages]
         if second:
             self.step = torch.zeros((), dtype=torch.float32, device=lr.device)
             # A captured step reads here what changes from step to step.
@@ -104,44 +104,44 @@ class Optimizer:
 
     def _momentum(self) -> None:
         config = self.config
-        for w, g, m in self.parts:
-            if config.weight_decay:
-                g.add_(w, alpha=config.weight_decay)
-            if self.taken > 1:
-                m.mul_(config.momentum).add_(g, alpha=1 - config.dampening)
-            else:
-                m.copy_(g)
-            self._descend(w, g.add_(m, alpha=config.momentum) if config.nesterov else m)
+        w, g, m = self.wholes
+        if config.weight_decay:
+            g.add_(w, alpha=config.weight_decay)
+        if self.taken > 1:
+            m.mul_(config.momentum).add_(g, alpha=1 - config.dampening)
+        else:
+            m.copy_(g)
+        if config.nesterov:
+            g.add_(m, alpha=config.momentum)
+        self._descend(self.gradients if config.nesterov else self.states[0])
 
     def _plain_momentum(self) -> None:
-        for w, _, m in self.parts:
-            if self.config.weight_decay:
-                m.add_(w, alpha=self.config.weight_decay)
-            self._descend(w, m)
+        w, _, m = self.wholes
+        if self.config.weight_decay:
+            m.add_(w, alpha=self.config.weight_decay)
+        self._descend(self.states[0])
 
-    def _descend(self, w: Tensor, direction: Tensor) -> None:
-        if self.rates is None:
-            w.add_(direction, alpha=-self.rate)
-        else:
-            w.addcmul_(direction, self.rates, value=-1)
+    def _descend(self, directions: Storage, sign: int = -1) -> None:
+        for w, direction in zip(self.layout.parameters.parts, directions.parts, strict=True):
+            if self.rates is None:
+                w.add_(direction, alpha=sign * self.rate)
+            else:
+                w.addcmul_(direction, self.rates, value=sign)
 
     def _adam(self) -> None:
         config = self.config
+        w, g, m, v = self.wholes
         if self.fused is not None:
             self.step.fill_(self.taken)
-            for w, g, m, v in self.parts:
-                self.fused([w], [g], [m], [v], [], [self.step])
+            self.fused([w], [g], [m], [v], [], [self.step])
             return
         factor, floor = (self.factor, self.floor) if self.graph else self._corrections()
-        for w, g, m, v in self.parts:
-            if config.weight_decay and config.optimizer == "adam":
-                g.add_(w, alpha=config.weight_decay)
-            elif config.weight_decay:
-                w.mul_(self.keep)
-            m.lerp_(g, 1 - config.beta1)
-            v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
-            torch.div(m, torch.sqrt(v, out=g).add_(floor), out=g).mul_(factor)
-            if self.rates is None:
-                w.add_(g, alpha=self.rate)
-            else:
-                w.addcmul_(g, self.rates)
+        if config.weight_decay and config.optimizer == "adam":
+            g.add_(w, alpha=config.weight_decay)
+        elif config.weight_decay:
+            for part in self.layout.parameters.parts:
+                part.mul_(self.keep)
+        m.lerp_(g, 1 - config.beta1)
+        v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
+        torch.div(m, torch.sqrt(v, out=g).add_(floor), out=g).mul_(factor)
+        self._descend(self.gradients, 1)

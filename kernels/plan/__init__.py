@@ -9,7 +9,7 @@ from .layer import linear_act_bwd, linear_act_fwd
 from .native import COMPILE_SECONDS, LOAD_SECONDS, NEURON_ROWS, TILES
 from .network import MLP_IEEE_ROWS, MlpPlans, mlp_both, mlp_bwd, mlp_bytes, mlp_columns, mlp_fwd, mlp_slots
 from .predict import predict, predict_bwd, predict_mlp
-from .train import train, train_loop
+from .train import train, train_loop, train_prices
 from .wide import linear_act_dgrad, linear_act_wgrad, wide_candidates, wide_splits
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "predict_mlp",
     "train",
     "train_loop",
+    "train_prices",
     "wide_candidates",
     "wide_splits",
 ]

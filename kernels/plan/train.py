@@ -1,28 +1,14 @@
 """Whole training loops: one launch by lane or by block, replayed graphs, compiled loops on a CPU, or plain torch."""
 
+import dataclasses
 import functools
 import itertools
 import math
 
 from ..records import EMPTY, Device, LoopPlan, TrainConfig, TrainPlan
-from .chips import cdiv, device_refusal, next_power_of_2
+from .chips import device_refusal
 from .native import TILES, native
-
-# The most parameters of a network that one lane trains, by the tensors of state that the optimizer keeps for each.
-# Registers would take some more; the compiler's time, which grows faster than the code that is unrolled, would not.
-LANE_PARAMETERS = (49, 33, 17)
-LANE_UNROLLED = 68  # parameters times samples
-LANE_NETWORKS = 32
-
-# The longest network that one program trains without a spill, by its widest layer and by the tensors of state: layers
-# of that width, of which one from k to n counts as the geometric mean of the two.
-BLOCK_LAYERS = {16: (8, 8, 6), 32: (4, 4, 3), 64: (1.25, 1.25, 1.21)}
-BLOCK_ADAM_WEIGHTS = 3072  # padded: a single 64 x 64 layer spills on sm_80 with triton 3.6
-
-# Cycles of one network's step, read off the schedules of the compiled loops: of a lane per parameter and sample, of a
-# block per layer and tile of samples. Not yet measured.
-LANE_CYCLES = 9
-BLOCK_CYCLES = {16: 600, 32: 1300, 64: 2800}
+from .train_gpu import block, graph, lane, ordinary
 
 
 @functools.lru_cache(maxsize=4096)
@@ -51,10 +37,33 @@ def train(
     capturing = device.kind == "cuda" and 0 not in (members, samples, *config.widths)
     if impl == "graph" and not capturing:
         return TrainPlan("torch", f"{device.kind}: only a CUDA device captures graphs")
-    plan = _kernel_loop(members, samples, batch_size, config, dtype, device, impl)
-    if capturing and impl in (None, "graph") and plan.impl == "torch":
-        return TrainPlan("graph", f"{plan.reason}; a step is one replay of a captured graph")
-    return plan
+    refused = _kernel_refusal(members, samples, config, dtype, device)
+    if impl == "torch" or (refused and (impl in ("lane", "block") or not capturing)):
+        return TrainPlan("torch", refused or 'impl="torch"')
+    options = _gpu_options(members, samples, batch_size, config, dtype, device, refused)
+    if impl is not None:
+        return options[impl][1]
+    possible = [option for option in options.values() if option[1].impl != "torch"]
+    if not possible:
+        return TrainPlan("torch", "; ".join(plan.reason for _, plan in options.values()))
+    _, plan = min(possible, key=lambda option: option[0])
+    if not capturing:
+        return plan
+    prices = train_prices(members, samples, batch_size, config, dtype, device)
+    told = ", ".join(f"{name} {us:.3g}" for name, us in prices.items())
+    return dataclasses.replace(plan, reason=f"{plan.reason}; us a step, uncalibrated: {told}")
+
+
+def train_prices(
+    members: int, samples: int, batch_size: int | None, config: TrainConfig, dtype: str, device: Device
+) -> dict[str, float]:
+    """Microseconds of a step on a GPU by each way there is, and by the ordinary loop; no GPU has confirmed them."""
+    refused = _kernel_refusal(members, samples, config, dtype, device)
+    options = _gpu_options(members, samples, batch_size, config, dtype, device, refused)
+    prices = {name: us for name, (us, plan) in options.items() if plan.impl != "torch"}
+    batch = min(batch_size or samples, samples)
+    prices["ordinary loop"] = ordinary(members, batch, batch_size is None, config, _bytes(dtype), device)
+    return prices
 
 
 def _compiled_loop(members, samples, batch_size, config, dtype, device, impl, steps, native_seconds) -> TrainPlan:
@@ -75,72 +84,38 @@ def _compiled_loop(members, samples, batch_size, config, dtype, device, impl, st
     return plan
 
 
-def _kernel_loop(members, samples, batch_size, config, dtype, device, impl) -> TrainPlan:
-    """The cheapest kernel for the whole loop, or "torch" and why."""
-    refused = None
-    if impl == "graph":
-        refused = 'impl="graph"'
-    elif 0 in (members, samples, *config.widths):
-        refused = EMPTY
-    elif device.kind == "cpu" and not device.triton:
-        refused = "no kernels for the CPU"
-    elif dtype != "float32":
-        refused = f"{dtype}: whole loops take float32"
-    elif reason := device_refusal(1, 1, 1, dtype, device):
-        refused = reason
-    elif config.optimizer != "sgd" and config.eps < 1e-30:
-        refused = f"eps {config.eps}: padded parameters would divide 0 by 0"
-    elif impl == "torch":
-        refused = 'impl="torch"'
-    if refused:
-        return TrainPlan("torch", refused)
+def _kernel_refusal(members, samples, config, dtype, device) -> str | None:
+    """Why no kernel can be the whole loop, or None."""
+    if 0 in (members, samples, *config.widths):
+        return EMPTY
+    if device.kind == "cpu" and not device.triton:
+        return "no kernels for the CPU"
+    if dtype != "float32":
+        return f"{dtype}: whole loops take float32"
+    if reason := device_refusal(1, 1, 1, dtype, device):
+        return reason
+    if config.optimizer != "sgd" and config.eps < 1e-30:
+        return f"eps {config.eps}: padded parameters would divide 0 by 0"
+    return None
+
+
+def _gpu_options(members, samples, batch_size, config, dtype, device, refused) -> dict[str, tuple[float, TrainPlan]]:
+    """(microseconds of a step, plan) of each way, the plan of impl "torch" with the reason where it cannot be had."""
     batch = min(batch_size or samples, samples)
-    options = {"lane": _lane(members, batch, config, device), "block": _block(members, batch, config, device)}
-    if impl in options:
-        options = {impl: options[impl]}
-    plans = [option for option in options.values() if option[1].impl != "torch"]
-    if not plans:
-        return TrainPlan("torch", "; ".join(plan.reason for _, plan in options.values()))
-    return min(plans, key=lambda option: option[0])[1]
+    options: dict[str, tuple[float, TrainPlan]] = {}
+    if not refused:
+        options = {"lane": lane(members, batch, config, device), "block": block(members, batch, config, device)}
+    if device.kind == "cuda":
+        us, _ = graph(members, batch, batch_size is None, config, _bytes(dtype), device)
+        reasons = [plan.reason for _, plan in options.values() if plan.impl == "torch"]
+        reasons = [refused] if refused else reasons if len(reasons) == len(options) else []
+        reason = "; ".join([*reasons, "a step is one replay of a captured graph"])
+        options["graph"] = us, TrainPlan("graph", reason)
+    return options
 
 
-def _states(config: TrainConfig) -> int:
-    """Tensors of state that the optimizer keeps for each parameter."""
-    return 2 if config.optimizer != "sgd" else 1 if config.momentum else 0
-
-
-def _lane(members: int, batch: int, config: TrainConfig, device: Device) -> tuple[float, TrainPlan]:
-    """(cycles of all members' steps, plan), of impl "torch" where lanes cannot do it."""
-    parameters = sum(n * (k + config.bias) for k, n in itertools.pairwise(config.widths))
-    limit = LANE_PARAMETERS[_states(config)]
-    if parameters > limit:
-        return 0, TrainPlan("torch", f"{parameters} parameters: a lane holds {limit} with this optimizer")
-    # Some warps per scheduler hide each other's latency; beyond that they wait for each other.
-    waves = max(1.0, members / (LANE_NETWORKS * 8 * device.units))
-    reason = f"{parameters} parameters: one network per lane, in registers for the whole loop"
-    # A lane takes four samples at a time, two, or one.
-    rows = next((rows for rows in (4, 2) if rows * parameters <= LANE_UNROLLED), 1)
-    plan = TrainPlan("lane", reason, rows, LANE_NETWORKS, 1)
-    return LANE_CYCLES * parameters * batch * waves, plan
-
-
-def _block(members: int, batch: int, config: TrainConfig, device: Device) -> tuple[float, TrainPlan]:
-    """(cycles of all members' steps, plan), of impl "torch" where blocks cannot do it."""
-    padded = [max(next_power_of_2(width), 16) for width in config.widths]
-    widest = max(padded)
-    if widest not in BLOCK_LAYERS:
-        return 0, TrainPlan("torch", f"a width of {max(config.widths)}: blocks take {max(BLOCK_LAYERS)}")
-    layers = sum((k * n) ** 0.5 for k, n in itertools.pairwise(padded)) / widest
-    heavy = _states(config) == 2 and sum(k * n for k, n in itertools.pairwise(padded)) > BLOCK_ADAM_WEIGHTS
-    if heavy or layers > BLOCK_LAYERS[widest][_states(config)]:
-        return 0, TrainPlan("torch", f"{'-'.join(map(str, config.widths))} with this optimizer spills in a block")
-    # The widest layers leave registers for 16 samples only.
-    rows = 16 if batch <= 16 or widest == 64 else 32
-    num_warps = 4 if widest == rows == 16 else 8
-    waves = max(1.0, members / (12 // num_warps * device.units))
-    reason = "one network per program, on chip for the whole loop"
-    plan = TrainPlan("block", reason, rows, 1, num_warps)
-    return BLOCK_CYCLES[widest] * layers * cdiv(batch, rows) * waves, plan
+def _bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 8
 
 
 # Microseconds on one core, read off layouts that were timed against each other: 2-2-1, 2-10-10-10-1, 4-8-1 and others
@@ -164,8 +139,13 @@ THREADED_ELEMENTS = 1 << 17  # of one elementwise call
 
 
 @functools.lru_cache(maxsize=1024)
-def train_loop(members: int, batch: int, config: TrainConfig, shared: bool) -> LoopPlan:
-    """The plan for the plain torch loop on batches of `batch` samples. shared: all members see the same ones."""
+def train_loop(members: int, batch: int, config: TrainConfig, shared: bool, kind: str = "cpu") -> LoopPlan:
+    """The plan for the plain torch loop on batches of `batch` samples. shared: all members see the same ones. kind: of
+    device.
+    """
+    if kind == "cuda":
+        us, layout = graph(members, batch, True, config, 4, Device("cuda", 90), shared)
+        return LoopPlan(layout, False, f"{us:.3g} us a step in a captured graph, uncalibrated")
     layers = list(itertools.pairwise(config.widths))
     macs = [batch * n * k for k, n in layers]
     together = members * macs[0] if shared else 0  # the first layers of all members are one product

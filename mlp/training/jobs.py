@@ -10,7 +10,7 @@ from ...kernels import train
 from ...kernels.records import TrainConfig, TrainPlan
 from ..as_network import Network
 from ..ensemble import Ensemble
-from .pacing import SampleOrder, logged_steps, synchronize
+from .pacing import SampleOrder, logged_steps, runs_apart, synchronize
 from .state import State
 
 
@@ -56,6 +56,8 @@ class FastJob:
         losses = p.new_empty(len(logged_steps(start, steps, log_every)), self.columns)
         rows = None if order is None else order.rows(start, steps).to(p.device)
         self.loop.run(rows, start, steps, log_every, losses)
+        if order is not None and runs_apart(p.device):
+            order.draw_ahead(steps)
         synchronize(p.device)
         with torch.no_grad():
             for own, copy in zip(self.network.parameters, self.parameters, strict=True):

@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ def chunks(steps: int) -> Iterator[tuple[int, int]]:
         count = max(1, int(count * CHUNK_SECONDS / max(time.perf_counter() - began, 1e-6)))
 
 
+def runs_apart(device: torch.device) -> bool:
+    """Whether the device computes what was launched while Python goes on."""
+    return device.type == "cuda"
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what was launched, so that progress and interrupts count finished steps."""
     if device.type == "cuda":
@@ -38,32 +43,67 @@ def logged_steps(start: int, steps: int, log_every: int) -> range:
 
 
 class SampleOrder:
-    """The order of the samples: one permutation per epoch, drawn when its first batch comes up."""
+    """The order of the samples: one permutation per epoch, drawn when its first batch comes up, or ahead of that.
 
-    def __init__(self, samples: int, batch_size: int, generator: torch.Generator | None) -> None:
+    Once it is closed, the generator is as after the draws for the epochs that were asked for.
+    """
+
+    def __init__(self, samples: int, batch_size: int, steps: int, generator: torch.Generator | None) -> None:
         self.samples, self.batch, self.generator = samples, min(batch_size, samples), generator
         self.per_epoch = -(-samples // self.batch)
-        self.epoch = -1  # of self.row, the last one drawn
+        self.epochs = -(-steps // self.per_epoch)
+        self.epoch = -1  # of self.row, the last one asked for
         self.row: Tensor
+        self.ahead = torch.empty(0, samples, dtype=torch.int32, device="cpu")  # of the epochs after that
+        self.mark: tuple[Tensor, int]  # the generator's state and self.epoch before they were drawn
 
     def rows(self, start: int, steps: int) -> Tensor:
         """(epochs, samples), int32: the order of the samples in each epoch that these steps touch."""
         first, last = start // self.per_epoch, (start + steps - 1) // self.per_epoch
-        rows = []
-        for epoch in range(first, last + 1):
-            if epoch > self.epoch:
-                self.row = torch.randperm(self.samples, generator=self.generator, device="cpu")
-                self.epoch = epoch
-            rows.append(self.row)
-        return torch.stack(rows).to(torch.int32)
+        rows = self.ahead.new_empty(last + 1 - first, self.samples)
+        known = int(first == self.epoch)
+        if known:
+            rows[0] = self.row
+        drawn = self.ahead[: len(rows) - known]
+        self.ahead = self.ahead[len(drawn) :]
+        rows[known : known + len(drawn)] = drawn
+        self._draw(rows[known + len(drawn) :])
+        self.row, self.epoch = rows[-1], last
+        return rows
 
     def batches(self, start: int, steps: int) -> Iterator[Tensor]:
         for step in range(start, start + steps):
             # One step at a time: a model that draws random numbers too must find the generator in the same state
             # whatever the size of a chunk.
-            row = self.rows(step, 1)[0]
+            if step // self.per_epoch != self.epoch:
+                self.row, self.epoch = self.ahead.new_empty(self.samples), step // self.per_epoch
+                self._draw((self.row,))
             begin = step % self.per_epoch * self.batch
-            yield row[begin : begin + self.batch]
+            yield self.row[begin : begin + self.batch]
+
+    def draw_ahead(self, steps: int) -> None:
+        """Draws what that many more steps will ask for, if nothing else draws from the generator until they do."""
+        count = min(-(-steps // self.per_epoch), self.epochs - 1 - self.epoch)
+        if count > 0 and not len(self.ahead):
+            self.mark = self._random.get_state(), self.epoch
+            self.ahead = self.ahead.new_empty(count, self.samples)
+            self._draw(self.ahead)
+
+    def close(self) -> None:
+        if len(self.ahead):
+            state, epoch = self.mark
+            self._random.set_state(state)
+            self._draw(self.ahead.new_empty(self.epoch - epoch, self.samples))
+            self.ahead = self.ahead[:0]
+
+    @property
+    def _random(self) -> torch.Generator:
+        return torch.default_generator if self.generator is None else self.generator
+
+    def _draw(self, rows: Iterable[Tensor]) -> None:
+        for row in rows:
+            # The numbers do not depend on the dtype, in which they need not be converted, nor copied.
+            torch.randperm(self.samples, generator=self.generator, device="cpu", dtype=row.dtype, out=row)
 
 
 class Interrupts:

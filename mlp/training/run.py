@@ -63,7 +63,7 @@ def fit(
     """
     began = time.perf_counter()
     job = prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
-    order = None if batch_size is None else SampleOrder(job.samples, batch_size, generator)
+    order = None if batch_size is None else SampleOrder(job.samples, batch_size, steps, generator)
     bar = Bar(steps, progress, began)
     rows: list[Tensor] = []
     try:
@@ -75,6 +75,8 @@ def fit(
                 interrupts.raise_pending()
     finally:
         bar.close()
+        if order is not None:
+            order.close()
         for p in model.parameters():
             p.grad = None
     # With no step logged, the loss has no rows, but the dtype that they would have had.

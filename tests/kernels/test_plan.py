@@ -415,11 +415,12 @@ def test_plans_and_predictions_of_named_chips(name):
     assert narrow.programs * narrow.tile.num_warps <= device.units * 64
 
 
+@pytest.mark.parametrize(("arch", "like"), [(80, "A100"), (86, "A10"), (89, "L40S"), (90, "H200"), (121, "H200")])
 @pytest.mark.parametrize("name", ["", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 PCIe"])
-def test_devices_of_other_names_are_modelled_as_an_h200(name):
-    device = Device("cuda", 89, 76, triton=True, name=name)
-    assert planning.peaks_of(device) == planning.PEAKS["H200"]
-    assert "H200 at peak rates (a model)" in str(explain((1 << 20, 64), (64, 64), torch.bfloat16, device))
+def test_devices_of_other_names_are_modelled_as_one_of_their_kind(name, arch, like):
+    device = Device("cuda", arch, 76, triton=True, name=name)
+    assert planning.peaks_of(device) == planning.PEAKS[like]
+    assert f"{like} at peak rates (a model)" in str(explain((1 << 20, 64), (64, 64), torch.bfloat16, device))
 
 
 @pytest.mark.parametrize(("shape", "dtype", "precision", "limit", "library"), LIMITS)

@@ -6,6 +6,7 @@ No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource ta
 import dataclasses
 import itertools
 import os
+import re
 
 import pytest
 import torch
@@ -57,16 +58,19 @@ def _cases():
     for arch in TILED_FOR:
         yield f"sm_{arch}-lane-xor", (arch, TrainConfig((2, 2, 1)), 1, 4, 4, False, "lane")
         yield f"sm_{arch}-block-xor-deep", (arch, TrainConfig((2, 10, 10, 10, 1)), 1, 4, 4, False, "block")
+        yield f"sm_{arch}-spread-digits", (arch, TrainConfig((32, 64, 5)), 1, 4096, None, False, "spread")
+        yield f"sm_{arch}-spread-small", (arch, TrainConfig((4, 16, 1)), 1, 4096, None, False, "spread")
         yield f"sm_{arch}-block-digits", (arch, TrainConfig((32, 64, 5)), 1, 1024, 256, True, "block")
         for states, widths in enumerate(LANE_EDGES):
             yield f"sm_{arch}-lane-{states}-states", (arch, _config(widths, states), 9999, 100, 10, True, "lane")
         for states, edges in enumerate(BLOCK_EDGES):
             for widths in edges:
                 name = "-".join(map(str, widths))
-                yield (
-                    f"sm_{arch}-block-{states}-states-{name}",
-                    (arch, _config(widths, states), 3, 99, 64, True, "block"),
-                )
+                for impl in ("block", "spread"):
+                    yield (
+                        f"sm_{arch}-{impl}-{states}-states-{name}",
+                        (arch, _config(widths, states), 3, 99, 64, True, impl),
+                    )
     deep = (2, 10, 10, 10, 1)
     yield "sm_90-lane-xor-adam", (90, TrainConfig((2, 2, 1), optimizer="adam"), 1, 4, 4, False, "lane")
     yield "sm_90-lane-xor-minibatches", (90, TrainConfig((2, 2, 1)), 1, 99, 4, True, "lane")
@@ -84,6 +88,7 @@ BLOCK_EDGES = (
     ((9,) * 7, (20,) * 4, (32, 64, 5), (9, 40, 32)),
 )
 CASES = dict(_cases())
+PLANNED = {"spread": "block"}  # of which it is a form
 # Chips with the tiles of another: these are sound and fit.
 OTHERS = {
     f"sm_{arch}-{impl}-xor": (arch, TrainConfig(widths), 1, 4, 4, False, impl)
@@ -94,7 +99,8 @@ OTHERS = {
 
 def _plan(case):
     arch, config, members, samples, batch_size, _, impl = case
-    return planning.train(members, samples, batch_size, config, "float32", CHIPS[arch], impl)
+    asked = planning.train(members, samples, batch_size, config, "float32", CHIPS[arch], PLANNED.get(impl, impl))
+    return dataclasses.replace(asked, programs=32 if impl == "spread" else 1)
 
 
 def _launch(case, plan=None, steps=(0, 0, 1000, 10)):
@@ -110,10 +116,12 @@ def _launch(case, plan=None, steps=(0, 0, 1000, 10)):
     first = parameters if config.optimizer != "sgd" or config.momentum else ()
     second = parameters if config.optimizer != "sgd" else ()
     data = empty(1, samples, config.widths[0]), empty(1, samples, config.widths[-1])
+    batch_size = batch_size or samples
     order = empty(50, samples, dtype=torch.int32) if ordered else None
     start, taken, count, log_every = steps
     arguments = (config, parameters, first, second, empty(members), *data, batch_size, taken, plan or _plan(case))
-    (launch,) = aot.launches(train.KernelLoop(*arguments).run, order, start, count, log_every, empty(100, members))
+    launch, *more = aot.launches(train.KernelLoop(*arguments).run, order, start, count, log_every, empty(100, members))
+    assert len(more) == (count - 1 if case[-1] == "spread" else 0)
     return launch
 
 
@@ -133,7 +141,7 @@ def test_no_spills_and_fits(name, compiled):
     assert_fits(resources, (CASES | OTHERS)[name][0])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if "-spread-" not in name])
 def test_loops_load_no_parameters(name, compiled):
     """From the first loop's head on, memory is read for samples and their order alone."""
     _, config, _, samples, batch_size, ordered, impl = CASES[name]
@@ -160,7 +168,7 @@ def test_fp32_products_are_fp32(name, compiled):
     (resources,) = compiled[name]
     assert resources.products == 0
     assert resources.loop_opcodes["FFMA"] >= 16
-    assert (resources.findings["dots"] > 0) == (CASES[name][-1] == "block")
+    assert (resources.findings["dots"] > 0) == (CASES[name][-1] != "lane")
     # A transposed operand is read from shared memory in the other order: none is transposed in registers.
     assert resources.findings["transposes"] == 0
 
@@ -170,7 +178,8 @@ def test_edges_are_edges(name):
     """A network with one more layer of the same kind is refused."""
     arch, config, *rest = CASES[name]
     longer = dataclasses.replace(config, widths=(*config.widths[:-1], *config.widths[-2:]))
-    assert _plan(CASES[name]).impl == CASES[name][-1]
+    impl = CASES[name][-1]
+    assert _plan(CASES[name]).impl == PLANNED.get(impl, impl)
     assert _plan((arch, longer, *rest)).impl == "torch"
 
 
@@ -182,12 +191,14 @@ def test_a_spilling_tile_is_seen():
     assert resources.opcodes["STL"] > 0
 
 
-@pytest.mark.parametrize("name", ["sm_90-lane-1-states", "sm_90-block-2-states-9-40-32", "sm_90-block-xor-deep"])
+@pytest.mark.parametrize(
+    "name", ["sm_90-lane-1-states", "sm_90-block-2-states-9-40-32", "sm_90-block-xor-deep", "sm_90-spread-digits"]
+)
 def test_ahead_of_time_is_what_a_launch_compiles(name):
     assert_is_what_a_launch_compiles(_launch(CASES[name]))
 
 
-@pytest.mark.parametrize("impl", ["lane", "block"])
+@pytest.mark.parametrize("impl", ["lane", "block", "spread"])
 def test_no_number_of_a_launch_is_compiled_in(impl):
     """Launches of one run, and runs of other sizes, share one compiled kernel: they cannot differ by a bit."""
     signatures = []
@@ -240,9 +251,25 @@ def test_lost_bounds_are_seen():
     assert (counted["carried"], counted["lost bounds"]) == (0, 0)
 
 
-@pytest.mark.parametrize("impl", ["lane", "block"])
+@pytest.mark.parametrize("impl", ["lane", "block", "spread"])
 def test_logging_takes_no_other_kernel(impl):
     """So it changes no bit: both launches run one compiled kernel."""
     case = (90, TrainConfig((2, 2, 1)), 1, 64, 4, False, impl)
     logged, plain = (launch_signature(_launch(case, steps=(0, 0, 30, log_every))) for log_every in (7, 0))
     assert logged == plain
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_program_is_counted_after_all_that_it_stored(arch):
+    """What all threads store comes before a barrier, the count of one thread after it, in an order that the GPU sees;
+    and nothing of other programs is read before the count is known to all threads, nor from this one's own cache."""
+    ptx = aot.compiled(arch, _launch(CASES[f"sm_{arch}-spread-digits"])).asm["ptx"]
+    order = re.findall(r"^\s*(?:@!?%p\d+\s+)?(st\.global|bar\.sync|atom\.\S+|ld\.global\S*)", ptx, re.MULTILINE)
+    (at,) = (i for i, op in enumerate(order) if op.startswith("atom"))
+    assert order[at] == "atom.global.gpu.acq_rel.add.u32"
+    assert order[at - 1] == "bar.sync"
+    assert "st.global" in order[:at]
+    assert order[at + 1] == "bar.sync"
+    slots = [op for op in order[at:] if op.startswith("ld.global.cg")]
+    assert slots
+    assert not any(op.startswith("ld.global.cg") for op in order[:at])

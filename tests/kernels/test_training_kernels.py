@@ -34,7 +34,8 @@ STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"), "adamw"
 
 LANE = TrainPlan("lane", "the test says so", rows=2, networks=4, num_warps=1)
 BLOCK = TrainPlan("block", "the test says so", rows=16, num_warps=4)
-PLANS = {"lane": LANE, "block": BLOCK}
+SPREAD = dataclasses.replace(BLOCK, programs=3)
+PLANS = {"lane": LANE, "block": BLOCK, "spread": SPREAD}
 XOR = TrainConfig((2, 2, 1))
 
 
@@ -202,11 +203,30 @@ RUNS = {
     "block-own-data": (BLOCK, TrainConfig((5, 20, 3)), {"members": 2, "shared": False, "samples": 9}),
     "block-exact-tile": (BLOCK, TrainConfig((16, 16, 16)), {"members": 1, "samples": 16}),
     "block-one-layer": (BLOCK, TrainConfig((33, 10)), {"members": 1, "samples": 20}),
+    # 5 tiles, the last one ragged
+    "spread-ragged-batch": (SPREAD, TrainConfig((5, 20, 3)), {"members": 1, "samples": 70}),
+    # 3 tiles, and then 2: one program without any
+    "spread-minibatches": (SPREAD, TrainConfig((5, 9, 3)), {"samples": 71, "batch_size": 40, "epochs": 10}),
+    "spread-own-data": (SPREAD, TrainConfig((5, 20, 3)), {"members": 2, "shared": False, "samples": 33}),
+    "spread-more-slots-than-at-once": (
+        dataclasses.replace(BLOCK, programs=19),
+        TrainConfig((2, 2, 1)),
+        {"members": 1, "samples": 16 * 19},
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    "name", core(RUNS, "lane-xor", "lane-minibatches", "block-padded", "block-minibatches", "block-exact-tile")
+    "name",
+    core(
+        RUNS,
+        "lane-xor",
+        "lane-minibatches",
+        "block-padded",
+        "block-minibatches",
+        "block-exact-tile",
+        "spread-minibatches",
+    ),
 )
 def test_trajectories(name):
     plan, config, data = RUNS[name]
@@ -220,7 +240,7 @@ BAND = 6e-5
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("plan", [RUNS["lane-xor"][0], BLOCK], ids=PLANS)
+@pytest.mark.parametrize("plan", [RUNS["lane-xor"][0], BLOCK], ids=["lane", "block"])
 def test_long_trajectories(plan):
     steps = (10_001,)
     run = Run(XOR, members=1)
@@ -301,6 +321,7 @@ BITS = {
     "lane-minibatches": (LANE, {"members": 2, "samples": 3, "batch_size": 2, "epochs": 30}, "nesterov"),
     "block-adamw": (BLOCK, {"members": 1}, "adamw"),
     "block-minibatches": (BLOCK, {"members": 1, "samples": 5, "batch_size": 3, "epochs": 30}, "nesterov"),
+    "spread-minibatches": (SPREAD, {"members": 2, "samples": 40, "batch_size": 33, "epochs": 30}, "adamw"),
 }
 
 

@@ -1,12 +1,22 @@
 """Plans for whole training loops: which kernel, which tile, and why not."""
 
 import dataclasses
+import itertools
+import math
+import random
 
 import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from training_cases import RECIPES, make
 
 from perceptriton.kernels import Device
-from perceptriton.kernels.plan import train
-from perceptriton.kernels.records import EMPTY, TrainConfig, TrainPlan
+from perceptriton.kernels import plan as planning
+from perceptriton.kernels.loop import TorchLoop
+from perceptriton.kernels.plan import train, train_gpu, train_prices
+from perceptriton.kernels.records import EMPTY, LoopPlan, TrainConfig, TrainPlan
 
 H200 = Device("cuda", 90, 132, triton=True)
 A100 = Device("cuda", 80, 108, triton=True)
@@ -113,3 +123,155 @@ def test_what_is_asked_for_is_planned_or_refused(impl):
     refused = plan((2, 100, 1), impl=impl)
     assert refused.impl == "torch"
     assert {"lane": "parameters", "block": "width"}[impl] in refused.reason
+
+
+# --- prices on a GPU ------------------------------------------------------------------------------------------------
+
+
+def shapes(count):
+    """(members, samples, batch_size, config, dtype, device), from a seed."""
+    draw = random.Random(0)
+    for _ in range(count):
+        widths = tuple(round(2 ** draw.uniform(0, draw.choice((2, 4, 7, 11)))) for _ in range(draw.randint(2, 6)))
+        loss, output = draw.choice((("bce", "sigmoid"), ("bce_logits", "identity"), ("mse", "tanh")))
+        options = dict(draw.choice(list(RECIPES.values())))
+        config = TrainConfig(widths, "sigmoid", output, draw.random() < 0.8, loss, **options)
+        members = draw.choice((1, 1, round(10 ** draw.uniform(0, 5))))
+        samples = round(2 ** draw.uniform(0, draw.choice((4, 20))))
+        batch_size = draw.choice((None, round(2 ** draw.uniform(0, 14))))
+        dtype = draw.choice(("float32",) * 4 + ("torch.float64",))
+        yield members, samples, batch_size, config, dtype, draw.choice((H200, A100))
+
+
+SHAPES = list(shapes(600))
+
+
+def test_the_cheapest_way_is_taken_and_none_is_above_the_ordinary_loop():
+    taken = set()
+    for members, samples, batch_size, config, dtype, device in SHAPES:
+        prices = train_prices(members, samples, batch_size, config, dtype, device)
+        chosen = train(members, samples, batch_size, config, dtype, device)
+        assert chosen.impl == min(prices, key=prices.__getitem__), (members, samples, batch_size, config)
+        assert prices[chosen.impl] > 0
+        assert set(prices) <= {"lane", "block", "graph", "ordinary loop"}
+        assert all(f"{name} {us:.3g}" in chosen.reason for name, us in prices.items())
+        for impl in ("lane", "block", "graph", "torch"):
+            asked = train(members, samples, batch_size, config, dtype, device, impl)
+            assert asked.impl == (impl if impl in prices else "torch")
+            assert asked.reason
+        taken.add((chosen.impl, device.arch, members > 1, batch_size is None))
+    # All ways, on both chips, for one network and for many, in full batches and in minibatches.
+    kinds = itertools.product((80, 90), (True, False), (True, False))
+    assert taken >= {(impl, *kind) for impl in ("lane", "block", "graph") for kind in kinds}
+
+
+@pytest.mark.parametrize("size", ["members", "samples", "batch_size"])
+def test_more_to_do_costs_no_less(size):
+    for shape in SHAPES[:100]:
+        sizes = dict(zip(("members", "samples", "batch_size"), shape[:3], strict=True))
+        if sizes["batch_size"] is None and size == "batch_size":
+            continue
+        sizes |= {"samples": 1 << 20} if size == "batch_size" else {}
+        before = {}
+        for value in (1, 2, 3, 7, 16, 17, 64, 1000, 33_792, 33_793, 1 << 18):
+            prices = train_prices(**(sizes | {size: value}), config=shape[3], dtype=shape[4], device=shape[5])
+            assert all(prices[name] >= us for name, us in before.items()), (shape, value)
+            before = prices
+
+
+@pytest.mark.parametrize(
+    ("widths", "samples", "members", "impl", "programs"),
+    [
+        ((4, 16, 1), 32, 1, "block", 1),
+        ((4, 16, 1), 256, 1, "block", 1),
+        ((4, 16, 1), 4096, 1, "block", 64),
+        ((4, 16, 1), 65_536, 1, "block", 128),
+        ((32, 64, 5), 1024, 1, "block", 32),
+        ((32, 64, 5), 1024, 1000, "graph", 1),
+        ((32, 64, 5), 1 << 18, 1, "graph", 1),
+        ((2, 2, 1), 1 << 20, 1, "graph", 1),
+    ],
+    ids=str,
+)
+def test_a_large_batch_of_one_network_is_no_work_for_one_multiprocessor(widths, samples, members, impl, programs):
+    chosen = plan(widths, members, samples, None)
+    assert (chosen.impl, chosen.programs) == (impl, programs)
+    if programs > 1:
+        assert f"{programs} programs" in chosen.reason
+    # The interpreter, which runs one program after the other, has nothing to divide.
+    assert plan(widths, members, samples, None, INTERPRETER).programs == 1
+
+
+# Those of views, of torch's own profiling, and of Adam's count of steps, which stays on the CPU.
+NOT_COUNTED = ("t", "view", "expand", "detach", "_local_scalar_dense", "lift_fresh")
+
+
+class Counter(TorchDispatchMode):
+    """How many calls of torch compute something, and how many numbers they read and write."""
+
+    calls = numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        space, _, name = func._schema.name.partition("::")
+        if space == "aten" and name not in NOT_COUNTED:
+            self.calls += 1
+            given = [value for name, value in (kwargs or {}).items() if name not in ("out", "grad_input")]
+            tensors = [t for t in tree_leaves((args, given, out)) if isinstance(t, torch.Tensor)]
+            # Of a broadcast tensor, each number once.
+            self.numbers += sum(math.prod(n for n, s in zip(t.shape, t.stride(), strict=True) if s) for t in tensors)
+        return out
+
+
+LOSSES = {"bce": "sigmoid", "bce_logits": "identity", "mse": "tanh"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("members", "layout"), [(1, "joint"), (1, "matrices"), (3, "matrices"), (3, "arrays")])
+def test_what_a_captured_step_is_said_to_do_is_what_it_does(members, layout, loss, recipe, monkeypatch):
+    monkeypatch.setattr(planning, "train_loop", lambda *_: LoopPlan(layout, True, "the test says so"))
+    config = TrainConfig((3, 5, 4, 2), output=LOSSES[loss], loss=loss, **RECIPES[recipe])
+    parameters = [torch.rand(members, *s) for k, n in itertools.pairwise(config.widths) for s in ((n, k), (n,))]
+    first = parameters if config.momentum or config.optimizer != "sgd" else ()
+    second = parameters if config.optimizer != "sgd" else ()
+    data = torch.rand(1, 7, 3), torch.rand(1, 7, 2)
+    loop = TorchLoop(config, parameters, first, second, torch.rand(members), *data, 7, 1, TrainPlan("graph", ""))
+    loop.run(None, 0, 1, 0, torch.empty(0, members))
+    (batch,) = loop.batches.values()
+    with Counter() as counter, torch.inference_mode():
+        for call in batch.calls:
+            call()
+    if layout == "arrays":
+        work = train_gpu.arrays(members, 7, config, True)
+    else:
+        work = train_gpu.matrices(members, 7, config, True, layout == "joint")
+    assert work.calls + work.products == counter.calls
+    # Tensors of ones and corners that nobody reads are counted here and there.
+    assert 0.85 * counter.numbers < work.numbers < 1.15 * counter.numbers
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_an_ordinary_step_is_said_to_do_is_no_more_than_it_does(loss, recipe):
+    config = TrainConfig((3, 5, 4, 2), output=LOSSES[loss], loss=loss, **RECIPES[recipe])
+    model, x, y = make(config.widths, config.hidden, config.output, True, 7, torch.float32)
+    criterion = {"bce": nn.BCELoss(), "bce_logits": nn.BCEWithLogitsLoss(), "mse": nn.MSELoss()}[loss]
+    options = {"weight_decay": config.weight_decay, "foreach": True}  # as it is by default on a GPU
+    if config.optimizer == "sgd":
+        sgd = {"momentum": config.momentum, "dampening": config.dampening, "nesterov": config.nesterov}
+        optimizer = torch.optim.SGD(model.parameters(), **sgd, **options)
+    else:
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+        optimizer = kind(model.parameters(), capturable=False, **options)
+
+    def step():
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+
+    step()
+    with Counter() as counter:
+        step()
+    work = train_gpu.ordinary_work(1, 7, True, config)
+    assert 0.7 * counter.calls < work.calls + work.products <= counter.calls

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from perceptriton.kernels import devices
+from perceptriton.kernels import devices, peaks
 from perceptriton.mlp import doctor
 from perceptriton.mlp.__main__ import main
 
@@ -84,7 +84,7 @@ def test_each_kernel_has_a_line(ahead, monkeypatch, capsys):
     lines = re.findall(r"^(\w+) +([\d,]+) rows +(\d\.\d) s$", capsys.readouterr().out, re.M)
     assert lines == [("one_kernel", "32", "1.2"), ("another", "65,536", "0.0")]
     (order,) = orders
-    assert order == ahead.Order((64, 16), "bfloat16", "ieee", "sigmoid", (7, 9), devices.chip("sm_90"), False)
+    assert order == ahead.Order((64, 16), "bfloat16", "ieee", "sigmoid", (7, 9), peaks.chip("sm_90"), False)
 
 
 def test_where_torch_computes_everything_it_says_so(ahead, monkeypatch, capsys):

@@ -40,7 +40,7 @@ from perceptriton.kernels.loop import optimizer as optimizers
 from perceptriton.kernels.loop.matrices import Matrices
 from perceptriton.mlp import MLP, Ensemble, History, LinearSigmoid, fit, lessons
 from perceptriton.mlp.as_network import as_network
-from perceptriton.mlp.training import pacing
+from perceptriton.mlp.training import jobs, pacing
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
 # Two orders of the same fp64 sums over 100 steps.
@@ -210,6 +210,65 @@ def test_without_a_generator_the_order_is_that_of_the_default_one():
     torch.manual_seed(3)
     ordinary(twin, x, y, nn.BCELoss(), other, 9, 3)
     assert relative(model.parameters(), twin.parameters()) <= EXACT
+
+
+def orders(steps, samples, batch_size, chunks, ahead, generator):
+    """The order of each step's samples, over chunks; ahead: as where a device computes meanwhile."""
+    order = pacing.SampleOrder(samples, batch_size, steps, generator)
+    taken = []
+    for start, count in chunks:
+        first, rows = start // order.per_epoch, order.rows(start, count)
+        assert rows.dtype == torch.int32
+        for step in range(start, start + count):
+            begin = step % order.per_epoch * order.batch
+            taken += rows[step // order.per_epoch - first][begin : begin + order.batch].tolist()
+        if ahead:
+            order.draw_ahead(count)
+    order.close()
+    return taken
+
+
+@pytest.mark.parametrize("end", [40, 31, 1], ids=["finished", "interrupted", "after-one-step"])
+@pytest.mark.parametrize("sizes", [(40,), (1, 4, 9, 2, 2, 30), (7, 1, 1, 1, 12, 3)], ids=str)
+@pytest.mark.parametrize(("samples", "size"), [(10, 4), (3, 3), (5, 9), (7, 1), (60_000, 9_999)])
+def test_orders_that_are_drawn_ahead_are_those_that_are_not(samples, size, sizes, end):
+    chunks = [(start, min(count, end - start)) for start, count in chunks_of(*sizes)(40) if start < end]
+    generators = [torch.Generator().manual_seed(3) for _ in range(3)]
+    ahead, in_time = (orders(40, samples, size, chunks, *pair) for pair in zip((True, False), generators, strict=False))
+    per_epoch = -(-samples // size)
+    drawn = torch.cat([torch.randperm(samples, generator=generators[2]) for _ in range(-(-end // per_epoch))])
+    assert ahead == in_time == drawn[: len(in_time)].tolist()
+    assert len(in_time) == end // per_epoch * samples + end % per_epoch * min(size, samples)
+    for generator in generators[:2]:
+        assert torch.equal(generator.get_state(), generators[2].get_state())
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own-generator", "default-generator"])
+def test_an_error_leaves_the_generator_as_it_was_then(own, monkeypatch):
+    monkeypatch.setattr(jobs, "runs_apart", lambda device: True)
+    monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks_of(9, 1))
+    model, x, y = make_net("tanh")
+    generator = torch.Generator().manual_seed(3) if own else None
+    random = torch.default_generator if generator is None else generator
+    run = TorchLoop.run
+
+    def fails(self, order, start, *rest):
+        run(self, order, start, *rest)
+        if start == 9:
+            raise FloatingPointError
+
+    monkeypatch.setattr(TorchLoop, "run", fails)
+    common = {"criterion": nn.BCELoss(), "batch_size": 2, "generator": generator, "impl": "torch"}
+    torch.manual_seed(4)
+    before = random.get_state()
+    with pytest.raises(FloatingPointError):
+        fit(model, x, y, optimizer=sgd(model), steps=30, **common)
+    after = random.get_state()
+    random.set_state(before)
+    # 10 steps, 4 to the epoch; after the ninth, more had been drawn ahead.
+    for _ in range(3):
+        torch.randperm(len(x), generator=generator)
+    assert torch.equal(after, random.get_state())
 
 
 # --- what is left behind ---------------------------------------------------------------------------------------

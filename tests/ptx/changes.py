@@ -16,7 +16,7 @@ GPU = Path(__file__).parents[2] / "kernels" / "gpu"
 FILES = {
     "layers": ("functions", "layer_kernels", "layer"),
     "networks": ("functions", "network_functions", "network_kernels", "network"),
-    "training": ("functions", "train_rules", "train_lane", "train_block", "train"),
+    "training": ("functions", "train_rules", "train_lane", "train_block", "train_spread", "train"),
     "wide": ("functions", "wide_kernels", "wide"),
 }
 TESTS = {

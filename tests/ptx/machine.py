@@ -1,7 +1,8 @@
 """A launch: batches of CTAs whose threads run together, block by block.
 
 Threads that have branched apart run under masks, those at the lowest address first, until they meet again. A CTA waits
-at its barriers; a wait that nobody is left to end is a fault.
+at its barriers, and there its warps wait for those of their threads that meet them no earlier; a wait that nobody is
+left to end is a fault.
 """
 
 import time
@@ -168,6 +169,7 @@ class Batch:
             active = runs & (self.at == pc)
             self._run_block(pc, None if active.all() else active)
         if (self.state != GONE).any():
+            self._check_warps(np.flatnonzero(self.state == AT_BARRIER))
             stuck = sorted({self.program.entry.blocks[pc].end.line for pc in self.at[self.state != GONE]})
             self.launch.fail("deadlock: nobody is left to end these waits", stuck[0], f"lines {stuck}")
         self._finish()
@@ -223,8 +225,6 @@ class Batch:
             self.state[lanes] = AT_MBARRIER
             self._wake_from_mbarrier(pc, lanes)
         elif own.op.startswith(("bar.sync", "barrier.sync")):
-            if own.op != "barrier.sync":
-                self.whole_warps(active, own.line)
             number, *count = [source(self.program, name, "u32")(self) for name in own.operands]
             self.barrier[0, lanes] = self.of(lanes, number)
             self.barrier[1, lanes] = self.of(lanes, count[0]) if count else self.threads
@@ -247,11 +247,23 @@ class Batch:
         done = (there == expected[first])[which]
         if done.any():
             go = lanes[done]
+            self._check_warps(go)
             for group in np.flatnonzero(there == expected[first]):
                 if cta[first[group]] == 0:
                     self.races.barrier(np.unique(lanes[which == group] >> 5))
             self.state[go] = RUNS
             self.at[go] += 1
+
+    def _check_warps(self, waiting):
+        """Fails where a warp is not as a whole among those that wait, at one barrier."""
+        ends = {pc: self.program.entry.blocks[pc].end for pc in np.unique(self.at[waiting]).tolist()}
+        alone = np.isin(self.at[waiting], [pc for pc, own in ends.items() if own.op == "barrier.sync"])
+        where = np.full(self.lanes, -1)
+        where[waiting] = self.at[waiting]
+        of_warps = where.reshape(-1, 32)[np.unique(waiting[~alone] >> 5)]
+        if (torn := (of_warps != of_warps[:, :1]).any(1)).any():
+            line = ends[int(of_warps[torn].max())].line
+            self.launch.fail("a part of a warp at an instruction that is for all of it", line)
 
     def _wake_from_mbarrier(self, pc, lanes):
         """Lets those go whose phase is complete, and those whose try_wait is not repeated until it succeeds."""

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .arithmetic import BITS, POISON, i8
+from .arithmetic import BITS, POISON, i8, u4, u8
 from .counters import sectors, wavefronts
-from .parse import SIZES, Address
-from .translate import SHARED_BASE, address, destination, instruction, source, vector
+from .parse import SIZES
+from .translate import PARAMETER_BASE, SHARED_BASE, address, destination, instruction, source, vector
 
 LOWEST = 16  # numpy takes no array at address 0
 
@@ -197,14 +197,14 @@ def _numbers(kind):
 
 
 def _ld_param(program, own, where, writes):
-    assert isinstance(where, Address)
     size, decode = SIZES[own.type], _numbers(own.type)
-    first = program.parameters[where.base] + where.offset
+    find = address(program, where)  # a register may hold the address of one parameter or another
 
     def run(batch, mask):
+        first = (find(batch).astype(u8) - u8(PARAMETER_BASE)) // u8(size)
+        values = batch.launch.parameters.view(BITS[size])
         for place, write in enumerate(writes):
-            at = first + size * place
-            write(batch, decode(batch.launch.parameters[at : at + size].view(BITS[size])), mask)
+            write(batch, decode(values[first + u8(place)]), mask)
 
     return run
 
@@ -225,6 +225,25 @@ def st(program, own):
             batch.launch.memory.write(batch, lanes, at, data, own.line)
         else:
             batch.shared.write(lanes, at, data, own.line)
+
+    return run
+
+
+@instruction("atom", form=r"atom\.global\.gpu\.(relaxed|acquire|release|acq_rel)\.add\.u32")
+def atom(program, own):
+    """Thread after thread: nobody comes between what one reads and what it writes."""
+    result, where, operand = own.operands
+    find, read, write = address(program, where), source(program, operand, "u32"), destination(program, result, "u32")
+
+    def run(batch, mask):
+        lanes, at = batch.active(mask, find(batch))
+        added, memory, found = batch.of(lanes, read(batch)), batch.launch.memory, np.zeros(batch.lanes, u4)
+        for i in range(len(lanes)):
+            who, here = lanes[i : i + 1], at[i : i + 1]
+            data = memory.read(batch, who, here, 4, own.line).view(u4)
+            found[who] = data[:, 0]
+            memory.write(batch, who, here, data + added[i], own.line)
+        write(batch, found, mask)
 
     return run
 

@@ -122,7 +122,75 @@ def test_a_wait_for_the_last_phase_waits_for_no_arrival_of_this_one():
     assert complaint(lambda: produce(body)[1]) == "shared-memory race (read)"
 
 
+JOIN_BEFORE_BRANCH = """
+bra.uni START;
+JOIN:
+bar.sync 0;
+mul.wide.u32 %rd2, %r0, 4;
+add.u64 %rd3, %rd1, %rd2;
+st.global.b32 [%rd3], %r4;
+ret;
+START:
+mov.b32 %r4, 1;
+setp.ge.u32 %p1, %r0, 10;
+@%p1 bra JOIN;
+mov.b32 %r4, 2;
+bra.uni JOIN;
+"""
+
+
+def test_threads_meet_at_a_barrier_before_the_branch_that_parted_them():
+    # as compilers place it where the branch is a rare one
+    out = zeros(64)
+    launch = assembly.run(JOIN_BEFORE_BRANCH, out)
+    assert torch.equal(out, torch.where(torch.arange(64) < 10, 2, 1).int())
+    assert launch.reports == {}
+    parted = JOIN_BEFORE_BRANCH.replace("mov.b32 %r4, 2;\n", "ret;\n")
+    assert "a part of a warp" in complaint(lambda: assembly.run(parted, zeros(64)))
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_atomics_count_every_thread_once():
+    # threads 8 to 63 of 100 programs, which run in several batches; each adds its number and keeps what it found
+    total, found = zeros(2), zeros(100 * 64).view(100, 64)
+    body = """
+    setp.lt.u32 %p1, %r0, 8;
+    mov.b32 %r2, -1;
+    @!%p1 atom.global.gpu.acq_rel.add.u32 %r2, [%rd1+4], %r0;
+    mov.u32 %r3, %ctaid.x;
+    mad.lo.u32 %r4, %r3, 64, %r0;
+    mul.wide.u32 %rd3, %r4, 4;
+    add.u64 %rd4, %rd2, %rd3;
+    st.global.b32 [%rd4], %r2;
+    """
+    launch = assembly.run(body, total, found, grid=100)
+    added = torch.arange(64)[8:].repeat(100)
+    assert total.tolist() == [0, added.sum()]
+    assert (found[:, :8] == -1).all()
+    # In some order: what one leaves is what the next one finds.
+    order = found[:, 8:].flatten().sort()
+    assert torch.equal(order.values, torch.cat([zeros(1), added[order.indices].cumsum(0)[:-1]]))
+    assert launch.reports == {}
+
+
+def test_a_parameter_may_be_chosen_by_its_address():
+    outs = zeros(64), zeros(64)
+    body = """
+    mov.b64 %rd3, by_hand_0;
+    mov.b64 %rd4, by_hand_1;
+    setp.lt.u32 %p1, %r0, 20;
+    selp.b64 %rd5, %rd3, %rd4, %p1;
+    ld.param.b64 %rd6, [%rd5];
+    mul.wide.u32 %rd7, %r0, 4;
+    add.u64 %rd8, %rd6, %rd7;
+    mov.b32 %r2, 1;
+    st.global.b32 [%rd8], %r2;
+    """
+    assembly.run(body, *outs)
+    assert torch.equal(outs[0], (torch.arange(64) < 20).int())
+    assert torch.equal(outs[1], (torch.arange(64) >= 20).int())
 
 
 def copy(read, write, sizes=(100, 100)):

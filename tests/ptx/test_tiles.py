@@ -168,6 +168,7 @@ def test_networks(name):
 LOOPS = {
     "lane": TrainPlan("lane", "the test says so", rows=4, networks=32, num_warps=1),
     "block": TrainPlan("block", "the test says so", rows=16, num_warps=4),
+    "spread": TrainPlan("block", "the test says so", rows=16, num_warps=4, programs=2),
 }
 
 
