@@ -154,7 +154,7 @@ from perceptriton.kernels.gpu import build
 from perceptriton.mlp import MLP
 
 made, make = [], gcc._build
-gcc._build = lambda name, *rest: made.append(name) or make(name, *rest)
+gcc._build = lambda name, *rest, **options: made.append(name) or make(name, *rest, **options)
 with tempfile.TemporaryDirectory() as folder:
     driver._default = own = chip.Driver(pathlib.Path(folder))
     order = build.Order((16, 32, 8), "float32", "ieee", "sigmoid", (65536,), chip.H200, True)
