@@ -271,10 +271,9 @@ class TrainConfig:
 class TrainPlan:
     """How a whole training loop runs.
 
-    `impl` is "lane" (one kernel for all steps of `networks` networks per program, one per lane), "block" (one kernel
-    for all steps, one network per program, or a kernel for each step, with `programs` for each network), "graph"
-    (`loop/` on a GPU, each step a replay of a captured graph), "native" (`native/`, loops compiled for the CPU) or
-    "torch" (`loop/`, step by step).
+    `impl` is "lane" (one kernel for all steps, `networks` per program, one per lane), "block" (one for all steps, a
+    network per program, or one for each step, `programs` per network), "graph" (`loop/`, each step a replay of a
+    captured graph), "native" (`native/`, loops compiled for the CPU) or "torch" (`loop/`, step by step).
     """
 
     impl: str
@@ -289,8 +288,8 @@ class TrainPlan:
 class LoopPlan:
     """How `loop/` lays its buffers out, on how many threads it runs, and why.
 
-    "joint": one network, the parameters of all layers as blocks of one matrix. "matrices": a matrix per layer, or a
-    stack of them. "arrays": every single parameter an array over the members.
+    "joint": one network, all parameters as blocks of one matrix. "matrices": one per layer, or a stack of them.
+    "arrays": every single parameter an array over the members.
     """
 
     layout: str

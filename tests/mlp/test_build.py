@@ -27,7 +27,11 @@ needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not i
         (["--sizes", "64,x"], "argument --sizes: 'x' is not a whole number"),
         (["--sizes", "64,0"], "argument --sizes: must be at least 1, not 0"),
         (["--sizes", "64,16", "--rows", "0"], "argument --rows: must be at least 1, not 0"),
-        (["--sizes", "64,16", "--chip", "sm_1"], "argument --chip: 'sm_1' is none of sm_80, sm_90, sm_100"),
+        (
+            ["--sizes", "64,16", "--chip", "sm_1"],
+            "argument --chip: 'sm_1' is none of sm_86, sm_89, sm_120, sm_80, sm_90, sm_100, RTX 3090, "
+            + "RTX 4090, RTX 5090, A10, L4, L40S, A100, H100, H200, B200",
+        ),
         (["--chip", "sm_90"], "argument --chip: of a network, whose --sizes are not given"),
         (["--rows", "32"], "argument --rows: of a network, whose --sizes are not given"),
     ],
