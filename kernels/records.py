@@ -10,7 +10,6 @@ EMPTY = "nothing to compute"
 
 Wanted = tuple[bool, bool, bool]  # which gradients of a layer: dx, dweight, dbias
 NeedsGrad = tuple[bool, tuple[bool, ...], tuple[bool, ...]]  # of a network: dx, every dweight, every dbias
-
 # fp32 products as several products of tensor cores, each operand a sum of two or three short numbers.
 SPLITS = ("tf32x3", "bf16x6", "bf16x3")
 
@@ -110,8 +109,8 @@ def _one_of(name: str, value: object, values: Sequence[object]) -> None:
 class TileRow:
     """A row of a table of tiles: what it is for, the tile, and how many programs of it fit on a multiprocessor.
 
-    widths: of what a program holds, padded: in_features and out_features of a layer's weight, those of every layer of
-    a network, or block_k and block_n of a tile that travels by TMA. Raises ValueError at what no kernel could use.
+    widths: of what a program holds, padded: in_features and out_features of a layer, those of all layers of a network,
+    or block_k and block_n of a tile that travels by TMA. Raises ValueError at what no kernel could use.
     """
 
     chip: str

@@ -474,7 +474,7 @@ def atomics(source):
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     found = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr.startswith("atomic")]
     texts = [ast.unparse(calls.get(id(node), node)) for node in found]
-    return [text for text in texts if not text.startswith("tl.atomic_add(progress_ptr, 1")]
+    return sorted(text for text in texts if not text.startswith("tl.atomic_add(progress_ptr, 1"))
 
 
 @pytest.mark.parametrize("path", KERNEL_FILES, ids=name)

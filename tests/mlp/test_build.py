@@ -16,6 +16,9 @@ from perceptriton.mlp.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 AHEAD = ["build", "--sizes", "64,16", "--chip", "sm_90"]
+CHIPS = (
+    "sm_86, sm_89, sm_120, sm_80, sm_90, sm_100, RTX 3090, RTX 4090, RTX 5090, A10, L4, L40S, A100, H100, H200, B200"
+)
 needs_triton = pytest.mark.skipif(not devices.has_triton(), reason="triton is not installed")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 
