@@ -151,17 +151,19 @@ def _launch(order: Order, rows: int) -> None:
         else:
             saved = _layers_fwd(x, weights, biases, act, plan.layers or forwards)
     every = (True,) * len(pairs)
+    # The first weight is not kept, as nobody wants the gradient of x: a launch without it is another kernel's.
     wanted = (False, every, every)
     if backward.impl == "fused":
         network.mlp_bwd(y, x, saved, weights, biases, act, act, wanted, backward)
     elif backward.impl == "stack":
-        wide.mlp_bwd(y, x, saved, weights, act, act, wanted, backward)
+        wide.mlp_bwd(y, x, saved, (None, *weights[1:]), act, act, wanted, backward)
     else:
         hs = (x, *saved)
         for l, shape in enumerate(shapes):
             plan = planning.linear_act_bwd(*shape)
             if plan.triton:
-                layer.linear_act_bwd(hs[l + 1], hs[l + 1], hs[l], weights[l], act, (l > 0, True, True), plan)
+                weight = weights[l] if l else None
+                layer.linear_act_bwd(hs[l + 1], hs[l + 1], hs[l], weight, act, (l > 0, True, True), plan)
 
 
 def _layers_fwd(x: Tensor, weights: Tensors, biases: Tensors, activation: str, plans: tuple[Plan, ...]) -> Tensors:

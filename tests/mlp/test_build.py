@@ -179,6 +179,8 @@ print(json.dumps({"gcc": made, "launches": own.launches()}))
 CASES = {
     # one kernel forward, and back
     "whole network": ((16, 32, 8), "float32", "sigmoid", (32, 65536)),
+    # one layer, whose input wants no gradient
+    "layer": ((64, 32), "float16", "sigmoid", (1, 65536)),
     # a wide layer, whose gradients take a pass and products of the library, and a narrow one
     "layers": ((300, 256, 64), "bfloat16", "tanh", (20, 65536)),
     # by TMA both ways
