@@ -14,12 +14,12 @@ MLP_MAX_WIDTH = 128  # of networks that stay on chip
 
 # What eager calls ask of the host: microseconds, and launches, (base, per layer) of each, without gradients and with
 # them. Measured on a core of Zen 4 by `benches/tune.py host`: torch's modules on a CPU at one row and a width of 1, and
-# ours on a driver that does nothing. Wide layers are products of the library, with passes of ours between them.
+# ours on a driver that does nothing. Wide layers are products of the library with passes of ours between them: an estimate.
 HOST = {
-    "torch": (((1.0, 8.0), (0, 2)), ((25.0, 30.5), (0, 6))),
-    "layer": (((0.0, 9.3), (0, 1)), ((0.0, 60.8), (0, 3))),
+    "torch": (((1.9, 7.8), (0, 2)), ((23.5, 31.8), (0, 6))),
+    "layer": (((0.0, 10.4), (0, 1)), ((0.0, 59.8), (0, 3))),
     "wide": (((0.0, 14.0), (0, 2)), ((0.0, 75.0), (0, 6))),
-    "network": (((12.0, 1.3), (1, 0)), ((64.0, 17.0), (4, 0))),
+    "network": (((13.4, 1.1), (1, 0)), ((55.0, 19.0), (4, 0))),
 }
 LAUNCH_US = 2.0  # of the driver, an estimate
 # In a compiled program a layer of ours is a call of Python, and torch's is code that the compiler has made.
