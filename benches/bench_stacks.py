@@ -133,7 +133,7 @@ def suite(request, limits, not_reached):
 
 def planned(case: Case, mode: str, x: torch.Tensor, split: str | None = None) -> dict:
     """What runs and why; for networks of kernels, also the bytes that it moves by `plan.mlp_bytes`; on a GPU, what a
-    model of an H200 predicts."""
+    model of the chip, or of an H200, predicts."""
     shapes = [(n, k) for k, n in pairwise(case.sizes)]
     with splitting(split):
         plans = explain(x.shape, shapes if len(shapes) > 1 else shapes[0], x.dtype, x.device)
@@ -147,6 +147,7 @@ def planned(case: Case, mode: str, x: torch.Tensor, split: str | None = None) ->
         info["plan_bytes"] = mlp_bytes(case.rows, case.sizes, x.element_size(), *found)
     predictions = [plan.prediction for plan in found if plan.prediction]
     if predictions:
+        info["predicted_chip"] = predictions[0].chip
         info["predicted_us"] = sum(prediction.plan_us for prediction in predictions)
         info["predicted_limit_us"] = sum(prediction.limit_us for prediction in predictions)
     return info

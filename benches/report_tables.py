@@ -32,7 +32,8 @@ class Row:
     limit_us: float | None = None
     limit: str = ""  # what sets it: "arithmetic" or "memory"
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
-    predicted: dict[str, tuple[float, float]] = field(default_factory=dict)  # by a model of an H200: limit, own plan
+    predicted: dict[str, tuple[float, float]] = field(default_factory=dict)  # by a model of a chip: limit, own plan
+    chip: str = ""  # that the model is of
 
     @property
     def sizes(self) -> str:
@@ -84,7 +85,7 @@ def read(document: dict) -> tuple[list[Row], dict[str, str]]:
         row.us[impl] = info["interleaved_us"]
         row.errors[impl] = info.get("errors", {})
         if "predicted_us" in info:
-            row.predicted[impl] = info["predicted_limit_us"], info["predicted_us"]
+            row.predicted[impl], row.chip = (info["predicted_limit_us"], info["predicted_us"]), info["predicted_chip"]
         if "speedup_over_eager" in info:
             row.speedup[impl] = info["speedup_over_eager"]
             row.attempts = len(info["speedups_over_eager"])
@@ -114,8 +115,8 @@ def markdown(document: dict) -> str:
     impls = [impl for impl in (BASELINE, JUDGED) if impl in labels]
     header = ["case", "rows x widths", "dtype", "mode", *(f"{labels[impl]}, us" for impl in impls), "speed-up"]
     header += ["share of the limit", *(f"{labels[impl]}, us" for impl in others)]
-    predicted = any(JUDGED in row.predicted for row in rows)
-    header += ["H200 model: limit, us", f"{labels[JUDGED]}, us"] if predicted else []
+    predicted = next((row.chip for row in rows if JUDGED in row.predicted), "")
+    header += [f"{predicted} model: limit, us", f"{labels[JUDGED]}, us"] if predicted else []
     lines = []
     for row in rows:
         cells = [row.case, row.sizes, row.dtype, row.mode]
@@ -154,8 +155,8 @@ def markdown(document: dict) -> str:
         )
     if predicted:
         text.append(
-            "H200 model: the time that flops, bytes and special functions take at peak rates, for the slowest of them "
-            "alone and for the plan that was taken (`perceptriton.kernels.explain`). It is not a measurement."
+            f"{predicted} model: the time that flops, bytes and special functions take at peak rates, for the slowest "
+            "of them alone and for the plan that was taken (`perceptriton.kernels.explain`). It is not a measurement."
         )
     if missed := document["machine_info"].get("missed"):
         text.append(f"Not timed, since they miss the truth: {'; '.join(missed)}.")

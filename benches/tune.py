@@ -4,7 +4,7 @@ usage: python benches/tune.py {layers,networks,wide,measure,launches,cpu} [--hel
 
     layers, networks, wide    tiles of GPU kernels, picked by compiling them; no GPU is needed
     measure                   which wide layers the TMA kernel computes faster than the library, timed on a GPU
-    launches                  from how many bytes on our kernels beat eager torch, timed on a GPU; writes no table
+    launches                  from how many bytes on eager calls of our kernels beat torch's, timed on a GPU
     cpu                       from which sizes each of torch's CPU products is taken, timed on this CPU
 """
 

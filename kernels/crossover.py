@@ -6,13 +6,28 @@ Numbers and names alone, as in `plan`: no tensor, no device.
 import functools
 import itertools
 
-from .tables import cpu_thresholds
+from .peaks import peaks_of
+from .records import Device
+from .tables import cpu_thresholds, measured_limits
 
-# Bytes of x and y, per layer, below which a GPU is done before the host has asked for more: without gradients, with
-# them. An eager call of ours takes the host 15 to 25 us per layer, and 115 to 270 with its backward pass; torch's own 8
-# and 75 to 180 (measured with a driver that does nothing). Its kernels for as many bytes as these take a GPU about as
-# long as ours takes the host. Estimates: `benches/tune.py launches` measures them.
-LAUNCH_BOUND_BYTES = (32 << 20, 128 << 20)
+MLP_MAX_WIDTH = 128  # of networks that stay on chip
+
+# What eager calls ask of the host: microseconds, and launches, (base, per layer) of each, without gradients and with
+# them. Measured on a core of Zen 4 by `benches/tune.py host`: torch's modules on a CPU at one row and a width of 1, and
+# ours on a driver that does nothing. Wide layers are products of the library, with passes of ours between them.
+HOST = {
+    "torch": (((1.0, 8.0), (0, 2)), ((25.0, 30.5), (0, 6))),
+    "layer": (((0.0, 9.3), (0, 1)), ((0.0, 60.8), (0, 3))),
+    "wide": (((0.0, 14.0), (0, 2)), ((0.0, 75.0), (0, 6))),
+    "network": (((12.0, 1.3), (1, 0)), ((64.0, 17.0), (4, 0))),
+}
+LAUNCH_US = 2.0  # of the driver, an estimate
+# In a compiled program a layer of ours is a call of Python, and torch's is code that the compiler has made.
+TRACED_US = (40.0, 93.0)
+
+# How often torch's kernels move the bytes of a layer's x and y: the product and the activation, and back dz, dx,
+# dweight and dbias.
+PASSES = (2, 6)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -30,9 +45,34 @@ def cpu_rows(widths: tuple[int, ...], dtype: str, vendor: str, training: bool) -
     return max(-(-limits["small"] // macs), -(-few // outputs))
 
 
-def launch_bound(nbytes: float, widths: tuple[int, ...], training: bool) -> bool:
-    """Whether a GPU is done with x of so many bytes before the host has prepared the next call of these layers."""
-    return layer_bytes(nbytes, widths) < LAUNCH_BOUND_BYTES[training]
+@functools.lru_cache(maxsize=4096)
+def eager_limit(widths: tuple[int, ...], training: bool, device: Device) -> float:
+    """Bytes of x and y, per layer, below which eager calls cost least as torch's own; 0: nowhere.
+
+    Where the host decides, ours must take it no longer than torch's: launches and calls are priced alike. Where ours
+    takes longer, torch's kernels have to keep the device as busy as that. What a device has measured comes first.
+    """
+    layers, wide = len(widths) - 1, max(widths) > MLP_MAX_WIDTH
+    kind = "wide" if wide else "layer" if layers == 1 else "network"
+    if (measured := measured_limits(device.name)) is not None:
+        return measured["layer" if wide else kind][training]
+    ours = _host_us(kind, layers, training)
+    return 0 if ours <= _host_us("torch", layers, training) else _busy_bytes(ours / layers, training, device)
+
+
+def traced_limit(training: bool, device: Device) -> float:
+    """The same for a program that is compiled for sizes that it knows."""
+    return _busy_bytes(TRACED_US[training], training, device)
+
+
+def _host_us(kind: str, layers: int, training: bool) -> float:
+    calls, launches = (base + each * layers for base, each in HOST[kind][training])
+    return calls + LAUNCH_US * launches
+
+
+def _busy_bytes(us: float, training: bool, device: Device) -> float:
+    """Bytes of a layer's x and y with which torch's kernels keep the device busy for so long."""
+    return us * 1e-6 * peaks_of(device).bandwidth / PASSES[training]
 
 
 def layer_bytes(nbytes: float, widths: tuple[int, ...]) -> float:
@@ -40,9 +80,14 @@ def layer_bytes(nbytes: float, widths: tuple[int, ...]) -> float:
     return nbytes * (2 * sum(widths) - widths[0] - widths[-1]) / (max(widths[0], 1) * (len(widths) - 1))
 
 
-def launch_note(nbytes: float, widths: tuple[int, ...], backward: bool) -> str:
-    """What is to be said beside the reason of a plan for x of so many bytes, if eager calls do not follow it."""
-    if not launch_bound(nbytes, widths, True):
-        return ""
-    when = " with gradients" if not backward and not launch_bound(nbytes, widths, False) else ""
-    return f"; eager calls{when} on the default stream take plain torch: launch-bound"
+def limit_note(nbytes: float, widths: tuple[int, ...], backward: bool, device: Device) -> str:
+    """What is to be said beside the reason of a plan for x of so many bytes of where eager calls follow it."""
+    limits = [eager_limit(widths, training, device) for training in ((True,) if backward else (False, True))]
+    said = "" if measured_limits(device.name) is not None else ", uncalibrated"
+    if max(limits) <= layer_bytes(nbytes, widths):
+        return f"; eager calls launch it{said}" if max(limits) else f"; eager calls launch it at every size{said}"
+    when = " with gradients" if not backward and limits[0] <= layer_bytes(nbytes, widths) else ""
+    return (
+        f"; eager calls{when} on the default stream take plain torch: launch-bound below "
+        f"{max(limits) / (1 << 20):.3g} MiB of x and y per layer{said}"
+    )

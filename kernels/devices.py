@@ -105,3 +105,9 @@ def allow_fp32_split(mode: str | None) -> str | None:
 
 def fp32_split(dtype: torch.dtype) -> str | None:
     return _fp32_split if dtype is torch.float32 else None
+
+
+def fp32_setting(dtype: torch.dtype) -> tuple | None:
+    """What decides how products in this dtype are computed, beside their shapes: settings of the process for fp32."""
+    # torch.backends.cuda.matmul.fp32_precision reads the same, and takes a microsecond longer.
+    return (torch._C._get_fp32_precision_getter("cuda", "matmul"), _fp32_split) if dtype is torch.float32 else None

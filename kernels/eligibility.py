@@ -133,9 +133,17 @@ def _small(x: Tensor, weights: Sequence[Tensor], training: bool) -> str | None:
     if not x.is_cuda or not _known(weights, *x.shape[:-1]):
         return None
     widths = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
-    if crossover.launch_bound(math.prod(x.shape[:-1]) * widths[0] * x.dtype.itemsize, widths, training):
+    nbytes = math.prod(x.shape[:-1]) * widths[0] * x.dtype.itemsize
+    if crossover.layer_bytes(nbytes, widths) < _traced_limit(training, x.device):
         return "small: the host decides how long it takes"
     return None
+
+
+def _traced_limit(training: bool, device: torch.device) -> float:
+    return crossover.traced_limit(training, look_at(device))
+
+
+_traced_limit._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def mlp_refusal(
@@ -231,10 +239,7 @@ _mode_refusal._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMe
 
 
 def functions_are_watched() -> bool:
-    """Whether a TorchFunctionMode sees, and may replace, the functions of torch that are called.
-
-    The one of `torch.device` and `torch.set_default_device` has an eye for those alone that make tensors.
-    """
+    """Whether a TorchFunctionMode sees the functions of torch that are called. That of `torch.device` does not."""
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 

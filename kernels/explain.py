@@ -9,7 +9,7 @@ from typing import NamedTuple, cast, overload
 import torch
 
 from . import plan as planning
-from .crossover import launch_note
+from .crossover import limit_note
 from .devices import device_for, dtype_name, fp32_precision, fp32_split
 from .eligibility import cpu_refusal
 from .ops import obey
@@ -80,17 +80,21 @@ def explain(
 ) -> Explanation | MlpExplanation:
     """Which implementation a layer or a network takes, with its tiles and the reason. Launches nothing.
 
-    Where eager calls on the default stream of a GPU take plain torch, because the host would be what they wait for, the
-    reason says so; what is named is what CUDA graphs, programs compiled for a dynamic batch and impl="triton" run.
+    Of a GPU the reason says too whether eager calls launch what is named. Where they take plain torch, because they
+    would wait for the host, it says below which size, and what is named is what they launch on other streams than the
+    default one, CUDA graphs, programs compiled for a dynamic batch and impl="triton". "uncalibrated": by a model of
+    calls and bandwidth (crossover.py), for a device of which `benches/tune.py launches` has measured nothing.
 
-    Plans for GPUs carry a `prediction`, which `print` shows too: the time that the plan's flops and bytes take at an
-    H200's peak rates with sigmoids, and the least that any plan could take (the model: `predict`, `predict_bwd` and
-    `predict_mlp` in plan/predict.py).
+    Plans for GPUs carry a `prediction`, which `print` shows too: the time that the plan's flops and bytes take at the
+    chip's peak rates with sigmoids, and the least that any plan could take (the model: `predict`, `predict_bwd` and
+    `predict_mlp` in plan/predict.py). The rates are those of data sheets. For a device with a name that is not in
+    peaks.py they are those of another chip of its compute capability, or an H200's, as the text says.
 
     x_shape: (..., in_features). weight_shape: (out_features, in_features) of a layer, or a sequence of such pairs, one
-    per layer of a network. device: where the tensors would be, or a `Device` that describes a chip which is not at
-    hand, as in `Device("cuda", arch=90, units=132, triton=True)`. Raises ValueError for shapes that do not fit and an
-    unknown impl or device, TypeError for what is no shape or no dtype, NotImplementedError where a call would.
+    per layer of a network. device: where the tensors would be, or a chip that is not at hand: one of the names in
+    peaks.py ("RTX 3090", "RTX 4090", "RTX 5090", "A10", "L4", "L40S", "A100", "H100", "H200", "B200"), or a
+    description as in `Device("cuda", arch=90, units=132, triton=True)`. Raises ValueError for shapes that do not fit
+    and an unknown impl or device, TypeError for what is no shape or no dtype, NotImplementedError where a call would.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
@@ -103,13 +107,18 @@ def explain(
         if len(shape) != 2 or shape[1] != features:
             raise ValueError(f"weight_shape {tuple(weight_shape)} does not fit x_shape {tuple(x_shape)}")
         features = shape[0]
+    if isinstance(device, str) and device in planning.PEAKS:
+        device = planning.PEAKS[device].device
     if not isinstance(device, Device):
         try:
             device = torch.device(device)
         except RuntimeError as error:
-            raise ValueError(f"device {device!r}: {error}") from None
+            named = ", ".join(map(repr, planning.PEAKS))
+            raise ValueError(f"device {device!r}: {error}; chips that it may name: {named}") from None
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {str(device)!r} is not at hand; describe it with perceptriton.kernels.Device")
+            raise ValueError(
+                f"device {str(device)!r} is not at hand; describe it with perceptriton.kernels.Device, or name its chip"
+            )
         if impl == "triton" and (reason := cpu_refusal(device)):
             raise NotImplementedError(f'impl="triton": {reason}')
         if device.type == "cuda" and device.index is None:
@@ -130,20 +139,23 @@ def explain(
     obey(impl, explanation.forward)
     if device.kind != "cuda" or planning.device_refusal(rows, min(widths), 1, name, device):
         return explanation
-    nbytes = rows * widths[0] * dtype.itemsize
+    nbytes, peaks = rows * widths[0] * dtype.itemsize, planning.peaks_of(device)
 
     def with_prediction(plan, prediction):
-        note = launch_note(nbytes, widths, plan is explanation.backward) if impl is None else ""
+        note = limit_note(nbytes, widths, plan is explanation.backward, device) if impl is None else ""
         return dataclasses.replace(plan, reason=plan.reason + note, prediction=prediction)
 
     if isinstance(explanation, Explanation):
         (k, n), (forward, backward) = widths, explanation
-        predictions = planning.predict(rows, k, n, name, forward), planning.predict_bwd(rows, k, n, name, backward)
+        predictions = [
+            planning.predict(rows, k, n, name, forward, peaks),
+            planning.predict_bwd(rows, k, n, name, backward, peaks=peaks),
+        ]
     else:
         shape, (inference, forward, backward) = (rows, widths, name), explanation
         predictions = [
-            planning.predict_mlp(*shape, inference, forwards),
-            planning.predict_mlp(*shape, forward, forwards, boundaries=backward.boundaries),
-            planning.predict_mlp(*shape, backward, backwards, backward=True),
+            planning.predict_mlp(*shape, inference, forwards, peaks=peaks),
+            planning.predict_mlp(*shape, forward, forwards, boundaries=backward.boundaries, peaks=peaks),
+            planning.predict_mlp(*shape, backward, backwards, backward=True, peaks=peaks),
         ]
     return type(explanation)(*map(with_prediction, explanation, predictions))

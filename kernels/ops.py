@@ -3,79 +3,55 @@
 Below it nothing is checked again. Layers ask `eligibility` first, which names what keeps a call from the kernels.
 """
 
-import functools
 import math
-from collections.abc import Sequence
-from typing import TypeVar, cast
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
-from . import crossover, reference
 from . import plan as planning
-from .devices import cpu_kind, describe, device_for, dtype_name, fp32_precision, fp32_split, gpu
+from . import reference
+from .calls import Calls
+from .devices import device_for, dtype_name, fp32_precision, fp32_split, gpu
+from .operands import are_dense, dense, flat_head, flattened, led, stored, widths_of
 from .plan import MlpPlans
 from .records import EMPTY, MlpPlan, NeedsGrad, Plan, Wanted
 from .reference import Gradients, OptionalTensors
 
-Operand = TypeVar("Operand", Tensor, Tensor | None)
+# What kernels run, as functions of the tensors that the doors take.
+layer_forwards, layer_backwards, network_forwards, network_backwards = (Calls() for _ in range(4))
+
 # "perceptriton", or the name under which a copy of the package was imported: each copy registers ops of its own.
 NAMESPACE = "_".join(__name__.split(".")[:-2])
 
 
-def prefers_torch(x: Tensor, widths: tuple[int, ...]) -> bool:
-    """Whether plain torch operations cost least for layers of these widths, in turn, on x (..., widths[0]).
-
-    On a GPU they do where the host decides how long a call takes, but not on a stream other than the default one:
-    there, CUDA graphs are captured and warmed up, and a graph that is replayed asks nothing of the host.
-    """
-    if x.is_cpu:
-        return x.numel() < few_elements(widths, x.dtype, is_grad_enabled())
-    return (
-        x.is_cuda
-        and crossover.launch_bound(x.nbytes, widths, is_grad_enabled())
-        and torch._C._cuda_getCurrentRawStream(x.get_device()) == 0
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def few_elements(widths: tuple[int, ...], dtype: torch.dtype, training: bool) -> int:
-    """Elements of x below which `prefers_torch` is true on a CPU.
-
-    Where a layer takes 7 us, the call of `prefers_torch` would be 5% of it: hot paths compare with this.
-    """
-    return crossover.cpu_rows(widths, dtype_name(dtype), cpu_kind(), training) * max(widths[0], 1)
-
-
-def network_prefers_torch(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """The same of a network of these weights, which fit together.
-
-    False where tensors are on several devices: torch's product does not notice a weight on the meta device.
-    """
-    if not prefers_torch(x, widths_of(weights)):
-        return False
-    return all([weight.is_cpu for weight in weights] if x.is_cpu else [weight.device == x.device for weight in weights])
-
-
-def trains_plainly(x: Tensor, weight: Tensor) -> bool:
-    """Whether a layer on the CPU that wants gradients costs least as plain torch operations under autograd."""
-    n, k = weight.shape
-    rows = math.prod(x.shape[:-1])
-    return planning.linear_act_bwd(rows, k, n, dtype_name(x.dtype), "ieee", describe(x.device), None).impl == "aten"
-
-
-def _stored(tensor: Operand) -> Operand:
-    """The tensor, or a copy if memory holds its negative, as that of `z.conj().imag` does: kernels read memory."""
-    return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor
-
-
-def _led(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """y (M, N) with the leading dimensions of a shape: no view, which autograd would let nobody write to."""
-    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1]).data
-
-
 def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, impl: str | None) -> Tensor:
     """act(x @ weight.T + bias) for x (..., K), weight (N, K), bias (N,): (..., N), contiguous, in x's dtype."""
+    key, tensors = (activation, impl, bias is None), (x, weight) if bias is None else (x, weight, bias)
+    if call := layer_forwards.find(key, tensors):
+        return call(x, weight, bias)
+    if call := linear_act_fwd_call(x, weight, bias, activation, impl):
+        layer_forwards.keep(key, tensors, call)
+        return call(x, weight, bias)
+    x2, plan = _planned_fwd(x, weight, impl)
+    return led(_layer_fwd(x2, weight, bias, activation, plan), x.shape)
+
+
+def linear_act_fwd_call(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, impl: str | None
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    """`linear_act_fwd` as a function of tensors like these, or None where it would decide nothing less than that."""
+    x2, plan = _planned_fwd(x, weight, impl)
+    if plan.impl not in ("rows", "tiled") or x.is_neg() or weight.is_neg() or (bias is not None and bias.is_neg()):
+        return None
+    call, shape, flat = gpu("layer").linear_act_fwd_call(x2, weight, bias, activation, plan), x.shape, x2.shape
+    if x.dim() == 2:
+        return call
+    return lambda x, weight, bias: led(call(x.reshape(flat), weight, bias), shape)
+
+
+def _planned_fwd(x: Tensor, weight: Tensor, impl: str | None) -> tuple[Tensor, Plan]:
+    """x (M, K), and the plan for it."""
     n, k = weight.shape
     # The number of rows is computed, since torch cannot infer a -1 beside a size of 0.
     x2 = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)
@@ -86,12 +62,12 @@ def linear_act_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     if plan.impl == "tma" and not (gpu("wide").readable(x2) and gpu("wide").readable(weight)):
         plan = planning.linear_act_fwd(*arguments, False)
     obey(impl, plan)
-    return _led(_layer_fwd(x2, weight, bias, activation, plan), x.shape)
+    return x2, plan
 
 
 def _layer_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
     if plan.triton:
-        x, weight, bias = _stored(x), _stored(weight), _stored(bias)
+        x, weight, bias = stored(x), stored(weight), stored(bias)
     implementation = gpu("wide") if plan.impl == "tma" else gpu("layer") if plan.triton else reference
     return implementation.linear_act_fwd(x, weight, bias, activation, plan)
 
@@ -103,21 +79,41 @@ def linear_act_bwd(
 
     A gradient that is not wanted is None. x may be None if dweight is not wanted, weight if dx is not.
     """
-    n = y.shape[-1]
-    k = in_features_of(x, weight)
-    if y.dim() != 2:
-        rows = math.prod(y.shape[:-1])
-        dy, flat_y, x = dy.reshape(rows, n), y.reshape(rows, n), None if x is None else x.reshape(rows, k)
-    else:
-        rows, flat_y = y.shape[0], y
+    given = (dy, y, x, weight)
+    key, tensors = (activation, wanted, impl, x is None, weight is None), [t for t in given if t is not None]
+    if call := layer_backwards.find(key, tensors):
+        return call(*given)
+    n, k, rows = y.shape[-1], in_features_of(x, weight), math.prod(y.shape[:-1])
     device = device_for(y.device, impl)
     plan = planning.linear_act_bwd(rows, k, n, dtype_name(y.dtype), fp32_precision(device), device, impl)
+    flat_dy, flat_y, flat_x = dy, y, x
+    if y.dim() != 2:
+        flat_dy, flat_y = dy.reshape(rows, n), y.reshape(rows, n)
+        flat_x = None if x is None else x.reshape(rows, k)
+    if plan.triton and y.is_contiguous() and not any([t.is_neg() for t in tensors]):
+        call = gpu("layer").linear_act_bwd_call(flat_dy, flat_y, flat_x, weight, activation, wanted, plan)
+        if y.dim() != 2:
+            call = _with_leading(call, (*y.shape[:-1], k), rows)
+        layer_backwards.keep(key, tensors, call)
+        return call(*given)
     implementation = reference
     if plan.triton:
         implementation = gpu("layer")
-        dy, flat_y, x, weight = _stored(dy), _stored(flat_y), _stored(x), _stored(weight)
-    dx, dweight, dbias = implementation.linear_act_bwd(dy, flat_y.contiguous(), x, weight, activation, wanted, plan)
+        flat_dy, flat_y, flat_x, weight = stored(flat_dy), stored(flat_y), stored(flat_x), stored(weight)
+    arguments = (flat_dy, flat_y.contiguous(), flat_x, weight, activation, wanted, plan)
+    dx, dweight, dbias = implementation.linear_act_bwd(*arguments)
     return dx if dx is None or y.dim() == 2 else dx.view(*y.shape[:-1], k), dweight, dbias
+
+
+def _with_leading(flat_bwd: Callable[..., Gradients], shape: tuple[int, ...], rows: int) -> Callable[..., Gradients]:
+    """The backward pass of a layer on so many rows for tensors with leading dimensions, those of dx's shape."""
+
+    def call(dy: Tensor, y: Tensor, x: Tensor | None, weight: Tensor | None) -> Gradients:
+        dy, y = dy.reshape(rows, dy.shape[-1]), y.reshape(rows, y.shape[-1])
+        dx, dweight, dbias = flat_bwd(dy, y, None if x is None else x.reshape(rows, shape[-1]), weight)
+        return None if dx is None else dx.view(shape), dweight, dbias
+
+    return call
 
 
 def in_features_of(x: Tensor | None, weight: Tensor | None) -> int:
@@ -145,38 +141,11 @@ def mlp_plans(
     return plans
 
 
-def widths_of(weights: Sequence[Tensor]) -> tuple[int, ...]:
-    return (weights[0].shape[1], *(weight.shape[0] for weight in weights))
-
-
-def _flat(x: Tensor) -> Tensor:
-    return _stored(x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
-
-
-def _flat_head(head: tuple | None) -> tuple | None:
-    """The target, pos_weight and options of a loss, as the kernels of whole networks read them."""
-    if head is None:
-        return None
-    target, pos_weight, *options = head
-    if pos_weight is not None:
-        real = pos_weight if pos_weight.is_floating_point() else pos_weight.float()
-        pos_weight = _stored(real).expand(target.shape[-1])
-    return _flat(target), pos_weight, *options
-
-
 def _stacked_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, plan: Plan) -> Tensor:
     """A layer of a stack, planned by shapes alone: operands that TMA cannot read as they lie are copied."""
     if plan.impl == "tma":
         x, weight = map(gpu("wide").as_readable, (x, weight))
     return _layer_fwd(x, weight, bias, activation, plan)
-
-
-def _dense(
-    weights: Sequence[Tensor], biases: Sequence[Tensor] | None
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-    """Parameters as the kernels of whole networks read them."""
-    dense = tuple(_stored(weight).contiguous() for weight in weights)
-    return dense, None if biases is None else tuple(_stored(bias).contiguous() for bias in biases)
 
 
 def mlp_fwd(
@@ -199,10 +168,39 @@ def mlp_fwd(
     """
     if plan.impl != "fused":
         layer_fwd = (_stacked_fwd,) if plan.impl == "stack" else ()
-        y, saved = reference.mlp_fwd(_flat(x), weights, biases, hidden, output, plan, save, *layer_fwd)
-        return _led(y, x.shape), saved
-    y, saved = gpu("network").mlp_fwd(_flat(x), *_dense(weights, biases), hidden, output, plan, save, _flat_head(head))
-    return _led(y, x.shape) if y.dim() else y, saved
+        y, saved = reference.mlp_fwd(flattened(x), weights, biases, hidden, output, plan, save, *layer_fwd)
+        return led(y, x.shape), saved
+    weights, biases = tuple(weights), None if biases is None else tuple(biases)
+    target, pos_weight, *options = head or (None, None)
+    key = (id(plan), biases is None, hidden, output, save, target is None, pos_weight is None, *options)
+    tensors = [t for t in (x, *weights, *(biases or ()), target, pos_weight) if t is not None]
+    if (call := network_forwards.find(key, tensors)) is None:
+        call = mlp_fwd_call(x, weights, biases, hidden, output, plan, save, head)
+        network_forwards.keep(key, tensors, call, plan)
+    return call(x, weights, biases, head)
+
+
+def mlp_fwd_call(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor, ...] | None,
+    hidden: str,
+    output: str,
+    plan: MlpPlan,
+    save: tuple[int, ...] = (),
+    head: tuple[Tensor, Tensor | None, str, torch.dtype] | None = None,
+) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
+    """`mlp_fwd` by a fused plan as a function (x, weights, biases, head=None) of tensors like these."""
+    flat_x, parameters = flattened(x), dense(weights, biases)
+    flat_fwd = gpu("network").mlp_fwd_call(flat_x, *parameters, hidden, output, plan, save, flat_head(head))
+    if flat_x is x and are_dense(parameters, weights, biases) and head is None:
+        return flat_fwd
+
+    def call(x, weights, biases, head=None):
+        y, saved = flat_fwd(flattened(x), *dense(weights, biases), flat_head(head))
+        return led(y, x.shape) if y.dim() else y, saved
+
+    return call
 
 
 def mlp_bwd(
@@ -223,20 +221,42 @@ def mlp_bwd(
     all layers, y (..., N) last, where None will do for what `reference.mlp_bwd` does not need. head: the target,
     pos_weight and reduction of the loss, of which dy is then the gradient.
     """
-    options = (hidden, output, wanted, plan)
-    flat_dy, flat_x = _flat(dy) if dy.dim() else _stored(dy), None if x is None else _flat(x)
     if plan.impl == "fused":
-        inputs = (cast(Tensor, flat_x), cast("tuple[Tensor, ...]", saved))
-        parameters = _dense(cast(Sequence[Tensor], weights), biases)
-        gradients = gpu("network").mlp_bwd(flat_dy, *inputs, *parameters, *options, _flat_head(head))
+        return _fused_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head)
+    options = (hidden, output, wanted, plan)
+    flat_dy, flat_x = flattened(dy) if dy.dim() else stored(dy), None if x is None else flattened(x)
+    *hs, y = saved
+    flat_y = None if y is None else flattened(y)
+    if plan.impl == "stack":
+        # An identity has no y, but the kernels read the shape of one.
+        hs = (*hs, flat_dy.contiguous() if flat_y is None else flat_y)
+        gradients = gpu("wide").mlp_bwd(flat_dy, flat_x, hs, tuple(map(stored, weights)), *options)
     else:
-        *hs, y = saved
-        flat_y = None if y is None else _flat(y)
-        if plan.impl == "stack":
-            # An identity has no y, but the kernels read the shape of one.
-            hs = (*hs, flat_dy.contiguous() if flat_y is None else flat_y)
-            gradients = gpu("wide").mlp_bwd(flat_dy, flat_x, hs, tuple(map(_stored, weights)), *options)
-        else:
-            gradients = reference.mlp_bwd(flat_dy, flat_x, (*hs, flat_y), weights, biases, *options)
+        gradients = reference.mlp_bwd(flat_dy, flat_x, (*hs, flat_y), weights, biases, *options)
     dx, dweights, dbiases = gradients
     return None if dx is None else dx.view(*(dy if x is None else x).shape[:-1], dx.shape[1]), dweights, dbiases
+
+
+def _fused_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head):
+    """`mlp_bwd` by a fused plan."""
+    weights, biases = tuple(weights), None if biases is None else tuple(biases)
+    target, pos_weight, *options = head or (None, None)
+    key = (id(plan), biases is None, hidden, output, wanted, target is None, pos_weight is None, *options)
+    tensors = [t for t in (dy, x, *saved, *weights, *(biases or ()), target, pos_weight) if t is not None]
+    if call := network_backwards.find(key, tensors):
+        return call(dy, x, saved, weights, biases, head)
+
+    def flat(dy, x, saved, weights, biases, head):
+        return flattened(dy) if dy.dim() else stored(dy), flattened(x), saved, *dense(weights, biases), flat_head(head)
+
+    shape, arguments = x.shape, flat(dy, x, saved, weights, biases, head)
+    as_they_are = head is None and arguments[0] is dy and arguments[1] is x
+    flat_bwd = gpu("network").mlp_bwd_call(*arguments[:-1], hidden, output, wanted, plan, arguments[-1])
+
+    def reshaped(*given):
+        dx, *others = flat_bwd(*flat(*given))
+        return None if dx is None else dx.view(shape), *others
+
+    call = flat_bwd if as_they_are and are_dense(arguments[3:5], weights, biases) else reshaped
+    network_backwards.keep(key, tensors, call, plan)
+    return call(dy, x, saved, weights, biases, head)

@@ -8,13 +8,8 @@ TRAIN_IMPLS = (None, "lane", "block", "graph", "native", "torch")
 DTYPES = ("float32", "bfloat16", "float16")
 EMPTY = "nothing to compute"
 
-# Chips that tables have rows for: bytes of shared memory that one program may use (CUDA programming guide, compute
-# capabilities).
-CHIPS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-
 Wanted = tuple[bool, bool, bool]  # which gradients of a layer: dx, dweight, dbias
 NeedsGrad = tuple[bool, tuple[bool, ...], tuple[bool, ...]]  # of a network: dx, every dweight, every dbias
-
 # fp32 products as several products of tensor cores, each operand a sum of two or three short numbers.
 SPLITS = ("tf32x3", "bf16x6", "bf16x3")
 
@@ -29,6 +24,26 @@ class Device:
     vendor: str = ""  # CPU: what `devices.cpu_kind` says
     triton: bool = False  # kernels can be launched here
     name: str = ""  # CUDA: as the driver tells it; tables of measurements go by it
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the streaming multiprocessors of a compute capability have room for."""
+
+    shared: int  # bytes of shared memory that one program may use
+    warps: int  # of all programs on a multiprocessor
+    programs: int
+
+
+# Chips that kernels are compiled for (CUDA programming guide, compute capabilities).
+CHIPS = {
+    "sm_80": Chip(163 * 1024, 64, 32),
+    "sm_86": Chip(99 * 1024, 48, 16),
+    "sm_89": Chip(99 * 1024, 48, 24),
+    "sm_90": Chip(227 * 1024, 64, 32),
+    "sm_100": Chip(227 * 1024, 64, 32),
+    "sm_120": Chip(99 * 1024, 48, 24),
+}
 
 
 @dataclass(frozen=True)
@@ -94,8 +109,8 @@ def _one_of(name: str, value: object, values: Sequence[object]) -> None:
 class TileRow:
     """A row of a table of tiles: what it is for, the tile, and how many programs of it fit on a multiprocessor.
 
-    widths: of what a program holds, padded: in_features and out_features of a layer's weight, those of every layer of
-    a network, or block_k and block_n of a tile that travels by TMA. Raises ValueError at what no kernel could use.
+    widths: of what a program holds, padded: in_features and out_features of a layer, those of all layers of a network,
+    or block_k and block_n of a tile that travels by TMA. Raises ValueError at what no kernel could use.
     """
 
     chip: str
@@ -133,23 +148,6 @@ class TileRow:
 
 
 @dataclass(frozen=True)
-class WideTiming:
-    """What a device measured of a wide product of shape (m, k, n). Raises ValueError at what no plan could use."""
-
-    shape: Sequence[int]
-    tile: WideTile | None  # the fastest; None: the library was faster than all
-    us: float  # of the fastest tile
-    library_us: float
-    splits: int = 1  # of the sum over k
-
-    def __post_init__(self) -> None:
-        if len(self.shape) != 3 or min(self.shape) < 1 or self.splits not in (1, 2, 4, 8, 16):
-            raise ValueError(f"not three sizes, or no power of 2: {self.shape!r:.80} in {self.splits!r:.80} splits")
-        if not (self.us > 0 and self.library_us > 0):
-            raise ValueError(f"times of {self.shape}: {self.us!r:.80} and {self.library_us!r:.80}")
-
-
-@dataclass(frozen=True)
 class Prediction:
     """What one call takes, the limit that peak rates set, and what a plan's own way adds to that."""
 
@@ -158,6 +156,7 @@ class Prediction:
     special: int  # exp2 and rsqrt, two for each sigmoid
     limit_us: float  # the slowest of the three alone
     plan_us: float
+    chip: str  # whose peak rates they are
 
     def __str__(self) -> str:
         functions = f", {_digits(self.special / 1e6)} M exp2 and rsqrt" if self.special else ""
@@ -166,7 +165,7 @@ class Prediction:
         else:
             times = f"{_digits(self.plan_us)} us, limit {_digits(self.limit_us)} us"
         work = f"{_digits(self.flops / 1e9)} Gflop, {_digits(self.bytes / 1e6)} MB{functions}"
-        return f"H200 at peak rates (a model): {times}; {work}"
+        return f"{self.chip} at peak rates (a model): {times}; {work}"
 
 
 def _digits(value: float) -> str:
@@ -271,10 +270,9 @@ class TrainConfig:
 class TrainPlan:
     """How a whole training loop runs.
 
-    `impl` is "lane" (one kernel for all steps of `networks` networks per program, one per lane), "block" (one kernel
-    for all steps, one network per program, or a kernel for each step, with `programs` for each network), "graph"
-    (`loop/` on a GPU, each step a replay of a captured graph), "native" (`native/`, loops compiled for the CPU) or
-    "torch" (`loop/`, step by step).
+    `impl` is "lane" (one kernel for all steps, `networks` per program, one per lane), "block" (one for all steps, a
+    network per program, or one for each step, `programs` per network), "graph" (`loop/`, each step a replay of a
+    captured graph), "native" (`native/`, loops compiled for the CPU) or "torch" (`loop/`, step by step).
     """
 
     impl: str
@@ -289,8 +287,8 @@ class TrainPlan:
 class LoopPlan:
     """How `loop/` lays its buffers out, on how many threads it runs, and why.
 
-    "joint": one network, the parameters of all layers as blocks of one matrix. "matrices": a matrix per layer, or a
-    stack of them. "arrays": every single parameter an array over the members.
+    "joint": one network, all parameters as blocks of one matrix. "matrices": one per layer, or a stack of them.
+    "arrays": every single parameter an array over the members.
     """
 
     layout: str

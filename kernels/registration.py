@@ -11,6 +11,7 @@ from torch import Tensor
 from . import ops, reference
 from .activations import ACTIVATIONS
 from .eligibility import bias_refusal, check_alike, check_operands
+from .operands import widths_of
 from .ops import NAMESPACE, in_features_of, linear_act_bwd, linear_act_fwd
 from .plan import mlp_columns, mlp_slots
 
@@ -149,7 +150,7 @@ def _mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, i
         return _plain_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl, *head)
     needs_grad, operands = as_needs_grad(wanted, len(weights)), (x, saved, weights, biases or None)
     dx, *parameters = ops.mlp_bwd(dy, *operands, hidden, output, needs_grad, plan, head[:3] or None)
-    size = mlp_slots(ops.widths_of(weights), needs_grad)[-1]
+    size = mlp_slots(widths_of(weights), needs_grad)[-1]
     view = next((gradient for gradients in parameters for gradient in gradients if gradient is not None), None)
     flat = x.new_empty(0) if view is None else view.as_strided((size,), (1,), 0)
     return x.new_empty(0) if dx is None else dx, flat
@@ -206,7 +207,7 @@ def _plain_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wan
 
 
 def _saved_shapes(x: Tensor, weights: Sequence[Tensor], save: Sequence[int]) -> list[tuple[int, int]]:
-    columns = mlp_columns(ops.widths_of(weights))
+    columns = mlp_columns(widths_of(weights))
     return [(math.prod(x.shape[:-1]), columns[l]) for l in save]
 
 
@@ -219,7 +220,7 @@ def _fake_mlp(x, weights, biases, hidden, output, save, impl, *head):
 
 def _fake_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, wanted, impl, *head):
     _check_network(x, weights, biases, output, head)
-    size = mlp_slots(ops.widths_of(weights), as_needs_grad(wanted, len(weights)))[-1]
+    size = mlp_slots(widths_of(weights), as_needs_grad(wanted, len(weights)))[-1]
     return x.new_empty(x.shape if wanted[0] else 0), x.new_empty(size)
 
 

@@ -3,18 +3,36 @@
 import functools
 import json
 import warnings
-from collections.abc import Callable
-from dataclasses import astuple
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from .records import DTYPES, TileRow, WideTile, WideTiming
+from .records import DTYPES, TileRow, WideTile
 
 TABLES = Path(__file__).parent / "tuned"
 LAYER_TILES, MLP_TILES, WIDE_TILES = "gpu_tiles.json", "mlp_tiles.json", "wide.json"
+LAUNCHES = "launches.json"
 
 CPU_RULES = ("forward", "dx", "dweight")
 CPU_SIZES = ("small", "chunk_above_bytes", "chunk_bytes")
+
+
+@dataclass(frozen=True)
+class WideTiming:
+    """What a device measured of a wide product of shape (m, k, n). Raises ValueError at what no plan could use."""
+
+    shape: Sequence[int]
+    tile: WideTile | None  # the fastest; None: the library was faster than all
+    us: float  # of the fastest tile
+    library_us: float
+    splits: int = 1  # of the sum over k
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3 or min(self.shape) < 1 or self.splits not in (1, 2, 4, 8, 16):
+            raise ValueError(f"not three sizes, or no power of 2: {self.shape!r:.80} in {self.splits!r:.80} splits")
+        if not (self.us > 0 and self.library_us > 0):
+            raise ValueError(f"times of {self.shape}: {self.us!r:.80} and {self.library_us!r:.80}")
 
 
 def read_tiles(document: dict) -> dict:
@@ -111,6 +129,24 @@ def read_cpu(document: dict) -> dict:
     return document
 
 
+def read_launches(document: dict) -> dict:
+    """What devices, by name, have measured of eager calls. Raises ValueError at what nothing could be decided by.
+
+    Of a layer and of a network: bytes of x and y, per layer, from which on kernels win, without gradients and with.
+    """
+    for name, measured in document["devices"].items():
+        _expect({"torch", "triton", "date"} <= measured.keys(), f"{name}, keys", sorted(measured))
+        for kind in ("layer", "network"):
+            limits = measured[kind]
+            _expect(len(limits) == 2 and all(map(_count, limits)), f"{name}, {kind}", limits)
+    return document
+
+
+def measured_limits(device: str) -> dict | None:
+    """What `launches.json` has of the device of that name."""
+    return read_table(LAUNCHES)["devices"].get(device)
+
+
 _PLAIN = dict.fromkeys(CPU_SIZES, 1 << 62) | dict.fromkeys(CPU_RULES)
 
 # How each table is read, and what stands for one that cannot be: no tiles, no measurements, plain torch on a CPU.
@@ -119,6 +155,7 @@ READERS: dict[str, tuple[Callable[[dict], dict], dict]] = {
     LAYER_TILES: (read_tiles, {"tiles": {}}),
     MLP_TILES: (read_tiles, {"tiles": {}}),
     WIDE_TILES: (read_wide, {"tiles": {}, "devices": {}}),
+    LAUNCHES: (read_launches, {"devices": {}}),
 }
 
 

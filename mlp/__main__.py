@@ -1,7 +1,7 @@
 """The command line: `perceptriton lesson NAME`, `doctor`, `build`, `export-hub DIR`; also `python -m perceptriton.mlp`.
 
-Exit codes: 0; 1 where a lesson does not reproduce its table or lacks its data, or a file cannot be written; 2 for bad
-arguments; 130 after an interrupt; 141 when the reader of the output has gone.
+Exit codes: 0; 1 where a lesson does not reproduce its table or lacks its data, a file cannot be written, or nothing can
+be compiled; 2 for bad arguments; 130 after an interrupt; 141 when the reader of the output has gone.
 """
 
 import argparse
@@ -11,8 +11,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
 
+import torch
+
+from ..kernels import devices, peaks
+from ..kernels.activations import ACTIVATIONS
 from ..kernels.native import ready
 from ..kernels.native.loop import compile_all
+from ..kernels.records import DTYPES, Device
 from . import doctor, hub
 from .lessons import pictures
 from .lessons.catalogue import LESSONS
@@ -71,7 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     about = add(commands, "doctor", "what is installed, and which implementation layers take on this machine")
     about.set_defaults(run=_doctor)
-    build = add(commands, "build", "compile the loops for CPUs ahead of the first training, where numba is installed")
+    build = add(commands, "build", "compile ahead: the loops for CPUs or, with --sizes, a network's kernels for a GPU")
+    sizes = "widths of a network: compile its kernels, forward alone and for a training step"
+    build.add_argument("--sizes", type=_sizes, metavar="N,N,..", help=sizes)
+    build.add_argument("--dtype", choices=DTYPES, help="of x and parameters (default: float32)")
+    build.add_argument("--activation", choices=ACTIVATIONS, help="of all layers (default: sigmoid)")
+    rows = "of x; a kernel's code depends on whether they are few or many (default: 32,65536)"
+    build.add_argument("--rows", type=_counts, metavar="N,..", help=rows)
+    chips = "the chip to compile for, as in H100 or sm_90 (default: the CUDA device at hand)"
+    build.add_argument("--chip", type=_chip, metavar="NAME", help=chips)
     build.set_defaults(run=_build)
     export = add(commands, "export-hub", "write this package as the kernel hub of the package `kernels` loads it")
     export.add_argument("directory", metavar="DIR", help="a folder that is empty or does not exist yet")
@@ -100,6 +113,24 @@ def _count(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {count}")
     return count
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(map(_count, text.split(",")))
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = _counts(text)
+    if len(sizes) < 2:
+        raise argparse.ArgumentTypeError(f"an input and an output width are the least, not {text!r}")
+    return sizes
+
+
+def _chip(text: str) -> Device:
+    try:
+        return peaks.chip(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _device(text: str) -> str:
@@ -157,11 +188,39 @@ def _export_hub(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
+    if args.sizes is not None:
+        return _build_kernels(args)
+    for name in ("dtype", "activation", "rows", "chip"):
+        if getattr(args, name) is not None:
+            return _failed(f"error: argument --{name}: of a network, whose --sizes are not given", 2)
     if reason := ready.refusal():
         return _failed(reason, 1)
     print("compiling the training loops for this CPU, or reading them from disk", flush=True)
     for kind, seconds in compile_all():
         print(f"{kind:<40}  {seconds:4.1f} s", flush=True)
+    return 0
+
+
+def _build_kernels(args: argparse.Namespace) -> int:
+    if not devices.has_triton():
+        return _failed("triton is not installed", 1)
+    if args.chip is None and not doctor.has_cuda():
+        return _failed("torch finds no CUDA device here; --chip names one, as in --chip sm_90", 1)
+    device = args.chip or devices.look_at(torch.device("cuda", torch.cuda.current_device()))
+    ahead, dtype, activation = devices.gpu("build"), args.dtype or "float32", args.activation or "sigmoid"
+    if reason := ahead.refusal(device, dtype):
+        return _failed(reason, 1)
+    rows, precision = args.rows or (32, 65536), devices.fp32_precision(device)
+    order = ahead.Order(args.sizes, dtype, precision, activation, rows, device, args.chip is None)
+    print(f"compiling for sm_{device.arch}, or finding in triton's cache, {doctor.triton_cache()}", flush=True)
+    kernel = None
+    try:
+        for kernel in ahead.build(order):
+            print(f"{kernel.name:<32}{kernel.rows:>10,} rows  {kernel.seconds:5.1f} s", flush=True)
+    except Exception as error:  # whatever triton, gcc or ptxas says
+        return _failed(f"{type(error).__name__}: {error}", 1)
+    if kernel is None:
+        print("none: torch's own products take all layers")
     return 0
 
 

@@ -16,7 +16,7 @@ from torch._C import (
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..kernels import eligibility, ops
+from ..kernels import eligibility, small
 from ..kernels.activations import ACTIVATIONS
 from .functional import linear_act, mlp_act
 from .functional.eager import ERRORS, product_dtype
@@ -89,9 +89,26 @@ class Chain:
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor | None]] | None:
         """(weights, biases), or None where calling the modules would run anything but the forwards of their classes."""
-        if list(map(type, self.modules)) != self.types or not all(map(is_plain, self.modules)):
+        if _has_any_global_hook() or any([kind.forward is not forward for kind, forward in self.forwards]):
             return None
+        # `is_plain`, written out, for calls are what a small network costs on a GPU.
+        for module, kind in zip(self.modules, self.types, strict=True):
+            own = module.__dict__
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+                or "_compiled_call_impl" in own
+                or "weight" in own
+                or "bias" in own
+                or type(module) is not kind
+            ):
+                return None
         found = [layer._parameters for layer in self.layers]
+        if not all(["weight" in own and "bias" in own for own in found]):
+            return None
         return [cast(Tensor, own["weight"]) for own in found], [own["bias"] for own in found]
 
     def run(self, input: Tensor) -> Tensor:
@@ -99,9 +116,9 @@ class Chain:
         called = False
         try:
             if on_cpu := input.is_cpu:
-                few = input.numel() < ops.few_elements(self.widths, input.dtype, is_grad_enabled())
+                few = input.numel() < small.few_elements(self.widths, input.dtype, is_grad_enabled())
             else:
-                few = ops.prefers_torch(input, self.widths)
+                few = small.prefers_torch(input, self.widths)
             for kind, forward in self.forwards:
                 few = few and kind.forward is forward
             if few and self.paired and nn.Module.__call__ is _CALL and not _has_any_global_hook():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perceptriton.kernels import crossover, ops, plan, tables
+from perceptriton.kernels import calls, crossover, plan, small, tables
 from perceptriton.mlp import MLP, linear_act
 
 # (rows, in_features, out_features): why
@@ -98,6 +98,7 @@ class Spy:
 
 def spy_on(monkeypatch, module, name):
     """The kernel of that name, which keeps what it is launched with from now on."""
+    calls.forget()  # what has been launched before would be launched without it
     spy = Spy(getattr(module, name))
     monkeypatch.setattr(module, name, spy)
     return spy
@@ -105,16 +106,27 @@ def spy_on(monkeypatch, module, name):
 
 def nothing_is_small(monkeypatch):
     """No call on a CPU stays with plain torch for its size before anything is planned."""
-    monkeypatch.setattr(ops, "prefers_torch", lambda x, widths: not x.numel() or 0 in widths)
-    monkeypatch.setattr(ops, "few_elements", lambda widths, *_: 1 << 62 if 0 in widths else 1)
+    monkeypatch.setattr(small, "prefers_torch", lambda x, widths: not x.numel() or 0 in widths)
+    monkeypatch.setattr(small, "is_small", small.prefers_torch)
+    monkeypatch.setattr(small, "few_elements", lambda widths, *_: 1 << 62 if 0 in widths else 1)
+
+
+def limit_eager_calls(monkeypatch, without, training):
+    """Bytes of x and y, per layer, below which eager calls on a GPU take plain torch, without gradients and with."""
+    monkeypatch.setattr(crossover, "eager_limit", lambda widths, grad, device: training if grad else without)
+    monkeypatch.setattr(small, "few_on_gpu", getattr(small.few_on_gpu, "__wrapped__", small.few_on_gpu))
+    calls.forget()
 
 
 def forget_plans():
     """Empties what plans, and the door above them, remember of shapes and tables."""
+    calls.forget()
     for remembering in (
         *vars(plan).values(),
         plan.network._mlp_row,
-        ops.few_elements,
+        small.few_elements,
+        small.few_on_gpu,
+        crossover.eager_limit,
         crossover.cpu_rows,
         tables.read_table,
     ):

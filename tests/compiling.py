@@ -18,8 +18,11 @@ from machine_code import DOTS, dangerous_dots, lost_bounds, overwritten_operands
 
 from perceptriton.kernels import Device, tables
 
-# By compute capability: an A100, an H100, a B200.
-CHIPS = {arch: Device("cuda", arch, units, triton=True) for arch, units in ((80, 108), (90, 132), (100, 148))}
+# By compute capability: an A100, an RTX 3090, an RTX 4090, an H100, a B200, an RTX 5090.
+UNITS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+CHIPS = {arch: Device("cuda", arch, units, triton=True) for arch, units in UNITS.items()}
+# Those that have tiles of their own for layers and networks.
+TILED_FOR = (80, 86, 90, 120)
 PRINTED = ("HGMMA", "HMMA", "FFMA", "MUFU")
 PER_PROGRAM = ("registers", "stack", "shared", "num_warps")
 TABLES = Path(__file__).with_name("compiled")

@@ -10,7 +10,7 @@ import compiling
 import pytest
 import torch
 
-from perceptriton.kernels import crossover, plan, records
+from perceptriton.kernels import calls, plan, records
 from perceptriton.kernels.native import ready
 
 
@@ -19,7 +19,7 @@ def pytest_addoption(parser):
     parser.addoption("--first", default="", metavar="MARKERS", help="run tests with these first; see `turn`")
     parser.addoption("--shard", metavar="I/N", help="of N processes that deal the tests out, this is number I from 0")
     parser.addoption("--watch-memory", action="store_true", help="kernels under the interpreter: see tests/watching.py")
-    parser.addoption("--compiled-for", metavar="CHIP", help="emulate what is compiled for it: sm_80, sm_90")
+    parser.addoption("--compiled-for", metavar="CHIP", help="emulate what is compiled for it, as in sm_90")
     parser.addoption("--cubins", metavar="DIR", help="keep what the compile-only tests compile there")
     parser.addoption("--all-tiles", action="store_true", help="compile what tests/compiled has a row for too")
     parser.addoption("--changed", action="store_true", help="only tests of kernels that tests/ptx/passed.json lacks")
@@ -117,10 +117,16 @@ def seed():
 
 
 @pytest.fixture(autouse=True)
+def calls_decided_anew():
+    """What tests put in the place of plans, kernels and limits is gone with them."""
+    calls.forget()
+
+
+@pytest.fixture(autouse=True)
 def kernels_whatever_the_size(monkeypatch):
     """On a GPU, small eager calls would take plain torch; tests are small, and mean the kernels."""
     if torch.cuda.is_available():
-        monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (0, 0))
+        cases.limit_eager_calls(monkeypatch, 0, 0)
 
 
 @pytest.fixture(autouse=True)

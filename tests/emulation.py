@@ -62,8 +62,8 @@ def product(x, weight, kind, block_k=32):
     return acc
 
 
-def sigmoid(z):
-    """The kernels' sigmoid of fp32 z, with `exp2` and `rsqrt` that are exact but for the rounding of their results."""
-    power = torch.exp2((z * -1.4426950408889634).double()).float()
-    root = (1 + power).double().rsqrt().float()
+def sigmoid(z, power_error=0.0, root_error=0.0):
+    """The kernels' sigmoid of fp32 z, with `exp2` and `rsqrt` that have these errors before they are rounded."""
+    power = (torch.exp2((z * -1.4426950408889634).double()) * (1 + power_error)).float()
+    root = ((1 + power).double().rsqrt() * (1 + root_error)).float()
     return root * root

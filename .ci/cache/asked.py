@@ -76,7 +76,7 @@ def families() -> dict[str, Callable[[], object]]:
     shape = (m, k, n, "bfloat16", "ieee", chip.H200)
     rows = planning.linear_act_fwd(*shape), planning.linear_act_bwd(*shape)
     tiled = Plan("tiled", "", Tile(64, 64, 32, 4, 3), 132)
-    passes = Plan("passes", "", Tile(32, 64, 16, 4, 1))
+    passes = Plan("passes", "", Tile(32, 64, 0, 4, 1), 4)
     tile = next(tile for tile in planning.wide_candidates("half", 90) if tile.block_m == tile.block_n == 64)
     tma = Plan("tma", "", tile, 132)
     square = empty(1024, 1024, dtype=half)

@@ -16,6 +16,15 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
 
 CUresult cuGetErrorString(CUresult error, const char **text) { *text = "of a driver that does nothing"; DONE; }
 
+// What triton asks for from 3.7 and 3.9 on.
+CUresult cuDriverGetVersion(int *version) { *version = 13020; DONE; }
+CUresult cuCtxGetDevice(CUdevice *device) { *device = 0; DONE; }
+CUresult cuModuleUnload(CUmodule module) { DONE; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
+  DONE;
+}
+
 CUresult cuCtxGetCurrent(CUcontext *context) { *context = CONTEXT; DONE; }
 CUresult cuCtxSetCurrent(CUcontext context) { DONE; }
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; DONE; }

@@ -27,6 +27,8 @@ from perceptriton.kernels.records import TileRow
 
 # What stands for each kind of product when it is compiled: a dtype, and the precision of fp32 products.
 PRODUCTS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
+# Chips whose programs take the tiles of another chip, and have to be clean too.
+ALIKE = {"sm_86": ("sm_89",)}
 # A value fits on a line of the tables up to this many characters.
 LINE = 150
 
@@ -81,9 +83,9 @@ def first_clean(tuner: str, candidates: list[TileRow]) -> TileRow | None:
     """The first candidate all of whose `launches` are `clean`, with the programs that fit on a multiprocessor."""
     own, aot = importlib.import_module(tuner), importlib.import_module("perceptriton.kernels.gpu.aot")
     for row in candidates:
-        arch, fits = int(row.chip.removeprefix("sm_")), []
+        archs, fits = [int(chip.removeprefix("sm_")) for chip in (row.chip, *ALIKE.get(row.chip, ()))], []
         try:
-            for launch in own.launches(row):
+            for arch, launch in itertools.product(archs, own.launches(row)):
                 resources = aot.compile_for(arch, launch)
                 if not own.clean(resources) or resources.shared > aot.SHARED_LIMIT[arch]:
                     break

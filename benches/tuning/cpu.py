@@ -34,7 +34,7 @@ import numpy as np
 import timing
 import torch
 
-from perceptriton.kernels import crossover, devices, ops, plan, records, reference, tables
+from perceptriton.kernels import crossover, devices, plan, records, reference, small, tables
 from perceptriton.kernels.records import Device, Plan
 from perceptriton.mlp import linear_sigmoid
 
@@ -150,9 +150,9 @@ def in_force(thresholds: dict) -> Iterator[None]:
         plan.linear_act_fwd.cache_clear()
         plan.linear_act_bwd.cache_clear()
         crossover.cpu_rows.cache_clear()
-        ops.few_elements.cache_clear()
+        small.few_elements.cache_clear()
 
-    before, question = tables.TABLES, ops.few_elements
+    before, question = tables.TABLES, small.few_elements
     with tempfile.TemporaryDirectory() as folder:
         table = {"thresholds": {"any": dict.fromkeys(records.DTYPES, thresholds)}}
         Path(folder, "cpu.json").write_text(json.dumps(table))
@@ -161,7 +161,7 @@ def in_force(thresholds: dict) -> Iterator[None]:
         try:
             yield
         finally:
-            tables.TABLES, ops.few_elements = before, question
+            tables.TABLES, small.few_elements = before, question
             forget()
 
 
@@ -176,7 +176,7 @@ def small_steps(role: str, tensors: Tensors) -> dict[str, timing.Step]:
 
     def side(torch_wins: bool) -> timing.Step:
         def forward():
-            ops.few_elements = answers[torch_wins]
+            small.few_elements = answers[torch_wins]
             return linear_sigmoid(x, weight, bias)
 
         def both():

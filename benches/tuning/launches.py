@@ -1,12 +1,14 @@
-"""Measures from how many bytes on eager calls of our kernels beat those of torch, for LAUNCH_BOUND_BYTES.
+"""Measures from how many bytes on eager calls of our kernels beat those of torch, for kernels/tuned/launches.json.
 
-Below that a GPU is done before the host has asked for the next call, and torch's calls take the host less time
-(kernels/crossover.py). A layer and a network, 64 wide, with 8 to 256 MiB of x and y per layer, are timed as torch's
-modules and as ours with no limit in force, without gradients and with them. What follows is `launch_bound_bytes` of the
-JSON: of both, the higher number of bytes.
+Below that a GPU is done before the host has asked for the next call, and torch's calls may take the host less time
+(kernels/crossover.py). A layer and a network, 64 wide, with 64 KiB to 256 MiB of x and y per layer, are timed as
+torch's modules and as ours with no limit in force, without gradients and with them. What was measured elsewhere,
+`--adopt FILE` puts into the table.
 """
 
 import argparse
+import datetime
+import importlib
 import itertools
 import json
 import math
@@ -20,11 +22,13 @@ import timing
 import torch
 from stack_cases import MODES, Case
 
-from perceptriton.kernels import crossover
+from perceptriton.kernels import crossover, devices, small, tables
+
+from . import common
 
 ROOT = Path(__file__).parents[2]
 WIDTH, LAYERS = 64, {"layer": 1, "network": 5}  # two of the suites' stacks, whose kernels they share
-SIZES = tuple(1 << power for power in range(23, 29))  # bytes of x and y, per layer
+SIZES = tuple(1 << power for power in (16, 20, *range(22, 29)))  # bytes of x and y, per layer
 TOYS = tuple(1 << power for power in range(11, 17))
 DTYPE = "bfloat16"
 
@@ -38,11 +42,11 @@ def case(name: str, nbytes: int) -> Case:
 def crossing(sizes: Sequence[int], speedups: Sequence[float]) -> int | None:
     """Bytes from which on all speed-ups are at least 1, by a line through logarithms between two sizes.
 
-    The lowest size if they all are, None if that of the highest is not.
+    0 if they all are, None if that of the highest is not.
     """
     last = max((at for at, speedup in enumerate(speedups) if speedup < 1), default=-1)
     if last < 0:
-        return sizes[0]
+        return 0
     if last == len(sizes) - 1:
         return None
     low, high = map(math.log, speedups[last : last + 2])
@@ -71,10 +75,16 @@ def document(rows: list[dict], sizes: Sequence[int], about: dict) -> dict:
         own = [row["speedup"] for row in rows if (row["network"], row["mode"]) == (name, mode)]
         return crossing(sizes, own) if len(own) == len(sizes) else None
 
-    crossings = {name: {mode: found(name, mode) for mode in MODES} for name in LAYERS}
-    by_mode = [[crossings[name][mode] for name in LAYERS] for mode in MODES]
-    limits = [None if None in own else max(own) for own in by_mode]
-    return about | {"rows": rows, "crossing_bytes": crossings, "launch_bound_bytes": limits}
+    return about | {"rows": rows} | {name: [found(name, mode) for mode in MODES] for name in LAYERS}
+
+
+def adopt(measured: dict, out: Path) -> None:
+    """Puts a complete document into the table."""
+    if None in (limits := [limit for name in LAYERS for limit in measured[name]]):
+        sys.exit(f"not complete, or slower than torch at every size: {limits}")
+    row = {key: measured[key] for key in ("torch", "triton", "date", *LAYERS)}
+    table = common.load(tables.LAUNCHES, out)
+    common.write(out, table | {"devices": table["devices"] | {measured["device"]: row}}, tables.LAUNCHES)
 
 
 def main(arguments: list[str]) -> None:
@@ -82,17 +92,23 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing for each size and mode")
     parser.add_argument("--out", type=Path, default=ROOT / ".build" / "calibration.json", help="the JSON to write")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, which says nothing")
+    parser.add_argument("--adopt", type=Path, metavar="FILE", help="put such a JSON into the table, measure nothing")
     options = parser.parse_args(arguments)
+    if options.adopt:
+        adopt(json.loads(options.adopt.read_text()), tables.TABLES / tables.LAUNCHES)
+        return
     if not options.dry_run and not torch.cuda.is_available():
         sys.exit("not run: no CUDA device; --dry-run needs none")
     device, sizes = ("cpu", TOYS) if options.dry_run else ("cuda", SIZES)
     about = {
         "device": "DRY RUN on a CPU" if options.dry_run else torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "triton": importlib.import_module("triton").__version__ if devices.has_triton() else "none",
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
         "dtype": DTYPE,
-        "launch_bound_bytes_before": list(crossover.LAUNCH_BOUND_BYTES),
     }
-    crossover.LAUNCH_BOUND_BYTES = (0, 0)
+    crossover.eager_limit = lambda *_: 0
+    small.few_on_gpu.cache_clear()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
     for name, mode, nbytes in itertools.product(LAYERS, MODES, sizes):
@@ -101,4 +117,5 @@ def main(arguments: list[str]) -> None:
         # Each time: a run may be cut off.
         result = document(rows, sizes, about)
         atomic.write(options.out, json.dumps(result, indent=2) + "\n")
-    print(f"{options.out}: kernels win from {result['launch_bound_bytes']} bytes on, without and with gradients")
+    found = {name: result[name] for name in LAYERS}
+    print(f"{options.out}: kernels win from so many bytes on, without and with gradients: {found}")

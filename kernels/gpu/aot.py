@@ -32,7 +32,7 @@ from ..records import CHIPS
 
 POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
-SHARED_LIMIT = {int(chip[3:]): limit for chip, limit in CHIPS.items()}  # bytes, by compute capability
+SHARED_LIMIT = {int(name[3:]): chip.shared for name, chip in CHIPS.items()}  # bytes, by compute capability
 
 
 # The machine instructions that are counted by name, each in all its forms.
@@ -66,11 +66,12 @@ class Resources:
         return bool(self.stack or self.opcodes["LDL"] or self.opcodes["STL"])
 
     def programs_per_sm(self, arch: int) -> int:
-        """How many programs fit on a streaming multiprocessor at once (65,536 registers, 64 warps, 32 programs)."""
+        """How many programs fit on a streaming multiprocessor, with its 65,536 registers, at once."""
+        chip = CHIPS[f"sm_{arch}"]
         by_registers = 65536 // (-(-self.registers // 8) * 8 * 32 * self.num_warps)
         # 1 KB of shared memory per program is the system's.
-        by_shared = (SHARED_LIMIT[arch] + 1024) // (self.shared + 1024)
-        return max(1, min(by_registers, by_shared, 64 // self.num_warps, 32))
+        by_shared = (chip.shared + 1024) // (self.shared + 1024)
+        return max(1, min(by_registers, by_shared, chip.warps // self.num_warps, chip.programs))
 
 
 @dataclass(frozen=True)

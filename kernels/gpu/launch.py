@@ -1,13 +1,17 @@
 """How kernels are launched: on their tensors' device, past triton's search of the compiled version, and in captures."""
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
-from triton.runtime import JITFunction
+from triton.knobs import runtime as hooks
+from triton.runtime import JITFunction, driver
 
 from ..records import NotCompiledError
 from .layer_kernels import linear_act_fwd_rows_kernel
@@ -16,14 +20,14 @@ INTERPRETED = not isinstance(linear_act_fwd_rows_kernel, JITFunction)
 ON_CPU = INTERPRETED  # whether kernels can be launched on tensors of the CPU; tests that emulate a GPU set it
 
 
-def device_of(tensor: Tensor):
+def device_of(place: torch.device):
     # triton launches on the current device, even if the tensors lie on another one.
-    if not tensor.is_cuda:
+    if place.type != "cuda":
         return contextlib.nullcontext()
     if torch.cuda.is_current_stream_capturing():
-        return _captured(tensor.device)
-    if tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
+        return _captured(place)
+    if place.index != torch.cuda.current_device():
+        return torch.cuda.device(place)
     return contextlib.nullcontext()
 
 
@@ -63,10 +67,8 @@ def _refuse_to_compile(kernel, *arguments):
     )
 
 
-_runners: dict[tuple, tuple[object, int, Callable[..., object]]] = {}
-MAX_RUNNERS = 4096
-
 Tensors = tuple[Tensor, ...]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias
 OptionalTensors = tuple[Tensor | None, ...]
 
 
@@ -79,45 +81,69 @@ def aligned(*tensors: Tensor | None) -> bool:
     return not addresses % 16
 
 
-def known_operands(*tensors: Tensor | None) -> tuple | None:
-    """What the choice of a compiled kernel depends on in these tensors, or None where they are not `aligned`."""
-    if not aligned(*tensors):
-        return None
-    return tuple([None if t is None else (t.device, t.dtype, t.stride()) for t in tensors])
+def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """A function that makes contiguous tensors of that shape, whose memory nobody has written."""
+    strides = tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
+    return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)  # twice as fast as torch.empty
 
 
-def launch(kernel, grid: tuple[int, ...], owner: object, known: tuple | None, /, **arguments: object) -> None:
-    """kernel[grid](**arguments), the arguments in the order of the signature and launch options after them.
+class Launch:
+    """Launches of one kernel on tensors of which everything is known but where they lie.
 
     At every launch triton looks at each argument in order to find the compiled version for it, which on the host takes
-    longer than everything else that a small layer does. What it found is kept here and called from then on.
-
-    known: all that it depends on (device, dtypes, None or not, every integer, every constant), and the grid does, given
-    that all tensors are `aligned`; None where they are not. owner: kept as long as `known` is, which holds its id.
+    longer than everything else that a small layer does. What the first launch found is called from then on.
     """
-    if known is None:
-        kernel[grid](**arguments)
-        return
-    key = (id(kernel), id(owner), known)
-    if found := _runners.get(key):
-        _, count, run = found
-        run(*list(arguments.values())[:count])
-        return
-    compiled = kernel[grid](**arguments)
-    # The interpreter returns nothing to keep, and a stand-in for a kernel, as tests have it, has to see every launch.
-    if isinstance(compiled, CompiledKernel) and isinstance(kernel, JITFunction):
-        if len(_runners) >= MAX_RUNNERS:
-            _runners.clear()
-        _runners[key] = owner, len(kernel.arg_names), compiled[(*grid, 1, 1)[:3]]
+
+    def __init__(self, kernel, grid: tuple[int, ...], device: torch.device, tensors: tuple[str, ...], /, **options):
+        """tensors: the names of the kernel's first arguments, tensors, None or tuples of those. options: the other
+        arguments in the order of the signature, and launch options after them.
+        """
+        self.kernel, self.grid, self.device, self.tensors, self.options = kernel, grid, device, tensors, options
+        self.index = device.index if device.type == "cuda" else None
+        self.short: Callable[..., object] | None = None
+
+    def __call__(self, aligned: bool, /, *tensors) -> None:
+        """aligned: whether all tensors that were given to the launcher are; fresh ones always are."""
+        if self.short is None or not aligned:
+            with device_of(self.device):
+                compiled = self.kernel[self.grid](**dict(zip(self.tensors, tensors, strict=True)), **self.options)
+            # The interpreter returns nothing to keep, and a stand-in for a kernel, as tests have it, has to see every
+            # launch.
+            if aligned and isinstance(compiled, CompiledKernel) and isinstance(self.kernel, JITFunction):
+                self.short = _short(compiled, (*self.grid, 1, 1)[:3], self._rest(len(tensors)))
+        elif self.index is not None and self.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self.short(tensors)
+        else:
+            self.short(tensors)
+
+    def _rest(self, count: int) -> tuple:
+        return tuple(self.options[name] for name in self.kernel.arg_names[count:])
+
+
+def _short(compiled: Any, grid: tuple[int, ...], rest: tuple) -> Callable[[tuple], object]:
+    """What launches a compiled kernel on the current device and stream, as `JITFunction.run` does once it has it."""
+    runner, run, function, packed = compiled[grid], compiled.run, compiled.function, compiled.packed_metadata
+
+    def short(tensors: tuple) -> None:
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
+            runner(*tensors, *rest)
+        else:
+            active: Any = driver.active
+            stream = active.get_current_stream(active.get_current_device())
+            run(*grid, stream, function, packed, None, None, None, *tensors, *rest)
+
+    return short
 
 
 def launch_in_a_row(kernel, grid: tuple[int, ...], count: int, /, **arguments: object) -> None:
     """kernel[grid](**arguments), `count` times in a row."""
     compiled = kernel[grid](**arguments)
     if isinstance(compiled, CompiledKernel) and isinstance(kernel, JITFunction):
-        run, values = compiled[(*grid, 1, 1)[:3]], [arguments[name] for name in kernel.arg_names]
+        run = _short(compiled, (*grid, 1, 1)[:3], tuple(arguments[name] for name in kernel.arg_names))
         for _ in range(count - 1):
-            run(*values)
+            run(())
     else:
         for _ in range(count - 1):
             kernel[grid](**arguments)

@@ -221,7 +221,7 @@ def act_bwd_kernel(
     dy_ptr,
     y_ptr,
     dz_ptr,
-    dbias_ptr,  # None: not wanted; else one slot of N per row tile
+    dbias_ptr,  # None: not wanted; else a slot of N per row of programs
     M,
     N,
     stride_dym,
@@ -229,44 +229,59 @@ def act_bwd_kernel(
     ACT_BACKWARD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SUM_ROWS: tl.constexpr,  # BLOCK_M is a multiple of it
 ):
-    """Wide layers: dz = dy * act'(y) and the column sums of each row tile, in one pass."""
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Wide layers: dz = dy * act'(y) and its column sums in one pass; each program walks row tiles of its columns."""
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    dy = tl.load(dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn, mask=mask, other=0.0)
-    y = tl.load(y_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    dz = ACT_BACKWARD(dy.to(tl.float32), y)
-    tl.store(dz_ptr + offs_m[:, None] * N + offs_n[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    mask_n = offs_n < N
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + tl.program_id(0).to(tl.int64) * N + offs_n, tl.sum(dz, axis=0), mask=offs_n < N)
+        db = tl.zeros((SUM_ROWS, BLOCK_N), dtype=tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        offs_m = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (offs_m < M)[:, None] & mask_n[None, :]
+        dy = tl.load(dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn, mask=mask, other=0.0)
+        y = tl.load(y_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        dz = ACT_BACKWARD(dy.to(tl.float32), y)
+        tl.store(dz_ptr + offs_m[:, None] * N + offs_n[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        if dbias_ptr is not None:
+            # Rows that are SUM_ROWS apart lie in one thread's registers, so that threads meet only after the loop.
+            db += tl.sum(tl.reshape(dz, (BLOCK_M // SUM_ROWS, SUM_ROWS, BLOCK_N)), axis=0)
+    if dbias_ptr is not None:
+        slot = tl.program_id(0).to(tl.int64) * N
+        tl.store(dbias_ptr + slot + offs_n, tl.sum(db, axis=0).to(dbias_ptr.dtype.element_ty), mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots", "chunk", "first_size"])
 def sum_slots_kernel(
     slots_ptr,
-    first_ptr,
+    first_ptr,  # a row of `size` for each chunk, or the first tensor alone
     second_ptr,  # None: the slots hold the first tensor only
     num_slots,
+    chunk,  # a multiple of SLOTS, or there is one chunk
     first_size,
     size,
+    SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[i] = slots[0, i] + slots[1, i] + ... in a fixed order; the first `first_size` sums go to the first tensor."""
+    """out[c, i] = slots[c * chunk, i] + ... + slots[(c + 1) * chunk - 1, i], as far as there are slots.
+
+    In an order that depends on sizes alone. The first `first_size` sums of a row go to the first tensor.
+    """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
-    # Four running sums hide the latency of the loads; which slot joins which sum depends on num_slots alone.
-    acc = tl.zeros((4, BLOCK), dtype=tl.float32)
-    lane = tl.arange(0, 4)
-    for slot in range(0, num_slots, 4):
-        rows = (slot + lane).to(tl.int64)
+    # Running sums side by side, whose loads wait for memory together.
+    acc = tl.zeros((SLOTS, BLOCK), dtype=tl.float32)
+    begin = tl.program_id(1).to(tl.int64) * chunk
+    for slot in range(begin, tl.minimum(begin + chunk, num_slots), SLOTS):
+        rows = tl.cast(slot, tl.int64) + tl.arange(0, SLOTS)
         acc += tl.load(
             slots_ptr + rows[:, None] * size + offs[None, :],
             mask=(rows < num_slots)[:, None] & mask[None, :],
             other=0.0,
         )
     total = tl.sum(acc, axis=0)
-    tl.store(first_ptr + offs, total.to(first_ptr.dtype.element_ty), mask=mask & (offs < first_size))
+    out = tl.program_id(1).to(tl.int64) * size + offs
+    tl.store(first_ptr + out, total.to(first_ptr.dtype.element_ty), mask=mask & (offs < first_size))
     if second_ptr is not None:
         tl.store(
             second_ptr + offs - first_size, total.to(second_ptr.dtype.element_ty), mask=mask & (offs >= first_size)

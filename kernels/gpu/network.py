@@ -4,6 +4,10 @@
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false
 
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -11,8 +15,8 @@ from torch import Tensor
 from ..plan import mlp_columns, mlp_slots
 from ..records import MlpPlan, NeedsGrad
 from .functions import ACTIVATIONS, UNBOUNDED
-from .launch import INTERPRETED, OptionalTensors, Tensors, aligned, device_of, launch
-from .layer import sum_slots
+from .launch import INTERPRETED, Launch, OptionalTensors, Tensors, aligned, fresh
+from .layer import sum_slots_call
 from .network_kernels import mlp_bwd_kernel, mlp_fwd_kernel, sum_losses_kernel
 
 
@@ -22,15 +26,6 @@ def padded(widths: tuple[int, ...]) -> tuple[int, ...]:
 
 def _widths(weights: Tensors) -> tuple[int, ...]:
     return (weights[0].shape[1], *(weight.shape[0] for weight in weights))
-
-
-def _head_known(head) -> tuple:
-    """What the choice of a compiled kernel depends on in (target, pos_weight, reduction, ..)."""
-    if head is None:
-        return ()
-    target, pos_weight, *others = head
-    weighted = pos_weight is not None and (pos_weight.dtype, pos_weight.stride())
-    return target.dtype, target.stride(), weighted, *others
 
 
 def mlp_fwd(
@@ -51,82 +46,91 @@ def mlp_fwd(
 
     head: as for `ops.mlp_fwd`; y is then not written anywhere, and a reduced loss is a scalar tensor.
     """
-    M, widths = x.shape[0], _widths(weights)
-    columns = mlp_columns(widths)
-    out: list = [None] * len(weights)
-    for l in {*save, *plan.boundaries, *(() if head else (len(weights),))}:
-        out[l - 1] = torch.empty((M, columns[l]), dtype=x.dtype, device=x.device)
+    return mlp_fwd_call(x, weights, biases, hidden, output, plan, save, head)(x, weights, biases, head)
+
+
+def mlp_fwd_call(
+    x: Tensor,
+    weights: Tensors,
+    biases: Tensors | None,
+    hidden: str,
+    output: str,
+    plan: MlpPlan,
+    save: tuple[int, ...] = (),
+    head: tuple[Tensor, Tensor | None, str, torch.dtype] | None = None,
+) -> Callable[..., tuple[Tensor, Tensors]]:
+    """`mlp_fwd` as a function (x, weights, biases, head=None) of tensors that are like these but for their values."""
+    M, widths, layers = x.shape[0], _widths(weights), len(weights)
+    columns, device = mlp_columns(widths), x.device
+    stored = {*save, *plan.boundaries, *(() if head else (layers,))}
+    new = [fresh((M, columns[l]), x.dtype, device) if l in stored else None for l in range(1, layers + 1)]
     target, pos_weight, reduction, dtype = head or (None, None, "", None)
-    stride_tm, stride_tn = (0, 0) if target is None else target.stride()
+    summed = reduction in ("mean", "sum")
+    # One program writes the loss itself; several write fp32 sums that are then added up.
+    programs = plan.segments[-1].programs if summed else 1
     scale = 1.0 / target.numel() if reduction == "mean" else 1.0
-    loss = sums = None
-    if head:
-        summed = reduction != "none"
-        loss = torch.empty(() if summed else target.shape, dtype=dtype, device=x.device)
-        # One program writes the loss itself; several write fp32 sums that are then added up.
-        programs = plan.segments[-1].programs
-        sums = loss
-        if summed and programs > 1:
-            sums = torch.empty((programs,), dtype=torch.float32, device=x.device)
-    common = None
-    if aligned(x, *weights, *(biases or ()), target, pos_weight):
-        common = (x.device, x.dtype, hidden, output, widths, M, x.stride(), biases is None, save, *_head_known(head))
-    with device_of(x):
-        for segment in plan.segments:
-            known = common and (segment.first, *common)
-            layers, tile = slice(segment.first, segment.last), segment.tile
-            last = segment.last == len(weights)
-            h = x if segment.first == 0 else out[segment.first - 1]
-            launch(
-                mlp_fwd_kernel,
-                (segment.programs,),
-                plan,
-                known,
-                x_ptr=h,
-                weight_ptrs=tuple(weights[layers]),
-                bias_ptrs=None if biases is None else tuple(biases[layers]),
-                out_ptrs=tuple(out[layers]),
-                loss_ptr=sums if last else None,
-                target_ptr=target if last else None,
-                pos_weight_ptr=pos_weight if last else None,
-                M=M,
-                stride_xm=h.stride(0),
-                stride_xk=h.stride(1),
-                stride_tm=stride_tm,
-                stride_tn=stride_tn,
-                stride_p=pos_weight.stride(0) if pos_weight is not None else 0,
-                scale=scale,
-                HIDDEN=ACTIVATIONS[hidden][0],
-                OUTPUT=ACTIVATIONS[output if last else hidden][0],
-                WIDTHS=widths[segment.first : segment.last + 1],
-                PADDED=padded(widths[segment.first : segment.last + 1]),
-                COLUMNS=tuple(columns[segment.first : segment.last + 1]),
-                UNBOUNDED=hidden in UNBOUNDED,
-                SUMMED=reduction in ("mean", "sum"),
-                PRECISION=plan.precision,
-                WIDEN=INTERPRETED,
-                RESIDENT=tile.resident,
-                BLOCK_M=tile.block_m,
-                STAGES=tile.num_stages,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=True,
-            )
-        if sums is not loss:
-            known = (x.device, dtype, sums.shape[0])
-            launch(
-                sum_losses_kernel,
-                (1,),
-                None,
-                known,
-                sums_ptr=sums,
-                loss_ptr=loss,
-                num_sums=sums.shape[0],
-                BLOCK=triton.next_power_of_2(sums.shape[0]),
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
-    return out[-1] if loss is None else loss, tuple(out[l - 1] for l in save)
+    new_loss = fresh(() if summed else target.shape, dtype, device) if head else None
+    new_sums = fresh((programs,), torch.float32, device)
+    launches = []
+    for segment in plan.segments:
+        tile, (first, end) = segment.tile, (segment.first, segment.last)
+        strides = x.stride() if first == 0 else (columns[first], 1)
+        launch = Launch(
+            mlp_fwd_kernel,
+            (segment.programs,),
+            device,
+            ("x_ptr", "weight_ptrs", "bias_ptrs", "out_ptrs", "loss_ptr", "target_ptr", "pos_weight_ptr"),
+            M=M,
+            stride_xm=strides[0],
+            stride_xk=strides[1],
+            stride_tm=target.stride(0) if target is not None else 0,
+            stride_tn=target.stride(1) if target is not None else 0,
+            stride_p=pos_weight.stride(0) if pos_weight is not None else 0,
+            scale=scale,
+            HIDDEN=ACTIVATIONS[hidden][0],
+            OUTPUT=ACTIVATIONS[output if end == layers else hidden][0],
+            WIDTHS=widths[first : end + 1],
+            PADDED=padded(widths[first : end + 1]),
+            COLUMNS=tuple(columns[first : end + 1]),
+            UNBOUNDED=hidden in UNBOUNDED,
+            SUMMED=summed,
+            PRECISION=plan.precision,
+            WIDEN=INTERPRETED,
+            RESIDENT=tile.resident,
+            BLOCK_M=tile.block_m,
+            STAGES=tile.num_stages,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=True,
+        )
+        launches.append((launch, first, end))
+    add_up = Launch(
+        sum_losses_kernel,
+        (1,),
+        device,
+        ("sums_ptr", "loss_ptr"),
+        num_sums=programs,
+        BLOCK=triton.next_power_of_2(programs),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+    def call(x: Tensor, weights: Tensors, biases: Tensors | None, head=None) -> tuple[Tensor, Tensors]:
+        out = [make and make() for make in new]
+        target, pos_weight, *_ = head or (None, None)
+        loss = new_loss and new_loss()
+        sums = new_sums() if programs > 1 else loss
+        known = aligned(x, *weights, *(biases or ()), target, pos_weight)
+        for launch, first, end in launches:
+            h = x if first == 0 else out[first - 1]
+            ends = (sums, target, pos_weight) if end == layers else (None, None, None)
+            own = biases and biases[first:end]
+            launch(known, h, weights[first:end], own, tuple(out[first:end]), *ends)
+        if programs > 1:
+            add_up(True, sums, loss)
+        return out[-1] if loss is None else loss, tuple([out[l - 1] for l in save])
+
+    return call
 
 
 def mlp_bwd(
@@ -149,88 +153,111 @@ def mlp_bwd(
     head: (target, pos_weight, reduction) makes dy the gradient of the loss: (M, N) of any strides for reduction "none",
     else a tensor of one element, read on the device.
     """
-    M, widths = x.shape[0], _widths(weights)
+    arguments = (dy, x, saved, weights, biases)
+    return mlp_bwd_call(*arguments, hidden, output, wanted, plan, head)(*arguments, head)
+
+
+def mlp_bwd_call(
+    dy: Tensor,
+    x: Tensor,
+    saved: Tensors,
+    weights: Tensors,
+    biases: Tensors | None,
+    hidden: str,
+    output: str,
+    wanted: NeedsGrad,
+    plan: MlpPlan,
+    head: tuple[Tensor, Tensor | None, str] | None = None,
+) -> Callable[..., tuple[Tensor | None, OptionalTensors, OptionalTensors]]:
+    """`mlp_bwd` as a function (dy, x, saved, weights, biases, head=None) of tensors that are like these."""
+    M, widths, count = x.shape[0], _widths(weights), len(weights)
     target, pos_weight, reduction = head or (None, None, "")
-    stride_tm, stride_tn = (0, 0) if target is None else target.stride()
-    dy, factor = (None, dy) if reduction in ("mean", "sum") else (dy, None)
+    summed = reduction in ("mean", "sum")
     scale = 1.0 / target.numel() if reduction == "mean" else 1.0
-    columns = mlp_columns(widths)
+    columns, dtype, device = mlp_columns(widths), x.dtype, x.device
     at_weights, at_biases, size = mlp_slots(widths, wanted)
-    inputs = dict(zip(plan.boundaries, saved, strict=True)) | {0: x}
     # Layers below the first one whose gradients are wanted need no dz.
-    first = next((l for l in range(len(weights)) if wanted[0] or wanted[1][l] or wanted[2][l]), len(weights))
+    lowest = next((l for l in range(count) if wanted[0] or wanted[1][l] or wanted[2][l]), count)
     # One program writes the gradients themselves; several write fp32 slots that are then summed.
     programs = plan.segments[0].programs
-    flat = slots = x.new_empty((size,)) if size else None
-    if size and programs > 1:
-        slots = torch.empty((programs, size), dtype=torch.float32, device=x.device)
-    dx = common = None
-    if aligned(dy, factor, x, *saved, *weights, *(biases or ()), target, pos_weight):
-        upstream = [None if g is None else (g.dtype, g.stride()) for g in (dy, factor)]
-        strides = (x.stride(), *(h.stride() for h in saved))
-        common = (x.device, x.dtype, hidden, output, widths, M, strides, *upstream, biases is None, wanted)
-        common += _head_known(head)
-    with device_of(x):
-        for segment in reversed(plan.segments):
-            if segment.last <= first:
-                break
-            known = common and (segment.first, *common)
-            layers, tile = slice(segment.first, segment.last), segment.tile
-            h = inputs[segment.first]
-            dx = x.new_empty(h.shape) if wanted[0] or first < segment.first else None
-            # Offsets begin at the segment's first gradient, so that equal segments share one compiled kernel.
-            at = at_weights[layers] + at_biases[layers]
-            base = min((a for a in at if a >= 0), default=-1)
-            last = segment.last == len(weights)
-            launch(
-                mlp_bwd_kernel,
-                (programs,),
-                plan,
-                known,
-                dy_ptr=dy,
-                x_ptr=h,
-                weight_ptrs=tuple(weights[layers]),
-                bias_ptrs=None if biases is None else tuple(biases[layers]),
-                dx_ptr=dx,
-                slots_ptr=None if base < 0 else slots[..., base:] if base else slots,
-                target_ptr=target if last else None,
-                pos_weight_ptr=pos_weight if last else None,
-                factor_ptr=factor,
-                M=M,
-                stride_dym=dy.stride(0) if dy is not None else 0,
-                stride_dyn=dy.stride(1) if dy is not None else 0,
-                stride_xm=h.stride(0),
-                stride_xk=h.stride(1),
-                stride_slot=size,
-                stride_tm=stride_tm if last else 0,
-                stride_tn=stride_tn if last else 0,
-                stride_p=pos_weight.stride(0) if last and pos_weight is not None else 0,
-                scale=scale,
-                HIDDEN=ACTIVATIONS[hidden][0],
-                HIDDEN_BACKWARD=ACTIVATIONS[hidden][1],
-                OUTPUT=ACTIVATIONS[output if last else hidden][0],
-                OUTPUT_BACKWARD=ACTIVATIONS[output if last else hidden][1],
-                WIDTHS=widths[segment.first : segment.last + 1],
-                PADDED=padded(widths[segment.first : segment.last + 1]),
-                COLUMNS=(columns[segment.first], columns[segment.last]),
-                DWEIGHT_AT=tuple(a - base if a >= 0 else -1 for a in at_weights[layers]),
-                DBIAS_AT=tuple(a - base if a >= 0 else -1 for a in at_biases[layers]),
-                FIRST=max(first - segment.first, 0),
-                SCALE_DX=segment.first == 0,
-                PRECISION=plan.precision,
-                WIDEN=INTERPRETED,
-                BLOCK_M=tile.block_m,
-                STAGES=tile.num_stages,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=True,
-            )
-            dy = dx
-        if size and programs > 1:
-            sum_slots(slots, flat, None)
-    # Views are made once all is launched: the launches are what a GPU waits for.
-    dweights = tuple(
-        None if a < 0 else flat[a : a + w.numel()].view(w.shape) for a, w in zip(at_weights, weights, strict=True)
-    )
-    dbiases = tuple(None if a < 0 else flat[a : a + w.shape[0]] for a, w in zip(at_biases, weights, strict=True))
-    return dx if wanted[0] else None, dweights, dbiases
+    places = {first: place for place, first in enumerate(plan.boundaries)}
+    launches = []
+    for segment in reversed(plan.segments):
+        if segment.last <= lowest:
+            break
+        layers, tile, last = slice(segment.first, segment.last), segment.tile, segment.last == count
+        h = saved[places[segment.first]] if segment.first else x
+        upstream = (0, 0) if last and summed else dy.stride() if last else (columns[segment.last], 1)
+        # Offsets begin at the segment's first gradient, so that equal segments share one compiled kernel.
+        at = at_weights[layers] + at_biases[layers]
+        base = min((a for a in at if a >= 0), default=-1)
+        launch = Launch(
+            mlp_bwd_kernel,
+            (programs,),
+            device,
+            (
+                *("dy_ptr", "x_ptr", "weight_ptrs", "bias_ptrs", "dx_ptr"),
+                *("slots_ptr", "target_ptr", "pos_weight_ptr", "factor_ptr"),
+            ),
+            M=M,
+            stride_dym=upstream[0],
+            stride_dyn=upstream[1],
+            stride_xm=h.stride(0),
+            stride_xk=h.stride(1),
+            stride_slot=size,
+            stride_tm=target.stride(0) if last and target is not None else 0,
+            stride_tn=target.stride(1) if last and target is not None else 0,
+            stride_p=pos_weight.stride(0) if last and pos_weight is not None else 0,
+            scale=scale,
+            HIDDEN=ACTIVATIONS[hidden][0],
+            HIDDEN_BACKWARD=ACTIVATIONS[hidden][1],
+            OUTPUT=ACTIVATIONS[output if last else hidden][0],
+            OUTPUT_BACKWARD=ACTIVATIONS[output if last else hidden][1],
+            WIDTHS=widths[segment.first : segment.last + 1],
+            PADDED=padded(widths[segment.first : segment.last + 1]),
+            COLUMNS=(columns[segment.first], columns[segment.last]),
+            DWEIGHT_AT=tuple(a - base if a >= 0 else -1 for a in at_weights[layers]),
+            DBIAS_AT=tuple(a - base if a >= 0 else -1 for a in at_biases[layers]),
+            FIRST=max(lowest - segment.first, 0),
+            SCALE_DX=segment.first == 0,
+            PRECISION=plan.precision,
+            WIDEN=INTERPRETED,
+            BLOCK_M=tile.block_m,
+            STAGES=tile.num_stages,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=True,
+        )
+        need_dx = wanted[0] or lowest < segment.first
+        new_dx = fresh(h.shape, dtype, device) if need_dx else None
+        launches.append((launch, layers, base, new_dx, places.get(segment.first), last))
+    add_up = sum_slots_call(programs, size, size, device) if size and programs > 1 else None
+    new_flat, new_slots = fresh((size,), dtype, device), fresh((programs, size), torch.float32, device)
+    # Where each gradient lies in the tensor that holds all.
+    shapes = [((n, k), (k, 1)) for k, n in itertools.pairwise(widths)], [((n,), (1,)) for n in widths[1:]]
+    parts: list[list[Any]] = [
+        [None if at < 0 else (*own, at) for at, own in zip(ats, each, strict=True)]
+        for ats, each in zip((at_weights, at_biases), shapes, strict=True)
+    ]
+
+    def call(
+        dy: Tensor, x: Tensor, saved: Tensors, weights: Tensors, biases: Tensors | None, head=None
+    ) -> tuple[Tensor | None, OptionalTensors, OptionalTensors]:
+        target, pos_weight, *_ = head or (None, None)
+        flat = new_flat() if size else None
+        slots = flat if add_up is None else new_slots()
+        known = aligned(dy, x, *saved, *weights, *(biases or ()), target, pos_weight)
+        dx, factor = (None, dy) if summed else (dy, None)
+        for launch, layers, base, new_dx, place, last in launches:
+            upstream, ends = dx, (target, pos_weight) if last else (None, None)
+            dx = new_dx and new_dx()
+            h = x if place is None else saved[place]
+            own = None if slots is None or base < 0 else slots.narrow(-1, base, size - base) if base else slots
+            launch(known, upstream, h, weights[layers], biases and biases[layers], dx, own, *ends, factor)
+        if add_up is not None:
+            add_up(slots, flat)
+        # Views are made once all is launched: the launches are what a GPU waits for.
+        dweights, dbiases = [tuple([None if part is None else flat.as_strided(*part) for part in own]) for own in parts]
+        return dx if wanted[0] else None, dweights, dbiases
+
+    return call

@@ -134,14 +134,13 @@ class KernelLoop:
             "offset": offset,
             # The kernel adds the period to step numbers, and one longer than the launch could overflow.
             "period": min(log_every or offset + steps, offset + steps),
-            "enable_fp_fusion": True,
         }
-        with device_of(losses):
+        with device_of(losses.device):
             if self.spread:
                 self.progress.zero_()
-                launch_in_a_row(self.kernel, self.grid, steps, **arguments)
+                launch_in_a_row(self.kernel, self.grid, steps, **arguments, enable_fp_fusion=True)
             else:
                 resident = order is None and self.batches == 1 and self.samples <= self.plan.rows
                 rows = {"ROWS": self.samples if resident else self.plan.rows} if self.plan.impl == "lane" else {}
-                self.kernel[self.grid](**arguments, steps=steps, RESIDENT=resident, **rows)
+                self.kernel[self.grid](**arguments, steps=steps, RESIDENT=resident, **rows, enable_fp_fusion=True)
         self.taken += steps

@@ -77,7 +77,7 @@ def _launch(
     split = plan.splits > 1
     if split:
         parts = torch.empty((plan.splits * rows, N), dtype=torch.float32, device=a.device)
-    with device_of(a):
+    with device_of(a.device):
         linear_act_fwd_tma_kernel[(plan.programs,)](
             x_desc=TensorDescriptor.from_tensor(a, blocks[0]),
             weight_desc=TensorDescriptor.from_tensor(b, blocks[1]),
@@ -129,7 +129,7 @@ def linear_act_dgrad(
     dbias = torch.empty((N,), dtype=dz.dtype, device=dz.device) if need_dbias else None
     slots = torch.empty((-(-M // tile.block_m), N), dtype=torch.float32, device=dz.device) if need_dbias else None
     piece = [tile.block_m, tile.block_n // tile.subtiles]
-    with device_of(dz):
+    with device_of(dz.device):
         linear_act_dgrad_tma_kernel[(plan.programs,)](
             dz_desc=TensorDescriptor.from_tensor(dz, [tile.block_m, tile.block_k]),
             weight_desc=TensorDescriptor.from_tensor(weight, block),
@@ -145,7 +145,7 @@ def linear_act_dgrad(
             enable_fp_fusion=True,
         )
         if slots is not None and dbias is not None:
-            sum_slots(slots, dbias, None)
+            sum_slots(slots, dbias)
     return below, dbias
 
 

@@ -3,6 +3,7 @@
 Pure functions of numbers and names: no torch, no triton, no device is touched. The tables under `tuned/` are data.
 """
 
+from ..peaks import PEAKS, peaks_of
 from .chips import device_refusal
 from .layer import linear_act_bwd, linear_act_fwd
 from .native import COMPILE_SECONDS, LOAD_SECONDS, NEURON_ROWS, TILES
@@ -16,6 +17,7 @@ __all__ = [
     "LOAD_SECONDS",
     "MLP_IEEE_ROWS",
     "NEURON_ROWS",
+    "PEAKS",
     "TILES",
     "MlpPlans",
     "device_refusal",
@@ -29,6 +31,7 @@ __all__ = [
     "mlp_columns",
     "mlp_fwd",
     "mlp_slots",
+    "peaks_of",
     "predict",
     "predict_bwd",
     "predict_mlp",

@@ -20,8 +20,8 @@ def product_kind(dtype: str, precision: str) -> str:
 
 
 # Chips for which the tables of layers and networks have tiles, the newest first: a tile that is clean on one may spill
-# on another.
-LAYER_CHIPS = ("sm_90", "sm_80")
+# on another, or not fit into its shared memory.
+LAYER_CHIPS = ("sm_120", "sm_90", "sm_86", "sm_80")
 
 
 def generation(arch: int) -> str:
@@ -34,10 +34,6 @@ def wide_generation(arch: int) -> str:
     return f"sm_{arch // 10}0"
 
 
-# Chips on which one program may use 99 KB of shared memory, as it may from 12.0 on; tiles were picked for 163 and 227.
-SMALL_SHARED = (86, 89)
-
-
 def device_refusal(m: int, k: int, n: int, dtype: str, device: Device) -> str | None:
     """Why plain torch has to do it, or None."""
     if 0 in (m, k, n):
@@ -48,9 +44,6 @@ def device_refusal(m: int, k: int, n: int, dtype: str, device: Device) -> str | 
         return f"no kernels for {device.kind} devices"
     if device.kind == "cpu":
         return None
-    capability = f"compute capability {device.arch // 10}.{device.arch % 10}"
     if device.arch < 80:
-        return f"{capability}: the kernels need 8.0"
-    if device.arch in SMALL_SHARED or device.arch >= 120:
-        return f"{capability}: no tiles yet for its 99 KB of shared memory"
+        return f"compute capability {device.arch // 10}.{device.arch % 10}: the kernels need 8.0"
     return None if device.triton else "triton is not installed"

@@ -20,6 +20,10 @@ TILED = {
 # fp32 products on the FMA units make the one-kernel backward compute-bound beyond this width.
 IEEE_BACKWARD_MAX = 64 * 64
 
+# Of the pass that computes dz. While all programs wait for dy and y, 64 KB (16-bit) or 128 KB (fp32) are on their way
+# to each multiprocessor; 4.8 TB/s over 132 of them and 700 ns of latency ask for 25 KB.
+PASS_TILE, PASS_PROGRAMS_PER_SM = Tile(32, 128, 0, 4, 1), 4
+
 
 @functools.lru_cache(maxsize=4096)
 def linear_act_fwd(
@@ -77,9 +81,12 @@ def linear_act_bwd(m: int, k: int, n: int, dtype: str, precision: str, device: D
         # Beyond that a second program per SM must earn its slot: eight tiles of reading for one slot of writing.
         programs = 1 if tiles <= 4 else min(tiles, device.units * per_sm, max(device.units, tiles // 8))
         return Plan("rows", "dx, dweight and dbias from one read of dy, y and x", tile, programs, precision)
-    tile = Tile(32, 128, 0, 4, 1)
     reason = f"{k}x{n}: no register tile for dweight; dz and dbias in one pass, then library GEMMs"
-    return Plan("passes", reason, tile, cdiv(m, tile.block_m) * cdiv(n, tile.block_n), precision)
+    # dbias takes a slot per program and column block, which the chip bounds: 1M x 256 bf16 on an H200 has 264 of them,
+    # summed by one launch in 5 rounds of 0.8 us (a model), where the pass itself takes 336 us.
+    columns = cdiv(n, PASS_TILE.block_n)
+    walkers = min(cdiv(m, PASS_TILE.block_m), max(1, device.units * PASS_PROGRAMS_PER_SM // columns))
+    return Plan("passes", reason, PASS_TILE, walkers * columns, precision)
 
 
 def _rows_tile(op: str, k: int, n: int, kind: str, arch: int) -> tuple[Tile, int] | None:

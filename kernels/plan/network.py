@@ -4,14 +4,13 @@ import functools
 import itertools
 from typing import NamedTuple
 
+from ..crossover import MLP_MAX_WIDTH
 from ..records import Device, MlpPlan, MlpSegment, MlpTile, TileRow
 from ..tables import MLP_TILES, tile_rows
 from .chips import cdiv, device_refusal, generation, itemsize, next_power_of_2, product_kind
 from .cpu import cpu_mlp
 from .layer import linear_act_bwd, linear_act_fwd
 from .wide import linear_act_dgrad, linear_act_wgrad
-
-MLP_MAX_WIDTH = 128
 
 # Sums of weight gradients live in registers next to the activations: one backward kernel takes 8, 4, 2 or 1 layers of
 # width 16, 32, 64 or 128. In between, a layer counts as the geometric mean of its two widths.

@@ -6,8 +6,9 @@ No GPU has confirmed these prices. They decide between ways whose prices differ 
 import itertools
 from dataclasses import dataclass
 
+from ..peaks import peaks_of
 from ..records import Device, TrainConfig, TrainPlan
-from .chips import cdiv, generation, next_power_of_2
+from .chips import cdiv, next_power_of_2
 
 # The most parameters of a network that one lane trains, by the tensors of state that the optimizer keeps for each.
 # Registers would take some more; the compiler's time, which grows faster than the code that is unrolled, would not.
@@ -30,8 +31,6 @@ BLOCK_CYCLES = {16: 600, 32: 1300, 64: 2800}
 # start to its end beside the tiles, and per slot, a minimum and per number. Larger batches would set those.
 LAUNCH_US, STEP_CYCLES, SLOT_CYCLES, SLOT_NUMBER_CYCLES = 6.3, 3000, 50, 0.065
 
-# Per microsecond, from the data sheets of A100 and H200: cycles, bytes, and fp32 multiply-adds.
-RATES = {"sm_80": (1410, 1.6e6, 9.7e6), "sm_90": (1830, 4.8e6, 33e6)}
 # Of a small kernel in a captured graph and in a stream, as published for an H100, and of a small product beyond that.
 # "xor-deep" and "forum" by impl="graph" and by the eager loop would set them.
 NODE_US, KERNEL_US, PRODUCT_US = 1.3, 2.1, 2.5
@@ -56,7 +55,7 @@ def lane(members: int, batch: int, config: TrainConfig, device: Device) -> tuple
     reason = f"{parameters} parameters: one network per lane, in registers for the whole loop"
     # A lane takes four samples at a time, two, or one.
     rows = next((rows for rows in (4, 2) if rows * parameters <= LANE_UNROLLED), 1)
-    clock, _, _ = _rates(device)
+    clock = 1e-6 * peaks_of(device).clock
     return LANE_CYCLES * parameters * batch * waves / clock, TrainPlan("lane", reason, rows, LANE_NETWORKS, 1)
 
 
@@ -75,7 +74,7 @@ def block(members: int, batch: int, config: TrainConfig, device: Device) -> tupl
     num_warps = 4 if widest == rows == 16 else 8
     resident = 12 // num_warps * device.units
     reason = "one network per program, on chip for the whole loop"
-    clock, _, _ = _rates(device)
+    clock = 1e-6 * peaks_of(device).clock
     tile, tiles = BLOCK_CYCLES[widest] * layers, cdiv(batch, rows)
     options = [(tile * tiles * max(1.0, members / resident) / clock, 1)]
     if device.kind == "cuda":
@@ -113,9 +112,9 @@ class Work:
 
     def us(self, size: int, device: Device, kernel_us: float = NODE_US) -> float:
         """size: bytes of a number."""
-        _, bandwidth, rate = _rates(device)
-        kernels = kernel_us * (self.calls + self.products) + PRODUCT_US * self.products
-        return kernels + size * self.numbers / bandwidth + self.macs / rate + STACKED_US * self.stacked
+        peaks = peaks_of(device)
+        kernels = kernel_us * (self.calls + self.products) + PRODUCT_US * self.products + STACKED_US * self.stacked
+        return kernels + 1e6 * (size * self.numbers / peaks.bandwidth + 2 * self.macs / peaks.ieee)
 
 
 def matrices(members: int, batch: int, config: TrainConfig, shared: bool, joint: bool = False) -> Work:
@@ -218,10 +217,6 @@ def ordinary_work(members: int, batch: int, full: bool, config: TrainConfig) -> 
     kind = _update_kind(config)
     work.call(3 * members * _parameters(config), ORDINARY_UPDATE[kind] + config.nesterov + (config.weight_decay > 0))
     return work
-
-
-def _rates(device: Device) -> tuple[float, float, float]:
-    return RATES[generation(device.arch)]
 
 
 def _parameters(config: TrainConfig) -> int:

@@ -5,8 +5,8 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels import small
 from ...kernels.activations import ACTIVATIONS
-from ...kernels.crossover import launch_bound
 from ...kernels.eligibility import PLAIN
 from ...kernels.records import IMPLS, NotCompiledError
 
@@ -56,7 +56,7 @@ def is_for_torch(error: Exception, x, weights, activations, impl) -> bool:
     if not isinstance(error, NotCompiledError) or impl is not None:
         return False
     widths = (x.shape[-1], *(weight.shape[0] for weight in weights))
-    return launch_bound(x.nbytes, widths, torch.is_grad_enabled())
+    return small.is_small(x, widths)
 
 
 def _has_own_rules(weight: object) -> bool:

@@ -1,8 +1,9 @@
 """The nodes that autograd sees: a layer, a network, a network that ends in a loss."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +14,30 @@ from ...kernels.registration import registered
 from .eager import torch_network
 
 
+def node(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without its search for tensors that a transform has left behind, which `Calls` keeps away."""
+    return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class LinearActFunction(torch.autograd.Function):
-    """A layer that saves its output, from which the activation's derivative follows.
+    """A layer that saves its output, from which the activation's derivative follows. call: what computes it, if
+    that is known.
 
     `forward` takes ctx, which costs a third of what `setup_context` costs. Only torch.func transforms need the latter,
     and `linear_act` keeps them away from here.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, activation, impl):
-        y = ops.linear_act_fwd(x, weight, bias, activation, impl)
+    def forward(ctx, x, weight, bias, activation, impl, call=None):
+        y = call(x, weight, bias) if call else ops.linear_act_fwd(x, weight, bias, activation, impl)
         save_layer(ctx, (x, weight, bias, activation, impl), y)
         return y
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         # Compiled autograd traces this.
-        return layer_bwd(ctx, dy, linear_act_backward if torch.compiler.is_compiling() else ops.linear_act_bwd)
+        backward = linear_act_backward if torch.compiler.is_compiling() else ops.linear_act_bwd
+        return *layer_bwd(ctx, dy, backward), None
 
 
 def linear_act_backward(*arguments):
@@ -112,26 +120,28 @@ class MlpFunction(torch.autograd.Function):
 
 
 class FusedMlpFunction(torch.autograd.Function):
-    """A network whose backward pass computes hidden activations again: it saves x, the parameters and a few outputs."""
+    """A network whose backward pass computes hidden activations again: it saves x, the parameters and a few outputs.
+
+    call: what computes it; plan: of the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx, x, hidden, output, plans, layers, *parameters):
-        ctx.hidden, ctx.output, ctx.plan, ctx.layers = hidden, output, plans.backward, layers
-        weights, biases = split_parameters(parameters, layers)
-        y, saved = ops.mlp_fwd(x, weights, biases, hidden, output, plans.forward, plans.backward.boundaries)
+    def forward(ctx, x, hidden, output, call, plan, layers, *parameters):
+        ctx.hidden, ctx.output, ctx.plan, ctx.layers = hidden, output, plan, layers
+        y, saved = call(x, *split_parameters(parameters, layers))
         ctx.save_for_backward(x, *parameters, *saved)
         return y
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs, saved, wanted = _saved(ctx, 5)
+        inputs, saved, wanted = _saved(ctx, 6)
 
         def fused(x, weights, biases, needs_grad):
             return ops.mlp_bwd(dy, x, saved, weights, biases, ctx.hidden, ctx.output, needs_grad, ctx.plan)
 
         in_torch = partial(torch_network, hidden=ctx.hidden, output=ctx.output)
         dx, *others = network_bwd(dy, inputs, ctx.layers, wanted, fused, in_torch)
-        return dx, *(None,) * 4, *others
+        return dx, *(None,) * 5, *others
 
 
 class MlpBceFunction(torch.autograd.Function):
@@ -160,18 +170,20 @@ class MlpBceFunction(torch.autograd.Function):
         return dx, *(None,) * 7, *others
 
 
-def network_bwd(upstream: Tensor, inputs: Sequence[Tensor], layers: int, wanted: Sequence[bool], fused, in_torch):
+def network_bwd(upstream: Tensor, inputs: Sequence[Tensor], layers: int, wanted: tuple[bool, ...], fused, in_torch):
     """The gradients of a network's inputs, by `fused` or, where they must be differentiable, through `in_torch`.
 
     inputs: x, weights, biases, and whether each one's gradient is wanted. fused(x, weights, biases, needs_grad) ->
     (dx, dweights, dbiases); in_torch(x, weights, biases) -> what `upstream` is the gradient of.
     """
-    with _without_autocast(upstream.device.type):
-        if torch.is_grad_enabled() or eligibility.transformed(upstream):
-            return _differentiable_bwd(in_torch, layers, inputs, wanted, upstream)
-        x, *parameters = inputs
-        dx, dweights, dbiases = fused(x, *split_parameters(parameters, layers), _needs_grad(tuple(wanted), layers))
-        return (dx, *dweights, *dbiases)[: len(inputs)]
+    if torch.is_autocast_enabled(upstream.device.type):
+        with torch.autocast(upstream.device.type, enabled=False):
+            return network_bwd(upstream, inputs, layers, wanted, fused, in_torch)
+    if torch.is_grad_enabled() or eligibility.transformed(upstream):
+        return _differentiable_bwd(in_torch, layers, inputs, wanted, upstream)
+    weights, biases = inputs[1 : layers + 1], inputs[layers + 1 :] or None
+    dx, dweights, dbiases = fused(inputs[0], weights, biases, _needs_grad(wanted, layers))
+    return (dx, *dweights, *dbiases)[: len(inputs)]
 
 
 def _without_autocast(kind: str) -> contextlib.AbstractContextManager:
@@ -187,8 +199,9 @@ def split_parameters(parameters: Sequence[Tensor], layers: int) -> tuple[Sequenc
 
 def _saved(ctx, first: int):
     """([x, *parameters], what was saved after them, which of them want gradients); first: the index of a parameter."""
-    wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[first:])
-    tensors = ctx.saved_tensors  # read once: activation checkpointing gives the tensors away at the first reading
+    # Both are read once: activation checkpointing gives the tensors away at the first reading.
+    needs, tensors = ctx.needs_input_grad, ctx.saved_tensors
+    wanted = (needs[0], *needs[first:])
     return tensors[: len(wanted)], tensors[len(wanted) :], wanted
 
 

@@ -5,13 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 from torch._C import _get_tracing_state  # pyright: ignore[reportAttributeAccessIssue]
 
-from ...kernels import eligibility, ops
+from ...kernels import eligibility, ops, small
 from ...kernels.activations import ACTIVATIONS
+from ...kernels.calls import Calls
 from ...kernels.records import IMPLS
 from .checks import check_layer
 from .eager import ERRORS, is_for_torch, product_dtype, torch_network
-from .functions import LinearActFunction
+from .functions import LinearActFunction, node
 from .traced import traced_layer
+
+known = Calls()  # layers that kernels run, as functions (x, weight, bias)
 
 
 def linear_act(
@@ -38,17 +41,19 @@ def linear_act(
     if torch.compiler.is_compiling():
         return traced_layer(x, weight, bias, activation, impl)
     try:
-        if _get_tracing_state() is not None and impl is None:
+        if impl is None and _get_tracing_state() is not None:
             # Under torch.jit sizes are tensors: a choice by them would warn, and would hold for the next sizes too.
             return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         # The devices are compared because torch's product takes a weight on the meta device and reads foreign memory.
         if impl is None and x.is_cpu and weight.is_cpu:
             n, k = weight.shape
-            if x.numel() < ops.few_elements((k, n), x.dtype, is_grad_enabled()):
+            if x.numel() < small.few_elements((k, n), x.dtype, is_grad_enabled()):
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
-        elif impl is None and weight.device == x.device:
+        if call := known.find((activation, impl, bias is None), (x, weight) if bias is None else (x, weight, bias)):
+            return call(x, weight, bias)
+        if impl is None and not x.is_cpu and weight.device == x.device:
             n, k = weight.shape
-            if ops.prefers_torch(x, (k, n)):
+            if small.prefers_torch(x, (k, n)):
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         return _planned(x, weight, bias, activation, impl)
     except ERRORS as error:
@@ -77,10 +82,19 @@ def _planned(x, weight, bias, activation, impl):
     if autocast:
         # The casts stand outside the Function, so that autograd differentiates them and gradients keep their dtypes.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    wants_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if wants_grad and is_grad_enabled():
-        if impl is None and x.is_cpu and ops.trains_plainly(x, weight):
-            # The activation overwrites z: autograd keeps only y, and a new large tensor costs more than the sigmoid.
-            return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias))
-        return LinearActFunction.apply(x, weight, bias, activation, impl)
-    return ops.linear_act_fwd(x, weight, bias, activation, impl)
+    wants_grad = is_grad_enabled() and any([t.requires_grad for t in (x, weight, bias) if t is not None])
+    if wants_grad and impl is None and x.is_cpu and small.trains_plainly(x, weight):
+        # The activation overwrites z: autograd keeps only y, and a new large tensor costs more than the sigmoid.
+        return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias))
+    call = ops.linear_act_fwd_call(x, weight, bias, activation, impl)
+    if wants_grad:
+        y = LinearActFunction.apply(x, weight, bias, activation, impl, call)
+    else:
+        y = call(x, weight, bias) if call else ops.linear_act_fwd(x, weight, bias, activation, impl)
+    # Small ones go by the stream too.
+    if call and not autocast and not (impl is None and small.is_small(x, (weight.shape[1], weight.shape[0]))):
+        if wants_grad:
+            apply, options = node(LinearActFunction), (activation, impl, call)
+            call = lambda x, weight, bias: apply(x, weight, bias, *options)  # noqa: E731
+        known.keep((activation, impl, bias is None), (x, weight) if bias is None else (x, weight, bias), call)
+    return y

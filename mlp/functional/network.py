@@ -5,14 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...kernels import eligibility, ops
+from ...kernels import eligibility, ops, small
 from ...kernels.activations import ACTIVATIONS
+from ...kernels.calls import Calls
+from ...kernels.operands import widths_of
 from ...kernels.records import IMPLS
 from .checks import broadcast_bias, check_network
 from .eager import ERRORS, is_for_torch, product_dtype, torch_network
-from .functions import FusedMlpFunction, MlpFunction, split_parameters
+from .functions import FusedMlpFunction, MlpFunction, node, split_parameters
 from .layer import linear_act
 from .traced import traced_network
+
+known = Calls()  # networks that kernels run, as functions (x, weights, biases)
 
 
 def mlp_act(
@@ -38,6 +42,9 @@ def mlp_act(
     """
     output = activation if output_activation is None else output_activation
     try:
+        key, tensors = (activation, output, impl, len(weights), biases is None), (x, *weights, *(biases or ()))
+        if not torch.compiler.is_compiling() and (call := known.find(key, tensors)):
+            return call(x, tuple(weights), None if biases is None else tuple(biases))
         if network_takes_torch(x, weights, biases, (activation, output), impl):
             return torch_network(x, weights, biases, activation, output)
         if torch.compiler.is_compiling() and (
@@ -49,10 +56,25 @@ def mlp_act(
         (x, weights, biases), plans = found
         if plans.forward.impl == "aten":
             return torch_network(x, weights, biases, activation, output)
+        if plans.forward.impl == "fused":
+            save = () if plans.backward is None else plans.backward.boundaries
+            forward = ops.mlp_fwd_call(x, weights, biases, activation, output, plans.forward, save)
+            options = (activation, output, forward, plans.backward, len(weights))
+            if plans.backward is None:
+                call = lambda x, weights, biases: forward(x, weights, biases)[0]  # noqa: E731
+                y = call(x, weights, biases)
+            else:
+                apply = node(FusedMlpFunction)
+                call = lambda x, weights, biases: apply(x, *options, *weights, *(biases or ()))  # noqa: E731
+                y = FusedMlpFunction.apply(x, *options, *weights, *(biases or ()))
+            # Small ones go by the stream too, and those under autocast hold casts.
+            if x is tensors[0] and not (impl is None and small.is_small(x, widths_of(weights))):
+                known.keep(key, tensors, call)
+            return y
         if plans.backward is None:
             return ops.mlp_fwd(x, weights, biases, activation, output, plans.forward)[0]
         arguments = (x, activation, output, plans, len(weights), *weights, *(biases or ()))
-        return FusedMlpFunction.apply(*arguments) if plans.backward.segments else MlpFunction.apply(*arguments)[0]
+        return MlpFunction.apply(*arguments)[0]
     except ERRORS as error:
         if is_for_torch(error, x, weights, (activation, output), impl):
             return torch_network(x, weights, biases, activation, output)
@@ -82,7 +104,7 @@ def network_takes_torch(x, weights, biases, activations, impl) -> bool:
             refused = eligibility.bias_refusal(f"biases[{misfit}]", biases[misfit], weights[misfit])
             raise NotImplementedError(f'impl="triton": {refused}')
         return True  # torch broadcasts such a bias, kernels do not
-    return impl is None and ops.network_prefers_torch(x, weights)
+    return impl is None and small.network_prefers_torch(x, weights)
 
 
 def network_plans(x, weights, biases, impl, loss: bool = False):
@@ -100,5 +122,6 @@ def network_plans(x, weights, biases, impl, loss: bool = False):
         # The casts stand outside the Function, so that autograd differentiates them and gradients keep their dtypes.
         x, *parameters = (tensor.to(dtype) for tensor in tensors)
         weights, biases = split_parameters(parameters, len(weights))
+    weights, biases = tuple(weights), None if biases is None else tuple(biases)
     plans = ops.mlp_plans(x, weights, training, loss, impl)
     return None if plans.forward.impl == "layers" else ((x, weights, biases), plans)

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from perceptriton import kernels
-from perceptriton.kernels import records
+from perceptriton.kernels import records, tables
 
 BENCHES = Path(__file__).parents[2] / "benches"
 
@@ -129,6 +129,7 @@ def test_predictions_of_kernelbench_problems(bench, monkeypatch):
         x = torch.empty(case.rows, case.sizes[0], device="meta")
         fp32, split = (stacks.planned(case, "forward", x, kind) for kind in (None, "bf16x6"))
         for info, limit in zip((fp32, split), LIMITS[case.name], strict=True):
+            assert info["predicted_chip"] == "H200"
             assert info["predicted_limit_us"] == pytest.approx(1e3 * limit, rel=0.01)
             assert info["predicted_limit_us"] < info["predicted_us"] < 1.15 * info["predicted_limit_us"]
         # Every layer takes the split: else `contenders.split` would refuse, and nothing would be timed under its name.
@@ -674,7 +675,7 @@ def kernelbench_document():
         result("split_bf16x3", 25.0, 8.0, shape=shape, errors={"y": 4e-6, "worst": 0.4}),
     )
     for benchmark, us in zip(found["benchmarks"][1::2], (80.25, 12.5), strict=True):
-        benchmark["extra_info"] |= {"predicted_limit_us": us, "predicted_us": 2 * us}
+        benchmark["extra_info"] |= {"predicted_chip": "H200", "predicted_limit_us": us, "predicted_us": 2 * us}
     found["machine_info"] |= {"suite": "kernelbench", "missed": ["one float32 forward, SPLIT: y is off by 1.00e-03"]}
     return found
 
@@ -685,6 +686,7 @@ def test_report_of_kernelbench(bench, tmp_path):
     cells = ["one", "8 x 64 (12 times)", "float32", "forward", "200", "100", "**2.00x**", ""]
     cells += ["20.0 (10.00x)", "25.0 (8.00x)", "80.2", "160"]
     assert f"| {' | '.join(cells)} |" in text
+    assert text.count("| H200 model: limit, us |") == 2
     # Who misses KernelBench's tolerance is shown as such, and who is not even shown is named.
     assert "| one | EAGER_TF32 | 8.0e-04 | 7.2, beyond it |  |  |" in text
     assert "| one | SPLIT_BF16X3 | 4.0e-06 | 0.4 | 12.5 | 25.0 |" in text
@@ -963,14 +965,14 @@ def test_measured_rows_join_the_table(bench, tmp_path):
     assert json.loads(copy.read_text()) == document
 
 
-def test_calibration_finds_the_crossing(bench):
+def test_calibration_finds_the_crossing(bench, tmp_path):
     launches = bench("tuning.launches")
     assert launches.case("network", 1 << 23).rows * 64 * 2 * 2 == 1 << 23
     sizes = (1, 2, 4, 8)
     for speedups, found in (
         ((0.5, 0.5, 0.5, 2.0), round(4 * 2**0.5)),  # halfway, in logarithms
         ((0.5, 2.0, 0.9, 1.0), 8),  # from where on all are
-        ((1.0, 1.1, 1.2, 1.3), 1),
+        ((1.0, 1.1, 1.2, 1.3), 0),
         ((1.0, 1.1, 1.2, 0.99), None),
     ):
         assert launches.crossing(sizes, speedups) == found
@@ -980,11 +982,17 @@ def test_calibration_finds_the_crossing(bench):
         for mode in launches.MODES
         for nbytes in sizes
     ]
-    whole, part = (launches.document(own, sizes, {"device": "some"}) for own in (rows, rows[:-1]))
-    assert whole["device"] == "some"
-    assert whole["crossing_bytes"]["layer"] == {"forward": 3, "forward+backward": 6}
+    about = {"device": "some", "torch": "2", "triton": "3", "date": "today"}
+    whole, part = (launches.document(own, sizes, about) for own in (rows, rows[:-1]))
     # A run that was cut off says nothing of what is not complete.
-    assert (whole["launch_bound_bytes"], part["launch_bound_bytes"]) == ([3, 6], [3, None])
+    assert [(own["layer"], own["network"]) for own in (whole, part)] == [([3, 6], [3, 6]), ([3, 6], [3, None])]
+    table = tmp_path / "launches.json"
+    with pytest.raises(SystemExit, match="not complete"):
+        launches.adopt(part, table)
+    assert not table.exists()
+    launches.adopt(whole, table)
+    found = tables.read_launches(json.loads(table.read_text()))["devices"]
+    assert found == {"some": {"torch": "2", "triton": "3", "date": "today", "layer": [3, 6], "network": [3, 6]}}
 
 
 def test_every_tuner_has_its_command(bench, capsys):

@@ -7,11 +7,11 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import kernel_device, make_layer
+from cases import kernel_device, limit_eager_calls, make_layer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perceptriton.kernels import Device, crossover, explain, ops, records
+from perceptriton.kernels import Device, crossover, explain, ops, records, small
 from perceptriton.mlp import MLP, functional, linear_act, mlp_act, mlp_sigmoid_bce, warmup
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hardware]
@@ -149,17 +149,24 @@ def test_warmup_that_fails_leaves_the_streams_as_they_were(monkeypatch):
 def test_small_eager_calls_are_launch_bound(monkeypatch, training):
     streams = {0: 0, 1: 0x7F}
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.get, raising=False)
-    monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (1000, 3000))
-    limit = 500 * (1 + 2 * training)
+    monkeypatch.setattr(small, "look_at", lambda device: Device("cuda", 90, 132, triton=True))
+    limit_eager_calls(monkeypatch, 1000, 3000)
+    limit = 500 * (1 + 2 * training) // 4
 
-    def x(nbytes, device=0, is_cuda=True):
-        return types.SimpleNamespace(nbytes=nbytes, is_cpu=False, is_cuda=is_cuda, get_device=lambda: device)
+    def x(elements, device=0, kind="cuda", dtype=torch.float32):
+        place = torch.device(kind, device)
+        own = {"is_cpu": False, "is_cuda": kind == "cuda", "device": place, "get_device": lambda: device}
+        return types.SimpleNamespace(numel=lambda: elements, dtype=dtype, **own)
 
     with torch.set_grad_enabled(training):
-        assert ops.prefers_torch(x(limit - 1), (64, 64))
-        assert not ops.prefers_torch(x(limit), (64, 64))
-        assert not ops.prefers_torch(x(limit - 1, device=1), (64, 64)), "where graphs are captured"
-        assert not ops.prefers_torch(x(limit - 1, is_cuda=False), (64, 64))
+        assert small.prefers_torch(x(limit - 1), (64, 64))
+        assert not small.prefers_torch(x(limit), (64, 64))
+        assert not small.prefers_torch(x(limit - 1, device=1), (64, 64)), "where graphs are captured"
+        assert not small.prefers_torch(x(limit - 1, kind="mps"), (64, 64))
+        # What the kernels do not take, torch has at every size, without a search for the reason.
+        assert small.prefers_torch(x(1 << 40, dtype=torch.float64), (64, 64))
+        monkeypatch.setattr(small, "look_at", lambda device: Device("cuda", 75, 40, triton=True))
+        assert small.prefers_torch(x(1 << 40), (64, 64))
 
 
 def test_bytes_are_those_of_the_average_layer():
@@ -171,7 +178,7 @@ def test_bytes_are_those_of_the_average_layer():
 
 
 def test_launch_bound_calls_take_plain_torch(monkeypatch):
-    monkeypatch.setattr(ops, "prefers_torch", lambda x, widths: True)
+    monkeypatch.setattr(small, "prefers_torch", lambda x, widths: True)
 
     def planned(*_, **__):
         raise AssertionError("went on to the kernels")
@@ -194,7 +201,7 @@ def test_networks_too_small_for_a_plan_take_plain_torch(monkeypatch, device):
     z = F.linear(torch.sigmoid(F.linear(x, weights[0], biases[0])), weights[1], biases[1])
     # The meta device stands for a GPU; a CPU is asked for multiply-adds instead.
     if device == "meta":
-        monkeypatch.setattr(ops, "prefers_torch", lambda x, widths: widths == (8, 5, 4))
+        monkeypatch.setattr(small, "prefers_torch", lambda x, widths: widths == (8, 5, 4))
 
     def planned(*_, **__):
         raise AssertionError("asked for a plan")
@@ -211,8 +218,8 @@ def test_networks_too_small_for_a_plan_take_plain_torch(monkeypatch, device):
         mlp_act(torch.zeros(3, 8), [torch.zeros(5, 8), torch.zeros(4, 5)], impl="torch")
 
 
-@pytest.mark.parametrize("small", [True, False])
-def test_a_cold_capture_of_a_small_call_takes_plain_torch(monkeypatch, force, small):
+@pytest.mark.parametrize("tiny", [True, False])
+def test_a_cold_capture_of_a_small_call_takes_plain_torch(monkeypatch, force, tiny):
     """Warmed up on the default stream, it has met no kernel; torch.nn would be captured."""
     explicit = records.Plan("explicit", "the test says so")
     force(explicit, explicit)
@@ -222,13 +229,12 @@ def test_a_cold_capture_of_a_small_call_takes_plain_torch(monkeypatch, force, sm
 
     monkeypatch.setattr(ops, "linear_act_fwd", cold)
     monkeypatch.setattr(ops, "mlp_fwd", cold)
-    limit = 12 * 4 * 64 if small else 1
-    monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (limit, limit))
+    monkeypatch.setattr(small, "is_small", lambda *_: tiny)
     x, weight, bias, _ = make_layer(12, 8, 8, torch.float32)
     y = torch.sigmoid(F.linear(x, weight, bias))
     calls = (lambda: linear_act(x, weight, bias), lambda: mlp_act(x, [weight, weight], [bias, bias]))
     for call, expected in zip(calls, (y, torch.sigmoid(F.linear(y, weight, bias))), strict=True):
-        if small:
+        if tiny:
             torch.testing.assert_close(call(), expected)
         else:
             with pytest.raises(records.NotCompiledError):
@@ -237,13 +243,19 @@ def test_a_cold_capture_of_a_small_call_takes_plain_torch(monkeypatch, force, sm
         linear_act(x, weight, bias, impl="torch")
 
 
-def test_explanations_say_what_eager_calls_take():
+def test_explanations_say_what_eager_calls_take(monkeypatch):
     chip = Device("cuda", 90, 132, triton=True)
-    tiny, middle, large = (explain((rows, 64), (64, 64), device=chip) for rows in (64, 100_000, 1 << 21))
-    assert tiny.forward.reason.endswith("eager calls on the default stream take plain torch: launch-bound")
+    # Three shapes of a layer of the library's product, which at 2^20 and 6 * 2^20 bytes of x and y is worth its calls.
+    limit_eager_calls(monkeypatch, 1 << 20, 6 << 20)
+    tiny, middle, large = (explain((rows, 512), (512, 512), device=chip) for rows in (64, 1024, 1 << 14))
+    assert "eager calls on the default stream take plain torch: launch-bound" in tiny.forward.reason
+    assert tiny.forward.reason.endswith("below 6 MiB of x and y per layer, uncalibrated")
     assert "eager calls with gradients on the default stream" in middle.forward.reason
     assert "eager calls on the default stream" in middle.backward.reason
-    assert "eager" not in large.forward.reason + large.backward.reason
+    assert all(own.reason.endswith("; eager calls launch it, uncalibrated") for own in large)
+    limit_eager_calls(monkeypatch, 0, 0)
+    everywhere = explain((64, 64), [(64, 64)] * 2, device=chip)
+    assert all(own.reason.endswith("; eager calls launch it at every size, uncalibrated") for own in everywhere)
     asked = explain((64, 64), [(64, 64)] * 2, device=chip, impl="triton")
     assert not any("eager" in own.reason for own in asked)
 
@@ -266,9 +278,10 @@ def layer():
 def h200(layer, absent_h200, monkeypatch):
     """Tensors on a CPU are launched as if they were on a chip that is not there."""
     monkeypatch.setattr(torch.cuda, "device", lambda place: contextlib.nullcontext())
-    current = layer.device_of
-    tensor = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-    monkeypatch.setattr(layer, "device_of", lambda _: current(tensor))
+    from perceptriton.kernels.gpu import launch
+
+    current = launch.device_of
+    monkeypatch.setattr(launch, "device_of", lambda _: current(torch.device("cuda", 0)))
     yield
     layer.linear_act_fwd_rows_kernel.device_caches.clear()
 
@@ -298,6 +311,6 @@ def test_a_cold_kernel_is_not_compiled_while_a_graph_is_captured(layer, h200, mo
         assert JITFunction._do_compile is launch._refuse_to_compile
     assert JITFunction._do_compile is launch._compile
     # The capture is over.
-    monkeypatch.setattr(layer, "device_of", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "device_of", lambda _: contextlib.nullcontext())
     layer.linear_act_fwd(x, weight, bias, "sigmoid", plan)
     assert compiled == ["linear_act_fwd_rows_kernel"] * 2

@@ -5,14 +5,17 @@ No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource ta
 
 import itertools
 import os
+import re
 
 import pytest
 import torch
-from compiling import CHIPS, assert_fits, assert_sound, compile_for, compile_selected
+from compiling import CHIPS, TILED_FOR, assert_fits, assert_sound, compile_for, compile_selected
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
+
+import triton
 
 from perceptriton.kernels import Plan, Tile, tables
 from perceptriton.kernels import plan as planning
@@ -41,7 +44,7 @@ def _empty(dtype, *shapes):
 def _cases():
     """(id, arch, op, kind, shape, plan): every tile of the tables, through the plan of a shape that picks it."""
     ops = {"linear_act_fwd": planning.linear_act_fwd, "linear_act_bwd": planning.linear_act_bwd}
-    for arch, (op, plan_for), kind in itertools.product((80, 90), ops.items(), KINDS):
+    for arch, (op, plan_for), kind in itertools.product(TILED_FOR, ops.items(), KINDS):
         dtype, precision = KINDS[kind]
         for layout in ("aligned", "ragged"):
             for row in tables.tile_rows("gpu_tiles.json", f"sm_{arch}", op, kind, layout):
@@ -58,14 +61,16 @@ def _cases():
                 plan = planning.linear_act_fwd(*shape, NAMES[dtype], precision, CHIPS[arch], "triton", None, False)
                 yield f"sm_{arch}-{op}-{kind}-tiled-{m}", arch, op, kind, shape, plan
         elif kind != "tf32":
-            shape = (4096, 1024, 1024)
-            plan = planning.linear_act_bwd(*shape, NAMES[dtype], precision, CHIPS[arch])
-            yield f"sm_{arch}-{op}-{kind}-passes", arch, op, kind, shape, plan
+            for layout, shape in (("passes", (4096, 1024, 1024)), ("passes-ragged", (4091, 1021, 1023))):
+                plan = planning.linear_act_bwd(*shape, NAMES[dtype], precision, CHIPS[arch])
+                yield f"sm_{arch}-{op}-{kind}-{layout}", arch, op, kind, shape, plan
 
 
 CASES = {case[0]: case[1:] for case in _cases()}
-SM_100 = {
-    f"sm_100-{op}-{kind}": (100, *CASES[f"sm_90-{op}-{kind}-32x32-aligned"][1:])
+# Chips with the tiles of another.
+OTHERS = {
+    f"sm_{arch}-{op}-{kind}": (arch, *CASES[f"{tiled_for}-{op}-{kind}-32x32-aligned"][1:])
+    for arch, tiled_for in ((89, "sm_86"), (100, "sm_90"))
     for op in ("linear_act_fwd", "linear_act_bwd")
     for kind in KINDS
 }
@@ -80,12 +85,12 @@ def _launches(case):
 
 @pytest.fixture(scope="session")
 def compiled(request):
-    return compile_selected(request, CASES | SM_100, _launches)
+    return compile_selected(request, CASES | OTHERS, _launches)
 
 
-@pytest.mark.parametrize("name", CASES | SM_100)
+@pytest.mark.parametrize("name", CASES | OTHERS)
 def test_no_spills_and_fits(name, compiled):
-    arch, *_ = (CASES | SM_100)[name]
+    arch, *_ = (CASES | OTHERS)[name]
     for resources in compiled[name]:
         assert_sound(resources)
         assert_fits(resources, arch)
@@ -116,6 +121,17 @@ def test_special_function_units_per_output(name, compiled):
     elements_per_thread = plan.tile.block_m * plan.tile.block_n / (32 * plan.tile.num_warps)
     # exp2 and one division or rsqrt for each output; the pipeliner may copy the loop body once.
     assert compiled[name][0].opcodes["MUFU"] <= 2 * 2 * max(elements_per_thread, 1) + 8
+
+
+@pytest.mark.parametrize("name", [f"{op}-{kind}" for op in ("linear_act_fwd", "linear_act_bwd") for kind in KINDS])
+def test_one_code_for_ampere_and_ada(name):
+    """What triton makes for 8.6 and 8.9, and for 8.0 up to 3.7, differs in its head alone: one is emulated for all."""
+    archs = (86, 89, 80) if triton.__version__ in tables.read_table("gpu_tiles.json")["triton"] else (86, 89)
+    for _, launch in _launches(CASES[f"sm_86-{name}-32x32-aligned"]):
+        # Behind the code come the names of source files.
+        texts = [aot.compiled(arch, launch).asm["ptx"].partition("\t.file\t")[0] for arch in archs]
+        assert all(f".target sm_{arch}\n" in text for arch, text in zip(archs, texts, strict=True))
+        assert len({re.sub(r"(?m)^\.(version|target) .*$", "", text) for text in texts}) == 1
 
 
 def test_a_spilling_tile_is_seen():

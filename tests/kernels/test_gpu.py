@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import kernel_device, make_layer
+from cases import kernel_device, limit_eager_calls, make_layer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from perceptriton.kernels import crossover
+from perceptriton.kernels import calls
 from perceptriton.mlp import MLP, LinearSigmoid, linear_sigmoid, warmup
 
 if kernel_device() != "cuda":
@@ -19,8 +19,8 @@ if kernel_device() != "cuda":
 
 from triton.runtime import JITFunction
 
-from perceptriton.kernels.gpu import launch, network
 from perceptriton.kernels.gpu import layer as layers
+from perceptriton.kernels.gpu import network
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hardware]
 MODELS = {
@@ -53,7 +53,7 @@ forgotten = []
 
 
 def forget_kernels():
-    launch._runners.clear()
+    calls.forget()
     for kernel in (*vars(layers).values(), *vars(network).values()):
         if isinstance(kernel, JITFunction):
             forgotten.append(dict(kernel.device_caches))
@@ -134,7 +134,7 @@ def test_small_eager_calls_are_those_of_torch(name, training, monkeypatch):
     with torch.set_grad_enabled(training), torch.cuda.stream(side):
         fused = gradients(model, x) if training else [model(x)]
     torch.cuda.current_stream().wait_stream(side)
-    monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (1 << 25, 1 << 27))
+    limit_eager_calls(monkeypatch, 1 << 25, 1 << 27)
     with torch.set_grad_enabled(training):
         eager, expected = (gradients(net, x) if training else [net(x)] for net in (model, plain))
     assert all(map(torch.equal, eager, expected))
@@ -142,7 +142,7 @@ def test_small_eager_calls_are_those_of_torch(name, training, monkeypatch):
 
 
 def test_a_capture_after_a_warm_up_on_the_default_stream(monkeypatch):
-    monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (1 << 25, 1 << 27))
+    limit_eager_calls(monkeypatch, 1 << 25, 1 << 27)
     model, x = make("network")
     forget_kernels()
     expected = gradients(model, x)

@@ -93,8 +93,13 @@ def tiled(m, n, block_m, block_n, block_k):
     return Plan("tiled", "the test says so", Tile(block_m, block_n, block_k, 4, 1), programs)
 
 
-def passes(block_m, block_n):
-    return Plan("passes", "the test says so", Tile(block_m, block_n, 0, 4, 1))
+def passes(block_m, block_n, programs=1):
+    return Plan("passes", "the test says so", Tile(block_m, block_n, 0, 4, 1), programs)
+
+
+def slots_of(plan, n):
+    """Slots of dbias that a backward plan fills; of one, nothing is left to sum."""
+    return plan.programs // math.ceil(n / plan.tile.block_n) if plan.impl == "passes" else plan.programs
 
 
 # (m, k, n), forward, backward: why
@@ -108,14 +113,14 @@ PATHS = {
     "rows-head": ((70, 3, 1), rows(3, 1, 5), rows(3, 1, 5)),
     # more slots than the reduction sums side by side
     "rows-many": ((300, 17, 5), rows(17, 5, 19), rows(17, 5, 19)),
-    # every tile is ragged, the loop over K has a tail
-    "tiled-ragged": ((65, 37, 41), tiled(65, 41, 32, 32, 16), passes(32, 32)),
-    # the shape is a whole number of tiles
-    "tiled-exact": ((64, 64, 32), tiled(64, 32, 32, 16, 32), passes(16, 32)),
-    # one tile larger than the matrix
+    # every tile is ragged, the loop over K has a tail; 3 row tiles of dz over 2 programs in each of two column tiles
+    "tiled-ragged": ((65, 37, 41), tiled(65, 41, 32, 32, 16), passes(32, 32, 4)),
+    # the shape is a whole number of tiles, of which each program of the dz pass has one
+    "tiled-exact": ((64, 64, 32), tiled(64, 32, 32, 16, 32), passes(16, 32, 4)),
+    # one tile larger than the matrix: its program writes dbias itself
     "tiled-one": ((5, 20, 3), tiled(5, 3, 64, 64, 32), passes(32, 128)),
-    # 10 row tiles in two column tiles: a full group of 8 and one of 2
-    "tiled-groups": ((150, 5, 20), tiled(150, 20, 16, 16, 16), passes(16, 16)),
+    # 10 row tiles in two column tiles: a full group of 8 and one of 2; 5 of 15 programs of the dz pass have no tile
+    "tiled-groups": ((150, 5, 20), tiled(150, 20, 16, 16, 16), passes(16, 16, 30)),
 }
 
 
@@ -158,7 +163,7 @@ def test_paths(path, dtype, path_shape, launches):
     fired = {name for name in KERNELS if launches[name]}
     expected = {f"linear_act_fwd_{forward.impl}_kernel"}
     expected.add("linear_act_bwd_rows_kernel" if backward.impl == "rows" else "act_bwd_kernel")
-    if backward.impl == "passes" or backward.programs > 1:
+    if slots_of(backward, path_shape[2]) > 1:
         expected.add("sum_slots_kernel")
     assert fired == expected
 
@@ -181,23 +186,82 @@ def test_one_program_writes_the_gradients_themselves(force, launches):
     assert not launches["sum_slots_kernel"]
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("num_slots", [1, 3, 4, 5, 9])
-@pytest.mark.parametrize(
-    ("first", "second"),
+# (slots, sums of the first tensor and of the second): why
+SUMS = {
+    **{f"one-round-{count}": (count, 30, 40) for count in (1, 2, 31, 33, 63, 64)},
+    "two-rounds": (65, 30, 40),
     # sizes around the block of 64, the seam between the two tensors inside a block and on its edge
-    [(1, 0), (63, 0), (65, 0), (1, 1), (30, 40), (64, 64), (100, 3)],
-)
-def test_sum_of_slots(num_slots, first, second):
+    **{f"sizes-{first}+{second}": (9, first, second) for first, second in ((1, 0), (63, 0), (65, 0), (1, 1), (64, 64))},
+    "vectors": (140, 192, 0),
+    "last-in-one-launch": (512, 100, 3),
+    # the last chunk has a single slot
+    "first-in-two": (513, 100, 3),
+    "chunks": (1000, 64, 64),
+    "ragged-chunks": (5000, 33, 0),
+}
+
+
+def sum_slots(slots, first, second, dtype=torch.float32):
+    outputs = [torch.full((size,), torch.nan, dtype=dtype, device=DEVICE) for size in (first, second) if size]
+    layer.sum_slots(slots, *outputs)
+    return torch.cat(outputs)
+
+
+def assert_near_sums(actual, slots):
+    exact = slots.double().sum(0)
+    assert relative_error(actual, exact) < 2e-7 + 2 * relative_error(slots.sum(0), exact)
+    # One by one too, whatever cancels.
+    assert ((actual - exact).abs() <= 2e-7 * slots.double().abs().sum(0)).all()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("case", SUMS)
+def test_sum_of_slots(case, launches):
+    num_slots, first, second = SUMS[case]
     generator = torch.Generator().manual_seed(0)
     slots = torch.randn(num_slots, first + second, generator=generator).to(DEVICE)
-    outputs = [torch.full((size,), torch.nan, device=DEVICE) for size in (first, second) if size]
-    layer.sum_slots(slots, outputs[0], outputs[1] if second else None)
-    assert relative_error(torch.cat(outputs), slots.double().sum(0)) < 2e-7
+    actual = sum_slots(slots, first, second)
+    assert_near_sums(actual, slots)
+    assert len(launches["sum_slots_kernel"]) == (1 if num_slots <= 512 else 2)
+    assert same_bits(sum_slots(slots, first, second), actual)
+
+
+def test_sum_of_very_many_slots(launches):
+    slots = torch.randn(40_000, 70, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    assert_near_sums(sum_slots(slots, 67, 3), slots)
+    # The second launch has no more slots than it reads at a time.
+    assert launches["sum_slots_kernel"][1]["num_slots"] <= 64
+    assert relative_error(sum_slots(slots, 70, 0, torch.bfloat16), slots.double().sum(0)) < 4e-3
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("num_slots", [33, 1000])
+def test_nan_and_inf_stay_in_their_sums(num_slots):
+    slots = torch.ones(num_slots, 70, device=DEVICE)
+    slots[num_slots - 1, 3], slots[0, 64], slots[num_slots // 2, 69] = torch.nan, torch.inf, -torch.inf
+    expected = torch.full((70,), float(num_slots), device=DEVICE)
+    expected[3], expected[64], expected[69] = torch.nan, torch.inf, -torch.inf
+    torch.testing.assert_close(sum_slots(slots, 60, 10), expected, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("programs", [2, 6, 64])
+def test_nan_stays_in_its_column_of_dbias(programs):
+    # 3 column tiles of 16, 5 row tiles: one program, two, and more than there are tiles
+    _, _, _, dy = make_layer(70, 3, 40, torch.float32, DEVICE)
+    y = torch.rand_like(dy)
+    plan = passes(16, 16, programs)
+    dz, dbias = layer.act_bwd(dy, y, "sigmoid", True, plan)
+    assert relative_error(dbias, (dy.double() * (y * (1 - y)).double()).sum(0)) < 2e-7
+    dy[69, 17] = torch.nan
+    other_dz, other = layer.act_bwd(dy, y, "sigmoid", True, plan)
+    clean = [column for column in range(40) if column != 17]
+    assert same_bits((other[clean], other_dz[:69]), (dbias[clean], dz[:69]))
+    assert other[17].isnan()
+    assert other_dz[69, 17].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=IDS.get)
-@pytest.mark.parametrize("backward", [rows(3, 2, 1), passes(16, 16)], ids=["rows", "passes"])
+@pytest.mark.parametrize("backward", [rows(3, 2, 1), passes(16, 16, 3)], ids=["rows", "passes"])
 def test_sums_over_many_rows_stay_in_fp32(backward, dtype, force):
     # 150 row tiles and gradients of one sign: rounded to the dtype after each tile, sums would drift by percents.
     force(rows(3, 2, 1, block_m=128), backward)
@@ -388,7 +452,7 @@ FAR = {
 def test_offsets_beyond_int32(operand, stride, path, force, wide_memory):
     # The third row or column of a stride above 2^30 lies beyond 2^31, as does the last of 36 columns of one above 2^26.
     m, k, n = (2, 36, 2) if stride[0] > 2**31 else (3, 36, 3)
-    force(*((rows(k, n, 1), rows(k, n, 1)) if path == "rows" else (tiled(m, n, 16, 16, 32), passes(16, 16))))
+    force(*((rows(k, n, 1), rows(k, n, 1)) if path == "rows" else (tiled(m, n, 16, 16, 32), passes(16, 16, 4))))
     operands = dict(zip(("x", "weight", "bias", "dy"), make_layer(m, k, n, torch.float16, DEVICE), strict=True))
 
     def results():
@@ -415,7 +479,7 @@ def test_inputs_are_left_alone(path, dtype, path_shape):
 
 @pytest.mark.parametrize(
     ("forward", "backward"),
-    [(rows(3, 5, 2), rows(3, 5, 3)), (tiled(40, 5, 16, 16, 16), passes(16, 16))],
+    [(rows(3, 5, 2), rows(3, 5, 3)), (tiled(40, 5, 16, 16, 16), passes(16, 16, 3))],
     ids=["rows", "tiled"],
 )
 def test_same_bits_every_time(forward, backward, force):
@@ -458,7 +522,7 @@ def test_computes_only_what_is_asked_for(path, wanted, path_shape, launches, mon
     else:
         (arguments,) = launches["act_bwd_kernel"]
         assert (arguments["dbias_ptr"] is not None) is need_dbias
-        assert len(launches["sum_slots_kernel"]) == need_dbias
+        assert len(launches["sum_slots_kernel"]) == (need_dbias and slots_of(backward, path_shape[2]) > 1)
         assert len(products) == need_dx + need_dweight
 
 

@@ -11,11 +11,15 @@ from perceptriton.kernels import plan as planning
 
 H100 = Device("cuda", 90, 132, triton=True)
 A100 = Device("cuda", 80, 108, triton=True)
+RTX_3090 = Device("cuda", 86, 82, triton=True)
+RTX_5090 = Device("cuda", 120, 170, triton=True)
 CPU = Device("cpu", vendor="AMD")
 SIZES = (1, 2, 3, 16, 17, 31, 64, 65, 128, 129, 256, 1000)
 
 
-@pytest.mark.parametrize("device", [H100, A100], ids=["sm_90", "sm_80"])
+@pytest.mark.parametrize(
+    "device", [H100, A100, RTX_3090, RTX_5090], ids=lambda device: planning.chips.generation(device.arch)
+)
 @pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "ieee"), ("float32", "ieee"), ("float32", "tf32")])
 def test_tiles_cover_their_shapes(device, dtype, precision):
     for m, k, n in itertools.product((1, 63, 10_000, 1 << 20), SIZES, SIZES):
@@ -121,7 +125,7 @@ def test_kinds_of_cpus(monkeypatch, capabilities, kind):
 OPS = ("linear_act_fwd", "linear_act_bwd")
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", planning.chips.LAYER_CHIPS)
 def test_tile_table_is_well_formed(arch):
     for op, kind, layout in itertools.product(OPS, ("half", "tf32", "ieee"), ("aligned", "ragged")):
         rows = tables.tile_rows("gpu_tiles.json", arch, op, kind, layout)
@@ -131,6 +135,21 @@ def test_tile_table_is_well_formed(arch):
             assert row.block_m <= 128
             assert row.num_warps in (4, 8)
             assert row.num_stages in (1, 2, 3)
+            assert row.num_warps * row.programs_per_sm <= records.CHIPS[arch].warps
+
+
+TAKEN = {80: 80, 86: 86, 87: 86, 89: 86, 90: 90, 100: 90, 103: 90, 120: 120, 121: 120}
+
+
+@pytest.mark.parametrize(("arch", "chip"), TAKEN.items())
+def test_tiles_of_a_chip(arch, chip):
+    """Of the newest one that is no newer, whose tiles need no more than there is."""
+    assert planning.chips.generation(arch) == f"sm_{chip}"
+    device = Device("cuda", arch, 82, triton=True)
+    assert planning.device_refusal(1, 1, 1, "float32", device) is None
+    if own := records.CHIPS.get(f"sm_{arch}"):
+        least = records.CHIPS[f"sm_{chip}"]
+        assert (least.shared, least.warps, least.programs) <= (own.shared, own.warps, own.programs)
 
 
 # --- wide layers -----------------------------------------------------------------------------------------------------
@@ -201,7 +220,7 @@ def test_wide_needs_rows_of_sixteen_bytes():
     assert impl(*WIDE, readable=False) == "tiled"
     assert impl(*WIDE, device=A100) == "tiled"
     # TMA is there, but no tile was compiled for its smaller shared memory.
-    assert impl(*WIDE, device=Device("cuda", 120, 170, triton=True)) == "aten"
+    assert impl(*WIDE, device=RTX_5090) == "tiled"
     assert impl(*WIDE, device=Device("cuda", 103, 148, triton=True)) == "tma"
 
 
@@ -344,6 +363,66 @@ LIMITS = [
 ]
 
 
+# The same of other chips by hand from their data sheets, where arithmetic is the limit, memory, or special functions.
+NAMED_LIMITS = [
+    ("RTX 3090", (8192, 8192, 8192), "bfloat16", "ieee", 15_500),
+    ("RTX 3090", (1 << 20, 64, 64), "bfloat16", "ieee", 287),
+    ("RTX 4090", (8192, 8192, 8192), "bfloat16", "ieee", 6_660),
+    ("RTX 4090", (8192, 8192, 8192), "float32", "tf32", 13_300),
+    ("RTX 4090", (8192, 8192, 8192), "float32", "bf16x3", 20_000),
+    ("RTX 5090", (1 << 20, 64, 64), "bfloat16", "ieee", 150),
+    ("A10", (8192, 8192, 8192), "float32", "ieee", 35_200),
+    ("L4", (1 << 23, 1, 64), "bfloat16", "ieee", 3_640),
+    ("L40S", (8192, 8192, 8192), "bfloat16", "ieee", 3_040),
+    ("A100", (1 << 23, 1, 64), "float32", "ieee", 1_069),
+    ("H100", (1 << 20, 64, 64), "bfloat16", "ieee", 80.1),
+    ("B200", (8192, 8192, 8192), "bfloat16", "ieee", 489),
+    ("B200", (1 << 23, 1, 64), "bfloat16", "ieee", 231),
+]
+
+
+@pytest.mark.parametrize(("chip", "shape", "dtype", "precision", "limit"), NAMED_LIMITS)
+def test_limits_of_named_chips(chip, shape, dtype, precision, limit):
+    plan = records.Plan("library", "", precision=precision)
+    found = planning.predict(*shape, dtype, plan, planning.PEAKS[chip])
+    assert found.limit_us == pytest.approx(limit, rel=0.01)
+    assert str(found).startswith(f"{chip} at peak rates (a model): ")
+
+
+@pytest.mark.parametrize("name", planning.PEAKS)
+def test_peaks_agree_with_each_other(name):
+    peaks = planning.PEAKS[name]
+    lanes = 64 if name == "A100" else 128
+    # A multiprocessor does 16 special functions in a clock, and a product and a sum on each lane.
+    assert peaks.ieee == pytest.approx(peaks.special / 16 * 2 * lanes, rel=0.09)
+    assert peaks.half == pytest.approx(2 * peaks.tf32, rel=0.02)
+    # GeForce cards sum half-precision products in fp32 at half the rate that their chips have elsewhere.
+    assert (peaks.tf32 < 1.1 * peaks.ieee) == name.startswith("RTX")
+
+
+@pytest.mark.parametrize("name", planning.PEAKS)
+def test_plans_and_predictions_of_named_chips(name):
+    device = planning.PEAKS[name].device
+    assert planning.peaks_of(device).name == name
+    for shapes in ((64, 64), [(64, 64)] * 3, [(1024, 64), (1024, 1024)]):
+        plans = explain((1 << 20, 64), shapes, torch.bfloat16, name)
+        assert plans == explain((1 << 20, 64), shapes, torch.bfloat16, device)
+        for plan in plans:
+            assert str(plan.prediction).startswith(f"{name} at peak rates (a model): ")
+    narrow = explain((1 << 20, 64), (64, 64), torch.bfloat16, name).forward
+    assert narrow.impl == "rows"
+    assert narrow.programs % device.units == 0
+    assert narrow.programs * narrow.tile.num_warps <= device.units * 64
+
+
+@pytest.mark.parametrize(("arch", "like"), [(80, "A100"), (86, "A10"), (89, "L40S"), (90, "H200"), (121, "H200")])
+@pytest.mark.parametrize("name", ["", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 PCIe"])
+def test_devices_of_other_names_are_modelled_as_one_of_their_kind(name, arch, like):
+    device = Device("cuda", arch, 76, triton=True, name=name)
+    assert planning.peaks_of(device) == planning.PEAKS[like]
+    assert f"{like} at peak rates (a model)" in str(explain((1 << 20, 64), (64, 64), torch.bfloat16, device))
+
+
 @pytest.mark.parametrize(("shape", "dtype", "precision", "limit", "library"), LIMITS)
 def test_limits_of_an_h200(shape, dtype, precision, limit, library):
     found = planning.predict(*shape, dtype, records.Plan("library", "", precision=precision))
@@ -361,6 +440,15 @@ def test_predictions_count_idle_multiprocessors():
     )
     assert two == pytest.approx(2 * one, rel=0.01)
     assert two == pytest.approx(full, rel=0.01)
+
+
+@pytest.mark.parametrize(("n", "walkers"), [(256, 264), (1024, 66), (2000, 33), (100_000, 1)])
+def test_slots_of_the_dz_pass_are_bounded_by_the_chip(n, walkers):
+    device = records.Device("cuda", 90, 132, triton=True)
+    columns = -(-n // 128)
+    found = [planning.linear_act_bwd(m, 1024, n, "bfloat16", "ieee", device) for m in (1, 1 << 20, 1 << 25)]
+    assert [own.impl for own in found] == ["passes"] * 3
+    assert [own.programs for own in found] == [columns, walkers * columns, walkers * columns]
 
 
 # in_features 1024, out_features 1024, 4,096 rows, fp32: two products of 8.59 Gflop each at 66.9 Tflop/s take 256.8 us.

@@ -49,6 +49,7 @@ INSTEAD = {
     "mlp_tiles.json": ("rows", "rows", "explicit", "layers"),
     "cpu.json": ("rows", "rows", "aten", "fused"),
     "wide.json": ("rows", "rows", "explicit", "fused"),
+    "launches.json": ("rows", "rows", "explicit", "fused"),
 }
 DAMAGE = {
     "empty": lambda text: "",
@@ -190,7 +191,7 @@ def test_a_row_says_what_is_wrong_with_it():
     row = ("sm_90", "linear_act_fwd", "half", "aligned", (16, 16), 128, 4, 2, 10)
     records.TileRow(*row)
     for place, value, message in (
-        (0, "sm_70", "chip of a tile: 'sm_70' is none of sm_80, sm_90, sm_100"),
+        (0, "sm_70", "chip of a tile: 'sm_70' is none of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120"),
         (1, 5, "op of a tile: 5 is none of linear_act_fwd, .*"),
         (3, ["tma"], r"layout of a tile: \['tma'\] is none of aligned, ragged, tma"),
         (4, (16, 24), "widths of a tile: 24 is none of 16, 32, 64, 128, 256"),

@@ -62,7 +62,7 @@ def rows():
 
 
 def tiled():
-    layer("tiled", Tile(16, 16, 16, 4, 1), 6, Plan("passes", "", Tile(16, 16, 0, 4, 1)))
+    layer("tiled", Tile(16, 16, 16, 4, 1), 6, Plan("passes", "", Tile(16, 16, 0, 4, 1), 4))
 
 
 def network():

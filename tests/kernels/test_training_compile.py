@@ -13,6 +13,7 @@ import torch
 from compiling import (
     CHIPS,
     FINDINGS,
+    TILED_FOR,
     assert_fits,
     assert_is_what_a_launch_compiles,
     assert_sound,
@@ -54,7 +55,7 @@ def _cases():
     Each limit of the plans is compiled at its edge, streaming minibatches, which takes more registers than samples that
     stay on chip; the nets that everyone trains are compiled as they are.
     """
-    for arch in (80, 90):
+    for arch in TILED_FOR:
         yield f"sm_{arch}-lane-xor", (arch, TrainConfig((2, 2, 1)), 1, 4, 4, False, "lane")
         yield f"sm_{arch}-block-xor-deep", (arch, TrainConfig((2, 10, 10, 10, 1)), 1, 4, 4, False, "block")
         yield f"sm_{arch}-spread-digits", (arch, TrainConfig((32, 64, 5)), 1, 4096, None, False, "spread")
@@ -88,10 +89,11 @@ BLOCK_EDGES = (
 )
 CASES = dict(_cases())
 PLANNED = {"spread": "block"}  # of which it is a form
-# No tile was picked for it, but these are sound and fit.
-SM_100 = {
-    "sm_100-lane-xor": (100, TrainConfig((2, 2, 1)), 1, 4, 4, False, "lane"),
-    "sm_100-block-xor-deep": (100, TrainConfig((2, 10, 10, 10, 1)), 1, 4, 4, False, "block"),
+# Chips with the tiles of another: these are sound and fit.
+OTHERS = {
+    f"sm_{arch}-{impl}-xor": (arch, TrainConfig(widths), 1, 4, 4, False, impl)
+    for arch in (89, 100)
+    for impl, widths in (("lane", (2, 2, 1)), ("block", (2, 10, 10, 10, 1)))
 }
 
 
@@ -129,14 +131,14 @@ def _launches(case):
 
 @pytest.fixture(scope="session")
 def compiled(request):
-    return compile_selected(request, CASES | SM_100, _launches)
+    return compile_selected(request, CASES | OTHERS, _launches)
 
 
-@pytest.mark.parametrize("name", CASES | SM_100)
+@pytest.mark.parametrize("name", CASES | OTHERS)
 def test_no_spills_and_fits(name, compiled):
     (resources,) = compiled[name]
     assert_sound(resources)
-    assert_fits(resources, (CASES | SM_100)[name][0])
+    assert_fits(resources, (CASES | OTHERS)[name][0])
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "-spread-" not in name])

@@ -42,9 +42,10 @@ from perceptriton.mlp import linear_act, mlp_act
 DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip(NO_KERNELS, allow_module_level=True)
-if cases.EMULATED == "sm_80" or (DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0)):
-    pytest.skip("TMA needs compute capability 9.0", allow_module_level=True)
-ARCH = 90 if DEVICE == "cpu" else 10 * torch.cuda.get_device_capability()[0]
+CAPABILITY = torch.cuda.get_device_capability() if DEVICE == "cuda" else (9, 0)
+if cases.EMULATED not in (None, "sm_90") or not (9, 0) <= CAPABILITY < (11, 0):
+    pytest.skip("tiles for TMA are those of compute capability 9.0 and 10.0", allow_module_level=True)
+ARCH = 10 * CAPABILITY[0]
 
 wide = pytest.importorskip("perceptriton.kernels.gpu.wide")
 layer = pytest.importorskip("perceptriton.kernels.gpu.layer")

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from perceptriton.kernels import Device, crossover, devices, eligibility
+from perceptriton.kernels import Device, devices, eligibility
 from perceptriton.mlp import MLP
 from perceptriton.mlp.backend import explain, perceptriton
 from perceptriton.mlp.backend.fuse import fuse
@@ -909,7 +909,6 @@ def test_a_model_of_ours(chip):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU that is not there")
 def test_small_sizes_on_a_gpu_are_left_to_the_inner_compiler(chip, monkeypatch):
-    monkeypatch.setattr(crossover, "LAUNCH_BOUND_BYTES", (1 << 25, 1 << 27))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: None)
 
     def listed(rows, replayed):

@@ -63,7 +63,7 @@ class Driver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_device_properties(self, device):
-        return {"max_shared_mem": CHIPS[f"sm_{self.arch}"], "multiprocessor_count": 132, "warpSize": 32}
+        return {"max_shared_mem": CHIPS[f"sm_{self.arch}"].shared, "multiprocessor_count": 132, "warpSize": 32}
 
     def get_active_torch_device(self):
         return torch.device("cpu")
@@ -163,10 +163,11 @@ _fresh = {}  # address -> (start, end, pattern) of fresh tensors
 
 @contextlib.contextmanager
 def marked_fresh():
-    """torch.empty and new_empty give memory whose first reader is told."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    """torch.empty, empty_strided and new_empty give memory whose first reader is told."""
+    empty, strided, new_empty = torch.empty, torch.empty_strided, torch.Tensor.new_empty
     with (
         mock.patch.object(torch, "empty", lambda *a, **k: _marked(empty(*a, **k))),
+        mock.patch.object(torch, "empty_strided", lambda *a, **k: _marked(strided(*a, **k))),
         mock.patch.object(torch.Tensor, "new_empty", lambda self, *a, **k: _marked(new_empty(self, *a, **k))),
     ):
         yield

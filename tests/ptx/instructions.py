@@ -114,7 +114,7 @@ def arithmetic(program, own):
         key = ".".join(part for part in own.parts[:-1] if part not in ROUNDING)
         if key in SPECIAL and kind != "f32":
             raise own.unknown()
-        formula = FLOATS[key] if kind in ("f32", "f64") else HALVES.get(key, FLOATS[key])
+        formula = FLOATS[key] if kind in ("f32", "f64", "f32x2") else HALVES.get(key, FLOATS[key])
         return elementwise(program, own, formula, [(name, kind) for name in operands], result)
     if kind[0] == "b" and own.parts[0] == "shr":
         kind = f"u{kind[1:]}"

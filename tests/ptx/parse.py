@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, field
 
 SIZES = {f"{kind}{8 * size}": size for kind in "bus" for size in (1, 2, 4, 8)}  # bytes
-SIZES |= {"f16": 2, "bf16": 2, "f32": 4, "tf32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "u16x2": 4, "s16x2": 4}
+SIZES |= {"f16": 2, "bf16": 2, "f32": 4, "tf32": 4, "f64": 8}
+SIZES |= {f"{kind}x2": 2 * SIZES[kind] for kind in ("f16", "bf16", "u16", "s16", "f32")}
 # Where a block ends, besides its branches: threads of a CTA wait for each other, or for an mbarrier.
 WAITS = ("bar.sync", "barrier.", "bar.red", "bar.arrive", "mbarrier.try_wait", "mbarrier.test_wait")
 KNOWN_WAITS = r"bar\.sync|barrier\.sync(\.aligned)?|mbarrier\.(try|test)_wait\.parity(\.acquire\.cta)?\.shared\S*\.b64"

@@ -8,6 +8,8 @@ import pytest
 
 from perceptriton.kernels import devices
 
+CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+
 
 class Emulation:
     """Launches go to the emulator; what it reports fails the test that launched. At the end, what has run."""
@@ -15,8 +17,8 @@ class Emulation:
     def __init__(self, chip):
         if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
             raise pytest.UsageError("--compiled-for: TRITON_INTERPRET is set, which compiles nothing")
-        if chip not in ("sm_80", "sm_90"):
-            raise pytest.UsageError(f"--compiled-for must be sm_80 or sm_90, not {chip}")
+        if chip not in CHIPS:
+            raise pytest.UsageError(f"--compiled-for must be one of {', '.join(CHIPS)}, not {chip}")
         from . import driver
 
         self.driver, self.chip = driver, chip

@@ -114,6 +114,25 @@ def test_integers_and_bits(code):
     assert run(code, operands) == expected
 
 
+# What pairs of fp32 become in the lower and in the upper half of a register, by their formulas.
+PAIRS = {
+    "fma.rn.f32x2 %rd8, %rd5, %rd6, %rd7;": lambda a, b, c: a * b + c,
+    "add.rn.f32x2 %rd8, %rd5, %rd6;": lambda a, b, c: a + b,
+    "mul.rn.f32x2 %rd8, %rd5, %rd6;": lambda a, b, c: a * b,
+}
+
+
+@pytest.mark.parametrize("code", PAIRS)
+def test_pairs_of_fp32(code):
+    operands = torch.randint(-1000, 1000, (64, 3), generator=torch.Generator().manual_seed(0)).float()
+    a, b, c = operands.unbind(1)
+    pairs = "mov.b64 %rd5, {%r2, %r3}; mov.b64 %rd6, {%r3, %r4}; mov.b64 %rd7, {%r4, %r2};"
+    bits = [[x & 0xFFFFFFFF for x in row] for row in operands.view(torch.int32).tolist()]
+    for half, expected in (("{%r5, %r6}", PAIRS[code](a, b, c)), ("{%r6, %r5}", PAIRS[code](b, c, a))):
+        found = run(f"{pairs} {code} mov.b64 {half}, %rd8;", bits)
+        assert torch.equal(torch.tensor([signed(x) for x in found], dtype=torch.int32).view(torch.float32), expected)
+
+
 # What threads of a warp see of each other, from %r2 of each.
 WARPS = {
     "redux.sync.add.s32 %r5, %r2, -1;": lambda mine, lane: sum(mine),

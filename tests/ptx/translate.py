@@ -11,7 +11,7 @@ import struct
 
 import numpy as np
 
-from .arithmetic import bits_of, decoder, encoder, flushed, u2, u4
+from .arithmetic import bits_of, decoder, encoder, flushed
 from .parse import SIZES, Address, EmulationError, parse
 
 SHARED_BASE = 1024  # the first KB of shared memory is the system's
@@ -172,17 +172,20 @@ def _within_one(formula):
 
 
 def _packed(program, formula, names, result, kind):
-    """The formula on both halves of 32 bits."""
-    reads = [source(program, name, "b32") for name in names]
-    write, encode = destination(program, result, "b32"), encoder(kind)
+    """The formula on both halves of a register."""
+    whole, shift = f"b{16 * SIZES[kind]}", 8 * SIZES[kind]
+    reads = [source(program, name, whole) for name in names]
+    write, encode = destination(program, result, whole), encoder(kind)
+    bits, half = bits_of(whole), bits_of(kind)
     decode = decoder(kind) or (lambda bits: bits)
 
     def run(batch, mask):
-        whole = [read(batch) for read in reads]
+        both = [read(batch) for read in reads]
         low, high = (
-            encode(formula(*[decode((bits >> u4(shift)).astype(u2)) for bits in whole])).astype(u4) for shift in (0, 16)
+            encode(formula(*[decode((own >> bits.type(place)).astype(half)) for own in both])).astype(bits)
+            for place in (0, shift)
         )
-        write(batch, low | (high << u4(16)), mask)
+        write(batch, low | (high << bits.type(shift)), mask)
 
     return run
 
