@@ -41,9 +41,9 @@ def fit(
 
     An `MLP`, an `Ensemble` or an `nn.Sequential` of linear layers and activations in float32 or float64, under SGD,
     Adam or AdamW with one group of all its parameters, with BCELoss, BCEWithLogitsLoss or MSELoss, trains without
-    autograd: all steps of a chunk in one kernel or one loop. Everything else (other modules, criteria and optimizers,
-    amsgrad, maximize, parameters that are frozen, tied or share memory, hooks, autocast, other dtypes) trains in an
-    ordinary loop. With BCELoss the gradient at the logit is p - t; torch's differs from it only where
+    autograd: by kernels that hold the whole network, or in a loop written out. Everything else (other modules, criteria
+    and optimizers, amsgrad, maximize, parameters that are frozen, tied or share memory, hooks, autocast, other dtypes)
+    trains in an ordinary loop. With BCELoss the gradient at the logit is p - t; torch's differs from it only where
     p (1 - p) < 1e-12. `criterion` is called as criterion(model(x), y).
 
     An Ensemble's members see the same samples, x (samples, I) and y (samples, O), or each its own, (E, samples, I)
