@@ -15,9 +15,9 @@ triton = pytest.importorskip("triton", reason="triton is not installed: there is
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
 
-from perceptriton.kernels import Plan, Tile, tables
-from perceptriton.kernels import plan as planning
-from perceptriton.kernels.gpu import aot, layer
+from perceptriton.kernels import Plan, Tile, tables  # noqa: E402
+from perceptriton.kernels import plan as planning  # noqa: E402
+from perceptriton.kernels.gpu import aot, layer  # noqa: E402
 
 pytestmark = pytest.mark.compiles
 
