@@ -128,7 +128,7 @@ test: $(READY) ## everything that needs no GPU, but for what takes long
 	$(call parts,test-mlp test-kernels test-others test-traced test-compile)
 
 test-more: $(READY) ## what CI runs besides: what takes long, sanitize, test-long and test-matrix (many minutes)
-	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-old-triton test-networks test-benches test-slowest test-fuzz test-ampere test-hopper test-emulator test-changed-ampere test-changed-hopper test-changed-tiles)
+	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-old-triton test-networks test-benches test-slowest test-fuzz test-ampere test-ada test-hopper test-blackwell test-emulator test-changed-ampere test-changed-hopper test-changed-tiles)
 
 .PHONY: check-mlp check-others check-core check-compiled
 check-mlp: $(READY)
@@ -200,17 +200,24 @@ test-tiles: $(OVERLAY)/.ready $(NEW_OVERLAY)/.ready ## compile every tile on eac
 	PYTHONPATH=$(OVERLAY) $(PYTEST) -q --write-tiles $(TILES)
 	PYTHONPATH=$(NEW_OVERLAY) $(PYTEST) -q --write-tiles $(TILES)
 
-# What triton compiles for a chip that is not here, run by tests/ptx: sm_80 is Ampere's, sm_90 Hopper's.
+# What triton compiles for a chip that is not here, run by tests/ptx: sm_80 is Ampere's, sm_89 Ada's, sm_90 Hopper's, sm_120
+# that of GeForce cards with Blackwell.
 
-.PHONY: test-compiled test-compiled-all test-ampere test-hopper test-emulator
-test-compiled: $(READY) ## run compiled kernels for sm_80 and sm_90 on the CPU: the core, and controls of the emulator (minutes)
-	$(call parts,test-ampere test-hopper test-emulator)
+.PHONY: test-compiled test-compiled-all test-ampere test-ada test-hopper test-blackwell test-emulator
+test-compiled: $(READY) ## run compiled kernels for four chips on the CPU: the core, and controls of the emulator (minutes)
+	$(call parts,test-ampere test-ada test-hopper test-blackwell test-emulator)
 
 test-ampere: $(READY)
 	$(call step,core of the kernels compiled for sm_80,$(PYTEST) --compiled-for sm_80 -m core)
 
+test-ada: $(READY)
+	$(call step,core of the kernels compiled for sm_89,$(PYTEST) --compiled-for sm_89 -m core)
+
 test-hopper: $(READY)
 	$(call step,core of the kernels compiled for sm_90,$(PYTEST) --compiled-for sm_90 -m core)
+
+test-blackwell: $(READY)
+	$(call step,core of the kernels compiled for sm_120,$(PYTEST) --compiled-for sm_120 -m core)
 
 test-emulator: $(READY)
 	$(call step,emulator of compiled kernels,$(PYTEST) -m 'emulated and not more' tests/ptx)

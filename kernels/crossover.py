@@ -14,7 +14,7 @@ MLP_MAX_WIDTH = 128  # of networks that stay on chip
 
 # What eager calls ask of the host: microseconds, and launches, (base, per layer) of each, without gradients and with
 # them. Measured on a core of Zen 4 by `benches/tune.py host`: torch's modules on a CPU at one row and a width of 1, and
-# ours on a driver that does nothing. Wide layers are products of the library with passes of ours between them: an estimate.
+# ours on a driver that does nothing. What wide layers take, products of the library and passes of ours, is estimated.
 HOST = {
     "torch": (((1.9, 7.8), (0, 2)), ((23.5, 31.8), (0, 6))),
     "layer": (((0.0, 10.4), (0, 1)), ((0.0, 59.8), (0, 3))),

@@ -940,6 +940,23 @@ def test_tiles_are_found_by_compiling(bench):
         assert common.first_clean("tuning.wide", [bad, *good]).wide_tile == good[0].wide_tile
 
 
+def test_tiles_that_chips_share_are_clean_on_all(bench, monkeypatch):
+    pytest.importorskip("triton")
+    from perceptriton.kernels.gpu import aot
+
+    common, tried = bench("tuning.common"), []
+
+    def compile_for(arch, launch):
+        tried.append((arch, launch.arguments["BLOCK_M"]))
+        return aot.Resources(32, 8 * (tried[-1] == (89, 64)), 1024, 1, {}, {})
+
+    monkeypatch.setattr(aot, "compile_for", compile_for)
+    rows = [records.TileRow("sm_86", "linear_act_fwd", "half", "aligned", (16, 16), m, 1, 2, 1) for m in (64, 32)]
+    # Both have room for 48 warps, 8.9 for 24 programs, and 8.6 for 16.
+    assert common.first_clean("tuning.layers", rows) == dataclasses.replace(rows[1], programs_per_sm=16)
+    assert tried == [(86, 64), (89, 64), (86, 32), (89, 32)]
+
+
 def test_measured_rows_join_the_table(bench, tmp_path):
     common, tune = bench("tuning.common"), bench("tuning.measured")
     copy = tmp_path / "wide.json"

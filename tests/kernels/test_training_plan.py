@@ -20,6 +20,8 @@ from perceptriton.kernels.records import EMPTY, LoopPlan, TrainConfig, TrainPlan
 
 H200 = Device("cuda", 90, 132, triton=True)
 A100 = Device("cuda", 80, 108, triton=True)
+RTX_4090 = Device("cuda", 89, 128, triton=True)
+RTX_5090 = Device("cuda", 120, 170, triton=True)
 CPU = Device("cpu", 90, 1, "AMD")
 INTERPRETER = dataclasses.replace(CPU, triton=True)
 ADAM = {"optimizer": "adam"}
@@ -29,7 +31,9 @@ def plan(widths, members=1, samples=4, batch_size=4, device=H200, dtype="float32
     return train(members, samples, batch_size, TrainConfig(widths, **options), dtype, device, impl)
 
 
-@pytest.mark.parametrize("device", [H200, A100, INTERPRETER], ids=["sm_90", "sm_80", "interpreter"])
+@pytest.mark.parametrize(
+    "device", [H200, A100, RTX_4090, RTX_5090, INTERPRETER], ids=lambda own: f"{own.kind}-{own.arch}"
+)
 @pytest.mark.parametrize(
     ("widths", "options", "impl"),
     [

@@ -111,7 +111,12 @@ def arithmetic(program, own):
     result, *operands = own.operands
     kind = own.type
     if is_float(kind):
-        key = ".".join(part for part in own.parts[:-1] if part not in ROUNDING)
+        # Mixed Precision Instructions: the result and the last operand are fp32, which holds the others.
+        mixed = own.parts[0] in ("add", "sub", "fma") and own.parts[-2] == "f32"
+        key = ".".join(part for part in own.parts[: -1 - mixed] if part not in ROUNDING)
+        if mixed:
+            sources = [*((name, kind) for name in operands[:-1]), (operands[-1], "f32")]
+            return elementwise(program, own, FLOATS[key], sources, result, "f32")
         if key in SPECIAL and kind != "f32":
             raise own.unknown()
         formula = FLOATS[key] if kind in ("f32", "f64", "f32x2") else HALVES.get(key, FLOATS[key])

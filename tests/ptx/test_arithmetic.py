@@ -133,6 +133,27 @@ def test_pairs_of_fp32(code):
         assert torch.equal(torch.tensor([signed(x) for x in found], dtype=torch.int32).view(torch.float32), expected)
 
 
+# What half-precision numbers in %rs1 and %rs2 and an fp32 one in %r4 become.
+MIXED = {
+    "add.rn.f32.{} %r5, %rs1, %r4;": lambda a, b, c: a + c,
+    "sub.rn.f32.{} %r5, %rs1, %r4;": lambda a, b, c: a - c,
+    "fma.rn.f32.{} %r5, %rs1, %rs2, %r4;": lambda a, b, c: a * b + c,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("code", MIXED)
+def test_mixed_precision(code, dtype):
+    numbers = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    a, b = (numbers[:, column].to(dtype) for column in (0, 1))
+    bits = [[x & 0xFFFFFFFF for x in own.tolist()] for own in (a.view(torch.int16), b.view(torch.int16))]
+    bits.append([x & 0xFFFFFFFF for x in numbers[:, 2].contiguous().view(torch.int32).tolist()])
+    name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    found = run(f"cvt.u16.u32 %rs1, %r2; cvt.u16.u32 %rs2, %r3; {code.format(name)}", [*zip(*bits, strict=True)])
+    expected = MIXED[code](*(own.double() for own in (a, b, numbers[:, 2]))).float()
+    assert torch.equal(torch.tensor([signed(x) for x in found], dtype=torch.int32).view(torch.float32), expected)
+
+
 # What threads of a warp see of each other, from %r2 of each.
 WARPS = {
     "redux.sync.add.s32 %r5, %r2, -1;": lambda mine, lane: sum(mine),
