@@ -82,8 +82,8 @@ def compile_selected(request, cases, launches):
 
     table = Table(TABLES / f"{triton.__version__}.json")
     part = part_of_commit()
-    everything = any(map(option, ("--all-tiles", "--write-tiles", "--cubins")))
-    due = [own for own in places if everything or own not in table.rows or part_of(own) == part]
+    everything, writing = option("--all-tiles") or option("--cubins"), option("--write-tiles")
+    due = [own for own in places if everything or own not in table.rows or (not writing and part_of(own) == part)]
     jobs = [(launches, cases[name], index) for name, index in map(places.get, due)]
     made = request.getfixturevalue("compilers").starmap(_compile, jobs, 1) if jobs else []
     fresh = {own: resources for own, (resources, _) in zip(due, made, strict=True)}
@@ -96,9 +96,10 @@ def compile_selected(request, cases, launches):
 
     suite = launches.__module__
     report = f"{suite} on triton {triton.__version__}: {len(places)} kernels, {len(due)} of them compiled"
-    if option("--write-tiles"):
-        labels = {own: "{}/{}.{}".format(suite, *places[own]) for own in fresh}
-        table.update(fresh, labels, suite if names == list(cases) else None)
+    if writing:
+        labels = {own: "{}/{}.{}".format(suite, *place) for own, place in places.items()}
+        rows = {own: fresh.get(own) or table.rows[own] for own in places}
+        table.update(rows, labels, suite if names == list(cases) else None)
         report += f", {table.path.name} written"
     elif new := len(fresh.keys() - table.rows.keys()):
         report += f", {new} because {table.path.name} has no row for them (make test-tiles writes it)"

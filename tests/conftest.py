@@ -24,7 +24,9 @@ def pytest_addoption(parser):
     parser.addoption("--all-tiles", action="store_true", help="compile what tests/compiled has a row for too")
     parser.addoption("--changed", action="store_true", help="only tests of kernels that tests/ptx/passed.json lacks")
     parser.addoption("--write-traffic", action="store_true", help="write tests/ptx/traffic.json")
-    parser.addoption("--write-tiles", action="store_true", help="compile all tiles and write tests/compiled")
+    parser.addoption(
+        "--write-tiles", action="store_true", help="compile what tests/compiled has no row for, and write it"
+    )
 
 
 def pytest_configure(config):
