@@ -195,7 +195,7 @@ test-matrix-compile: $(NEW_OVERLAY)/.ready
 	$(call step,compile-only on triton $(NEW_TRITON),PYTHONPATH=$(<D) $(PYTEST) -m compiles)
 
 .PHONY: test-tiles
-test-tiles: $(OVERLAY)/.ready $(NEW_OVERLAY)/.ready ## compile what tests/compiled has no row for, on each triton, and write it (TILES=--all-tiles: everything, many minutes)
+test-tiles: $(OVERLAY)/.ready $(NEW_OVERLAY)/.ready ## compile what tests/compiled has no row for, on each triton, and write it (minutes; PYTEST_ADDOPTS=--all-tiles: everything)
 	$(PYTEST) -q --write-tiles $(TILES)
 	PYTHONPATH=$(OVERLAY) $(PYTEST) -q --write-tiles $(TILES)
 	PYTHONPATH=$(NEW_OVERLAY) $(PYTEST) -q --write-tiles $(TILES)

@@ -20,7 +20,6 @@ import atomic
 import torch
 from torch import nn
 
-from perceptriton.kernels import small
 from perceptriton.mlp import MLP, LinearSigmoid
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +102,6 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         driver = chip.Driver(Path(folder))
         chip.pretend(driver)
-        small.few_elements = lambda *_: 0
         rows = [row for training in (False, True) for row in measure(training, options.rounds, driver.launches)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(options.out, json.dumps({"torch": torch.__version__, "rows": rows}, indent=2) + "\n")
