@@ -398,20 +398,12 @@ def guarded(monkeypatch):
     """Fresh tensors are NaN, and lie between canaries: [buffer, ...], to be looked at after the launches."""
     buffers = []
 
-    def empty(*size, dtype=torch.float32, device="cpu"):
-        shape = torch.Size(size[0] if isinstance(size[0], (tuple, list, torch.Size)) else size)
-        buffer = torch.zeros(shape.numel() + 256, dtype=dtype, device=device).fill_(-77)
+    def empty_strided(shape, strides, *, dtype, device):
+        buffer = torch.zeros(math.prod(shape) + 256, dtype=dtype, device=device).fill_(-77)
         buffers.append(buffer)
-        return buffer[128:-128].fill_(torch.nan).view(shape)
+        return buffer[128:-128].fill_(torch.nan).as_strided(shape, strides)
 
-    new_empty = torch.Tensor.new_empty
-
-    def guarded_new_empty(self, *size, **options):
-        # The interpreter passes options, the launchers do not.
-        return new_empty(self, *size, **options) if options else empty(*size, dtype=self.dtype, device=self.device)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(torch.Tensor, "new_empty", guarded_new_empty)
+    monkeypatch.setattr(torch, "empty_strided", empty_strided)
     return buffers
 
 
