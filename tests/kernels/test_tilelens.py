@@ -100,10 +100,6 @@ def block():
     loop(TrainPlan("block", "", rows=16, num_warps=4))
 
 
-def spread():
-    loop(TrainPlan("block", "", rows=16, num_warps=4, programs=2))
-
-
 def tma():
     tile = WideTile(32, 32, 32, 4, 3, group_m=2, subtiles=2)
     x, weight, h = (torch.randn(*shape, dtype=torch.float16) for shape in ((40, 72), (48, 72), (40, 72)))
@@ -120,7 +116,6 @@ LAUNCHES = {
     network: {"mlp_fwd_kernel", "mlp_bwd_kernel", "sum_losses_kernel", "sum_slots_kernel"},
     lane: {"train_lane_kernel"},
     block: {"train_block_kernel"},
-    spread: {"train_spread_kernel"},
     tma: {"linear_act_fwd_tma_kernel", "sum_splits_kernel", "linear_act_dgrad_tma_kernel", "sum_slots_kernel"},
 }
 
@@ -131,8 +126,12 @@ def test_kernels(launch, launched):
     assert launched == LAUNCHES[launch]
 
 
+# tilelens follows no atomic. tests/ptx sees every address of the compiled kernel.
+NOT_FOLLOWED = {"train_spread_kernel"}
+
+
 def test_every_kernel_is_among_them():
-    assert set.union(*LAUNCHES.values()) == set(KERNELS)
+    assert set.union(*LAUNCHES.values()) | NOT_FOLLOWED == set(KERNELS)
 
 
 # --- what is planted --------------------------------------------------------------------------------------------------
