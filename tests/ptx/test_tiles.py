@@ -5,6 +5,7 @@ import itertools
 import os
 
 import cases
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("the interpreter replaces the compiler in this process; run without it", allow_module_level=True)
 driver = pytest.importorskip("ptx.driver", reason="needs triton")
 from perceptriton.kernels.gpu import layer, network, train, wide  # noqa: E402 (without triton there is none)
+
+from . import machine  # noqa: E402
 
 pytestmark = pytest.mark.emulated
 
@@ -194,6 +197,32 @@ def test_training(name, chip):
         loop = train.KernelLoop(TrainConfig((2, 3, 1)), actual, (), (), rate, x, y, 4, 0, LOOPS[name])
         loop.run(None, 0, 5, 0, losses)
     cases.assert_as_good_as_torch(actual, expected, exact, torch.float32, ("weight", "bias", "weight", "bias"))
+
+
+@pytest.mark.core
+def test_training_does_not_ask_which_program_is_the_last(monkeypatch):
+    config = TrainConfig((2, 3, 1), momentum=0.9)
+    initial = [torch.randn(2, *size) for size in ((3, 2), (3,), (1, 3), (1,))]
+    x, y, order = torch.randn(1, 70, 2), torch.rand(1, 70, 1), torch.stack([torch.randperm(70) for _ in range(3)]).int()
+    results = []
+
+    def one_by_one(launch, turns):
+        for program in turns(range(launch.grid[0] * launch.grid[1])):
+            machine.Batch(launch, np.array([program])).run()
+        return launch
+
+    for turns in (list, lambda programs: programs[::-1], lambda programs: (*programs[1::2], *programs[::2])):
+        monkeypatch.setattr(machine.Launch, "run", lambda launch, turns=turns: one_by_one(launch, turns))
+        tensors = [torch.zeros(5, 2), *(p.clone() for p in initial), *(torch.zeros_like(p) for p in initial)]
+        losses, parameters, first = tensors[0], tensors[1:5], tensors[5:]
+        with driver.activated(90):
+            own = dataclasses.replace(LOOPS["spread"], programs=3)
+            loop = train.KernelLoop(config, parameters, first, (), torch.full((2,), 0.3), x, y, 40, 0, own)
+            loop.run(order, 0, 5, 1, losses)
+        results.append(tensors)
+    assert all(p.isfinite().all() and not torch.equal(p, own) for p, own in zip(parameters, initial, strict=True))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
 # --- wide layers by TMA ----------------------------------------------------------------------------------------------
