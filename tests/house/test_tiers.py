@@ -87,6 +87,7 @@ def test_the_fast_loop_reaches_every_part():
         "test_distributed",
         "test_cache",
         "test_cuda_cache",
+        "test_host",
         "test_packaging",
         "test_controls",
         "test_faults",
