@@ -49,6 +49,8 @@ class Calls:
         # What a transform has left behind, torch itself takes away in `Function.apply`.
         if TensorGuards is None or not quiet() or any(map(is_functorch_wrapped_tensor, tensors)):
             return
+        if len({id(tensor) for tensor in tensors}) < len(tensors):
+            return  # it would never be found, and drive out what is
         if len(self._found) >= MAX_KEYS:
             self._found.clear()
         layout: Any = {

@@ -42,7 +42,9 @@ def mlp_act(
     """
     output = activation if output_activation is None else output_activation
     try:
-        key, tensors = (activation, output, impl, len(weights), biases is None), (x, *weights, *(biases or ()))
+        # The types tell sequences from iterators, which can be gone through but once and are refused.
+        key = (activation, output, impl, len(weights), type(weights), type(biases))
+        tensors = (x, *weights, *(biases or ()))
         if not torch.compiler.is_compiling() and (call := known.find(key, tensors)):
             return call(x, tuple(weights), None if biases is None else tuple(biases))
         if network_takes_torch(x, weights, biases, (activation, output), impl):
@@ -67,8 +69,8 @@ def mlp_act(
                 apply = node(FusedMlpFunction)
                 call = lambda x, weights, biases: apply(x, *options, *weights, *(biases or ()))  # noqa: E731
                 y = FusedMlpFunction.apply(x, *options, *weights, *(biases or ()))
-            # Small ones go by the stream too, and those under autocast hold casts.
-            if x is tensors[0] and not (impl is None and small.is_small(x, widths_of(weights))):
+            # Small ones go by the stream too, and those under autocast by its dtype, even where nothing was cast.
+            if not product_dtype(tensors[0])[1] and not (impl is None and small.is_small(x, widths_of(weights))):
                 known.keep(key, tensors, call)
             return y
         if plans.backward is None:

@@ -267,3 +267,49 @@ def test_calls_after_calls_compute_what_torch_does(launched, network, seed):
             for ours, torchs in zip(*outcome(model, x, network), strict=True):
                 assert torch.allclose(ours, torchs, rtol=2e-5, atol=2e-5), name
     assert sum(len(spy.launches) for spy in launched) >= len(names)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("network", [False, True], ids=["layers", "network"])
+@pytest.mark.parametrize("training", [False, True], ids=["", "training"])
+def test_autocast_of_another_dtype(launched, network, training):
+    """What has autocast's dtype already is not cast, but is another call once autocast has another dtype."""
+    parameters = (
+        torch.randn(n, requires_grad=training, device=DEVICE, dtype=torch.bfloat16) for n in ((16, 16), (16,))
+    )
+    x, (weight, bias) = torch.randn(4, 16, device=DEVICE, dtype=torch.bfloat16), parameters
+    dtypes = [torch.bfloat16, torch.float16] * 2
+    found = []
+    for dtype in dtypes:
+        with torch.autocast(DEVICE, dtype):
+            y = mlp_act(x, [weight], [bias], impl="triton") if network else linear_act(x, weight, bias, impl="triton")
+        found.append(y.dtype)
+        if training:
+            assert [g.dtype for g in torch.autograd.grad(y.sum(), (weight, bias))] == [torch.bfloat16] * 2
+    assert found == dtypes
+    assert sum(len(spy.launches) for spy in launched) >= len(dtypes)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "make", [iter, lambda biases: (b for b in biases), torch.stack], ids=["iterator", "generator", "tensor"]
+)
+def test_no_sequence_is_like_one(launched, make):
+    x, weights, biases = torch.randn(4, 16, device=DEVICE), [], []
+    for _ in range(2):
+        weights.append(torch.randn(16, 16, device=DEVICE))
+        biases.append(torch.randn(16, device=DEVICE))
+    expected = mlp_act(x, weights, biases, impl="triton")
+    assert torch.equal(mlp_act(x, tuple(weights), tuple(biases), impl="triton"), expected)
+    with pytest.raises(TypeError, match="biases must be a sequence of Tensors"):
+        mlp_act(x, weights, make(biases), impl="triton")
+    with pytest.raises(ValueError, match="biases"):
+        mlp_act(x, weights, [*biases, biases[0]], impl="triton")
+
+
+def test_tensors_given_twice_drive_out_nothing():
+    known, call = kept()
+    x, weight, _ = operands()
+    for _ in range(2 * calls.MAX_ALIKE):
+        known.keep(("sigmoid",), (x, weight, weight), object())
+    assert known.find(("sigmoid",), operands()) is call
