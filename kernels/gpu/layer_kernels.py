@@ -16,7 +16,7 @@ CUDA 13.3 mended (triton-lang/triton #11781). Compile-only tests look for both i
 import triton
 import triton.language as tl
 
-from .functions import operand, rounded
+from .functions import operand, rounded, stride_of_weight
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -47,6 +47,7 @@ def linear_act_fwd_rows_kernel(
     mask_n = offs_n < N
     mask_k = offs_k < K
     # The weight is loaded as its transpose: a stride order, not a copy.
+    stride_wk = stride_of_weight(stride_wk, tl.minimum(M, 0), weight_ptr.dtype.element_ty, PRECISION)
     wt = tl.load(
         weight_ptr + offs_k.to(tl.int64)[:, None] * stride_wk + offs_n.to(tl.int64)[None, :] * stride_wn,
         mask=mask_k[:, None] & mask_n[None, :],
