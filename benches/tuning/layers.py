@@ -35,7 +35,8 @@ def cells() -> Iterator[list[TileRow]]:
 
 def candidates(op: str, product: str, block_k: int, block_n: int) -> Iterator[tuple[int, int, int]]:
     """(block_m, num_warps, num_stages), the preferred first."""
-    wide = max(block_k, block_n) >= 128
+    # A backward pass waits for more between two loads: two warps to each scheduler, or one of two programs.
+    wide = max(block_k, block_n) >= (64 if op == "linear_act_bwd" else 128)
     # fp32 dots on the FMA units unroll fully: more rows than 32 only lengthen the code.
     rows = [r for r in ROWS if not (product == "ieee" and r > 32)]
     for block_m, num_warps in itertools.product(rows, (8, 4) if wide else (4, 8)):

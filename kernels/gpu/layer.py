@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..records import Plan, Wanted
+from ..records import Plan, Tile, Wanted
 from .functions import ACTIVATIONS
 from .launch import INTERPRETED, Gradients, Launch, aligned, fresh
 from .layer_kernels import (
@@ -119,6 +119,8 @@ def linear_act_bwd_call(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
+        # Without barriers in the loop, products on FMA units would take more registers than there are.
+        SUM_ROWS=1 if dtype == torch.float32 and plan.precision == "ieee" else _sum_rows(tile, dtype),
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -140,6 +142,11 @@ def linear_act_bwd_call(
     return call
 
 
+def _sum_rows(tile: Tile, dtype: torch.dtype) -> int:
+    """Rows of a tile that the threads of a program cover at once, 16 bytes each."""
+    return min(tile.block_m, max(1, 32 * tile.num_warps * 16 // (dtype.itemsize * tile.block_n)))
+
+
 def act_bwd(dy: Tensor, y: Tensor, activation: str, need_dbias: bool, plan: Plan) -> tuple[Tensor, Tensor | None]:
     """(dz, dbias): dz = dy * act'(y), (M, N), and its column sums, (N,), or None."""
     return act_bwd_call(dy, y, activation, need_dbias, plan)(dy, y)
@@ -153,8 +160,6 @@ def act_bwd_call(
     dtype, device, tile = y.dtype, y.device, plan.tile
     columns = -(-N // tile.block_n)  # triton.cdiv is typed as device code
     walkers = max(1, plan.programs // columns)
-    # Rows that the threads of a program cover at once, 16 bytes each.
-    sum_rows = 32 * tile.num_warps * 16 // (dtype.itemsize * tile.block_n)
     # One program to a column block writes dbias itself; several write fp32 slots that are then summed.
     add_up = sum_slots_call(walkers, N, N, device) if need_dbias and walkers > 1 else None
     new_dz, new_dbias = fresh((M, N), dtype, device), fresh((N,), dtype, device)
@@ -171,7 +176,7 @@ def act_bwd_call(
         ACT_BACKWARD=ACTIVATIONS[activation][1],
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        SUM_ROWS=min(tile.block_m, max(1, sum_rows)),
+        SUM_ROWS=_sum_rows(tile, dtype),
         num_warps=tile.num_warps,
         enable_fp_fusion=True,
     )

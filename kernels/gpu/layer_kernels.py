@@ -16,7 +16,7 @@ CUDA 13.3 mended (triton-lang/triton #11781). Compile-only tests look for both i
 import triton
 import triton.language as tl
 
-from .functions import operand, rounded
+from .functions import operand, rounded, stride_of_weight
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -47,6 +47,7 @@ def linear_act_fwd_rows_kernel(
     mask_n = offs_n < N
     mask_k = offs_k < K
     # The weight is loaded as its transpose: a stride order, not a copy.
+    stride_wk = stride_of_weight(stride_wk, tl.minimum(M, 0), weight_ptr.dtype.element_ty, PRECISION)
     wt = tl.load(
         weight_ptr + offs_k.to(tl.int64)[:, None] * stride_wk + offs_n.to(tl.int64)[None, :] * stride_wn,
         mask=mask_k[:, None] & mask_n[None, :],
@@ -110,6 +111,7 @@ def linear_act_fwd_tiled_kernel(
     mask_m = offs_m < M
     mask_n = offs_n < N
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    stride_wk = stride_of_weight(stride_wk, tl.minimum(M, 0), weight_ptr.dtype.element_ty, PRECISION)
     wt_ptrs = weight_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
     # 64-bit steps: BLOCK_K * stride alone may pass 2^31 for a transposed operand.
     step_x = tl.full((), BLOCK_K, tl.int64) * stride_xk
@@ -156,6 +158,7 @@ def linear_act_bwd_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # >= N
     BLOCK_K: tl.constexpr,  # >= K
+    SUM_ROWS: tl.constexpr,  # BLOCK_M is a multiple of it
     STAGES: tl.constexpr,
 ):
     """Narrow layers: dx, dweight and dbias from one read of dy, y and x.
@@ -177,7 +180,7 @@ def linear_act_bwd_rows_kernel(
     if dweight_ptr is not None:
         dwt = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
     if dbias_ptr is not None:
-        db = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        db = tl.zeros((SUM_ROWS, BLOCK_N), dtype=tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         offs_m = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
@@ -187,8 +190,12 @@ def linear_act_bwd_rows_kernel(
         ).to(tl.float32)
         y = tl.load(y_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask_mn, other=0.0).to(tl.float32)
         dz = ACT_BACKWARD(dy, y)  # [BLOCK_M, BLOCK_N]
+        # The sum over one number changes nothing, but ends what triton would compute again for each of the products,
+        # from dy and y in the layout of an operand, whose loads meet in the banks of shared memory.
+        dz = tl.sum(dz[:, :, None], axis=2)
         if dbias_ptr is not None:
-            db += tl.sum(dz, axis=0)
+            # Rows that are SUM_ROWS apart lie in one thread's registers, so that threads meet only after the loop.
+            db += tl.sum(tl.reshape(dz, (BLOCK_M // SUM_ROWS, SUM_ROWS, BLOCK_N)), axis=0)
         dz = rounded(dz if WIDEN else dz.to(y_ptr.dtype.element_ty), PRECISION)
         if dweight_ptr is not None:
             x = tl.load(
@@ -213,7 +220,7 @@ def linear_act_bwd_rows_kernel(
             mask=mask_k[:, None] & mask_n[None, :],
         )
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + slot + offs_n, db.to(dbias_ptr.dtype.element_ty), mask=mask_n)
+        tl.store(dbias_ptr + slot + offs_n, tl.sum(db, axis=0).to(dbias_ptr.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -244,8 +251,7 @@ def act_bwd_kernel(
         dz = ACT_BACKWARD(dy.to(tl.float32), y)
         tl.store(dz_ptr + offs_m[:, None] * N + offs_n[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
         if dbias_ptr is not None:
-            # Rows that are SUM_ROWS apart lie in one thread's registers, so that threads meet only after the loop.
-            db += tl.sum(tl.reshape(dz, (BLOCK_M // SUM_ROWS, SUM_ROWS, BLOCK_N)), axis=0)
+            db += tl.sum(tl.reshape(dz, (BLOCK_M // SUM_ROWS, SUM_ROWS, BLOCK_N)), axis=0)  # as above
     if dbias_ptr is not None:
         slot = tl.program_id(0).to(tl.int64) * N
         tl.store(dbias_ptr + slot + offs_n, tl.sum(db, axis=0).to(dbias_ptr.dtype.element_ty), mask=mask_n)

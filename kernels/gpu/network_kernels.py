@@ -21,7 +21,7 @@ transpose of something that itself came from a product, which was reported to go
 import triton
 import triton.language as tl
 
-from .functions import operand, rounded
+from .functions import operand, rounded, stride_of_weight
 from .network_functions import (
     bce_with_logits,
     bce_with_logits_dz,
@@ -68,15 +68,11 @@ def mlp_fwd_kernel(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     weights = ()
     biases = ()
+    stride_k = stride_of_weight(1, tl.minimum(M, 0), DTYPE, PRECISION)
     for l in tl.static_range(LAYERS):
         if RESIDENT:
-            weights = weights + (
-                operand(
-                    load_weight_t(weight_ptrs[l], WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l]).to(DTYPE),
-                    PRECISION,
-                    WIDEN,
-                ),
-            )
+            wt = load_weight_t(weight_ptrs[l], stride_k, WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l])
+            weights = weights + (operand(wt.to(DTYPE), PRECISION, WIDEN),)
         if bias_ptrs is not None:
             biases = biases + (load_bias(bias_ptrs[l], WIDTHS[l + 1], PADDED[l + 1]),)
     offs_k = tl.arange(0, PADDED[0])
@@ -102,7 +98,7 @@ def mlp_fwd_kernel(
             if RESIDENT:
                 z = tl.dot(h, weights[l], input_precision=PRECISION)  # [BLOCK_M, PADDED[l + 1]]
             else:
-                wt = load_weight_t(weight_ptrs[l], WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l])
+                wt = load_weight_t(weight_ptrs[l], 1, WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l])
                 z = tl.dot(h, operand(wt.to(DTYPE), PRECISION, WIDEN), input_precision=PRECISION)
             if bias_ptrs is not None:
                 z += biases[l][None, :]
