@@ -92,7 +92,7 @@ UNBOUNDED = ("relu", "identity")
 
 @triton.jit
 def stride_of_weight(stride, zero, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """The stride along the inputs of a weight that is loaded as the right operand of a product.
+    """The stride along the inputs of a weight that a program loads once, as the right operand of its products.
 
     zero: an integer that is 0, which the compiler does not know. Products on FMA units read their operands from shared
     memory in the order in which they were loaded. In that of a row of a weight, threads that take neighbouring outputs

@@ -111,7 +111,6 @@ def linear_act_fwd_tiled_kernel(
     mask_m = offs_m < M
     mask_n = offs_n < N
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    stride_wk = stride_of_weight(stride_wk, tl.minimum(M, 0), weight_ptr.dtype.element_ty, PRECISION)
     wt_ptrs = weight_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
     # 64-bit steps: BLOCK_K * stride alone may pass 2^31 for a transposed operand.
     step_x = tl.full((), BLOCK_K, tl.int64) * stride_xk
