@@ -29,25 +29,27 @@ class Schedule:
         if isinstance(self.given, Tensor):
             return self.given.detach()[start : start + steps]
         values = list(map(self.given, range(start, start + steps)))
-        if all(type(value) is float for value in values):  # at once: a step may take less time than a check of its own
+        if set(map(type, values)) == {float}:  # all at once: a step may take less time than to look at its rate
             rows = torch.tensor(values, dtype=torch.float64, device="cpu")[:, None]
         else:
-            own = [self._row(step, value) for step, value in enumerate(values, start)]
+            # Where a GPU has them, one by one would wait for it as often.
+            device = next((v.device for v in values if isinstance(v, Tensor) and v.is_cuda), torch.device("cpu"))
+            own = [self._row(step, value, device) for step, value in enumerate(values, start)]
             rows = torch.stack(own if all(len(row) == 1 for row in own) else [row.expand(self.members) for row in own])
         if not bool((rows >= 0).all()):
             step = int((rows >= 0).all(1).logical_not().nonzero()[0])
             raise ValueError(f"lr must not be negative, but lr({start + step}) is {rows[step].squeeze().tolist()}")
         return rows
 
-    def _row(self, step: int, value: object) -> Tensor:
+    def _row(self, step: int, value: object, device: torch.device) -> Tensor:
         """(1,) or (members,), fp64."""
         if isinstance(value, Real) and not isinstance(value, bool):
-            return torch.tensor([float(value)], dtype=torch.float64, device="cpu")
+            return torch.tensor([float(value)], dtype=torch.float64, device=device)
         if not isinstance(value, Tensor):
             raise TypeError(f"lr({step}) must return a float or a tensor, not a {type(value).__name__}")
         if value.shape not in ((), (1,), (self.members,)):
             raise ValueError(f"lr({step}) returned a tensor {tuple(value.shape)}, neither () nor ({self.members},)")
-        return value.detach().to("cpu", torch.float64).view(-1)
+        return value.detach().to(device, torch.float64).view(-1)
 
 
 def schedule_of(lr: Rates | None, model: nn.Module) -> Schedule | None:
