@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .train_rules import UNALIGNED, UNSPECIALIZED, own_numbers, segment_steps, step_rate, update
+from .train_rules import UNALIGNED, UNSPECIALIZED, own_number, own_numbers, segment_steps, step_rate, update
 
 
 @triton.jit
@@ -163,7 +163,8 @@ def train_block_kernel(
     member = tl.program_id(0).to(tl.int64)
     x_ptr += member * stride_xe
     y_ptr += member * stride_ye
-    decay, own_hyper = own_numbers(weight_decay, hyper, member)
+    decay = None if weight_decay is None else own_number(weight_decay, member)
+    own_hyper = own_numbers(hyper, member)
     lr = tl.load(lr_ptr + member) if stride_ls is None else None
     params = block_load(parameter_ptrs, member, True, SIZES, WIDTHS, PADDED)
     firsts = block_load(first_ptrs, member, taken > 0, SIZES, WIDTHS, PADDED)

@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .train_rules import UNALIGNED, UNSPECIALIZED, own_numbers, segment_steps, step_rate, update
+from .train_rules import UNALIGNED, UNSPECIALIZED, own_number, own_numbers, segment_steps, step_rate, update
 
 
 @triton.jit
@@ -163,7 +163,8 @@ def train_lane_kernel(
     known = tl.where(taken > 0, mask, False)
     # Lanes without a network have the numbers of the last one.
     own = tl.minimum(member, members - 1)
-    decay, own_hyper = own_numbers(weight_decay, hyper, own)
+    decay = None if weight_decay is None else own_number(weight_decay, own)
+    own_hyper = own_numbers(hyper, own)
     lr = tl.load(lr_ptr + member, mask=mask, other=0.0) if stride_ls is None else None
     params = _lane_load(parameter_ptrs, member, mask, SIZES, BLOCK)
     firsts = _lane_load(first_ptrs, member, known, SIZES, BLOCK)

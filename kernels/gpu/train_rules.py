@@ -179,22 +179,20 @@ OPTIMIZERS = {
 @triton.jit
 def own_number(number, member):
     """A number that all members have, or, of a pointer to (members,), the member's own."""
-    # To the interpreter a number is a float of Python, which has no dtype.
-    if tl.to_tensor(number).dtype.is_ptr():
+    if isinstance(number, float):  # what a number in a tuple is to the interpreter
+        return number
+    elif number.dtype.is_ptr():  # noqa: RET505, the compiler wants all three
         return tl.load(number + member)
-    else:  # noqa: RET505, the compiler wants both
+    else:
         return number
 
 
 @triton.jit
-def own_numbers(weight_decay, hyper, member):
-    """Both as numbers of the member."""
-    numbers = ()
-    for i in tl.static_range(len(hyper)):
-        numbers = numbers + (own_number(hyper[i], member),)
-    if weight_decay is not None:
-        weight_decay = own_number(weight_decay, member)
-    return weight_decay, numbers
+def own_numbers(numbers, member):
+    own = ()
+    for i in tl.static_range(len(numbers)):
+        own = own + (own_number(numbers[i], member),)
+    return own
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .train_block import block_accumulate, block_backward, block_forward, block_load, block_rows, block_store
-from .train_rules import UNALIGNED, UNSPECIALIZED, own_numbers, step_rate, update
+from .train_rules import UNALIGNED, UNSPECIALIZED, own_number, own_numbers, step_rate, update
 
 
 @triton.jit
@@ -132,7 +132,8 @@ def train_spread_kernel(
                     added = added + (sums[i] + slot,)
                 sums = added
                 total += tl.load(slot_ptr + STARTS[len(params)], mask=there, other=0.0, cache_modifier=".cg")
-        decay, own_hyper = own_numbers(weight_decay, hyper, member)
+        decay = None if weight_decay is None else own_number(weight_decay, member)
+        own_hyper = own_numbers(hyper, member)
         lr = tl.load(lr_ptr + member) if stride_ls is None else None
         rate = step_rate(lr, lr_ptr, stride_ls, stride_le, step, member)
         firsts = block_load(first_ptrs, member, taken + step > 0, SIZES, WIDTHS, PADDED)
