@@ -60,8 +60,8 @@ class Run:
             self.rates = self.rates[:1].expand(8, members)
         self.lr = self.rates[0] if rates == "constant" else None
 
-    def loop(self, monkeypatch, name, pieces=(1, 2, 5), dtype=torch.float64):
-        """[*parameters, *state, losses] of all steps."""
+    def loop(self, monkeypatch, name, pieces=(1, 2, 5), dtype=torch.float64, anew=False):
+        """[*parameters, *state, losses] of all steps. anew: each piece is a run of its own."""
         if LOOPS[name] is not TORCH:
             pytest.importorskip("numba", reason="numba is not installed")
         else:
@@ -73,10 +73,12 @@ class Run:
         # What the state holds before its first step must not matter.
         first, second = ([torch.full_like(p, torch.nan) for p in parameters] if states > i else [] for i in range(2))
         lr = None if self.lr is None else self.lr.to(dtype)
-        data = (lr, self.x.to(dtype), self.y.to(dtype), 3, 0, LOOPS[name], Hyperparameters(**self.own))
-        make = TorchLoop if LOOPS[name] is TORCH else NativeLoop
-        run, done, losses = make(self.config, parameters, first, second, *data), 0, []
+        data, plan = (self.config, parameters, first, second, lr, self.x.to(dtype), self.y.to(dtype), 3), LOOPS[name]
+        make = TorchLoop if plan is TORCH else NativeLoop
+        run, done, losses = None, 0, []
         for steps in pieces:
+            if run is None or anew:
+                run = make(*data, done, plan, Hyperparameters(**self.own))
             due = [step for step in range(done, done + steps) if step % 2 == 0]
             losses.append(torch.full((len(due), self.members), torch.nan, dtype=dtype))
             rates = [self.rates[done : done + steps].to(dtype)] if self.lr is None else []
@@ -105,9 +107,10 @@ class Run:
             optimizer = kind(parameters, 0.1, (r.beta1, r.beta2), r.eps, r.weight_decay)
             names = ["exp_avg", "exp_avg_sq"]
         criterion, losses = CRITERIA[r.loss](reduction=r.reduction), []
+        x, y = (data[e if len(data) > 1 else 0] for data in (self.x, self.y))
         for step in range(8):
             rows = self.order[step // 3].split(3)[step % 3]
-            loss = criterion(model(self.x[0, rows]), self.y[0, rows])
+            loss = criterion(model(x[rows]), y[rows])
             losses += [loss.detach()] if step % 2 == 0 else []
             optimizer.zero_grad()
             loss.backward()
@@ -151,6 +154,8 @@ def test_cross_entropy(monkeypatch, loop, members, reduction):
     assert_as_torch(run.loop(monkeypatch, loop), run.torch())
     run.y = torch.eye(3, dtype=torch.float64)[torch.arange(7) % 3][None]
     assert_as_torch(run.loop(monkeypatch, loop), run.torch())
+    run.y = torch.stack([run.y[0].roll(e, 0) for e in range(members)])  # each member its own
+    assert_as_torch(run.loop(monkeypatch, loop), run.torch())
 
 
 @pytest.mark.parametrize("members", [1, 3])
@@ -160,6 +165,14 @@ def test_cross_entropy_of_great_logits(monkeypatch, loop, members):
     run = Run("sgd", members, "cross_entropy")
     run.initial[2] *= 900
     assert_as_torch(run.loop(monkeypatch, loop), run.torch())
+
+
+@pytest.mark.parametrize("variant", ["nesterov", "adam-decay"])
+@pytest.mark.parametrize("members", [1, 3])
+@every_loop
+def test_state_of_earlier_steps_is_continued(monkeypatch, loop, members, variant):
+    run = Run(variant, members)
+    assert_as_torch(run.loop(monkeypatch, loop, anew=True), run.torch())
 
 
 @pytest.mark.parametrize("variant", ["sgd", "decay", "dampening", "adamw"])
