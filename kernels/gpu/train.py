@@ -64,11 +64,6 @@ class KernelLoop:
         else:
             optimizer = "sgd" if config.momentum == 0 else "nesterov" if config.nesterov else "momentum"
             hyper = (own.of(config, "momentum"), own.undamped(config))
-        weight_decay = own.of(config, "weight_decay") if config.weight_decay else None
-        hyper, (weight_decay,) = (
-            tuple(n.to(x.device, torch.float32) if isinstance(n, Tensor) else n for n in numbers)
-            for numbers in (hyper, (weight_decay,))
-        )
         sizes = tuple(p[0].numel() for p in parameters)
         if plan.impl == "lane":
             self.kernel, self.grid = train_lane_kernel, (triton.cdiv(members, plan.networks),)
@@ -108,8 +103,8 @@ class KernelLoop:
             "batches": self.batches,
             "scale": 1.0 / (batch_size * terms) if terms else 1.0,
             "last_scale": 1.0 / (last * terms) if terms else 1.0,
-            "weight_decay": weight_decay,
-            "hyper": hyper,
+            "weight_decay": _single(own.of(config, "weight_decay"), x.device) if config.weight_decay else None,
+            "hyper": tuple(_single(number, x.device) for number in hyper),
             "HIDDEN": ACTIVATIONS[config.hidden][0],
             "HIDDEN_BACKWARD": ACTIVATIONS[config.hidden][1],
             "OUTPUT": ACTIVATIONS[config.output][0],
@@ -163,3 +158,8 @@ class KernelLoop:
 def _log(beta: float | Tensor) -> float | Tensor:
     """In fp64, with -inf for 0."""
     return beta.log() if isinstance(beta, Tensor) else math.log(beta) if beta else -math.inf
+
+
+def _single(number: float | Tensor, device: torch.device) -> float | Tensor:
+    """As a kernel takes it."""
+    return number.to(device, torch.float32) if isinstance(number, Tensor) else number
