@@ -254,8 +254,8 @@ class TrainConfig:
     hidden: str = "sigmoid"  # a name in activations.py
     output: str = "sigmoid"
     bias: bool = True
-    loss: str = "bce"  # "bce" (output: sigmoid), "bce_logits" (output: identity) or "mse" (any output)
-    reduction: str = "mean"  # or "sum"; mean divides by batch * widths[-1]
+    loss: str = "bce"  # "bce" (output: sigmoid), "bce_logits", "cross_entropy" (output: identity) or "mse" (any output)
+    reduction: str = "mean"  # or "sum"; mean divides by the batch times `hyperparameters.mean_terms`
     optimizer: str = "sgd"  # or "adam", "adamw"
     momentum: float = 0.0
     dampening: float = 0.0

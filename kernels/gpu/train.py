@@ -33,6 +33,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..hyperparameters import COMMON, Hyperparameters, mean_terms
 from .functions import ACTIVATIONS
 from .launch import device_of, launch_in_a_row
 from .network import padded
@@ -48,20 +49,21 @@ FLYING = 96
 class KernelLoop:
     """A run of training steps in launches. The arguments are those of `TorchLoop`, in float32 and contiguous."""
 
-    def __init__(self, config, parameters, first, second, lr, x, y, batch_size, taken, plan) -> None:
+    def __init__(
+        self, config, parameters, first, second, lr, x, y, batch_size, taken, plan, own: Hyperparameters = COMMON
+    ) -> None:
         self.taken, self.plan = taken, plan
-        widths, members, self.samples = config.widths, lr.shape[0], x.shape[1]
+        widths, members, self.samples = config.widths, parameters[0].shape[0], x.shape[1]
         batch_size = min(batch_size, self.samples)
         self.batches = -(-self.samples // batch_size)
         last = self.samples - (self.batches - 1) * batch_size
-        divide = config.reduction == "mean"
+        terms = mean_terms(config) if config.reduction == "mean" else 0
         if config.optimizer in ("adam", "adamw"):
-            optimizer, betas = "adam", (config.beta1, config.beta2)
-            logs = [math.log(beta) if beta else -math.inf for beta in betas]
-            hyper = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], *logs, config.eps)
+            optimizer, betas = "adam", (own.of(config, "beta1"), own.of(config, "beta2"))
+            hyper = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], *map(_log, betas), config.eps)
         else:
             optimizer = "sgd" if config.momentum == 0 else "nesterov" if config.nesterov else "momentum"
-            hyper = (config.momentum, 1 - config.dampening)
+            hyper = (own.of(config, "momentum"), own.undamped(config))
         sizes = tuple(p[0].numel() for p in parameters)
         if plan.impl == "lane":
             self.kernel, self.grid = train_lane_kernel, (triton.cdiv(members, plan.networks),)
@@ -95,18 +97,21 @@ class KernelLoop:
             "samples": self.samples,
             "stride_xe": x.stride(0) if x.shape[0] > 1 else 0,
             "stride_ye": y.stride(0) if y.shape[0] > 1 else 0,
+            "stride_ls": None,
+            "stride_le": None,
             "batch_size": batch_size,
             "batches": self.batches,
-            "scale": 1.0 / (batch_size * widths[-1]) if divide else 1.0,
-            "last_scale": 1.0 / (last * widths[-1]) if divide else 1.0,
-            "weight_decay": config.weight_decay or None,
-            "hyper": hyper,
+            "scale": 1.0 / (batch_size * terms) if terms else 1.0,
+            "last_scale": 1.0 / (last * terms) if terms else 1.0,
+            "weight_decay": _single(own.of(config, "weight_decay"), x.device) if config.weight_decay else None,
+            "hyper": tuple(_single(number, x.device) for number in hyper),
             "HIDDEN": ACTIVATIONS[config.hidden][0],
             "HIDDEN_BACKWARD": ACTIVATIONS[config.hidden][1],
             "OUTPUT": ACTIVATIONS[config.output][0],
             "OUTPUT_BACKWARD": ACTIVATIONS[config.output][1],
-            "LOSS": LOSSES[config.loss][0],
-            "DZ": LOSSES[config.loss][1],
+            "SUMS": LOSSES[config.loss][0],
+            "LOSS": LOSSES[config.loss][1],
+            "DZ": LOSSES[config.loss][2],
             "NUMBERS": OPTIMIZERS[optimizer][0],
             "UPDATE": OPTIMIZERS[optimizer][1],
             "DECOUPLED": config.optimizer == "adamw",
@@ -119,8 +124,8 @@ class KernelLoop:
             "maxnreg": 255,
         }
 
-    def run(self, order: Tensor | None, start: int, steps: int, log_every: int, losses: Tensor) -> None:
-        """As `TorchLoop.run`; order is int32, losses float32."""
+    def run(self, order: Tensor | None, start, steps, log_every, losses: Tensor, rates: Tensor | None = None) -> None:
+        """As `TorchLoop.run`; order is int32, losses and rates float32."""
         if steps == 0:
             return
         # Without a log there is one segment, which began a step before the launch, so that no loss is due. The kernel
@@ -135,6 +140,10 @@ class KernelLoop:
             # The kernel adds the period to step numbers, and one longer than the launch could overflow.
             "period": min(log_every or offset + steps, offset + steps),
         }
+        if rates is not None:
+            # Rows of a longer tensor may begin anywhere in memory, a copy at a multiple of 16 bytes.
+            arguments["lr_ptr"] = rates.clone(memory_format=torch.contiguous_format)
+            arguments |= {"stride_ls": rates.shape[1], "stride_le": int(rates.shape[1] > 1)}
         with device_of(losses.device):
             if self.spread:
                 self.progress.zero_()
@@ -144,3 +153,13 @@ class KernelLoop:
                 rows = {"ROWS": self.samples if resident else self.plan.rows} if self.plan.impl == "lane" else {}
                 self.kernel[self.grid](**arguments, steps=steps, RESIDENT=resident, **rows, enable_fp_fusion=True)
         self.taken += steps
+
+
+def _log(beta: float | Tensor) -> float | Tensor:
+    """In fp64, with -inf for 0."""
+    return beta.log() if isinstance(beta, Tensor) else math.log(beta) if beta else -math.inf
+
+
+def _single(number: float | Tensor, device: torch.device) -> float | Tensor:
+    """As a kernel takes it."""
+    return number.to(device, torch.float32) if isinstance(number, Tensor) else number

@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .train_rules import UNALIGNED, UNSPECIALIZED, segment_steps, update
+from .train_rules import UNALIGNED, UNSPECIALIZED, own_number, own_numbers, segment_steps, step_rate, update
 
 
 @triton.jit
@@ -80,21 +80,20 @@ def block_forward(params, x, HIDDEN, OUTPUT, WIDTHS: tl.constexpr, PADDED: tl.co
 
 @triton.jit
 def _block_loss(
-    params, x, t, inside, HIDDEN, OUTPUT, LOSS, WIDTHS: tl.constexpr, PADDED: tl.constexpr, BIAS: tl.constexpr
+    params, x, t, inside, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS: tl.constexpr, PADDED: tl.constexpr, BIAS: tl.constexpr
 ):
     """The loss of a tile of samples, summed."""
     hs, z = block_forward(params, x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
-    return tl.sum(tl.where(inside, LOSS(z, hs[len(WIDTHS) - 1], t), 0.0))
+    return tl.sum(tl.where(inside, LOSS(z, hs[len(WIDTHS) - 1], t, SUMS(z, t, inside)), 0.0))
 
 
 @triton.jit
-def block_backward(
-    params, hs, z, t, inside, scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, LAYERS: tl.constexpr, BIAS: tl.constexpr
-):
+def block_backward(params, hs, z, t, inside, scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, BIAS: tl.constexpr):
     """dz of every layer, the last first, [PADDED[l + 1], BLOCK_M] each."""
+    LAYERS: tl.constexpr = len(hs) - 1
     EACH: tl.constexpr = 2 if BIAS else 1
     y = hs[LAYERS]
-    dz = tl.where(inside, DZ(z, y, t, OUTPUT_BACKWARD) * scale, 0.0)
+    dz = tl.where(inside, DZ(z, y, t, SUMS(z, t, inside), OUTPUT_BACKWARD) * scale, 0.0)
     dzs = (dz,)
     for l in tl.static_range(LAYERS - 1, 0, -1):
         dh = tl.dot(tl.trans(params[EACH * l]), dzs[LAYERS - 1 - l], input_precision="ieee")
@@ -129,6 +128,8 @@ def train_block_kernel(
     samples,
     stride_xe,
     stride_ye,
+    stride_ls,
+    stride_le,
     batch_size,
     batches,
     batch,
@@ -144,6 +145,7 @@ def train_block_kernel(
     HIDDEN_BACKWARD: tl.constexpr,
     OUTPUT: tl.constexpr,
     OUTPUT_BACKWARD: tl.constexpr,
+    SUMS: tl.constexpr,
     LOSS: tl.constexpr,
     DZ: tl.constexpr,
     NUMBERS: tl.constexpr,
@@ -161,7 +163,9 @@ def train_block_kernel(
     member = tl.program_id(0).to(tl.int64)
     x_ptr += member * stride_xe
     y_ptr += member * stride_ye
-    lr = tl.load(lr_ptr + member)
+    decay = None if weight_decay is None else own_number(weight_decay, member)
+    own_hyper = own_numbers(hyper, member)
+    lr = tl.load(lr_ptr + member) if stride_ls is None else None
     params = block_load(parameter_ptrs, member, True, SIZES, WIDTHS, PADDED)
     firsts = block_load(first_ptrs, member, taken > 0, SIZES, WIDTHS, PADDED)
     seconds = block_load(second_ptrs, member, taken > 0, SIZES, WIDTHS, PADDED)
@@ -172,7 +176,7 @@ def train_block_kernel(
         if (segment > 0) | (offset == 0):
             loss = tl.full((), 0.0, tl.float32)
             if RESIDENT:
-                loss += _block_loss(params, all_x, all_t, all_inside, HIDDEN, OUTPUT, LOSS, WIDTHS, PADDED, BIAS)
+                loss += _block_loss(params, all_x, all_t, all_inside, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS, PADDED, BIAS)
             else:
                 log_first = batch * batch_size
                 log_end = tl.minimum(log_first + batch_size, samples)
@@ -181,12 +185,15 @@ def train_block_kernel(
                     log_t, log_inside = block_rows(
                         y_ptr, order_ptr, log_start, log_end, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M
                     )
-                    loss += _block_loss(params, log_x, log_t, log_inside, HIDDEN, OUTPUT, LOSS, WIDTHS, PADDED, BIAS)
+                    loss += _block_loss(
+                        params, log_x, log_t, log_inside, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS, PADDED, BIAS
+                    )
             loss *= tl.where(batch == batches - 1, last_scale, scale)
             logged = (segment - tl.where(offset > 0, 1, 0)).to(tl.int64)
             tl.store(losses_ptr + logged * members + member, loss)
         first_step, last_step = segment_steps(segment, offset, period, steps)
         for step in tl.range(first_step, last_step, num_stages=1):
+            rate = step_rate(lr, lr_ptr, stride_ls, stride_le, step, member)
             batch_scale = tl.where(batch == batches - 1, last_scale, scale)
             grads = ()
             for i in tl.static_range(len(params)):
@@ -194,7 +201,7 @@ def train_block_kernel(
             if RESIDENT:
                 hs, z = block_forward(params, all_x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
                 dzs = block_backward(
-                    params, hs, z, all_t, all_inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, LAYERS, BIAS
+                    params, hs, z, all_t, all_inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, BIAS
                 )
                 grads = block_accumulate(grads, hs, dzs, LAYERS, BIAS)
             else:
@@ -207,11 +214,11 @@ def train_block_kernel(
                     )
                     hs, z = block_forward(params, x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
                     dzs = block_backward(
-                        params, hs, z, t, inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, LAYERS, BIAS
+                        params, hs, z, t, inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, BIAS
                     )
                     grads = block_accumulate(grads, hs, dzs, LAYERS, BIAS)
             params, firsts, seconds = update(
-                params, firsts, seconds, grads, lr, weight_decay, taken + step + 1, hyper, NUMBERS, UPDATE, DECOUPLED
+                params, firsts, seconds, grads, rate, decay, taken + step + 1, own_hyper, NUMBERS, UPDATE, DECOUPLED
             )
             # The batch of the next step is the following one, or the first of the next epoch.
             if order_ptr is not None:

@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .train_rules import UNALIGNED, UNSPECIALIZED, segment_steps, update
+from .train_rules import UNALIGNED, UNSPECIALIZED, own_number, own_numbers, segment_steps, step_rate, update
 
 
 @triton.jit
@@ -60,26 +60,28 @@ def _lane_forward(params, x, HIDDEN, OUTPUT, WIDTHS: tl.constexpr, AT: tl.conste
 
 
 @triton.jit
-def _lane_loss(params, x, t, HIDDEN, OUTPUT, LOSS, WIDTHS: tl.constexpr, AT: tl.constexpr, BIAS: tl.constexpr):
+def _lane_loss(params, x, t, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS: tl.constexpr, AT: tl.constexpr, BIAS: tl.constexpr):
     """The loss of one sample, summed over the outputs."""
     LAYERS: tl.constexpr = len(WIDTHS) - 1
     hs, zs = _lane_forward(params, x, HIDDEN, OUTPUT, WIDTHS, AT, BIAS)
-    loss = LOSS(zs[0], hs[LAYERS][0], t[0])
+    sums = SUMS(zs, t, None)
+    loss = LOSS(zs[0], hs[LAYERS][0], t[0], sums)
     for n in tl.static_range(1, tl.constexpr(WIDTHS[LAYERS])):
-        loss += LOSS(zs[n], hs[LAYERS][n], t[n])
+        loss += LOSS(zs[n], hs[LAYERS][n], t[n], sums)
     return loss
 
 
 @triton.jit
 def _lane_backward(
-    params, hs, zs, t, scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, WIDTHS: tl.constexpr, AT: tl.constexpr
+    params, hs, zs, t, scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, WIDTHS: tl.constexpr, AT: tl.constexpr
 ):
     """dz of every layer, the last first: a tuple of [BLOCK] tensors each."""
     LAYERS: tl.constexpr = len(WIDTHS) - 1
+    sums = SUMS(zs, t, None)
     dz = ()
     for n in tl.static_range(tl.constexpr(WIDTHS[LAYERS])):
         y = hs[LAYERS][n]
-        dz = dz + (DZ(zs[n], y, t[n], OUTPUT_BACKWARD) * scale,)
+        dz = dz + (DZ(zs[n], y, t[n], sums, OUTPUT_BACKWARD) * scale,)
     dzs = (dz,)
     for l in tl.static_range(LAYERS - 1, 0, -1):
         dz = ()
@@ -112,7 +114,7 @@ def train_lane_kernel(
     parameter_ptrs,  # w0, b0, w1, b1, .. or w0, w1, ..: (members, N_l, K_l) and (members, N_l)
     first_ptrs,  # of the same shapes; None: the optimizer keeps no such state
     second_ptrs,
-    lr_ptr,  # (members,)
+    lr_ptr,  # (members,), or a schedule, (steps of this launch, members)
     x_ptr,  # (members or 1, samples, widths[0])
     y_ptr,  # (members or 1, samples, widths[-1])
     order_ptr,  # (epochs, samples), from the epoch of the first step on; None: in order
@@ -121,6 +123,8 @@ def train_lane_kernel(
     samples,
     stride_xe,  # 0: shared by all members
     stride_ye,
+    stride_ls,  # None: one rate for all steps
+    stride_le,  # 0: shared by all members; None where stride_ls is
     batch_size,
     batches,  # per epoch
     batch,  # of the first step
@@ -130,12 +134,13 @@ def train_lane_kernel(
     steps,
     offset,  # steps from the last one that was to be logged to the first one of this launch
     period,  # steps from one that is logged to the next
-    weight_decay,  # None: 0
-    hyper,
+    weight_decay,  # None: 0; a number, or a pointer to (members,)
+    hyper,  # a tuple of the same
     HIDDEN: tl.constexpr,
     HIDDEN_BACKWARD: tl.constexpr,
     OUTPUT: tl.constexpr,
     OUTPUT_BACKWARD: tl.constexpr,
+    SUMS: tl.constexpr,
     LOSS: tl.constexpr,
     DZ: tl.constexpr,
     NUMBERS: tl.constexpr,
@@ -156,7 +161,11 @@ def train_lane_kernel(
     mask = member < members
     # Before the first step of all, the state is what the optimizer starts from, and the buffers are not read.
     known = tl.where(taken > 0, mask, False)
-    lr = tl.load(lr_ptr + member, mask=mask, other=0.0)
+    # Lanes without a network have the numbers of the last one.
+    own = tl.minimum(member, members - 1)
+    decay = None if weight_decay is None else own_number(weight_decay, own)
+    own_hyper = own_numbers(hyper, own)
+    lr = tl.load(lr_ptr + member, mask=mask, other=0.0) if stride_ls is None else None
     params = _lane_load(parameter_ptrs, member, mask, SIZES, BLOCK)
     firsts = _lane_load(first_ptrs, member, known, SIZES, BLOCK)
     seconds = _lane_load(second_ptrs, member, known, SIZES, BLOCK)
@@ -172,7 +181,7 @@ def train_lane_kernel(
             loss = tl.zeros((BLOCK,), tl.float32)
             if RESIDENT:
                 for r in tl.static_range(ROWS):
-                    loss += _lane_loss(params, xs[r], ts[r], HIDDEN, OUTPUT, LOSS, WIDTHS, AT, BIAS)
+                    loss += _lane_loss(params, xs[r], ts[r], HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS, AT, BIAS)
             else:
                 log_first = batch * batch_size
                 for log_index in range(log_first, tl.minimum(log_first + batch_size, samples)):
@@ -181,12 +190,13 @@ def train_lane_kernel(
                         log_row = tl.load(order_ptr + log_row).to(tl.int64)
                     log_x = _lane_row(x_ptr, member, mask, stride_xe, log_row, WIDTHS[0])
                     log_t = _lane_row(y_ptr, member, mask, stride_ye, log_row, WIDTHS[LAYERS])
-                    loss += _lane_loss(params, log_x, log_t, HIDDEN, OUTPUT, LOSS, WIDTHS, AT, BIAS)
+                    loss += _lane_loss(params, log_x, log_t, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS, AT, BIAS)
             loss *= tl.where(batch == batches - 1, last_scale, scale)
             logged = (segment - tl.where(offset > 0, 1, 0)).to(tl.int64)
             tl.store(losses_ptr + logged * members + member, loss, mask=mask)
         first_step, last_step = segment_steps(segment, offset, period, steps)
         for step in range(first_step, last_step):
+            rate = step_rate(lr, lr_ptr, stride_ls, stride_le, step, own)
             batch_scale = tl.where(batch == batches - 1, last_scale, scale)
             grads = ()
             for _ in tl.static_range(len(params)):
@@ -195,7 +205,7 @@ def train_lane_kernel(
                 for r in tl.static_range(ROWS):
                     hs, zs = _lane_forward(params, xs[r], HIDDEN, OUTPUT, WIDTHS, AT, BIAS)
                     dzs = _lane_backward(
-                        params, hs, zs, ts[r], batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, WIDTHS, AT
+                        params, hs, zs, ts[r], batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, WIDTHS, AT
                     )
                     grads = _lane_accumulate(grads, hs, dzs, WIDTHS, AT, BIAS)
             else:
@@ -212,11 +222,11 @@ def train_lane_kernel(
                         t = _lane_row(y_ptr, member, mask, stride_ye, row, WIDTHS[LAYERS])
                         hs, zs = _lane_forward(params, x, HIDDEN, OUTPUT, WIDTHS, AT, BIAS)
                         dzs = _lane_backward(
-                            params, hs, zs, t, row_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, WIDTHS, AT
+                            params, hs, zs, t, row_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, WIDTHS, AT
                         )
                         grads = _lane_accumulate(grads, hs, dzs, WIDTHS, AT, BIAS)
             params, firsts, seconds = update(
-                params, firsts, seconds, grads, lr, weight_decay, taken + step + 1, hyper, NUMBERS, UPDATE, DECOUPLED
+                params, firsts, seconds, grads, rate, decay, taken + step + 1, own_hyper, NUMBERS, UPDATE, DECOUPLED
             )
             # The batch of the next step is the following one, or the first of the next epoch.
             if order_ptr is not None:

@@ -1,4 +1,8 @@
-"""What a step of training does: losses, optimizers, the update of a parameter, and where segments begin and end."""
+"""What a step of training does: losses, optimizers, the update of a parameter, and where segments begin and end.
+
+A loss is a function of one output and of the sums over all outputs of its sample. z, t and `inside` of these sums are
+tuples of a lane's outputs and None, or tiles with a sample in each column and which of their elements there are.
+"""
 
 # triton's types know neither launch options nor tl.range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
@@ -16,6 +20,8 @@ UNSPECIALIZED = (
     "samples",
     "stride_xe",
     "stride_ye",
+    "stride_ls",
+    "stride_le",
     "batch_size",
     "batches",
     "batch",
@@ -28,7 +34,12 @@ UNALIGNED = ("order_ptr", "losses_ptr")  # may be rows of longer tensors
 
 
 @triton.jit
-def bce(z, y, t):
+def no_sums(z, t, inside):
+    return ()
+
+
+@triton.jit
+def bce(z, y, t, sums):
     # The loss is computed from z, since p has lost digits, but cut off where torch's BCELoss is: log 0 counts -100. In
     # torch p is 0 where e^-z overflows, and 1 where 1 + e^-z rounds to 1, from z = 24 ln 2 on.
     log1p = log1p_exp(z)
@@ -38,31 +49,72 @@ def bce(z, y, t):
 
 
 @triton.jit
-def bce_dz(z, y, t, BACKWARD):
+def bce_dz(z, y, t, sums, BACKWARD):
     return y - t
 
 
 @triton.jit
-def bce_logits(z, y, t):
+def bce_logits(z, y, t, sums):
     return bce_with_logits(z, t, 1.0)
 
 
 @triton.jit
-def bce_logits_dz(z, y, t, BACKWARD):
+def bce_logits_dz(z, y, t, sums, BACKWARD):
     return sigmoid(z) - t
 
 
 @triton.jit
-def mse(z, y, t):
+def mse(z, y, t, sums):
     return (y - t) * (y - t)
 
 
 @triton.jit
-def mse_dz(z, y, t, BACKWARD):
+def mse_dz(z, y, t, sums, BACKWARD):
     return BACKWARD(2.0 * (y - t), y)
 
 
-LOSSES = {"bce": (bce, bce_dz), "bce_logits": (bce_logits, bce_logits_dz), "mse": (mse, mse_dz)}
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def softmax_sums(z, t, inside):
+    """The greatest logit of a sample, log sum e^(z - that), and the sum of its targets."""
+    if inside is None:
+        top = z[0]
+        targets = t[0]
+        for n in tl.static_range(1, len(z)):
+            top = tl.maximum(top, z[n])
+            targets += t[n]
+        total = tl.exp2((z[0] - top) * LOG2_E)
+        for n in tl.static_range(1, len(z)):
+            total += tl.exp2((z[n] - top) * LOG2_E)
+        return top, tl.log(total), targets
+    else:  # noqa: RET505, the compiler wants both
+        # Finite, so that a column without a sample has sums too.
+        logits = tl.where(inside, z, -1e38)
+        top = tl.max(logits, axis=0)[None, :]
+        total = tl.sum(tl.exp2((logits - top) * LOG2_E), axis=0)[None, :]
+        return top, tl.log(total), tl.sum(t, axis=0)[None, :]
+
+
+@triton.jit
+def cross_entropy(z, y, t, sums):
+    # Not z - (top + log): in that sum the log of a sample that is classified well has no digits left.
+    return t * (sums[1] - (z - sums[0]))
+
+
+@triton.jit
+def cross_entropy_dz(z, y, t, sums, BACKWARD):
+    return tl.exp2(((z - sums[0]) - sums[1]) * LOG2_E) * sums[2] - t
+
+
+# What a loss needs of all outputs of a sample, the loss of an output, and its gradient at z.
+LOSSES = {
+    "bce": (no_sums, bce, bce_dz),
+    "bce_logits": (no_sums, bce_logits, bce_logits_dz),
+    "mse": (no_sums, mse, mse_dz),
+    "cross_entropy": (softmax_sums, cross_entropy, cross_entropy_dz),
+}
 
 
 @triton.jit
@@ -122,6 +174,34 @@ OPTIMIZERS = {
     "nesterov": (momentum_numbers, nesterov),
     "adam": (adam_numbers, adam),
 }
+
+
+@triton.jit
+def own_number(number, member):
+    """A number that all members have, or, of a pointer to (members,), the member's own."""
+    if isinstance(number, float):  # what a number in a tuple is to the interpreter
+        return number
+    elif number.dtype.is_ptr():  # noqa: RET505, the compiler wants all three
+        return tl.load(number + member)
+    else:
+        return number
+
+
+@triton.jit
+def own_numbers(numbers, member):
+    own = ()
+    for i in tl.static_range(len(numbers)):
+        own = own + (own_number(numbers[i], member),)
+    return own
+
+
+@triton.jit
+def step_rate(lr, lr_ptr, stride_ls, stride_le, step, member):
+    """The rate of a step of the launch: lr, unless there is a schedule."""
+    if stride_ls is None:
+        return lr
+    else:  # noqa: RET505, the compiler wants both
+        return tl.load(lr_ptr + tl.cast(step, tl.int64) * stride_ls + member * stride_le)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .train_block import block_accumulate, block_backward, block_forward, block_load, block_rows, block_store
-from .train_rules import UNALIGNED, UNSPECIALIZED, update
+from .train_rules import UNALIGNED, UNSPECIALIZED, own_number, own_numbers, step_rate, update
 
 
 @triton.jit
@@ -41,6 +41,8 @@ def train_spread_kernel(
     samples,
     stride_xe,
     stride_ye,
+    stride_ls,
+    stride_le,
     batch_size,
     batches,
     batch,
@@ -55,6 +57,7 @@ def train_spread_kernel(
     HIDDEN_BACKWARD: tl.constexpr,
     OUTPUT: tl.constexpr,
     OUTPUT_BACKWARD: tl.constexpr,
+    SUMS: tl.constexpr,
     LOSS: tl.constexpr,
     DZ: tl.constexpr,
     NUMBERS: tl.constexpr,
@@ -99,8 +102,8 @@ def train_spread_kernel(
         t, inside = block_rows(y_ptr, order_ptr, row_start, end_row, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M)
         hs, z = block_forward(params, x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
         if logged:
-            loss += tl.sum(tl.where(inside, LOSS(z, hs[LAYERS], t), 0.0))
-        dzs = block_backward(params, hs, z, t, inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, DZ, LAYERS, BIAS)
+            loss += tl.sum(tl.where(inside, LOSS(z, hs[LAYERS], t, SUMS(z, t, inside)), 0.0))
+        dzs = block_backward(params, hs, z, t, inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, BIAS)
         grads = block_accumulate(grads, hs, dzs, LAYERS, BIAS)
 
     own_ptr = slots_ptr + program * SLOT
@@ -129,11 +132,14 @@ def train_spread_kernel(
                     added = added + (sums[i] + slot,)
                 sums = added
                 total += tl.load(slot_ptr + STARTS[len(params)], mask=there, other=0.0, cache_modifier=".cg")
-        lr = tl.load(lr_ptr + member)
+        decay = None if weight_decay is None else own_number(weight_decay, member)
+        own_hyper = own_numbers(hyper, member)
+        lr = tl.load(lr_ptr + member) if stride_ls is None else None
+        rate = step_rate(lr, lr_ptr, stride_ls, stride_le, step, member)
         firsts = block_load(first_ptrs, member, taken + step > 0, SIZES, WIDTHS, PADDED)
         seconds = block_load(second_ptrs, member, taken + step > 0, SIZES, WIDTHS, PADDED)
         params, firsts, seconds = update(
-            params, firsts, seconds, sums, lr, weight_decay, taken + step + 1, hyper, NUMBERS, UPDATE, DECOUPLED
+            params, firsts, seconds, sums, rate, decay, taken + step + 1, own_hyper, NUMBERS, UPDATE, DECOUPLED
         )
         block_store(parameter_ptrs, params, member, SIZES, WIDTHS, PADDED)
         if first_ptrs is not None:

@@ -15,7 +15,7 @@ class Arrays(Layout):
     the columns of one matrix, and its input is (B, K + 1).
     """
 
-    axis, rates_shape = 0, (-1,)
+    axis, outputs_axis, rates_shape = 0, 1, (-1,)
 
     def samples(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return x[0] if self.shared else x.permute(1, 2, 0).contiguous(), y.permute(1, 2, 0).contiguous()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, Activation
+from ..hyperparameters import mean_terms
 from ..records import TrainConfig
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Layout(ABC):
     """Where the numbers of a network, or of a stack of them, lie, and which calls compute with them."""
 
     axis: int  # of x and y that counts samples
+    outputs_axis: int  # of an output that counts neurons
     rates_shape: tuple[int, ...]  # in which a rate per member multiplies parts and dz member by member
 
     def __init__(self, config: TrainConfig, parameters: Sequence[Tensor], x: Tensor, y: Tensor) -> None:
@@ -76,6 +78,12 @@ class Layout(ABC):
             torch.index_select(self.x, self.axis, indices, out=inputs)
             torch.index_select(self.y, self.axis, indices, out=target)
 
+    def fill(self, storage: Storage, numbers: Tensor) -> Tensor:
+        """The storage's whole, with the number of its member, (E,), for every parameter."""
+        for part in storage.parts:
+            part.copy_(numbers.view(self.rates_shape))
+        return storage.whole
+
     def write(self, storage: Storage, tensors: Sequence[Tensor]) -> None:
         for own, given in zip(self._blocks(storage), tensors, strict=True):
             own.copy_(given)
@@ -112,12 +120,14 @@ class Batch:
     target: Tensor  # broadcasts to it
     summed: tuple[int, int]  # its dimensions but that of the members
     load: Callable[[Tensor | None], None]  # fetches the samples with these indices, or all
+    updates: Sequence[partial] = ()  # calls with factors that change with the rate of a step
     whole_inputs: Tensor  # of a joint layout: those of all layers in one matrix
     whole_dz: Tensor
 
     def __init__(self, layout: Layout, optimizer: "Optimizer", size: int) -> None:
         self.config, self.size, self.dz_rates = layout.config, size, optimizer.dz_rates
-        self.mean = 1 / (size * self.config.widths[-1]) if self.config.reduction == "mean" else 1.0
+        self.mean = 1 / (size * mean_terms(self.config)) if self.config.reduction == "mean" else 1.0
+        self.outputs_axis = layout.outputs_axis
         self.scale = self.mean * (2 if self.config.loss == "mse" else 1)
         self.forward: list[Call] = []
         self.backward: list[Call] = []
@@ -147,6 +157,14 @@ class Batch:
         p, t, dz = self.output, self.target, self.dz[-1]
         if self.config.loss == "bce_logits":
             self.backward += [partial(torch.sigmoid, p, out=dz), partial(torch.sub, dz, t, out=dz)]
+        elif self.config.loss == "cross_entropy":
+            targets = t.sum(self.outputs_axis, keepdim=True)
+            self.backward += [
+                partial(torch.softmax, p, self.outputs_axis, out=dz),
+                partial(torch.sum, t, self.outputs_axis, keepdim=True, out=targets),
+                partial(dz.mul_, targets),  # 1 for probabilities, but torch takes any
+                partial(torch.sub, dz, t, out=dz),
+            ]
         else:
             self.backward.append(partial(torch.sub, p, t, out=dz))
         if self.config.loss == "mse":
@@ -167,6 +185,8 @@ class Batch:
         elif self.config.loss == "bce":
             # torch's function raises at NaN, which a loop has to log; so the formula is written out.
             values = -(t * p.log().clamp_min_(-100) + (1 - t) * torch.log1p(-p).clamp_min_(-100))
+        elif self.config.loss == "cross_entropy":
+            values = torch.log_softmax(p, self.outputs_axis).mul_(t).neg_()
         else:
             values = torch.nn.functional.binary_cross_entropy_with_logits(p, t.expand_as(p), reduction="none")
         return values.sum(self.summed).mul_(self.mean)

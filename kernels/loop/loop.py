@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import plan as planning
+from ..hyperparameters import COMMON, Hyperparameters
 from ..records import TrainConfig, TrainPlan
 from .arrays import Arrays
 from .layout import Batch
@@ -26,37 +27,47 @@ class TorchLoop:
         parameters: Sequence[Tensor],
         first: Sequence[Tensor],
         second: Sequence[Tensor],
-        lr: Tensor,
+        lr: Tensor | None,
         x: Tensor,
         y: Tensor,
         batch_size: int,
         taken: int,
         plan: TrainPlan,
+        own: Hyperparameters = COMMON,
     ) -> None:
         """parameters: w0, b0, w1, b1, ... (w0, w1, ... without biases), weights (E, N, K), biases (E, N). first,
         second: () or like parameters: momentum buffers, or Adam's two averages; not read if `taken`, the number of
-        steps that they have seen, is 0. lr: (E,). x: (E or 1, samples, widths[0]), y: (E or 1, samples, widths[-1]); a
-        leading 1 is shared. All of one dtype, float32 or float64. batch_size: at most `samples`. plan: says that this
-        implementation was chosen.
+        steps that they have seen, is 0. lr: (E,), or None where `run` is given the rates of its steps. x: (E or 1,
+        samples, widths[0]), y: (E or 1, samples, widths[-1]); a leading 1 is shared. All of one dtype, float32 or
+        float64. batch_size: at most `samples`. plan: says that this implementation was chosen. own: numbers of members
+        in the place of the config's.
         """
         self.given, self.device = (parameters, first, second), x.device
         self.size = min(batch_size, x.shape[1])
         self.per_epoch = -(-x.shape[1] // self.size)
         self.graph = plan.impl == "graph"
-        choice = planning.train_loop(lr.shape[0], self.size, config, x.shape[0] == 1, x.device.type)
+        choice = planning.train_loop(len(parameters[0]), self.size, config, x.shape[0] == 1, x.device.type)
         self.one_thread = choice.one_thread and x.is_cpu
         make = Arrays if choice.layout == "arrays" else partial(Matrices, joint=choice.layout == "joint")
         with self._context():
             self.layout = make(config, parameters, x, y)
-            self.optimizer = Optimizer(self.layout, first, second, lr, taken, self.graph)
+            self.optimizer = Optimizer(self.layout, first, second, lr, taken, self.graph, own)
             self.batches: dict[int, Batch] = {}
 
-    def run(self, order: Tensor | None, start: int, steps: int, log_every: int, losses: Tensor) -> None:
+    def run(
+        self,
+        order: Tensor | None,
+        start: int,
+        steps: int,
+        log_every: int,
+        losses: Tensor,
+        rates: Tensor | None = None,
+    ) -> None:
         """Takes `steps` steps, the first being number `start` of the run; writes parameters, state and losses in place.
 
         order: None for full batches, or (epochs, samples), the order of the samples in each epoch from that of step
         `start` on. losses: (rows, E), one row per step s in [start, start + steps) with s % log_every == 0, from before
-        its update.
+        its update. rates: (steps, E or 1), for an lr of None.
         """
         pieces = None
         if order is not None:
@@ -67,12 +78,12 @@ class TorchLoop:
             batch = self._batch(self.size)
             if pieces is None and not batch.ran:
                 batch.load(None)
-            for step in range(start, start + steps):
+            for step, rate in zip(range(start, start + steps), self.optimizer.rates_of(rates), strict=False):
                 if pieces is not None:
                     indices = next(pieces)
                     batch = self._batch(len(indices))
                     batch.load(indices)
-                self.optimizer.advance()
+                self.optimizer.advance(batch, rate)
                 if self.graph and batch.ran and not batch.captured:
                     batch.capture()
                 for call in batch.calls:

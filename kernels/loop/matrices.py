@@ -18,7 +18,7 @@ class Matrices(Layout):
     leaves off the diagonal is never read.
     """
 
-    axis, rates_shape = -2, (-1, 1, 1)
+    axis, outputs_axis, rates_shape = -2, -2, (-1, 1, 1)
 
     def __init__(self, config: TrainConfig, parameters: Sequence[Tensor], x: Tensor, y: Tensor, joint: bool) -> None:
         self.joint = joint

@@ -1,13 +1,17 @@
 """Optimizers: their state, and the calls that update it and the parameters."""
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..hyperparameters import COMMON, Hyperparameters
 from ..records import TrainConfig
 from .layout import Batch, Call, Layout, Storage
 
@@ -24,7 +28,7 @@ def _fused_adam() -> dict[str, Callable]:
         for function in functions.values():
             w, g, m, v = (torch.full((3,), value, device="cpu", dtype=torch.float32) for value in (1, 1, 0, 0))
             step = torch.ones((), device="cpu", dtype=torch.float32)
-            _with_numbers(function, TrainConfig((1, 1)), 0.5)([w], [g], [m], [v], [], [step])
+            _with_numbers(function, TrainConfig((1, 1)))([w], [g], [m], [v], [], [step], lr=0.5)
             found = torch.stack([w, m, v]).mean(1).tolist()
             if any(not math.isclose(a, b, rel_tol=1e-5) for a, b in zip(found, (0.5, 0.1, 0.001), strict=True)):
                 return {}
@@ -33,92 +37,152 @@ def _fused_adam() -> dict[str, Callable]:
         return {}
 
 
-def _with_numbers(function: Callable, config: TrainConfig, lr: float) -> Callable:
+def _with_numbers(function: Callable, config: TrainConfig) -> Callable:
     numbers = {name: getattr(config, name) for name in ("beta1", "beta2", "weight_decay", "eps")}
-    return partial(function, lr=lr, amsgrad=False, maximize=False, **numbers)
+    return partial(function, amsgrad=False, maximize=False, **numbers)
 
 
 class Optimizer:
     """The optimizer's state, and the calls that update it and the parameters, by the formulas of torch.optim."""
 
     def __init__(
-        self, layout: Layout, first: Sequence[Tensor], second: Sequence[Tensor], lr: Tensor, taken: int, graph: bool
+        self,
+        layout: Layout,
+        first: Sequence[Tensor],
+        second: Sequence[Tensor],
+        lr: Tensor | None,
+        taken: int,
+        graph: bool,
+        own: Hyperparameters,
     ) -> None:
-        self.config, self.layout, self.taken, self.graph = layout.config, layout, taken, graph
-        self.stateless = not first
+        """As `TorchLoop`. graph: steps are captured, and read from memory what changes from one to the next."""
+        one, like = layout.members == 1, layout.like
+        self.config = config = _of_one_member(layout.config, own) if one else layout.config
+        own = COMMON if one else own
+        self.layout, self.taken = layout, taken
+        self.stateless, self.scheduled = not first, lr is None
         # One network's rate is a number, those of a stack are a tensor.
-        self.rate = lr.item() if layout.members == 1 else 0.0
-        self.rates = lr.view(layout.rates_shape) if layout.members > 1 else None
-        self.keep = 1 - (self.rate if self.rates is None else self.rates) * self.config.weight_decay
+        self.rate = lr.item() if one and lr is not None else 0.0
+        self.rates = self.keep = None
+        if not one or (self.scheduled and (graph or not like.is_cpu)):
+            self.rates = like.new_empty(()) if one else like.new_empty(layout.members).view(layout.rates_shape)
+            self.keep = torch.empty_like(self.rates) if config.weight_decay else None
+            decay = own.of(config, "weight_decay")
+            self.decay = decay.to(like).view(layout.rates_shape) if isinstance(decay, Tensor) else decay
+            self.changing = [_memory(own) for own in (self.rates, self.keep) if own is not None]
+            if lr is not None:
+                self._set(*self.rates_of(lr[None]))
         # Gradients are linear in dz of the output, the smallest tensor to scale: scaled there, they can be added to the
         # parameters at once.
         self.dz_rates = self.rates if self.stateless else None
         self.states = [layout.storage() for given in (first, second) if given]
         if self.stateless:
             return
-        for own, given in zip(self.states if taken else (), (first, second), strict=False):
-            layout.write(own, given)
+        for own_state, given in zip(self.states if taken else (), (first, second), strict=False):
+            layout.write(own_state, given)
         self.gradients = layout.storage()
         storages = [layout.parameters, self.gradients, *self.states]
         self.wholes = [storage.whole for storage in storages]
-        if second:
-            self.step = torch.zeros((), dtype=torch.float32, device=lr.device)
-            # A captured step reads here what changes from step to step.
-            self.factor, self.floor = lr.new_empty(()), lr.new_empty(())
-            mine = graph or not self.step.is_cpu or self.rates is not None
-            fused = None if mine else _fused_adam().get(self.config.optimizer)
-            self.fused = fused and _with_numbers(fused, self.config, self.rate)
+        self.weight_decay = self._whole(own.of(config, "weight_decay"))
+        if not second:
+            self.momentum, self.undamped = self._whole(own.of(config, "momentum")), self._whole(own.undamped(config))
+            return
+        self.betas = tuple(_on(like.device, own.of(config, name)) for name in ("beta1", "beta2"))
+        self.new1, self.beta2, self.new2 = map(self._whole, (1 - self.betas[0], self.betas[1], 1 - self.betas[1]))
+        # What a step reads that a number cannot tell: each member's own, or in a captured step.
+        self.corrections: list[Storage] = []
+        if any(isinstance(beta, Tensor) for beta in self.betas):
+            self.corrections = [layout.storage(), layout.storage()]
+        elif graph:
+            self.corrections = [Storage(like.new_empty(()), [], []) for _ in range(2)]
+        self.spare = torch.empty_like(self.gradients.whole if isinstance(self.new2, Tensor) else like[:0])
+        self.step = torch.zeros((), dtype=torch.float32, device=like.device)
+        mine = graph or not self.step.is_cpu or self.rates is not None
+        fused = None if mine else _fused_adam().get(config.optimizer)
+        self.fused = fused and _with_numbers(fused, config)
 
     def read(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
         for own, given in zip(self.states, (first, second), strict=False):
             self.layout.read(own, given)
 
-    def advance(self) -> None:
+    def rates_of(self, rates: Tensor | None) -> Iterable[Any]:
+        """What `advance` takes, for each step. rates: (steps, E or 1), or None without a schedule."""
+        if rates is None:
+            return itertools.repeat(None)
+        if self.rates is None:
+            return rates[:, 0].tolist()
+        rates = rates.view(*rates.shape, *self.rates.shape[1:]) if self.rates.dim() else rates[:, 0]
+        rows = [rates] if self.keep is None else [rates, 1 - rates * self.decay]
+        return zip(*map(_memory, rows), strict=True)
+
+    def advance(self, batch: Batch, rate: Any) -> None:
         """One more step: what changes with their number, outside of the calls, which a graph freezes."""
         self.taken += 1
-        if self.graph and self.config.optimizer != "sgd":
-            factor, floor = self._corrections()
-            self.factor.fill_(factor)
-            self.floor.fill_(floor)
+        if rate is not None and self.rates is not None:
+            self._set(rate)
+        elif rate is not None:
+            self.rate = rate
+            for call in batch.updates:
+                call.keywords.update(self._factors(batch))
+        if self.config.optimizer != "sgd" and self.corrections:
+            for storage, number in zip(self.corrections, self._corrections(), strict=True):
+                if isinstance(number, Tensor):
+                    self.layout.fill(storage, number)
+                else:
+                    storage.whole.fill_(number)
 
-    def _corrections(self) -> tuple[float, float]:
+    def _set(self, rows: Sequence[Any]) -> None:
+        for own, row in zip(self.changing, rows, strict=True):
+            own[...] = row
+
+    def _whole(self, number: float | Tensor) -> float | Tensor:
+        """Of each member, (E,), what multiplies a whole storage."""
+        return self.layout.fill(self.layout.storage(), number) if isinstance(number, Tensor) else number
+
+    def _factors(self, batch: Batch) -> dict[str, float]:
+        return {"beta": 1 - self.rate * self.config.weight_decay, "alpha": -self.rate * batch.scale}
+
+    def _corrections(self) -> tuple[float | Tensor, float | Tensor]:
         """lr (m / c1) / (sqrt(v) / c2 + eps) is -factor lr m / (sqrt(v) + floor)."""
-        config = self.config
-        c1, c2 = 1 - config.beta1**self.taken, math.sqrt(1 - config.beta2**self.taken)
-        return -c2 / c1, config.eps * c2
+        beta1, beta2 = self.betas
+        c1, square = 1 - beta1**self.taken, 1 - beta2**self.taken
+        c2 = square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)
+        return -c2 / c1, self.config.eps * c2
 
     def calls(self, batch: Batch) -> list[Call]:
         config, layout = self.config, self.layout
-        if not self.stateless and config.optimizer == "sgd" and not config.nesterov and not config.dampening:
+        if not self.stateless and config.optimizer == "sgd":
             # A buffer of zeros becomes the gradient itself in the first step, as torch has it.
-            return [*layout.accumulate(batch, self.states[0], config.momentum, batch.scale), self._plain_momentum]
+            if not (config.nesterov or config.dampening or isinstance(self.momentum, Tensor)):
+                return [*layout.accumulate(batch, self.states[0], self.momentum, batch.scale), self._plain_momentum]
+            return [*layout.accumulate(batch, self.gradients, 0, batch.scale), self._momentum]
         if not self.stateless:
-            update = self._momentum if config.optimizer == "sgd" else self._adam
-            return [*layout.accumulate(batch, self.gradients, 0, batch.scale), update]
+            return [*layout.accumulate(batch, self.gradients, 0, batch.scale), self._adam]
         if self.rates is None:
-            beta, alpha = 1 - self.rate * config.weight_decay, -self.rate * batch.scale
-            return layout.accumulate(batch, layout.parameters, beta, alpha)
-        decayed = layout.parameters.parts if config.weight_decay else ()
-        decay: list[Call] = [partial(part.mul_, self.keep) for part in decayed]
+            calls = layout.accumulate(batch, layout.parameters, **self._factors(batch))
+            batch.updates = [call for call in calls if isinstance(call, partial)]
+            return calls
+        decay: list[Call] = []
+        if self.keep is not None:
+            decay += [partial(part.mul_, self.keep) for part in layout.parameters.parts]
         return decay + layout.accumulate(batch, layout.parameters, 1, -batch.scale)
 
     def _momentum(self) -> None:
-        config = self.config
         w, g, m = self.wholes
-        if config.weight_decay:
-            g.add_(w, alpha=config.weight_decay)
+        if self.config.weight_decay:
+            _add(g, w, self.weight_decay)
         if self.taken > 1:
-            m.mul_(config.momentum).add_(g, alpha=1 - config.dampening)
+            _add(m.mul_(self.momentum), g, self.undamped)
         else:
             m.copy_(g)
-        if config.nesterov:
-            g.add_(m, alpha=config.momentum)
-        self._descend(self.gradients if config.nesterov else self.states[0])
+        if self.config.nesterov:
+            _add(g, m, self.momentum)
+        self._descend(self.gradients if self.config.nesterov else self.states[0])
 
     def _plain_momentum(self) -> None:
         w, _, m = self.wholes
         if self.config.weight_decay:
-            m.add_(w, alpha=self.config.weight_decay)
+            _add(m, w, self.weight_decay)
         self._descend(self.states[0])
 
     def _descend(self, directions: Storage, sign: int = -1) -> None:
@@ -133,15 +197,41 @@ class Optimizer:
         w, g, m, v = self.wholes
         if self.fused is not None:
             self.step.fill_(self.taken)
-            self.fused([w], [g], [m], [v], [], [self.step])
+            self.fused([w], [g], [m], [v], [], [self.step], lr=self.rate)
             return
-        factor, floor = (self.factor, self.floor) if self.graph else self._corrections()
+        factor, floor = (own.whole for own in self.corrections) if self.corrections else self._corrections()
         if config.weight_decay and config.optimizer == "adam":
-            g.add_(w, alpha=config.weight_decay)
+            _add(g, w, self.weight_decay)
         elif config.weight_decay:
             for part in self.layout.parameters.parts:
-                part.mul_(self.keep)
-        m.lerp_(g, 1 - config.beta1)
-        v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
+                part.mul_(1 - self.rate * config.weight_decay if self.keep is None else self.keep)
+        m.lerp_(g, self.new1)
+        if isinstance(self.new2, Tensor):
+            v.mul_(self.beta2).addcmul_(torch.mul(g, self.new2, out=self.spare), g)
+        else:
+            v.mul_(self.beta2).addcmul_(g, g, value=self.new2)
         torch.div(m, torch.sqrt(v, out=g).add_(floor), out=g).mul_(factor)
         self._descend(self.gradients, 1)
+
+
+def _of_one_member(config: TrainConfig, own: Hyperparameters) -> TrainConfig:
+    given = {field.name: getattr(own, field.name) for field in fields(own)}
+    numbers = {name: number.item() for name, number in given.items() if number is not None}
+    return replace(config, **numbers, dampening=config.dampening if numbers.get("momentum", 1) else 0.0)
+
+
+def _on(device: torch.device, number: float | Tensor) -> float | Tensor:
+    return number.to(device) if isinstance(number, Tensor) else number
+
+
+def _memory(t: Tensor) -> Any:
+    """The tensor as numpy has it where it can, which takes a row in a fifth of the time."""
+    return t.numpy() if t.is_cpu else t
+
+
+def _add(a: Tensor, b: Tensor, factor: float | Tensor) -> None:
+    """a += factor * b"""
+    if isinstance(factor, Tensor):
+        a.addcmul_(b, factor)
+    else:
+        a.add_(b, alpha=factor)

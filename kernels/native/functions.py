@@ -8,7 +8,7 @@ from numba.extending import overload
 
 from .vectors import muladd, power, select
 
-__all__ = ["ACTIVATIONS", "activate", "inline", "through"]
+__all__ = ["ACTIVATIONS", "activate", "exponential", "inline", "through"]
 
 ACTIVATIONS = ("identity", "sigmoid", "tanh", "relu")
 
@@ -84,6 +84,16 @@ def activate(kind, z):
         shifted = muladd(half, q, half - 0.5)  # (e ** 2z - 1) / 2
         return shifted / (1.0 + shifted)
     return 1.0 / muladd(muladd(half, q, half), 2.0, 1.0)
+
+
+@inline
+def exponential(z):
+    """e ** z for z up to 0, and 1 beyond; 0 where no normal number is as small."""
+    low, _ = _sigmoid_limits(z)
+    exponent = select(z > 0.0, 0.0, z)
+    exponent = select(exponent < low, low, exponent)
+    half, q = _exp(exponent)
+    return select(z < low, 0.0, muladd(half, q, half) * 2.0)
 
 
 @inline

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import plan as planning
+from ..hyperparameters import COMMON, Hyperparameters
 from ..records import TrainConfig, TrainPlan
 from .layout import Members, Neurons
 from .ready import loaded
@@ -58,12 +59,13 @@ class NativeLoop:
         parameters: Sequence[Tensor],
         first: Sequence[Tensor],
         second: Sequence[Tensor],
-        lr: Tensor,
+        lr: Tensor | None,
         x: Tensor,
         y: Tensor,
         batch_size: int,
         taken: int,
         plan: TrainPlan,
+        own: Hyperparameters = COMMON,
     ) -> None:
         """The arguments are those of `TorchLoop`. `setup_seconds`: compiling, or reading from disk."""
         began = time.perf_counter()
@@ -76,20 +78,32 @@ class NativeLoop:
             else:
                 lanes = steps.LANES
                 self.train, self.tile, layout = steps.train, steps.Tile(plan.rows, plan.networks), Members
-            self.layout = layout(config, lr.shape[0], plan.rows, plan.networks, lanes)
+            members, like = len(parameters[0]), parameters[0]
+            self.layout = layout(config, members, plan.rows, plan.networks, lanes)
             with torch.no_grad():
-                self._lay_out(steps, config, lr, x, y)
-            self.run(None, 0, 0, 0, lr.new_empty(0, len(lr)))
-            loaded.add((lr.dtype, plan.rows, plan.networks))
+                self._lay_out(steps, config, own, x, y)
+            # Without a schedule those of every step.
+            self.rates = self._rates(like.new_zeros(1, 1) if lr is None else lr[None])
+            self.run(None, 0, 0, 0, like.new_empty(0, members))
+            loaded.add((like.dtype, plan.rows, plan.networks))
         self.setup_seconds = time.perf_counter() - began
 
-    def run(self, order: Tensor | None, start: int, steps: int, log_every: int, losses: Tensor) -> None:
+    def run(
+        self,
+        order: Tensor | None,
+        start: int,
+        steps: int,
+        log_every: int,
+        losses: Tensor,
+        rates: Tensor | None = None,
+    ) -> None:
         """As `TorchLoop.run`."""
         samples = np.empty(0, np.int32) if order is None else order.flatten().numpy()
         layout, blocks = self.layout, self.layout.blocks
         logged = torch.zeros(blocks, len(losses) * layout.networks, dtype=torch.float64, device="cpu")
         pace = (samples, self.size, start, steps, log_every)
         own = [t.numpy() for t in (self.hyper, *self.storages, self.powers, logged)]
+        own.insert(0, self.rates if rates is None else self._rates(rates))
         kinds = (*self.kinds, int(not self.taken))
 
         def work(piece: tuple[int, int]) -> None:
@@ -113,32 +127,42 @@ class NativeLoop:
             for storage, tensors in zip(self.storages, self.given, strict=True):
                 layout.read(storage, tensors)
 
-    def _lay_out(self, steps: Any, config: TrainConfig, lr: Tensor, x: Tensor, y: Tensor) -> None:
-        layout = self.layout
+    def _rates(self, rates: Tensor) -> np.ndarray:
+        """(steps, E or 1), filled up to whole blocks as they are."""
+        missing = self.layout.blocks * self.layout.networks - self.layout.members
+        if missing and rates.shape[1] > 1:
+            rates = torch.cat([rates, rates[:, -1:].expand(-1, missing)], 1)
+        return rates.contiguous().numpy()
+
+    def _lay_out(self, steps: Any, config: TrainConfig, own: Hyperparameters, x: Tensor, y: Tensor) -> None:
+        layout, like = self.layout, self.given[0][0]
         self.widths = np.array(config.widths, np.int64)
-        w, *state = (layout.write(tensors, lr) for tensors in self.given)
+        w, *state = (layout.write(tensors, like) for tensors in self.given)
         if not self.taken:
             for storage in state:
                 storage.zero_()
         self.storages = [w, *state]
         self.data = [layout.data(t).numpy() for t in (x, y)]
+        cpu: dict[str, Any] = {"device": "cpu"}
+        betas = [torch.as_tensor(own.of(config, name), dtype=torch.float64, **cpu) for name in ("beta1", "beta2")]
         numbers = {
-            "lr": lr,
-            "weight_decay": config.weight_decay,
-            "momentum": config.momentum,
-            "undamped": 1 - config.dampening,
-            "new1": 1 - config.beta1,
-            "beta2": config.beta2,
-            "new2": 1 - config.beta2,
+            "weight_decay": own.of(config, "weight_decay"),
+            "momentum": own.of(config, "momentum"),
+            "undamped": own.undamped(config),
+            "new1": 1 - betas[0],
+            "beta2": betas[1],
+            "new2": 1 - betas[1],
             "eps": config.eps,
+            "factor": 1,
+            "root": 1,
         }
-        settings = (torch.as_tensor(numbers[name], dtype=lr.dtype, device="cpu") for name in steps.HYPERPARAMETERS)
-        rows = [number.expand(len(lr)) for number in settings]
-        # One network's numbers stand in all lanes of an update.
-        hyper = layout.side_by_side(torch.stack(rows, 1)).view(layout.blocks, len(rows), layout.networks)
-        self.hyper = hyper.expand(-1, -1, steps.LANES).flatten(1).contiguous()[None]
-        betas = torch.tensor([config.beta1, config.beta2], dtype=torch.float64, device="cpu")
-        self.powers = torch.cat([betas, betas**self.taken]).repeat(layout.blocks, 1)
+        rows = [torch.as_tensor(numbers[name], dtype=like.dtype, **cpu) for name in steps.HYPERPARAMETERS]
+        self.hyper = self._in_lanes(steps, rows)
+        powers = [*betas, *(beta**self.taken for beta in betas)]
+        if any(beta.dim() for beta in betas):
+            self.powers = self._in_lanes(steps, powers)
+        else:
+            self.powers = torch.stack(powers).repeat(layout.blocks, 1)
         optimizer = config.optimizer
         if optimizer == "sgd":
             optimizer = "nesterov" if config.nesterov else "momentum" if config.momentum else "plain"
@@ -150,6 +174,13 @@ class NativeLoop:
             *map(int, (config.bias, config.reduction == "mean", config.weight_decay != 0)),
             x.shape[1],
         )
+
+    def _in_lanes(self, steps: Any, rows: Sequence[Tensor]) -> Tensor:
+        """Numbers of all members, or (E,) of each, as rows of LANES: one network's number stands in all of them."""
+        layout = self.layout
+        numbers = layout.side_by_side(torch.stack([row.expand(layout.members) for row in rows], 1))
+        numbers = numbers.view(layout.blocks, len(rows), layout.networks)
+        return numbers.expand(-1, -1, steps.LANES).flatten(1).contiguous()
 
 
 def compile_all() -> Iterator[tuple[str, float]]:

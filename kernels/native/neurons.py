@@ -10,9 +10,10 @@ each sample.
 from numba import njit
 
 from .cache import cached
-from .functions import activate, through
+from .functions import activate, exponential, through
 from .memory import fill, load_members, members_of, repeat, samples_of, spread, spread_next, store, store_rows
-from .steps import corrections, inline, loss_of, update
+from .optimizers import correct, inline, rate_of, update
+from .steps import loss_of, softmax_loss
 from .vectors import muladd
 
 __all__ = ["train"]
@@ -114,6 +115,23 @@ def _backward(tile, widths, bias, hidden, count, x, w, h, dz, g, turned, places,
             above = below
 
 
+@njit(nogil=True, error_model="numpy")
+def _softmax_gradient(tile, neurons, scale, row, target, h, t, dz):
+    """The gradient of the cross entropy of a sample, whose outputs and targets begin at vectors of h and of t."""
+    members, columns = members_of(tile), _columns(tile, neurons)
+    greatest, total, targets = h[row * members], 0.0, 0.0
+    for n in range(1, neurons):
+        greatest = max(greatest, h[row * members + n])
+    for c in range(columns):
+        store(dz, row + c, exponential(load_members(tile, h, row + c) - fill(tile, h, greatest)))
+    for n in range(neurons):
+        total += float(dz[row * members + n])
+        targets += float(t[target * members + n])
+    for c in range(columns):
+        softmax = load_members(tile, dz, row + c) * fill(tile, h, targets / total)
+        store(dz, row + c, (softmax - load_members(tile, t, target + c)) * fill(tile, h, scale))
+
+
 @cached
 @njit(nogil=True, error_model="numpy")
 def train(
@@ -128,6 +146,7 @@ def train(
     start,
     steps,
     log_every,
+    rates,
     hypers,
     parameters,
     firsts,
@@ -157,7 +176,7 @@ def train(
         begin, epoch, logged, fetched = start % -(-samples // size) * size, 0, 0, False
         for step in range(start, start + steps):
             count = min(size, samples - begin)
-            share = 1.0 / (count * neurons) if mean else 1.0
+            share = 1.0 / (count * (1 if loss == 3 else neurons)) if mean else 1.0
             scale = 2.0 * share if loss == 0 else share
             if not fetched:
                 for s in range(_rows(tile, count, 0)):
@@ -174,13 +193,17 @@ def train(
             if log_every > 0 and step % log_every == 0:
                 total = 0.0
                 for s in range(count):
-                    for n in range(neurons):
-                        p = h[(above + s * columns) * members_of(tile) + n]
-                        total += loss_of(loss, float(p), float(t[s * columns * members_of(tile) + n]))
+                    p, target = (above + s * columns) * members_of(tile), s * columns * members_of(tile)
+                    if loss == 3:
+                        total += softmax_loss(h, p, t, target, 1, neurons)
+                    for n in range(0 if loss == 3 else neurons):
+                        total += loss_of(loss, float(h[p + n]), float(t[target + n]))
                 losses[block, logged] += share * total
                 logged += 1
+            for s in range(count if loss == 3 else 0):
+                _softmax_gradient(tile, neurons, scale, above + s * columns, s * columns, h, t, dz)
             link = 1 if loss == 2 else 0
-            for s in range(count):
+            for s in range(0 if loss == 3 else count):
                 for c in range(columns):
                     p = load_members(tile, h, above + s * columns + c)
                     gradient = activate(link, p) - load_members(tile, t, s * columns + c)
@@ -192,6 +215,6 @@ def train(
             if begin >= samples:
                 begin = 0
                 epoch += samples if len(order) else 0
-            factor, root = corrections(optimizer, powers[block])
-            hyper = hypers[(step - start) % len(hypers), block]
-            update(optimizer, decays, new and step == start, hyper, factor, root, w, g, m, v)
+            correct(optimizer, powers[block], hypers[block])
+            lr = rate_of(rates[(step - start) % len(rates)], block, len(parameters))
+            update(optimizer, decays, new and step == start, lr, hypers[block], w, g, m, v)

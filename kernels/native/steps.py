@@ -8,38 +8,28 @@ to a sum, whatever the parameters are.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, cast
 
 from numba import njit
 
 from .cache import cached
-from .functions import ACTIVATIONS, activate, through
+from .functions import ACTIVATIONS, activate, exponential, through
 from .memory import add_products, fill, load, load_members, members_of, repeat, samples_of, store
-from .vectors import Tile, muladd, select, sqrt
+from .optimizers import HYPERPARAMETERS, LANES, OPTIMIZERS, ROW, correct, inline, rate_of, update
+from .vectors import Tile, muladd, select
 
 __all__ = [
     "ACTIVATIONS",
     "HYPERPARAMETERS",
+    "LANES",
     "LOSSES",
     "OPTIMIZERS",
-    "ROW",
     "Tile",
-    "corrections",
-    "inline",
     "loss_of",
+    "softmax_loss",
     "train",
-    "update",
 ]
 
-LOSSES = ("mse", "bce", "bce_logits")
-OPTIMIZERS = ("plain", "momentum", "nesterov", "adam", "adamw")
-# Member rows of what a step reads. 1 - dampening and others are rounded as a whole: 1 - 0.999 has no digits to lose.
-HYPERPARAMETERS = ("lr", "weight_decay", "momentum", "undamped", "new1", "beta2", "new2", "eps")
-# Part of the function that calls it already in numba's own form: compiled once, and not alone first.
-inline = cast("Callable[[Callable], Callable[..., Any]]", njit(inline="always"))
-LANES = 16  # of an update
-ROW = Tile(1, LANES)  # what an update takes at a time: a number of each member, or sixteen of one network
+LOSSES = ("mse", "bce", "bce_logits", "cross_entropy")
 
 
 @inline
@@ -79,10 +69,32 @@ def _forward(tile, widths, bias, hidden, output, w, h, partly, there):
     return row, below
 
 
+@njit(nogil=True, error_model="numpy")
+def _softmax_gradient(tile, outputs, scale, top, h, t, dz, there):
+    """As `_output_gradient`, of the cross entropy."""
+    greatest = load(tile, h, top)
+    for n in range(1, outputs):
+        z = load(tile, h, top + n)
+        greatest = select(greatest < z, z, greatest)
+    total = targets = repeat(tile, fill(tile, h, 0.0))
+    for n in range(outputs):
+        power = exponential(load(tile, h, top + n) - greatest)
+        store(dz, top + n, power)
+        total = total + power
+        targets = targets + load(tile, t, n)
+    share = targets / total
+    for n in range(outputs):
+        gradient = (load(tile, dz, top + n) * share - load(tile, t, n)) * scale
+        store(dz, top + n, select(load(tile, there, 0) > 0.0, gradient, 0.0))
+
+
 @inline
 def _output_gradient(tile, loss, output, scale, top, h, t, dz, partly, there):
+    outputs = len(t) // (samples_of(tile) * members_of(tile))
+    if loss == 3:
+        _softmax_gradient(tile, outputs, scale, top, h, t, dz, there)
     link = 1 if loss == 2 else 0  # logits are compared as what a sigmoid makes of them
-    for n in range(len(t) // (samples_of(tile) * members_of(tile))):
+    for n in range(0 if loss == 3 else outputs):
         p = load(tile, h, top + n)
         gradient = activate(link, p) - load(tile, t, n)
         if loss == 0:
@@ -124,7 +136,11 @@ def _backward(tile, widths, bias, hidden, w, h, dz, g, row, above, partly, there
 def _plus_losses(tile, loss, share, top, h, t, used, losses, logged):
     """Adds `share` of the losses of the samples to member row `logged`, in fp64."""
     members, lanes = members_of(tile), members_of(tile) * samples_of(tile)
-    for n in range(len(t) // lanes):
+    outputs = len(t) // lanes
+    for lane in range(used * members if loss == 3 else 0):
+        value = softmax_loss(h, top * lanes + lane, t, lane, lanes, outputs)
+        losses[logged * members + lane % members] += share * value
+    for n in range(0 if loss == 3 else outputs):
         for lane in range(used * members):
             value = loss_of(loss, float(h[(top + n) * lanes + lane]), float(t[n * lanes + lane]))
             losses[logged * members + lane % members] += share * value
@@ -141,46 +157,19 @@ def loss_of(loss, p, target):
     return (1 - target) * p + math.log1p(math.exp(-abs(p))) + (0.0 if p > 0 else -p)
 
 
-@inline
-def corrections(optimizer, powers):
-    """Adam's, (factor, root) of `update`, for the next step that the state sees."""
-    if optimizer < 3:
-        return 1.0, 1.0
-    # A power that has become too small to matter would be slow to multiply.
-    powers[2] = powers[2] * powers[0] if powers[2] > 1e-30 else 0.0
-    powers[3] = powers[3] * powers[1] if powers[3] > 1e-30 else 0.0
-    root = math.sqrt(1 - powers[3])
-    return root / (1 - powers[2]), root
-
-
-@inline
-def update(optimizer, decays, new, hyper, factor, root, w, g, m, v):
-    """new: the state has seen no step. factor, root: Adam's corrections of the rate and of eps."""
-    lr, decay, momentum = load(ROW, hyper, 0), load(ROW, hyper, 1), load(ROW, hyper, 2)
-    undamped, new1, beta2 = load(ROW, hyper, 3), load(ROW, hyper, 4), load(ROW, hyper, 5)
-    new2, floor = load(ROW, hyper, 6), load(ROW, hyper, 7) * root
-    rate, keep = lr * factor, 1.0 - lr * decay
-    for i in range(len(w) // LANES):
-        parameter, gradient = load(ROW, w, i), load(ROW, g, i)
-        if decays and optimizer == 4:
-            parameter = parameter * keep
-        elif decays:
-            gradient = muladd(parameter, decay, gradient)
-        if optimizer == 0:
-            parameter = parameter - lr * gradient
-        elif optimizer < 3:
-            average = gradient if new else muladd(momentum, load(ROW, m, i), undamped * gradient)
-            store(m, i, average)
-            step = muladd(momentum, average, gradient) if optimizer == 2 else average
-            parameter = parameter - lr * step
-        else:
-            average = load(ROW, m, i)
-            average = muladd(gradient - average, new1, average)
-            square = muladd(beta2, load(ROW, v, i), new2 * gradient * gradient)  # as torch: a square alone may be inf
-            store(m, i, average)
-            store(v, i, square)
-            parameter = parameter - rate * (average / (sqrt(square) + floor))
-        store(w, i, parameter)
+@njit(nogil=True, error_model="numpy")
+def softmax_loss(h, at, t, to, stride, outputs):
+    """The cross entropy of a sample, whose logits and targets begin at h[at] and t[to]."""
+    greatest = float(h[at])
+    for n in range(1, outputs):
+        greatest = max(greatest, float(h[at + n * stride]))
+    total = 0.0
+    for n in range(outputs):
+        total += math.exp(float(h[at + n * stride]) - greatest)
+    log, loss = math.log(total), 0.0
+    for n in range(outputs):
+        loss += float(t[to + n * stride]) * (log - (float(h[at + n * stride]) - greatest))
+    return loss
 
 
 @cached
@@ -197,6 +186,7 @@ def train(
     start,
     steps,
     log_every,
+    rates,
     hypers,
     parameters,
     firsts,
@@ -211,11 +201,11 @@ def train(
     from the epoch of step `start` on, or nothing for full batches. memory: to work in, see `loop`.
 
     A block is the members of one tile. The first dimension of all else counts blocks, or is 1 where all have the same.
-    inputs, targets: of each sample, those of all members or, in member rows, of each its own. hypers: in rows of ROW,
-    the HYPERPARAMETERS; their first dimension counts steps, or is 1, and the second one blocks. parameters, firsts,
-    seconds: member rows, and what the optimizer keeps for them, padded to rows of ROW. powers: fp64, beta1 and beta2,
-    and both to the power of the steps that the state has seen, which are updated. losses: fp64, member rows of zeros,
-    one for each step that is logged.
+    inputs, targets: of each sample, those of all members or, in member rows, of each its own. rates: for each step, or
+    for all, see `rate_of`. hypers: in rows of ROW, the HYPERPARAMETERS. parameters, firsts, seconds: member rows, and
+    what the optimizer keeps for them, padded to rows of ROW. powers: fp64, beta1 and beta2, and both to the power of
+    the steps that the state has seen, which are updated; each once, or for each lane of ROW. losses: fp64, member rows
+    of zeros, one for each step that is logged.
     """
     hidden, output, loss, optimizer, bias, mean, decays, samples, new = kinds
     lanes = samples_of(tile)
@@ -227,9 +217,11 @@ def train(
         fetched = partly = False
         for step in range(start, start + steps):
             count = min(size, samples - begin)
-            share = 1.0 / (count * widths[-1]) if mean else 1.0
+            share = 1.0 / (count * (1 if loss == 3 else widths[-1])) if mean else 1.0
             scale = 2.0 * share if loss == 0 else share
             logs = log_every > 0 and step % log_every == 0
+            # Long before it is needed: rates of many steps and networks come from far away.
+            lr = rate_of(rates[(step - start) % len(rates)], block, len(parameters))
             for i in range(len(w) // LANES):
                 store(g, i, fill(ROW, g, 0.0))
             for first in range(0, count, lanes):
@@ -251,6 +243,5 @@ def train(
             if begin >= samples:
                 begin = 0
                 epoch += samples if len(order) else 0
-            factor, root = corrections(optimizer, powers[block])
-            hyper = hypers[(step - start) % len(hypers), block]
-            update(optimizer, decays, new and step == start, hyper, factor, root, w, g, m, v)
+            correct(optimizer, powers[block], hypers[block])
+            update(optimizer, decays, new and step == start, lr, hypers[block], w, g, m, v)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ...kernels.records import TRAIN_IMPLS, TrainConfig
 from ..as_network import Network
 from ..ensemble import Ensemble
+from .rates import check_rates
 
 
 def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl) -> None:
@@ -14,7 +15,6 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
         "x": (x, Tensor),
         "y": (y, Tensor),
         "optimizer": (optimizer, torch.optim.Optimizer),
-        **({} if lr is None else {"lr": (lr, Tensor)}),
         **({} if generator is None else {"generator": (generator, torch.Generator)}),
     }
     for name, (value, kind) in kinds.items():
@@ -22,6 +22,8 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
             raise TypeError(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")
     if not callable(criterion):
         raise TypeError(f"criterion must be callable, not {type(criterion).__name__}")
+    if lr is not None and not isinstance(lr, Tensor) and not callable(lr):
+        raise TypeError(f"lr must be a Tensor or a function of the step, not {type(lr).__name__}")
     counts = {"steps": (steps, 0), "log_every": (log_every, 0)}
     counts |= {} if batch_size is None else {"batch_size": (batch_size, 1)}
     for name, (value, least) in counts.items():
@@ -39,16 +41,16 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
             if id(p) not in own:
                 raise ValueError(f"optimizer holds a parameter {tuple(p.shape)} that is none of the model's {len(own)}")
     if isinstance(model, Ensemble):
-        _check_ensemble(model, x, y, lr)
-    elif lr is not None:
-        raise ValueError(f"lr is for an Ensemble; the model is a {type(model).__name__}, whose optimizer has its own")
+        _check_ensemble(model, x, y)
     elif not x.dim() or not y.dim() or x.shape[0] != y.shape[0]:
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
     if 0 in x.shape[:1] or (isinstance(model, Ensemble) and not x.shape[-2]):
         raise ValueError(f"x {tuple(x.shape)} holds no samples")
+    if lr is not None:
+        check_rates(lr, model, optimizer, steps)
 
 
-def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, lr: Tensor | None) -> None:
+def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor) -> None:
     members = len(model)
     for name, tensor, width in (("x", x, model.sizes[0]), ("y", y, model.sizes[-1])):
         fits = tensor.dim() == 2 or (tensor.dim() == 3 and tensor.shape[0] == members)
@@ -57,14 +59,6 @@ def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, lr: Tensor | None) ->
             raise ValueError(f"{name} {tuple(tensor.shape)} is neither {forms}")
     if x.shape[-2] != y.shape[-2]:
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
-    if lr is None:
-        return
-    if lr.shape != (members,):
-        raise ValueError(f"lr {tuple(lr.shape)} is not one rate for each of {members} members")
-    if not lr.is_floating_point():
-        raise TypeError(f"lr must be a floating point tensor, not {lr.dtype}")
-    if not bool((lr >= 0).all()):
-        raise ValueError(f"lr must not be negative, but its least is {lr.min().item()}")
 
 
 def check_data(network: Network, config: TrainConfig, x: Tensor, y: Tensor) -> None:
@@ -73,8 +67,9 @@ def check_data(network: Network, config: TrainConfig, x: Tensor, y: Tensor) -> N
     for name, tensor, width in (("x", x, network.widths[0]), ("y", y, network.widths[-1])):
         if tensor.shape[-1] != width or (network.members is None and tensor.dim() != 2):
             raise ValueError(f"{name} {tuple(tensor.shape)} is not ({x.shape[0]}, {width})")
-        # torch promotes y to the dtype of the output: MSELoss from any dtype, BCEWithLogitsLoss from floating ones.
-        promoted = tensor is y and (config.loss == "mse" or (config.loss == "bce_logits" and y.is_floating_point()))
+        # torch promotes y to the dtype of the output: MSELoss from any dtype, others from floating ones.
+        wide = config.loss in ("bce_logits", "cross_entropy") and y.is_floating_point()
+        promoted = tensor is y and (config.loss == "mse" or wide)
         if tensor.dtype != p.dtype and not promoted:
             raise ValueError(f"{name} is {tensor.dtype}, but the model's parameters {p.dtype}")
         if tensor.device != p.device:

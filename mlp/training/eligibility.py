@@ -38,6 +38,10 @@ def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl) -> 
         return "x or y is a subclass of Tensor, or not dense"
     if network.members is None and x.dim() != 2:
         return f"x {tuple(x.shape)} is not (samples, {network.widths[0]})"
+    if loss["loss"] == "cross_entropy" and network.members is None and y.dim() == 1:
+        y = _probabilities(y, network.widths[-1], p.dtype)
+        if isinstance(y, str):
+            return y
     config = TrainConfig(network.widths, network.hidden, network.output, network.bias, **loss, **fields)
     state = State.read(optimizer, network, config)
     if isinstance(state, str):
@@ -47,8 +51,21 @@ def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl) -> 
         return f"y is {y.dtype}, the parameters {p.dtype}"
     if not all(lie_apart(t, p) for t in (x, y) for p in network.parameters):
         return "x or y shares memory with a parameter"
-    rates = p.new_full((network.members or 1,), rate) if lr is None else lr.detach().to(p.device, p.dtype)
-    return FastJob(network, config, state, x, y, rates.detach(), batch_size, steps, impl)
+    if lr is None:
+        lr = p.new_full((network.members or 1,), rate).detach()
+    elif isinstance(lr, Tensor):
+        lr = lr.detach().to(p.device, p.dtype)
+    return FastJob(network, config, state, x, y, lr, batch_size, steps, impl)
+
+
+def _probabilities(classes: Tensor, count: int, dtype: torch.dtype) -> Tensor | str:
+    """(samples, count), 1 for the class of each sample; or why the ordinary loop has to say what becomes of them."""
+    if classes.dtype != torch.int64:
+        return f"class ids are {classes.dtype}"
+    least, greatest = (extreme.item() for extreme in classes.aminmax())
+    if least < 0 or greatest >= count:
+        return f"class ids lie in [{least}, {greatest}], not in [0, {count - 1}]"
+    return torch.nn.functional.one_hot(classes, count).to(dtype)
 
 
 def _network(model: nn.Module) -> Network | str:
@@ -61,7 +78,12 @@ def _network(model: nn.Module) -> Network | str:
 
 
 def _loss_fields(criterion: object, network: Network) -> dict[str, str] | str:
-    names = {nn.BCELoss: "bce", nn.BCEWithLogitsLoss: "bce_logits", nn.MSELoss: "mse"}
+    names = {
+        nn.BCELoss: "bce",
+        nn.BCEWithLogitsLoss: "bce_logits",
+        nn.MSELoss: "mse",
+        nn.CrossEntropyLoss: "cross_entropy",
+    }
     kind = type(criterion)
     if kind not in names or not isinstance(criterion, nn.Module):
         return f"the criterion is a {kind.__name__}"
@@ -69,9 +91,11 @@ def _loss_fields(criterion: object, network: Network) -> dict[str, str] | str:
         return "the criterion has hooks or a forward of its own"
     if getattr(criterion, "weight", None) is not None or getattr(criterion, "pos_weight", None) is not None:
         return "the criterion has weights"
+    if getattr(criterion, "label_smoothing", 0.0) or getattr(criterion, "ignore_index", -100) != -100:
+        return "the criterion smooths labels or ignores a class"
     if criterion.reduction not in ("mean", "sum"):
         return f"the criterion's reduction is {criterion.reduction!r}"
-    wanted = {"bce": "sigmoid", "bce_logits": "identity"}.get(names[kind], network.output)
+    wanted = {"bce": "sigmoid", "bce_logits": "identity", "cross_entropy": "identity"}.get(names[kind], network.output)
     if network.output != wanted:
         return f"{kind.__name__} on an output activation of {network.output}, not {wanted}"
     return {"loss": names[kind], "reduction": str(criterion.reduction)}

@@ -11,6 +11,7 @@ from ...kernels.records import TrainConfig, TrainPlan
 from ..as_network import Network
 from ..ensemble import Ensemble
 from .pacing import SampleOrder, logged_steps, runs_apart, synchronize
+from .rates import Schedule, own_rates_kept
 from .state import State
 
 
@@ -18,7 +19,7 @@ class FastJob:
     """Steps on copies of the parameters and of the optimizer's state, written back after every chunk."""
 
     def __init__(self, network: Network, config: TrainConfig, state: State, x, y, lr, batch_size, steps, impl) -> None:
-        """Raises NotImplementedError with the reason where the loop asked for cannot run."""
+        """lr: (E,) or a Schedule. Raises NotImplementedError with the reason where the loop asked for cannot run."""
         self.network, self.config, self.state, self.x, self.y, self.lr = network, config, state, x, y, lr
         self.columns, self.samples, self.impl = network.members or 1, x.shape[-2], impl
         self.loop: Any = None
@@ -33,7 +34,8 @@ class FastJob:
     def _set_up(self, batch: int) -> Any:
         self.parameters, self.first, self.second = map(self._copies, (self.network.parameters, *self.state.tensors()))
         # A view like z.conj().imag keeps the negative of its values in memory, which is what a kernel reads.
-        x, y, lr = (t.resolve_neg().contiguous() for t in (self.x, self.y, self.lr))
+        x, y = (t.resolve_neg().contiguous() for t in (self.x, self.y))
+        lr = None if isinstance(self.lr, Schedule) else self.lr.resolve_neg().contiguous()
         x, y = (t if t.dim() == 3 else t[None] for t in (x, y))
         arguments = (self.config, self.parameters, self.first, self.second, lr, x, y, batch, self.state.taken)
         try:
@@ -55,7 +57,8 @@ class FastJob:
             self.loop = self._set_up(self.samples if order is None else order.batch)
         losses = p.new_empty(len(logged_steps(start, steps, log_every)), self.columns)
         rows = None if order is None else order.rows(start, steps).to(p.device)
-        self.loop.run(rows, start, steps, log_every, losses)
+        rates = self.lr.rows(start, steps).resolve_neg().to(p) if isinstance(self.lr, Schedule) else None
+        self.loop.run(rows, start, steps, log_every, losses, rates)
         if order is not None and runs_apart(p.device):
             order.draw_ahead(steps)
         synchronize(p.device)
@@ -72,18 +75,30 @@ class GeneralJob:
     path = "general"
     setup_seconds = 0.0
 
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, criterion, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, x, y, criterion, optimizer, schedule: Schedule | None) -> None:
         self.model, self.x, self.y, self.criterion, self.optimizer = model, x, y, criterion, optimizer
+        self.schedule = schedule
         many = isinstance(model, Ensemble)
         self.columns, self.samples = (len(model), x.shape[-2]) if many else (1, x.shape[0])
 
     def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> Tensor:
+        if self.schedule is None:
+            return self._run(start, steps, order, log_every, [None] * steps)
+        rows = self.schedule.rows(start, steps)
+        if rows.shape[1] > 1:
+            raise NotImplementedError("lr of each member needs a loop without autograd")
+        with own_rates_kept(self.optimizer):
+            return self._run(start, steps, order, log_every, rows[:, 0].tolist())
+
+    def _run(self, start: int, steps: int, order, log_every: int, rates: Sequence[float | None]) -> Tensor:
         batches = None if order is None else order.batches(start, steps)
         losses = []
-        for step in range(start, start + steps):
+        for step, rate in zip(range(start, start + steps), rates, strict=True):
             indices = None if batches is None else next(batches)
             x, y = (data if indices is None else self._take(data, indices) for data in (self.x, self.y))
             logged = None
+            for group in () if rate is None else self.optimizer.param_groups:
+                group["lr"] = rate
 
             def closure(x=x, y=y):
                 nonlocal logged

@@ -12,6 +12,7 @@ from .checks import check_arguments
 from .eligibility import fast_job
 from .jobs import GeneralJob, Job
 from .pacing import Bar, Interrupts, SampleOrder, chunks, logged_steps
+from .rates import Rates, schedule_of
 
 
 def fit(
@@ -24,7 +25,7 @@ def fit(
     steps: int,
     batch_size: int | None = None,
     log_every: int = 0,
-    lr: Tensor | None = None,
+    lr: Rates | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
     impl: str | None = None,
@@ -40,15 +41,20 @@ def fit(
     is a terminal and tqdm is installed.
 
     An `MLP`, an `Ensemble` or an `nn.Sequential` of linear layers and activations in float32 or float64, under SGD,
-    Adam or AdamW with one group of all its parameters, with BCELoss, BCEWithLogitsLoss or MSELoss, trains without
-    autograd: by kernels that hold the whole network, or in a loop written out. Everything else (other modules, criteria
-    and optimizers, amsgrad, maximize, parameters that are frozen, tied or share memory, hooks, autocast, other dtypes)
-    trains in an ordinary loop. With BCELoss the gradient at the logit is p - t; torch's differs from it only where
-    p (1 - p) < 1e-12. `criterion` is called as criterion(model(x), y).
+    Adam or AdamW with one group of all its parameters, with BCELoss, BCEWithLogitsLoss, MSELoss or CrossEntropyLoss,
+    trains without autograd: by kernels that hold the whole network, or in a loop written out. Everything else (other
+    modules, criteria and optimizers, amsgrad, maximize, parameters that are frozen, tied or share memory, hooks,
+    autocast, other dtypes) trains in an ordinary loop. With BCELoss the gradient at the logit is p - t; torch's differs
+    from it only where p (1 - p) < 1e-12. `criterion` is called as criterion(model(x), y).
 
     An Ensemble's members see the same samples, x (samples, I) and y (samples, O), or each its own, (E, samples, I)
-    and (E, samples, O), in the same order. The criterion applies to each member, and the losses are summed. lr, for an
-    Ensemble only: (E,), a learning rate per member in place of the optimizer's own, which stays as it is.
+    and (E, samples, O), in the same order. The criterion applies to each member, and the losses are summed.
+
+    lr: in place of the optimizer's own rate, which stays as it is. (E,), for an Ensemble, is a rate for each member. A
+    schedule is (steps, 1), for an Ensemble also (steps, E), or a function of the step, an int counted from 0 in this
+    call, that returns a float, for an Ensemble also (E,). A tensor of one dimension is never a schedule. The function
+    is called once for each step, in order, a chunk of steps ahead. Each step is that of a loop which sets "lr" of all
+    parameter groups before it.
 
     impl: None chooses; "lane", "block", "graph", "native" and "torch" are obeyed, or refused with NotImplementedError
     and the reason. `History.path` says what ran. Of "native", loops that numba compiles for a CPU, None has only what
@@ -96,11 +102,12 @@ def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr,
     """The job that will train, of which nothing is computed or copied yet. Raises all that `fit` refuses."""
     check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
     x, y = x.detach(), y.detach()
-    job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl)
+    schedule = schedule_of(lr, model)
+    job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr if schedule is None else schedule, impl)
     if isinstance(job, str):
         if impl is not None:
             raise NotImplementedError(f"impl={impl!r}: {job}")
-        if lr is not None:
-            raise NotImplementedError(f"lr needs a loop without autograd: {job}")
-        return GeneralJob(model, x, y, criterion, optimizer)
+        if (lr is not None and schedule is None) or (schedule is not None and schedule.of_each_member):
+            raise NotImplementedError(f"lr of each member needs a loop without autograd: {job}")
+        return GeneralJob(model, x, y, criterion, optimizer, schedule)
     return job

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ensemble import Ensemble
 from ..history import History
 from .pacing import logged_steps
+from .rates import Rates, share_of
 from .run import fit, prepare
 
 __all__ = ["fit_sharded"]
@@ -31,7 +32,7 @@ def fit_sharded(
     steps: int,
     batch_size: int | None = None,
     log_every: int = 0,
-    lr: Tensor | None = None,
+    lr: Rates | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
     impl: str | None = None,
@@ -91,7 +92,7 @@ def fit_sharded(
             steps=0 if idle else steps,
             batch_size=batch_size,
             log_every=log_every,
-            lr=None if lr is None else lr[mine],
+            lr=None if idle else share_of(lr, mine, len(ensemble)),
             generator=generator,
             progress=progress and rank == 0,
             impl=impl,

@@ -17,7 +17,7 @@ FLOORS = [
     {"kernels.records", "kernels.activations", "kernels.operands"},
     {"kernels.tables", "kernels.peaks"},
     {"kernels.crossover"},
-    {"kernels.plan"},
+    {"kernels.plan", "kernels.hyperparameters"},
     {"kernels.reference", "kernels.loop", "kernels.native", "kernels.gpu", "kernels.devices"},
     {"kernels.eligibility", "kernels.small"},
     {"kernels.calls"},

@@ -12,6 +12,7 @@ from cases import assert_near
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import RECIPES
 
+from perceptriton.kernels.hyperparameters import COMMON, Hyperparameters
 from perceptriton.kernels.loop import TorchLoop, layout
 from perceptriton.kernels.records import TrainConfig, TrainPlan
 
@@ -56,7 +57,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(Graph, "made", 0)
 
 
-def train(impl, config, members, batch_size, chunks, every=5):
+def train(impl, config, members, batch_size, chunks, every=5, own=COMMON, rates=None):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -72,8 +73,8 @@ def train(impl, config, members, batch_size, chunks, every=5):
     second = [torch.zeros_like(p) for p in parameters] if config.optimizer != "sgd" else ()
     lr = torch.linspace(0.02, 0.2, members, dtype=torch.float64)
     epochs = [torch.randperm(10, generator=generator) for _ in range(40)]
-    data = (config, parameters, first, second, lr, x, y, batch_size or 10)
-    run = TorchLoop(*data, 0, TrainPlan(impl, "the test says so"))
+    data = (config, parameters, first, second, lr if rates is None else None, x, y, batch_size or 10)
+    run = TorchLoop(*data, 0, TrainPlan(impl, "the test says so"), own)
     start, losses = 0, []
     for steps in chunks:
         per_epoch = -(-10 // (batch_size or 10))
@@ -81,7 +82,7 @@ def train(impl, config, members, batch_size, chunks, every=5):
         logged = torch.full(
             (len([s for s in range(start, start + steps) if s % every == 0]), members), torch.nan
         ).double()
-        run.run(order, start, steps, every, logged)
+        run.run(order, start, steps, every, logged, None if rates is None else rates[start : start + steps])
         start += steps
         losses.append(logged)
     return [*parameters, *first, *second, torch.cat(losses)]
@@ -103,6 +104,29 @@ def test_replayed_steps_are_steps(options, members, batch_size):
     for a, b in zip(train("graph", config, members, batch_size, [1, 9, 14]), actual, strict=True):
         assert torch.equal(a, b)
     assert Graph.made == (1 if batch_size is None else 2)
+
+
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize(
+    ("options", "own"),
+    [
+        ({"weight_decay": 0.1}, {"weight_decay": (0.0, 0.1, 0.2)}),
+        ({"momentum": 0.9, "dampening": 0.1}, {"momentum": (0.9, 0.0, 0.5)}),
+        ({"optimizer": "adamw", "weight_decay": 0.1}, {"beta1": (0.9, 0.8, 0.5), "beta2": (0.9, 0.99, 0.999)}),
+    ],
+    ids=["decay", "dampening", "adamw"],
+)
+@pytest.mark.parametrize("loss", ["bce", "cross_entropy"])
+def test_replays_read_the_numbers_of_their_step(options, own, members, loss):
+    config = TrainConfig((3, 5, 2), output="identity" if loss == "cross_entropy" else "sigmoid", loss=loss, **options)
+    numbers = Hyperparameters(**{name: torch.tensor(values[:members]).double() for name, values in own.items()})
+    rates = torch.linspace(0.2, 0.01, 24, dtype=torch.float64)[:, None] * torch.linspace(1, 0.5, members).double()
+    expected = train("torch", config, members, 4, [24], own=numbers, rates=rates)
+    actual = train("graph", config, members, 4, [24], own=numbers, rates=rates)
+    assert Graph.made == 2
+    assert_near(actual, expected, 1e-12)
+    for a, b in zip(train("graph", config, members, 4, [1, 9, 14], own=numbers, rates=rates), actual, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.slow

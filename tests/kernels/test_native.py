@@ -247,22 +247,6 @@ def test_shared_samples_are_read_where_they_are(tile):
     assert [data.ctypes.data for data in loop.data] == [x.data_ptr(), y.data_ptr()]
 
 
-@every_tile
-def test_hyperparameters_may_change_from_step_to_step(tile):
-    factors, results = torch.linspace(0.5, 2, 5), []
-    for pieces in ((5,), (1,) * 5):
-        parameters, x, y, lr = Case(TrainConfig((3, 4, 2), weight_decay=0.1)).tensors(torch.float32)
-        loop = NativeLoop(TrainConfig((3, 4, 2), weight_decay=0.1), parameters, [], [], lr, x, y, 5, 0, TILES[tile])
-        hyper, done = loop.hyper, 0
-        for steps in pieces:
-            loop.hyper = factors[done : done + steps, None, None] * hyper
-            loop.run(None, done, steps, 0, torch.empty(0, 3))
-            done += steps
-        results.append(parameters)
-    assert same_bits(*results)
-    assert not same_bits(results[0], Case(TrainConfig((3, 4, 2), weight_decay=0.1)).run(TILES[tile], pieces=(5,))[:-1])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_the_number_of_threads_changes_no_bit(dtype):
     case, results = Case(TrainConfig((3, 4, 2), optimizer="adam"), 161, 6, shared=(False, False)), []

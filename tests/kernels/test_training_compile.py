@@ -31,6 +31,7 @@ import triton.language as tl  # noqa: E402
 
 from perceptriton.kernels import plan as planning  # noqa: E402
 from perceptriton.kernels.gpu import aot, train  # noqa: E402
+from perceptriton.kernels.hyperparameters import COMMON, Hyperparameters  # noqa: E402
 from perceptriton.kernels.records import TrainConfig, TrainPlan  # noqa: E402
 
 pytestmark = pytest.mark.compiles
@@ -103,8 +104,9 @@ def _plan(case):
     return dataclasses.replace(asked, programs=32 if impl == "spread" else 1)
 
 
-def _launch(case, plan=None, steps=(0, 0, 1000, 10)):
-    """The launch of a case's plan, with a loss trace. steps: start, taken, steps, log_every."""
+def _launch(case, plan=None, steps=(0, 0, 1000, 10), own=(), rates=None):
+    """The launch of a case's plan, with a loss trace. steps: start, taken, steps, log_every. own: the names of numbers
+    that members have of their own. rates: of how many members there is a schedule."""
     _, config, members, samples, batch_size, ordered, _ = case
 
     def empty(*shape, dtype=torch.float32):
@@ -119,8 +121,11 @@ def _launch(case, plan=None, steps=(0, 0, 1000, 10)):
     batch_size = batch_size or samples
     order = empty(50, samples, dtype=torch.int32) if ordered else None
     start, taken, count, log_every = steps
-    arguments = (config, parameters, first, second, empty(members), *data, batch_size, taken, plan or _plan(case))
-    launch, *more = aot.launches(train.KernelLoop(*arguments).run, order, start, count, log_every, empty(100, members))
+    numbers = Hyperparameters(**{name: empty(members) for name in own}) if own else COMMON
+    lr, schedule = (empty(members), None) if rates is None else (None, empty(count, rates))
+    arguments = (config, parameters, first, second, lr, *data, batch_size, taken, plan or _plan(case), numbers)
+    pace = order, start, count, log_every, empty(100, members), schedule
+    launch, *more = aot.launches(train.KernelLoop(*arguments).run, *pace)
     assert len(more) == (count - 1 if case[-1] == "spread" else 0)
     return launch
 
@@ -196,6 +201,40 @@ def test_a_spilling_tile_is_seen():
 )
 def test_ahead_of_time_is_what_a_launch_compiles(name):
     assert_is_what_a_launch_compiles(_launch(CASES[name]))
+
+
+NUMBERED = {
+    "sm_90-lane-xor": (),
+    "sm_90-lane-1-states": ("momentum", "weight_decay"),
+    "sm_90-lane-2-states": ("beta1", "beta2", "weight_decay"),
+    "sm_90-block-xor-deep": (),
+    "sm_90-block-2-states-9-40-32": ("beta1", "beta2", "weight_decay"),
+    "sm_90-spread-2-states-9-40-32": ("beta1", "beta2", "weight_decay"),
+}
+
+
+@pytest.mark.parametrize("loss", ["as-it-is", "cross-entropy"])
+@pytest.mark.parametrize("name", NUMBERED)
+def test_numbers_of_members_and_steps_fit_into_registers(name, loss):
+    arch, config, *rest = CASES[name]
+    if loss == "cross-entropy":
+        config = dataclasses.replace(config, output="identity", loss="cross_entropy")
+    plain, numbered = (
+        compile_for(arch, _launch((arch, config, *rest), own=own, rates=rates))
+        for own, rates in (((), None), (NUMBERED[name], 3))
+    )
+    assert_sound(numbered)
+    assert_fits(numbered, arch)
+    if "-spread-" not in name:
+        # Numbers of a member are loaded once, only the rate is in each step.
+        assert numbered.loop_opcodes["LDG"] - plain.loop_opcodes["LDG"] == 1
+
+
+@pytest.mark.parametrize("impl", ["lane", "block", "spread"])
+def test_no_number_of_a_schedule_is_compiled_in(impl):
+    case = (90, TrainConfig((2, 2, 1)), 3, 64, 4, False, impl)
+    one, many = (launch_signature(_launch(case, steps=(0, 0, 30, 7), rates=rates)) for rates in (1, 3))
+    assert one == many
 
 
 @pytest.mark.parametrize("impl", ["lane", "block", "spread"])

@@ -20,6 +20,7 @@ from cases import (
 from torch import nn
 from training_cases import RECIPES
 
+from perceptriton.kernels.hyperparameters import Hyperparameters
 from perceptriton.kernels.records import TrainConfig, TrainPlan
 
 DEVICE = kernel_device()
@@ -29,7 +30,12 @@ if DEVICE is None:
 train = pytest.importorskip("perceptriton.kernels.gpu.train")
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.interpreter, pytest.mark.gpu]
 
-CRITERIA = {"bce": nn.BCELoss, "bce_logits": nn.BCEWithLogitsLoss, "mse": nn.MSELoss}
+CRITERIA = {
+    "bce": nn.BCELoss,
+    "bce_logits": nn.BCEWithLogitsLoss,
+    "mse": nn.MSELoss,
+    "cross_entropy": nn.CrossEntropyLoss,
+}
 STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq")}
 
 LANE = TrainPlan("lane", "the test says so", rows=2, networks=4, num_warps=1)
@@ -76,6 +82,8 @@ class Run:
         self.order = torch.stack(orders) if orders else None
         adaptive = config.optimizer != "sgd"
         self.lr = torch.linspace(0.02, 0.1, members) if adaptive else torch.linspace(0.2, 0.9, members)
+        self.own = {}  # the Hyperparameters, fp64
+        self.rates = None  # a schedule, (steps, members) or (steps, 1)
         self.kinds = ["weight", "bias"] if config.bias else ["weight"]
         self.states = STATE[config.optimizer] if adaptive or config.momentum else ()
 
@@ -93,7 +101,7 @@ class Run:
         return results
 
     def _torch_member(self, e, steps, dtype, log_every):
-        r = self.config
+        r = dataclasses.replace(self.config, **{name: own[e].item() for name, own in self.own.items()})
         model = sequential(r.widths, r.hidden, r.output, bias=r.bias, dtype=dtype)
         parameters = list(model.parameters())
         with torch.no_grad():
@@ -118,6 +126,9 @@ class Run:
                 losses.append(loss.detach())
             optimizer.zero_grad()
             loss.backward()
+            if self.rates is not None:
+                (group,) = optimizer.param_groups
+                group["lr"] = self.rates[step].expand(self.members)[e].item()
             optimizer.step()
             if step + 1 in steps:
                 states = [optimizer.state[p][name].clone() for name in self.states for p in parameters]
@@ -145,15 +156,17 @@ class Run:
         buffers = tuple(s for s, _ in state_pairs)
         lr, x, y = (t.to(DEVICE) for t in (self.lr, self.x, self.y))
         split = (buffers[:count], buffers[count:])
-        run = train.KernelLoop(self.config, written, *split, lr, x, y, self.batch_size, taken, plan)
+        lr, own = lr if self.rates is None else None, Hyperparameters(**self.own)
+        run = train.KernelLoop(self.config, written, *split, lr, x, y, self.batch_size, taken, plan, own)
         results, losses, done = [], [], 0
         for end in steps:
             logged = [s for s in range(start + done, start + end) if log_every and s % log_every == 0]
             trace, whole = guarded(len(logged), self.members)
             epoch = (start + done) // self.batches
             order = None if self.order is None else self.order[epoch:].to(DEVICE).contiguous()
+            rates = None if self.rates is None else self.rates[start + done : start + end].to(DEVICE)
             with poisoned():
-                run.run(order, start + done, end - done, log_every, trace)
+                run.run(order, start + done, end - done, log_every, trace, rates)
             done = end
             losses.append(trace.cpu())
             for _, around in (*pairs, *state_pairs, (trace, whole)):
@@ -275,6 +288,35 @@ def test_losses(plan, loss, output, reduction):
     check(run, run.kernel(plan, (4,), log_every=1), (4,), log_every=1)
 
 
+# numpy, under the interpreter, warns where a GPU has nothing to say: of columns that hold no sample.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("reduction", core(["mean", "sum"], "mean"))
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_cross_entropy(plan, outputs, reduction):
+    config = TrainConfig((3, 4, outputs), output="identity", loss="cross_entropy", reduction=reduction)
+    run = Run(config, members=2, samples=3, batch_size=2, epochs=2)
+    # A class, probabilities of classes, and what is none: torch takes any sum.
+    run.y[0, 0] = torch.eye(outputs)[-1]
+    run.y[0, 1] /= run.y[0, 1].sum()
+    run.lr /= 3 if reduction == "sum" else 1
+    check(run, run.kernel(plan, (4,), log_every=1), (4,), log_every=1)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_cross_entropy_of_great_logits(plan):
+    # Of a sample that is classified well the loss is small, and keeps its digits; e^z overflows from 89 on.
+    logits = torch.tensor([[100.0, 88.0, -100.0], [-300.0, -290.0, -300.0], [5.0, -12.0, -100.0], [0.0, 0.0, 0.0]])
+    for target in range(3):
+        config = TrainConfig((1, 3), output="identity", loss="cross_entropy", bias=False)
+        run = Run(config, members=len(logits), samples=1)
+        run.initial, run.x, run.y = [logits[..., None]], torch.ones(1, 1, 1), torch.eye(3)[target].view(1, 1, 3)
+        ((_, _, loss),) = run.kernel(plan, (1,), log_every=1)
+        expected = nn.CrossEntropyLoss(reduction="none")(logits.double(), torch.full((len(logits),), target))
+        torch.testing.assert_close(loss[0].double(), expected, rtol=2e-6, atol=1e-7)
+
+
 # numpy, under the interpreter, warns where a GPU has nothing to say.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("t", [0.0, pytest.param(0.25, marks=pytest.mark.core), 1.0])
@@ -311,6 +353,72 @@ def test_padded_neurons_stay_silent(bias):
     # is near 0 after 30 steps: two numbers of which roundings decide.
     run = Run(TrainConfig((3, 9, 20, 2), bias=bias, weight_decay=0.05, momentum=0.9), members=1, seed=1)
     check(run, run.kernel(BLOCK, (30,)), (30,))
+
+
+# --- numbers of a member, and of a step -----------------------------------------------------------------------------
+
+OWN = {
+    "sgd": {"weight_decay": (0.0, 0.1, 0.3)},
+    "momentum": {"momentum": (0.1, 0.5, 0.9)},
+    "dampening": {"momentum": (0.2, 0.5, 0.8), "weight_decay": (0.2, 0.0, 0.1)},
+    "nesterov": {"momentum": (0.3, 0.5, 0.9)},
+    "adam-decay": {"beta1": (0.0, 0.5, 0.9), "beta2": (0.9, 0.0, 0.999), "weight_decay": (0.1, 0.0, 0.3)},
+    "adamw": {"beta1": (0.9, 0.8, 0.0), "weight_decay": (0.0, 0.5, 0.1)},
+}
+
+
+def numbered(variant, rates="members", steps=8, **data):
+    """A run whose members have numbers of their own, and a rate for each step."""
+    # A config without weight decay has none.
+    config = TrainConfig((3, 2, 2), **{"weight_decay": 0.9, **RECIPES[variant]})
+    run = Run(config, **{"samples": 3, **data})
+    copies = -(-run.members // 3)
+    run.own = {
+        name: torch.tensor(own * copies, dtype=torch.float64)[: run.members] for name, own in OWN[variant].items()
+    }
+    if rates:
+        falling = run.lr * torch.linspace(1, 0.1, steps)[:, None]
+        run.rates = falling if rates == "members" else falling[:, :1].clone()
+    return run
+
+
+@pytest.mark.parametrize("variant", core(OWN, "nesterov", "adam-decay"))
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_numbers_of_each_member_and_step(plan, variant):
+    run = numbered(variant)
+    steps = (1, 2, 8)
+    check(run, run.kernel(plan, steps), steps)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_member_without_momentum_is_not_damped(plan):
+    run = numbered("dampening")
+    run.own["momentum"][1] = 0.0
+    ((parameters, _, _),) = run.kernel(plan, (8,))
+    run.states = ()  # of such a member torch has none
+    ((torches, _, _),), ((truths, _, _),) = run.torch((8,), torch.float32), run.torch((8,))
+    groups = {str(i): [values] for i, values in enumerate(zip(parameters, torches, truths, strict=True))}
+    assert_as_good_as_the_worst(groups, torch.float32)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_one_schedule_for_all_members(plan):
+    run = numbered("momentum", "shared")
+    check(run, run.kernel(plan, (3, 8), log_every=2), (3, 8), log_every=2)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_schedule_in_pieces_changes_no_bit(plan):
+    # Five lanes are two programs, of which the second one has three lanes without a network.
+    run = numbered("adamw", members=5 if plan is LANE else 2, batch_size=2, epochs=4)
+    once = run.kernel(plan, (8,), log_every=3)
+    assert same_bits(once, run.kernel(plan, (1, 3, 4, 8), log_every=3))
+    # Nor do rates that are all alike.
+    run.rates = run.lr.expand(8, -1)
+    alike, run.rates = run.kernel(plan, (8,), log_every=3), None
+    assert same_bits(alike, run.kernel(plan, (8,), log_every=3))
+    assert not same_bits(alike, once)
 
 
 # --- where a launch begins and ends ---------------------------------------------------------------------------------

@@ -383,13 +383,17 @@ BAD = {
     "x": ({"x": torch.ones(4, 6, 3)}, ValueError, r"^x \(4, 6, 3\) is neither \(samples, 3\) nor \(3, samples, 3\)$"),
     "y": ({"y": torch.ones(6)}, ValueError, r"^y \(6,\) is neither \(samples, 2\) nor \(3, samples, 2\)$"),
     "samples": ({"y": torch.ones(5, 2)}, ValueError, r"^x \(6, 3\) and y \(5, 2\) differ in their number of samples$"),
-    "lr": ({"lr": torch.ones(2)}, ValueError, r"^lr \(2,\) is not one rate for each of 3 members$"),
+    "lr": (
+        {"lr": torch.ones(2)},
+        ValueError,
+        r"^lr \(2,\) is neither \(3,\), .* nor a schedule, \(2, 1\) or \(2, 3\)$",
+    ),
     "lr-negative": ({"lr": torch.tensor([1.0, -2.0, 1.0])}, ValueError, r"^lr must not be negative, but .* -2.0$"),
     "lr-dtype": ({"lr": torch.ones(3, dtype=torch.int64)}, TypeError, r"^lr must be a floating point tensor, not"),
     "lr-general": (
         {"lr": torch.ones(3), "criterion": lambda p, t: (p - t).sum()},
         NotImplementedError,
-        r"^lr needs a loop without autograd: the criterion is a function$",
+        r"^lr of each member needs a loop without autograd: the criterion is a function$",
     ),
 }
 

@@ -812,8 +812,8 @@ BAD = {
         r"^optimizer holds a parameter \(7,\) that is none of the model's 4$",
         optimizer=torch.optim.SGD([nn.Parameter(torch.ones(7))], lr=1),
     ),
-    "lr": bad(ValueError, r"^lr is for an Ensemble; the model is a MLP", lr=torch.ones(2)),
-    "lr-type": bad(TypeError, r"^lr must be of type Tensor, not float$", lr=0.1),
+    "lr": bad(ValueError, r"^lr \(2,\) is not a schedule \(\d+, 1\), which .* a MLP$", lr=torch.ones(2)),
+    "lr-type": bad(TypeError, r"^lr must be a Tensor or a function of the step, not float$", lr=0.1),
     "lane": bad(NotImplementedError, r"^impl='lane': ", impl="lane"),
     "block": bad(NotImplementedError, r"^impl='block': ", impl="block"),
     "graph": bad(NotImplementedError, r"^impl='graph': cpu: only a CUDA device", impl="graph"),
@@ -945,6 +945,7 @@ NEGATIVE = [
     ("y", negated),
     ("y", conjugated),
     ("lr", negated),
+    ("schedule", negated),
     ("parameters", conjugated),
 ]
 
@@ -958,12 +959,15 @@ def test_negative_views(impl, operand, layout, request):
         ensemble = Ensemble(3, [2, 3, 1], generator=torch.Generator().manual_seed(1)).to(device)
         x, y = (t.to(device) for t in xor(torch.float32))
         lr = torch.tensor([0.2, 0.5, 0.9], device=device)
+        if operand == "schedule":
+            lr = lr * torch.tensor([[1.0], [0.5], [0.25]], device=device)
         if negative and operand == "parameters":
             for parameters in (ensemble.weights, ensemble.biases):
                 for l, p in enumerate(parameters):
                     parameters[l] = nn.Parameter(layout(p.detach()))
         elif negative:
-            x, y, lr = (layout(t) if name == operand else t for name, t in (("x", x), ("y", y), ("lr", lr)))
+            named = (("x", x), ("y", y), (operand if operand == "schedule" else "lr", lr))
+            x, y, lr = (layout(t) if name == operand else t for name, t in named)
         own = torch.optim.SGD(ensemble.parameters(), lr=1.0, momentum=0.9)
         options = {"steps": 3, "log_every": 2, "lr": lr, "impl": impl}
         history = fit(ensemble, x, y, criterion=nn.BCELoss(), optimizer=own, **options)
@@ -997,6 +1001,9 @@ def test_infinite_targets_of_dead_outputs(impl, request):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
+BCE, RATES = nn.BCELoss(), torch.tensor([0.02, 0.05, 0.1])
+
+
 @pytest.mark.interpreter
 @pytest.mark.gpu
 @pytest.mark.parametrize(
@@ -1004,16 +1011,36 @@ def test_infinite_targets_of_dead_outputs(impl, request):
 )
 @pytest.mark.parametrize(("impl", "programs"), [("lane", 1), ("block", 1), ("block", 2)])
 def test_kernels_train_alike(impl, programs, optimizer, batch_size, device, monkeypatch):
+    assert_kernels_train_alike(impl, programs, optimizer, batch_size, device, monkeypatch)
+
+
+# numpy, under the interpreter, warns of columns that hold no sample.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.interpreter
+@pytest.mark.gpu
+@pytest.mark.parametrize("criterion", [BCE, nn.CrossEntropyLoss()], ids=["bce", "cross-entropy"])
+@pytest.mark.parametrize(("impl", "programs"), [("lane", 1), ("block", 1), ("block", 2)])
+def test_kernels_take_a_schedule(impl, programs, criterion, device, monkeypatch):
+    def lr(step):
+        return torch.tensor([0.02, 0.05, 0.1]) * 0.9**step
+
+    assert_kernels_train_alike(impl, programs, "adamw", 3, device, monkeypatch, lr, criterion)
+
+
+def assert_kernels_train_alike(impl, programs, optimizer, batch_size, device, monkeypatch, lr=RATES, criterion=BCE):
     planned = plan.train
     monkeypatch.setattr(plan, "train", lambda *a, **k: dataclasses.replace(planned(*a, **k), programs=programs))
     errors, results = [], []
     for path, dtype in (("torch", torch.float64), ("torch", torch.float32), (impl, torch.float32)):
-        ensemble = Ensemble(3, [2, 3, 1], generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        output = "sigmoid" if criterion is BCE else "identity"
+        sizes = [2, 3, 1 if criterion is BCE else 2]
+        ensemble = Ensemble(3, sizes, "sigmoid", output, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         x, y = xor(dtype)
+        y = y if criterion is BCE else torch.cat([y, 1 - y], 1)
         own = OPTIMIZERS[optimizer](ensemble.parameters())
         options = {"batch_size": batch_size, "log_every": 2, "generator": torch.Generator().manual_seed(2)}
-        options |= {"lr": torch.tensor([0.02, 0.05, 0.1]), "impl": path}
-        history = fit(ensemble, x.to(device), y.to(device), criterion=nn.BCELoss(), optimizer=own, steps=9, **options)
+        options |= {"lr": lr, "impl": path}
+        history = fit(ensemble, x.to(device), y.to(device), criterion=criterion, optimizer=own, steps=9, **options)
         assert history.path == path
         results.append([*ensemble.parameters(), history.loss, *state_of(own)[1]])
         errors.append(relative([t.cpu() for t in results[-1]], [t.cpu() for t in results[0]]))

@@ -1,0 +1,102 @@
+"""The learning rates that `fit` is given in the place of the optimizer's own."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+
+from ..ensemble import Ensemble
+
+Rates = Tensor | Callable[[int], float | Tensor]
+
+
+class Schedule:
+    """A rate for each step: of all members, or of each."""
+
+    def __init__(self, given: Rates, members: int) -> None:
+        """given: (steps, 1), (steps, members) or a function of the step."""
+        self.given, self.members = given, members
+
+    @property
+    def of_each_member(self) -> bool:
+        """Whether it is known to tell members apart."""
+        return isinstance(self.given, Tensor) and self.given.shape[1] > 1
+
+    def rows(self, start: int, steps: int) -> Tensor:
+        """(steps, 1 or members), on any device. Raises what a function deserves for what it returns."""
+        if isinstance(self.given, Tensor):
+            return self.given.detach()[start : start + steps]
+        values = list(map(self.given, range(start, start + steps)))
+        if set(map(type, values)) == {float}:  # all at once: a step may take less time than to look at its rate
+            rows = torch.tensor(values, dtype=torch.float64, device="cpu")[:, None]
+        else:
+            # Where a GPU has them, one by one would wait for it as often.
+            device = next((v.device for v in values if isinstance(v, Tensor) and v.is_cuda), torch.device("cpu"))
+            own = [self._row(step, value, device) for step, value in enumerate(values, start)]
+            rows = torch.stack(own if all(len(row) == 1 for row in own) else [row.expand(self.members) for row in own])
+        if not bool((rows >= 0).all()):
+            step = int((rows >= 0).all(1).logical_not().nonzero()[0])
+            raise ValueError(f"lr must not be negative, but lr({start + step}) is {rows[step].squeeze().tolist()}")
+        return rows
+
+    def _row(self, step: int, value: object, device: torch.device) -> Tensor:
+        """(1,) or (members,), fp64."""
+        if isinstance(value, Real) and not isinstance(value, bool):
+            return torch.tensor([float(value)], dtype=torch.float64, device=device)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"lr({step}) must return a float or a tensor, not a {type(value).__name__}")
+        if value.shape not in ((), (1,), (self.members,)):
+            raise ValueError(f"lr({step}) returned a tensor {tuple(value.shape)}, neither () nor ({self.members},)")
+        return value.detach().to(device, torch.float64).view(-1)
+
+
+def schedule_of(lr: Rates | None, model: nn.Module) -> Schedule | None:
+    if lr is None or (isinstance(lr, Tensor) and lr.dim() == 1):
+        return None
+    return Schedule(lr, len(model) if isinstance(model, Ensemble) else 1)
+
+
+def check_rates(lr: object, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ValueError(f"lr is for an optimizer with a rate, and a {type(optimizer).__name__} has none")
+    if not isinstance(lr, Tensor):
+        return
+    if isinstance(model, Ensemble):
+        members = len(model)
+        if tuple(lr.shape) not in ((members,), (steps, 1), (steps, members)):
+            forms = f"({members},), a rate for each member, nor a schedule, ({steps}, 1) or ({steps}, {members})"
+            raise ValueError(f"lr {tuple(lr.shape)} is neither {forms}")
+    elif lr.shape != (steps, 1):
+        kind = type(model).__name__
+        raise ValueError(f"lr {tuple(lr.shape)} is not a schedule ({steps}, 1), which is what it may be for a {kind}")
+    if not lr.is_floating_point():
+        raise TypeError(f"lr must be a floating point tensor, not {lr.dtype}")
+    if not bool((lr >= 0).all()):
+        raise ValueError(f"lr must not be negative, but its least is {lr.min().item()}")
+
+
+def share_of(lr: Rates | None, members: slice, count: int) -> Rates | None:
+    """What holds for these of `count` members."""
+    if lr is None or (isinstance(lr, Tensor) and lr.shape[-1] != count):
+        return lr
+    if isinstance(lr, Tensor):
+        return lr[..., members]
+
+    def share(step: int) -> float | Tensor:
+        rate = lr(step)
+        return rate[members] if isinstance(rate, Tensor) and rate.shape == (count,) else rate
+
+    return share
+
+
+@contextmanager
+def own_rates_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Gives the optimizer back the rates that it had."""
+    kept = [(group, group["lr"]) for group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        for group, rate in kept:
+            group["lr"] = rate

@@ -1,0 +1,323 @@
+"""Learning rates that `fit` is given for each step: against the loop that everyone writes."""
+
+import copy
+import math
+
+import pytest
+import torch
+from cases import same_bits
+from torch import nn
+from training_cases import OPTIMIZERS, assert_same_state, chunks_of, make, relative, values
+
+from perceptriton.mlp import MLP, Ensemble, fit, fit_sharded
+from perceptriton.mlp.training import run
+
+EXACT = 1e-10
+STEPS = 12
+
+
+def falling(step):
+    return 0.3 * 0.8**step
+
+
+SCHEDULES = {
+    "function": falling,
+    "function-of-tensors": lambda step: torch.tensor(falling(step), dtype=torch.float64),
+    "tensor": torch.tensor([[falling(step)] for step in range(STEPS)], dtype=torch.float64),
+    "mixed": lambda step: falling(step) if step < 10 else 0,
+}
+
+
+def rate_of(schedule, step):
+    return float(schedule[step] if isinstance(schedule, torch.Tensor) else schedule(step))
+
+
+def ordinary(model, x, y, criterion, optimizer, schedule, batch_size=None, generator=None):
+    """The loop that everyone writes; its losses."""
+    losses, batches = [], iter(())
+    kept = [group["lr"] for group in optimizer.param_groups]
+    for step in range(STEPS):
+        rows = slice(None) if batch_size is None else next(batches, None)
+        if rows is None:
+            batches = iter(torch.randperm(len(x), generator=generator).split(batch_size))
+            rows = next(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = rate_of(schedule, step)
+        optimizer.zero_grad()
+        loss = criterion(model(x[rows]), y[rows])
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+    for group, lr in zip(optimizer.param_groups, kept, strict=True):
+        group["lr"] = lr
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def absolute(p, t):
+    return (p - t).abs().mean()
+
+
+def problem(seed=0, dtype=torch.float64):
+    return make((3, 5, 2), "sigmoid", "sigmoid", True, 7, dtype=dtype, seed=seed)
+
+
+# --- one network ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("criterion", [nn.BCELoss(), absolute], ids=["torch", "general"])
+def test_a_schedule_is_that_of_a_loop_that_sets_the_rate(criterion, optimizer, schedule):
+    model, x, y = problem()
+    twin = copy.deepcopy(model)
+    own, other = OPTIMIZERS[optimizer](model.parameters()), OPTIMIZERS[optimizer](twin.parameters())
+    rates = SCHEDULES[schedule]
+    order = torch.Generator().manual_seed(3)
+    options = {"criterion": criterion, "optimizer": own, "steps": STEPS, "log_every": 1, "batch_size": 3}
+    history = fit(model, x, y, lr=rates, generator=order, **options)
+    losses = ordinary(twin, x, y, criterion, other, rates, 3, torch.Generator().manual_seed(3))
+    assert history.path == ("general" if criterion is absolute else "torch")
+    assert relative([history.loss], [losses]) <= EXACT
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert_same_state(own, other, EXACT)  # of which the rates are a part
+
+
+def test_compiled_loops_take_a_schedule():
+    pytest.importorskip("numba", reason="numba is not installed")
+    model, x, y = problem()
+    twin = copy.deepcopy(model)
+    own, other = (torch.optim.AdamW(m.parameters(), lr=1) for m in (model, twin))
+    options = {"criterion": nn.BCELoss(), "optimizer": own, "steps": STEPS, "impl": "native"}
+    assert fit(model, x, y, lr=falling, **options).path == "native"
+    ordinary(twin, x, y, nn.BCELoss(), other, falling)
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert_same_state(own, other, EXACT)
+
+
+def test_every_group_has_the_rate_and_gets_its_own_back():
+    model, x, y = problem()
+    twin = copy.deepcopy(model)
+    own, other = (
+        torch.optim.SGD([{"params": m[0].parameters(), "lr": torch.tensor(3.0)}, {"params": m[2].parameters()}], lr=2.0)
+        for m in (model, twin)
+    )
+    rates = [group["lr"] for group in own.param_groups]
+    fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=STEPS, lr=falling)
+    ordinary(twin, x, y, nn.BCELoss(), other, falling)
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert all(group["lr"] is rate for group, rate in zip(own.param_groups, rates, strict=True))
+
+
+def test_the_rates_are_given_back_after_an_error():
+    model, x, y = problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+
+    def fails(p, t):
+        assert optimizer.param_groups[0]["lr"] == falling(0)
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(model, x, y, criterion=fails, optimizer=optimizer, steps=2, lr=falling)
+    assert optimizer.param_groups[0]["lr"] == 2.0
+
+
+@pytest.mark.parametrize("impl", ["torch", "native", "general"])
+@pytest.mark.parametrize("schedule", ["function", "tensor"])
+def test_chunks_of_any_size_change_no_bit(monkeypatch, schedule, impl):
+    if impl == "native":
+        pytest.importorskip("numba", reason="numba is not installed")
+    results, calls = [], []
+
+    def counted(step):
+        calls.append(step)
+        return falling(step)
+
+    for sizes in ((STEPS,), (1,), (5, 1, 2)):
+        monkeypatch.setattr(run, "chunks", chunks_of(*sizes))
+        model, x, y = problem(dtype=torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=0.5, weight_decay=0.1)
+        options = {"criterion": absolute if impl == "general" else nn.BCELoss(), "steps": STEPS, "batch_size": 3}
+        options |= {"generator": torch.Generator().manual_seed(1), "impl": None if impl == "general" else impl}
+        lr = counted if schedule == "function" else SCHEDULES["tensor"]
+        assert fit(model, x, y, optimizer=optimizer, lr=lr, **options).path == impl
+        results.append(values(model))
+    assert same_bits(results[0], results[1])
+    assert same_bits(results[0], results[2])
+    if schedule == "function":  # once for each step, in order
+        assert calls == 3 * list(range(STEPS))
+
+
+# --- many networks -------------------------------------------------------------------------------------------
+
+BASE = torch.tensor([0.5, 1.0, 0.2, 0.8], dtype=torch.float64)
+FALL = torch.tensor([falling(step) for step in range(STEPS)], dtype=torch.float64)[:, None]
+OF_MEMBERS = {
+    "each": FALL * BASE,
+    "all": FALL,
+    "function": lambda step: falling(step) * BASE,
+    "function-of-all": falling,
+    "float-at-first": lambda step: falling(step) if step < 3 else falling(step) * BASE,
+}
+
+
+@pytest.mark.parametrize("impl", ["torch", "native"])
+@pytest.mark.parametrize("schedule", OF_MEMBERS)
+def test_members_have_schedules(schedule, impl):
+    if impl == "native":
+        pytest.importorskip("numba", reason="numba is not installed")
+    given = OF_MEMBERS[schedule]
+    models = [problem(seed)[0] for seed in range(4)]
+    _, x, y = problem()
+    ensemble = Ensemble.from_models(models)
+    optimizer = torch.optim.Adam(ensemble.parameters(), lr=7.0)
+    options = {"criterion": nn.BCELoss(), "optimizer": optimizer, "steps": STEPS, "log_every": 1, "impl": impl}
+    history = fit(ensemble, x, y, lr=given, **options)
+    double = {"dtype": torch.float64}
+    rows = given if isinstance(given, torch.Tensor) else [torch.as_tensor(given(s), **double) for s in range(STEPS)]
+    rows = torch.stack([row.expand(4) for row in rows])
+    for e, model in enumerate(models):
+        losses = ordinary(model, x, y, nn.BCELoss(), torch.optim.Adam(model.parameters()), rows[:, e])
+        assert relative([history.loss[:, e]], [losses]) <= EXACT
+        assert relative(ensemble.member(e).parameters(), model.parameters()) <= EXACT
+    assert optimizer.param_groups[0]["lr"] == 7.0
+
+
+def test_a_tensor_of_one_dimension_is_never_a_schedule():
+    # As many steps as members.
+    models = [problem(seed)[0] for seed in range(STEPS)]
+    _, x, y = problem()
+    rates = FALL.flatten()
+    ensemble = Ensemble.from_models(models)
+    fit(
+        ensemble,
+        x,
+        y,
+        criterion=nn.BCELoss(),
+        optimizer=torch.optim.SGD(ensemble.parameters(), lr=1),
+        steps=STEPS,
+        lr=rates,
+    )
+    for e, model in enumerate(models):
+        ordinary(model, x, y, nn.BCELoss(), torch.optim.SGD(model.parameters(), lr=1), lambda _, e=e: rates[e])
+        assert relative(ensemble.member(e).parameters(), model.parameters()) <= EXACT
+
+
+def test_one_schedule_for_all_members_of_an_ordinary_loop():
+    models = [problem(seed)[0] for seed in range(3)]
+    _, x, y = problem()
+    ensemble = Ensemble.from_models(models)
+    optimizer = torch.optim.SGD(ensemble.parameters(), lr=5.0)
+    assert fit(ensemble, x, y, criterion=absolute, optimizer=optimizer, steps=STEPS, lr=falling).path == "general"
+    for e, model in enumerate(models):
+        ordinary(model, x, y, absolute, torch.optim.SGD(model.parameters(), lr=1), falling)
+        assert relative(ensemble.member(e).parameters(), model.parameters()) <= EXACT
+    before = values(ensemble)
+    for lr in (FALL.expand(STEPS, 3), lambda step: torch.ones(3)):
+        with pytest.raises(NotImplementedError, match=r"^lr of each member needs a loop without autograd"):
+            fit(ensemble, x, y, criterion=absolute, optimizer=optimizer, steps=STEPS, lr=lr)
+    assert same_bits(values(ensemble), before)
+
+
+@pytest.mark.parametrize("schedule", OF_MEMBERS)
+def test_a_share_of_the_members_has_its_share_of_the_rates(schedule):
+    from perceptriton.mlp.training.rates import Schedule, share_of
+
+    given, part = OF_MEMBERS[schedule], slice(1, 3)
+    whole, share = Schedule(given, 4), Schedule(share_of(given, part, 4), 2)
+    expected = whole.rows(2, 5).expand(5, 4)[:, part]
+    assert torch.equal(share.rows(2, 5).expand(5, 2), expected)
+
+
+def test_a_sweep_takes_a_schedule():
+    results = []
+    for train in (fit, fit_sharded):
+        models = [problem(seed)[0] for seed in range(4)]
+        _, x, y = problem()
+        ensemble = Ensemble.from_models(models)
+        sgd = lambda p: torch.optim.SGD(p, lr=1)  # noqa: E731
+        optimizer = sgd(ensemble.parameters()) if train is fit else sgd
+        train(ensemble, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=STEPS, lr=OF_MEMBERS["each"])
+        results.append(values(ensemble))
+    assert same_bits(*results)
+
+
+# --- errors --------------------------------------------------------------------------------------------------
+
+ENSEMBLE = {
+    "rows": (torch.ones(5, 3), ValueError, r"^lr \(5, 3\) is neither \(3,\), .* nor a schedule, \(2, 1\) or \(2, 3\)$"),
+    "columns": (torch.ones(2, 2), ValueError, r"^lr \(2, 2\) is neither"),
+    "three-dimensions": (torch.ones(2, 3, 1), ValueError, r"^lr \(2, 3, 1\) is neither"),
+    "no-dimension": (torch.tensor(0.1), ValueError, r"^lr \(\) is neither"),
+    "negative": (torch.tensor([[1.0], [-2.0]]), ValueError, r"^lr must not be negative, but its least is -2.0$"),
+    "nan": (torch.tensor([[1.0], [math.nan]]), ValueError, r"^lr must not be negative, but its least is nan$"),
+    "integers": (
+        torch.ones(2, 1, dtype=torch.int64),
+        TypeError,
+        r"^lr must be a floating point tensor, not torch.int64",
+    ),
+    "returns": (lambda step: "0.1", TypeError, r"^lr\(0\) must return a float or a tensor, not a str$"),
+    "returns-shape": (
+        lambda step: torch.ones(2),
+        ValueError,
+        r"^lr\(0\) returned a tensor \(2,\), neither \(\) nor \(3,\)$",
+    ),
+    "returns-negative": (lambda step: -0.1, ValueError, r"^lr must not be negative, but lr\(0\) is -0.1$"),
+}
+
+
+@pytest.mark.parametrize("case", ENSEMBLE)
+def test_errors_leave_the_ensemble(case):
+    lr, error, message = ENSEMBLE[case]
+    ensemble = Ensemble(3, [3, 2])
+    before = values(ensemble)
+    data = torch.ones(6, 3), torch.ones(6, 2)
+    with pytest.raises(error, match=message):
+        fit(ensemble, *data, criterion=nn.BCELoss(), optimizer=torch.optim.SGD(ensemble.parameters()), steps=2, lr=lr)
+    assert same_bits(before, values(ensemble))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (4, 1), (3, 2), (1, 3)])
+def test_errors_name_both_shapes(shape):
+    model = MLP([3, 2])
+    data, optimizer = (torch.ones(6, 3), torch.ones(6, 2)), torch.optim.SGD(model.parameters())
+    told = str(shape).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=rf"^lr {told} is not a schedule \(3, 1\), which is what it may be for a MLP$"):
+        fit(model, *data, criterion=nn.BCELoss(), optimizer=optimizer, steps=3, lr=torch.ones(shape))
+
+
+# --- CrossEntropyLoss ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("targets", ["classes", "probabilities"])
+def test_cross_entropy(targets, reduction):
+    model, x, y = make((3, 5, 4), "sigmoid", "identity", True, 7)
+    twin, criterion = copy.deepcopy(model), nn.CrossEntropyLoss(reduction=reduction)
+    y = torch.arange(7) % 4 if targets == "classes" else y.softmax(1)
+    own, other = (torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5) for m in (model, twin))
+    options = {"criterion": criterion, "steps": STEPS, "log_every": 1, "batch_size": 3}
+    history = fit(model, x, y, optimizer=own, generator=torch.Generator().manual_seed(1), **options)
+    losses = ordinary(twin, x, y, criterion, other, lambda _: 0.1, 3, torch.Generator().manual_seed(1))
+    assert history.path == "torch"
+    assert relative([history.loss], [losses]) <= EXACT
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert_same_state(own, other, EXACT)
+
+
+ORDINARY = {
+    "ignored": (nn.CrossEntropyLoss(), torch.tensor([0, 1, -100, 2, 3, 0, 1])),
+    "ignored-class": (nn.CrossEntropyLoss(ignore_index=1), torch.arange(7) % 4),
+    "smooth": (nn.CrossEntropyLoss(label_smoothing=0.1), torch.arange(7) % 4),
+    "weights": (nn.CrossEntropyLoss(weight=torch.ones(4).double()), torch.arange(7) % 4),
+}
+
+
+@pytest.mark.parametrize("case", ORDINARY)
+def test_cross_entropies_of_another_kind_take_the_ordinary_loop(case):
+    criterion, y = ORDINARY[case]
+    model, x, _ = make((3, 5, 4), "sigmoid", "identity", True, 7)
+    twin = copy.deepcopy(model)
+    own, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin))
+    assert fit(model, x, y, criterion=criterion, optimizer=own, steps=STEPS).path == "general"
+    ordinary(twin, x, y, criterion, other, lambda _: 0.1)
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
