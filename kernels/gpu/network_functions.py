@@ -43,10 +43,11 @@ def load_weight(ptr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BL
 
 
 @triton.jit
-def load_weight_t(ptr, stride_k, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_weight_t(ptr, one, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # one: the stride along the inputs, which the compiler knows or not, see `stride_of_weight`.
     offs_n = neurons(N, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    return tl.load(ptr + offs_n[None, :] * K + offs_k[:, None] * stride_k, mask=(offs_k < K)[:, None], other=0.0)
+    return tl.load(ptr + offs_n[None, :] * K + offs_k[:, None] * one, mask=(offs_k < K)[:, None], other=0.0)
 
 
 @triton.jit

@@ -68,10 +68,10 @@ def mlp_fwd_kernel(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     weights = ()
     biases = ()
-    stride_k = stride_of_weight(1, tl.minimum(M, 0), DTYPE, PRECISION)
+    one = stride_of_weight(1, tl.minimum(M, 0), DTYPE, PRECISION)
     for l in tl.static_range(LAYERS):
         if RESIDENT:
-            wt = load_weight_t(weight_ptrs[l], stride_k, WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l])
+            wt = load_weight_t(weight_ptrs[l], one, WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l])
             weights = weights + (operand(wt.to(DTYPE), PRECISION, WIDEN),)
         if bias_ptrs is not None:
             biases = biases + (load_bias(bias_ptrs[l], WIDTHS[l + 1], PADDED[l + 1]),)
