@@ -79,3 +79,17 @@ def quiet() -> bool:
     if forward_ad._current_level >= 0:
         return False
     return not (_len_torch_function_stack() and functions_are_watched())
+
+
+def _leave_alone(*functions: Callable) -> None:
+    """Keeps torch.compile from compiling these where it has given up on their caller, which then runs as it is."""
+    try:
+        from torch._C._dynamo import eval_frame
+    except ImportError:
+        return
+    skip = eval_frame._FrameAction.SKIP
+    for function in functions:
+        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+
+
+_leave_alone(Calls.find, Calls.keep)
