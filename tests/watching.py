@@ -1,8 +1,9 @@
 """Watches what kernels touch under triton's interpreter, which reads and writes wherever it is told to.
 
 Found are addresses outside the tensors that a launch was given, views taken as they are; two programs of a launch of
-which one writes what the other touches, which on a GPU run in any order; and a program that loads what it stored with
-no `tl.debug_barrier()` between, which is unordered among its threads.
+which one writes what the other touches, which on a GPU run in any order unless they meet an atomic, which orders them;
+and a program that loads what it stored, or counts itself by an atomic, with no `tl.debug_barrier()` between, which is
+unordered among its threads.
 """
 
 import contextlib
@@ -22,8 +23,9 @@ class Launch:
         spans = np.concatenate([np.zeros((0, 2), np.uint64), *map(spans_of, tensors_of(arguments))])
         spans = spans[np.argsort(spans[:, 0], kind="stable")]
         self.starts, self.ends = spans[:, 0], np.maximum.accumulate(spans[:, 1])
-        self.loads, self.stores = {}, {}  # addresses, by program
+        self.loads, self.stores = {}, {}  # addresses, by program and whether it has met its atomic
         self.fresh = {}  # stored by the program since its last barrier
+        self.atomics = {}  # where each program has met one
 
     def touch(self, verb, program, pointers, mask, itemsize):
         # A mask may be of whole numbers.
@@ -36,11 +38,24 @@ class Launch:
         fresh = self.fresh.setdefault(program, [])
         if verb == "stores":
             fresh.append(at)
-            self.stores.setdefault(program, []).append(at)
+            self.stores.setdefault((program, program in self.atomics), []).append(at)
+        elif verb == "counts itself":
+            assert not fresh, f"{self.kernel}: program {program} counts itself with no barrier after what it stored"
+            self.atomics[program] = at.tolist()
         else:
             stale = any(np.isin(at, stored, assume_unique=True).any() for stored in fresh)
             assert not stale, f"{self.kernel}: program {program} loads what it stored, with no barrier between"
-            self.loads.setdefault(program, []).append(at)
+            self.loads.setdefault((program, program in self.atomics), []).append(at)
+
+    def ordered(self, one, other):
+        """Whether what a program touched before its atomic comes before what another did behind the same atomic.
+
+        The interpreter runs one program after the other, in the order in which `atomics` has them.
+        """
+        for (early, behind), (late, met) in ((one, other), (other, one)):
+            if not behind and met and self.atomics.get(early) == self.atomics[late]:
+                return list(self.atomics).index(early) < list(self.atomics).index(late)
+        return False
 
     def end(self):
         stored = {program: np.unique(np.concatenate(at)) for program, at in self.stores.items()}
@@ -50,9 +65,9 @@ class Launch:
             everything = np.concatenate([*touched.values(), np.zeros(0, np.uint64)])
             names = list(touched)
             for program, at in stored.items():
-                mine = np.isin(everything, at)
-                others = [names[int(i)] for i in np.unique(programs[mine]) if names[int(i)] != program]
-                assert not others, f"{self.kernel}: program {program} stores what program {others[0]} {what}"
+                touching = [names[int(i)] for i in np.unique(programs[np.isin(everything, at)])]
+                others = [other[0] for other in touching if other[0] != program[0] and not self.ordered(program, other)]
+                assert not others, f"{self.kernel}: program {program[0]} stores what program {others[0]} {what}"
 
 
 def tensors_of(arguments):
@@ -128,6 +143,16 @@ def kernels():
 
         return waits
 
+    def counted(original):
+        @functools.wraps(original)
+        def counts(self, operation, pointers, value, mask, sem, scope):
+            if sem.name == "ACQUIRE_RELEASE":
+                itemsize = pointers.get_element_ty().primitive_bitwidth // 8
+                running[-1].touch("counts itself", self.grid_idx, pointers.data, mask.data, itemsize)
+            return original(self, operation, pointers, value, mask, sem, scope)
+
+        return counts
+
     def by_keyword(access):
         # Descriptors name the arguments that say how to cache.
         return lambda self, pointers, *rest, **hints: access(self, pointers, *rest, *hints.values())
@@ -136,5 +161,6 @@ def kernels():
         patch.setattr(builder, "create_masked_load", by_keyword(watched(builder.create_masked_load, "loads")))
         patch.setattr(builder, "create_masked_store", by_keyword(watched(builder.create_masked_store, "stores")))
         patch.setattr(builder, "create_barrier", barrier(builder.create_barrier))
+        patch.setattr(builder, "create_atomic_rmw", counted(builder.create_atomic_rmw))
         patch.setattr(executor, "__call__", call(executor.__call__))
         yield

@@ -47,6 +47,25 @@ def round_trip_kernel(x_ptr, y_ptr, BARRIER: tl.constexpr):
     tl.store(x_ptr + at, tl.load(y_ptr + 15 - at))
 
 
+@triton.jit
+def last_one_sums_kernel(x_ptr, y_ptr, count_ptr, SEM: tl.constexpr, BARRIER: tl.constexpr, EARLY: tl.constexpr):
+    pid = tl.program_id(0)
+    at = tl.arange(0, 2)
+    if EARLY:
+        tl.store(y_ptr + 2, tl.sum(tl.load(x_ptr + at)))
+    tl.store(x_ptr + pid, pid + 1.0)
+    if BARRIER:
+        tl.debug_barrier()
+    if tl.atomic_add(count_ptr, 1, sem=SEM) == 1:
+        tl.store(y_ptr, tl.sum(tl.load(x_ptr + at)))
+
+
+def summed(sem="acq_rel", barrier=True, early=False):
+    y = torch.zeros(4)
+    last_one_sums_kernel[(2,)](torch.zeros(2), y, torch.zeros(1, dtype=torch.int32), sem, barrier, early)
+    assert y[0] == 3
+
+
 def copies(x, size, limit, y_size=None):
     y = torch.empty(y_size or size)
     copy_kernel[(2,)](x, y, size, x.stride(0), BLOCK=16, LIMIT=limit)
@@ -59,6 +78,7 @@ RIGHT = {
     "expanded": lambda: copies(torch.randn(1).expand(20), 20, 20),
     "barrier": lambda: round_trip_kernel[(1,)](torch.randn(16), torch.empty(16), BARRIER=True),
     "own-places": lambda: neighbour_kernel[(1,)](torch.randn(2)),
+    "last-one-sums": summed,
 }
 WRONG = {
     # The interpreter itself lets all of these pass.
@@ -81,6 +101,12 @@ WRONG = {
         lambda: round_trip_kernel[(1,)](torch.randn(16), torch.empty(16), BARRIER=False),
         "loads what it stored, with no barrier between",
     ),
+    "counts-too-early": (lambda: summed(barrier=False), "counts itself with no barrier after what it stored"),
+    "counts-without-order": (
+        lambda: summed(sem="relaxed"),
+        r"program \(0, 0, 0\) stores what program \(1, 0, 0\) loads",
+    ),
+    "loads-before-it-counts": (lambda: summed(early=True), r"stores what program \(\d, 0, 0\) (loads|stores)"),
 }
 
 
