@@ -246,17 +246,17 @@ test-old-hopper: $(OVERLAY)/.ready
 test-old-tiles: $(OVERLAY)/.ready
 	$(call step,every tile compiled by triton $(OLD_TRITON) and run,PYTHONPATH=$(<D) $(PYTEST) -m emulated tests/ptx)
 
-# The same of those kernels alone that have changed since it passed, as far as ten minutes of a core go: to run all of it
+# The same of those kernels alone that have changed since it passed, as far as five minutes of a core go: to run all of it
 # is up to whoever changes them.
 .PHONY: test-changed-ampere test-changed-hopper test-changed-tiles
 test-changed-ampere: $(READY)
-	$(call step,changed kernels compiled for sm_80,$(PYTEST) --changed --deadline 600 --compiled-for sm_80 -m 'interpreter and not long')
+	$(call step,changed kernels compiled for sm_80,$(PYTEST) --changed --deadline 300 --compiled-for sm_80 -m 'interpreter and not long')
 
 test-changed-hopper: $(READY)
-	$(call step,changed kernels compiled for sm_90,$(PYTEST) --changed --deadline 600 --compiled-for sm_90 -m 'interpreter and not long')
+	$(call step,changed kernels compiled for sm_90,$(PYTEST) --changed --deadline 300 --compiled-for sm_90 -m 'interpreter and not long')
 
 test-changed-tiles: $(READY)
-	$(call step,every tile of changed kernels,$(PYTEST) --changed --deadline 600 -m 'emulated and more' tests/ptx)
+	$(call step,every tile of changed kernels,$(PYTEST) --changed --deadline 300 -m 'emulated and more' tests/ptx)
 
 .PHONY: sanitize
 sanitize: $(READY) $(LENS)/.ready ## every kernel under the interpreter, watched for stray addresses and races (minutes)
