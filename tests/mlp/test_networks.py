@@ -264,12 +264,22 @@ def test_only_what_is_wanted(path, wanted, impl, monkeypatch):
     torch.testing.assert_close([t.grad for t in inputs], expected, rtol=1e-4, atol=1e-4)
 
 
+def forwards(monkeypatch):
+    """What the forward passes return that run from now on, of networks that run as a whole."""
+    calls, forward, decide = [], ops.mlp_fwd, ops.mlp_fwd_call
+
+    def seen(call):
+        return lambda *a: calls.append(call(*a)) or calls[-1]
+
+    monkeypatch.setattr(ops, "mlp_fwd", seen(forward))
+    monkeypatch.setattr(ops, "mlp_fwd_call", lambda *a: seen(decide(*a)))
+    return calls
+
+
 @pytest.mark.parametrize("path", OWN)
 def test_inference_saves_nothing(path, impl, monkeypatch):
     net = Net()
-    calls = []
-    forward = ops.mlp_fwd
-    monkeypatch.setattr(ops, "mlp_fwd", lambda *a: calls.append(forward(*a)) or calls[-1])
+    calls = forwards(monkeypatch)
     inputs = [t.requires_grad_() for t in net.tensors]
     with torch.no_grad():
         y = mlp_act(*net.split(inputs), impl=impl)
@@ -642,10 +652,7 @@ def test_compiled(dynamic):
 def whole(monkeypatch, take):
     """The networks that ran as a whole, as all do that can."""
     take(WHOLE)
-    calls = []
-    forward = ops.mlp_fwd
-    monkeypatch.setattr(ops, "mlp_fwd", lambda *a: calls.append(a) or forward(*a))
-    return calls
+    return forwards(monkeypatch)
 
 
 def model_pair(sizes=(4, 8, 3), **options):

@@ -109,10 +109,11 @@ def fma(a, b, c):
     return wide_fma(a, b, c).astype(a.dtype)
 
 
-def greatest(choose, a, b):
+def greatest(choose, a, b, *others):
     """The maximum by a function of numpy, which takes either zero of two: +0 is greater than -0."""
     zeros = (a == 0) & (b == 0)
-    return np.where(zeros, a + b, choose(a, b)) if zeros.any() else choose(a, b)
+    greater = np.where(zeros, a + b, choose(a, b)) if zeros.any() else choose(a, b)
+    return greatest(choose, greater, *others) if others else greater
 
 
 def in_fp64(function):
