@@ -83,13 +83,12 @@ def quiet() -> bool:
 
 def _leave_alone(*functions: Callable) -> None:
     """Keeps torch.compile from compiling these where it has given up on their caller, which then runs as it is."""
-    try:
-        from torch._C._dynamo import eval_frame
+    try:  # by name: where a torch lacks one of these, that too is an ImportError
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
     except ImportError:
         return
-    skip = eval_frame._FrameAction.SKIP
     for function in functions:
-        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 _leave_alone(Calls.find, Calls.keep)
