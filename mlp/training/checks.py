@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ...kernels.records import TRAIN_IMPLS, TrainConfig
 from ..as_network import Network
 from ..ensemble import Ensemble
+from .criteria import has_class_ids
 from .rates import check_rates
 
 
@@ -41,7 +42,7 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
             if id(p) not in own:
                 raise ValueError(f"optimizer holds a parameter {tuple(p.shape)} that is none of the model's {len(own)}")
     if isinstance(model, Ensemble):
-        _check_ensemble(model, x, y)
+        _check_ensemble(model, x, y, has_class_ids(criterion, model, x, y))
     elif not x.dim() or not y.dim() or x.shape[0] != y.shape[0]:
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
     if 0 in x.shape[:1] or (isinstance(model, Ensemble) and not x.shape[-2]):
@@ -50,8 +51,9 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
         check_rates(lr, model, optimizer, steps)
 
 
-def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor) -> None:
+def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, classes: bool) -> None:
     members = len(model)
+    y = y[..., None].expand(*y.shape, model.sizes[-1]) if classes else y
     for name, tensor, width in (("x", x, model.sizes[0]), ("y", y, model.sizes[-1])):
         fits = tensor.dim() == 2 or (tensor.dim() == 3 and tensor.shape[0] == members)
         if not fits or tensor.shape[-1] != width:
@@ -67,9 +69,10 @@ def check_data(network: Network, config: TrainConfig, x: Tensor, y: Tensor) -> N
     for name, tensor, width in (("x", x, network.widths[0]), ("y", y, network.widths[-1])):
         if tensor.shape[-1] != width or (network.members is None and tensor.dim() != 2):
             raise ValueError(f"{name} {tuple(tensor.shape)} is not ({x.shape[0]}, {width})")
-        # torch promotes y to the dtype of the output: MSELoss from any dtype, others from floating ones.
+        # torch promotes y to the dtype of the output, or says that it cannot: MSELoss from any dtype, others from
+        # floating ones.
         wide = config.loss in ("bce_logits", "cross_entropy") and y.is_floating_point()
-        promoted = tensor is y and (config.loss == "mse" or wide)
+        promoted = tensor is y and (config.loss in ("mse", "smooth_l1") or wide)
         if tensor.dtype != p.dtype and not promoted:
             raise ValueError(f"{name} is {tensor.dtype}, but the model's parameters {p.dtype}")
         if tensor.device != p.device:

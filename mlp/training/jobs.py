@@ -10,6 +10,7 @@ from ...kernels import train
 from ...kernels.records import TrainConfig, TrainPlan
 from ..as_network import Network
 from ..ensemble import Ensemble
+from .criteria import Means, has_own_targets
 from .pacing import SampleOrder, logged_steps, runs_apart, synchronize
 from .rates import Schedule, own_rates_kept
 from .state import State
@@ -18,10 +19,23 @@ from .state import State
 class FastJob:
     """Steps on copies of the parameters and of the optimizer's state, written back after every chunk."""
 
-    def __init__(self, network: Network, config: TrainConfig, state: State, x, y, lr, batch_size, steps, impl) -> None:
-        """lr: (E,) or a Schedule. Raises NotImplementedError with the reason where the loop asked for cannot run."""
+    def __init__(
+        self,
+        network: Network,
+        config: TrainConfig,
+        state: State,
+        x: Tensor,
+        y: Tensor,
+        means: Means | None,
+        lr: Tensor | Schedule,
+        batch_size: int | None,
+        steps: int,
+        impl: str | None,
+    ) -> None:
+        """means: for a reduction "given". lr: (E,) or a Schedule. Raises NotImplementedError with the reason where the
+        loop asked for cannot run."""
         self.network, self.config, self.state, self.x, self.y, self.lr = network, config, state, x, y, lr
-        self.columns, self.samples, self.impl = network.members or 1, x.shape[-2], impl
+        self.means, self.columns, self.samples, self.impl = means, network.members or 1, x.shape[-2], impl
         self.loop: Any = None
         p = network.parameters[0]
         self.plan = train.plan_train(self.columns, self.samples, batch_size, config, p.dtype, p.device, impl, steps)
@@ -55,10 +69,16 @@ class FastJob:
         p = self.network.parameters[0]
         if self.loop is None:
             self.loop = self._set_up(self.samples if order is None else order.batch)
-        losses = p.new_empty(len(logged_steps(start, steps, log_every)), self.columns)
+        logged = logged_steps(start, steps, log_every)
+        losses = p.new_empty(len(logged), self.columns)
         rows = None if order is None else order.rows(start, steps).to(p.device)
         rates = self.lr.rows(start, steps).resolve_neg().to(p) if isinstance(self.lr, Schedule) else None
-        self.loop.run(rows, start, steps, log_every, losses, rates)
+        factors = void = None
+        if self.means is not None and order is not None and rows is not None:
+            factors, void = self.means.of(order, rows, start, steps)
+        self.loop.run(rows, start, steps, log_every, losses, rates, None if factors is None else factors.to(p))
+        if void is not None and logged:
+            losses.masked_fill_(void[logged.start - start :: log_every], torch.nan)
         if order is not None and runs_apart(p.device):
             order.draw_ahead(steps)
         synchronize(p.device)
@@ -80,6 +100,7 @@ class GeneralJob:
         self.schedule = schedule
         many = isinstance(model, Ensemble)
         self.columns, self.samples = (len(model), x.shape[-2]) if many else (1, x.shape[0])
+        self.own_x, self.own_y = many and x.dim() == 3, many and has_own_targets(criterion, model, x, y)
 
     def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> Tensor:
         if self.schedule is None:
@@ -95,7 +116,10 @@ class GeneralJob:
         losses = []
         for step, rate in zip(range(start, start + steps), rates, strict=True):
             indices = None if batches is None else next(batches)
-            x, y = (data if indices is None else self._take(data, indices) for data in (self.x, self.y))
+            x, y = self.x, self.y
+            if indices is not None:
+                x = x.index_select(int(self.own_x), indices.to(x.device))
+                y = y.index_select(int(self.own_y), indices.to(y.device))
             logged = None
             for group in () if rate is None else self.optimizer.param_groups:
                 group["lr"] = rate
@@ -120,16 +144,12 @@ class GeneralJob:
         synchronize(self.x.device)
         return torch.stack(losses) if losses else torch.empty(0, self.columns, device="cpu")
 
-    def _take(self, data: Tensor, indices: Tensor) -> Tensor:
-        dimension = 1 if isinstance(self.model, Ensemble) and data.dim() == 3 else 0
-        return data.index_select(dimension, indices.to(data.device))
-
     def _losses(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of each network, (1,) or, of an Ensemble, (E,)."""
         output = self.model(x)
         if not isinstance(self.model, Ensemble):
             return self._loss(output, y).reshape(1)
-        targets = y if y.dim() == 3 else y.expand(len(output), *y.shape)
+        targets = y if self.own_y else y.expand(len(output), *y.shape)
         return torch.stack([self._loss(p, t).reshape(()) for p, t in zip(output, targets, strict=True)])
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ensemble import Ensemble
 from ..history import History
+from .criteria import has_own_targets
 from .pacing import logged_steps
 from .rates import Rates, share_of
 from .run import fit, prepare
@@ -86,7 +87,8 @@ def fit_sharded(
     try:
         history = fit(
             share,
-            *(t[mine] if t.dim() == 3 else t for t in (x, y)),
+            x[mine] if x.dim() == 3 else x,
+            y[mine] if has_own_targets(criterion, ensemble, x, y) else y,
             criterion=criterion,
             optimizer=optimizer(share.parameters()),
             steps=0 if idle else steps,
