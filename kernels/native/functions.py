@@ -1,4 +1,4 @@
-"""Activations on vectors, forward and backward, by their numbers: indices into ACTIVATIONS; and the slope of losses."""
+"""Activations on vectors, forward and backward, by their numbers: indices into ACTIVATIONS."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -8,7 +8,7 @@ from numba.extending import overload
 
 from .vectors import muladd, power, select
 
-__all__ = ["ACTIVATIONS", "activate", "exponential", "inline", "slope", "through"]
+__all__ = ["ACTIVATIONS", "activate", "clamped", "exponential", "inline", "through"]
 
 ACTIVATIONS = ("identity", "sigmoid", "tanh", "relu")
 
@@ -109,14 +109,10 @@ def through(kind, dy, y):
 
 
 @inline
-def slope(loss, beta, p, target):
-    """The derivative at p of a loss, by its number in LOSSES of `steps`; half of it for squares."""
-    difference = p - target
-    if loss != 4:
-        return difference
+def clamped(difference, beta):
+    """The slope of smooth L1. beta: where its square ends; 0 for L1, whose slope torch has as 0 at NaN."""
     if beta > 0.0:
         part = difference / beta
         return select(part > 1.0, 1.0, select(part < -1.0, -1.0, part))
-    # 0 of NaN, as torch has it.
     sign = select(difference > 0.0, 1.0, select(difference <= 0.0, difference, 0.0))
     return select(difference < 0.0, -1.0, sign)

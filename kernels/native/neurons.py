@@ -10,7 +10,7 @@ each sample.
 from numba import njit
 
 from .cache import cached
-from .functions import activate, exponential, slope, through
+from .functions import activate, clamped, exponential, through
 from .memory import fill, load_members, members_of, repeat, samples_of, spread, spread_next, store, store_rows
 from .optimizers import correct, inline, rate_of, update
 from .steps import loss_of, softmax_loss
@@ -179,8 +179,7 @@ def train(
             count = min(size, samples - begin)
             share = factor / (count * (1 if loss == 3 else neurons)) if mean else factor
             if len(factors):
-                row = factors[step - start]
-                share *= row[block if len(row) > 1 else 0]
+                share *= factors[step - start, block if factors.shape[1] > 1 else 0]
             scale = 2.0 * share if loss == 0 else share
             if not fetched:
                 for s in range(_rows(tile, count, 0)):
@@ -213,13 +212,15 @@ def train(
             for s in range(0 if loss == 3 else count):
                 for c in range(columns):
                     p = load_members(tile, h, above + s * columns + c)
-                    gradient = slope(loss, beta, activate(link, p), load_members(tile, t, s * columns + c))
+                    gradient = activate(link, p) - load_members(tile, t, s * columns + c)
+                    if loss == 4:
+                        gradient = clamped(gradient, beta)
                     if loss == 0 or loss == 4:
                         gradient = through(output, gradient, p)
-                    gradient = gradient * fill(tile, w, scale)
-                    if weighted:
-                        gradient = gradient * load_members(tile, t, (rows + s) * columns + c)
-                    store(dz, above + s * columns + c, gradient)
+                    store(dz, above + s * columns + c, gradient * fill(tile, w, scale))
+            for i in range(count * columns if weighted else 0):
+                weight = load_members(tile, t, rows * columns + i)
+                store(dz, above + i, load_members(tile, dz, above + i) * weight)
             _backward(tile, widths, bias, hidden, count, source, w, h, dz, g, turned, places, rows, at, above)
             begin += count
             if begin >= samples:

@@ -12,7 +12,7 @@ import math
 from numba import njit
 
 from .cache import cached
-from .functions import ACTIVATIONS, activate, exponential, slope, through
+from .functions import ACTIVATIONS, activate, clamped, exponential, through
 from .memory import add_products, fill, load, load_members, members_of, repeat, samples_of, store
 from .optimizers import HYPERPARAMETERS, LANES, OPTIMIZERS, ROW, correct, inline, rate_of, update
 from .vectors import Tile, muladd, select
@@ -24,7 +24,6 @@ __all__ = [
     "LOSSES",
     "OPTIMIZERS",
     "Tile",
-    "factors_of",
     "loss_of",
     "softmax_loss",
     "train",
@@ -89,25 +88,42 @@ def _softmax_gradient(tile, outputs, scale, top, h, t, dz, there):
         store(dz, top + n, select(load(tile, there, 0) > 0.0, gradient, 0.0))
 
 
-@inline
-def factors_of(tile, factors, block):
-    """A step's factors of the loss, of the members of a block: one for all, or each its own."""
-    return fill(tile, factors, factors[0]) if len(factors) == 1 else load_members(tile, factors, block)
-
-
-@inline
-def _output_gradient(tile, loss, beta, weighted, output, outputs, scale, top, h, t, dz, partly, there):
-    if loss == 3:
-        _softmax_gradient(tile, outputs, scale, top, h, t, dz, there)
-    link = 1 if loss == 2 else 0  # logits are compared as what a sigmoid makes of them
-    for n in range(0 if loss == 3 else outputs):
+@njit(nogil=True, error_model="numpy")
+def _clamped_gradient(tile, output, outputs, beta, scale, top, h, t, dz, there):
+    """As `_output_gradient`, of smooth L1."""
+    for n in range(outputs):
         p = load(tile, h, top + n)
-        gradient = slope(loss, beta, activate(link, p), load(tile, t, n))
-        if loss == 0 or loss == 4:
-            gradient = through(output, gradient, p)
-        gradient = gradient * scale
+        gradient = through(output, clamped(p - load(tile, t, n), beta), p) * scale
+        store(dz, top + n, select(load(tile, there, 0) > 0.0, gradient, 0.0))
+
+
+@njit(nogil=True, error_model="numpy")
+def _weigh(tile, outputs, weighted, factors, step, block, top, t, dz, there):
+    """Multiplies gradients by the weights of their targets, and by the factors of the step if it has some."""
+    for n in range(outputs):
+        gradient = load(tile, dz, top + n)
         if weighted:
             gradient = gradient * load(tile, t, outputs + n)
+        if len(factors):
+            own = factors[step]
+            factor = fill(tile, own, own[0]) if len(own) == 1 else load_members(tile, own, block)
+            gradient = gradient * repeat(tile, factor)
+        store(dz, top + n, select(load(tile, there, 0) > 0.0, gradient, 0.0))
+
+
+@inline
+def _output_gradient(tile, loss, beta, output, outputs, scale, top, h, t, dz, partly, there):
+    if loss == 3:
+        _softmax_gradient(tile, outputs, scale, top, h, t, dz, there)
+    if loss == 4:
+        _clamped_gradient(tile, output, outputs, beta, scale, top, h, t, dz, there)
+    link = 1 if loss == 2 else 0  # logits are compared as what a sigmoid makes of them
+    for n in range(0 if loss >= 3 else outputs):
+        p = load(tile, h, top + n)
+        gradient = activate(link, p) - load(tile, t, n)
+        if loss == 0:
+            gradient = through(output, gradient, p)
+        gradient = gradient * scale
         if partly:
             gradient = select(load(tile, there, 0) > 0.0, gradient, 0.0)
         store(dz, top + n, gradient)
@@ -216,14 +232,14 @@ def train(
     A block is the members of one tile. The first dimension of all else counts blocks, or is 1 where all have the same.
     inputs, targets: of each sample, those of all members or, in member rows, of each its own; behind targets that are
     weighted, their weights. rates: for each step, or for all, see `rate_of`. factors: of the losses, for each step or
-    none, see `factors_of`. hypers: in rows of ROW, the HYPERPARAMETERS. parameters, firsts, seconds: member rows, and
+    none, as rates are. hypers: in rows of ROW, the HYPERPARAMETERS. parameters, firsts, seconds: member rows, and
     what the optimizer keeps for them, padded to rows of ROW. powers: fp64, beta1 and beta2, and both to the power of
     the steps that the state has seen, which are updated; each once, or for each lane of ROW. losses: fp64, member rows
     of zeros, one for each step that is logged.
     """
     hidden, output, loss, optimizer, bias, mean, decays, weighted, samples, beta, factor, new = kinds
     lanes, outputs = samples_of(tile), widths[-1]
-    columns = outputs * (1 + weighted)
+    columns, weighs = outputs * (1 + weighted), bool(weighted or len(factors))
     g, h, dz, t, there = memory
     for block in range(blocks[0], blocks[1]):
         x, y = inputs[block % len(inputs)], targets[block % len(targets)]
@@ -233,9 +249,7 @@ def train(
         for step in range(start, start + steps):
             count = min(size, samples - begin)
             share = factor / (count * (1 if loss == 3 else outputs)) if mean else factor
-            scale = fill(tile, h, 2.0 * share if loss == 0 else share)
-            if len(factors):
-                scale = scale * factors_of(tile, factors[step - start], block)
+            scale = 2.0 * share if loss == 0 else share
             logs = log_every > 0 and step % log_every == 0
             # Long before it is needed: rates of many steps and networks come from far away.
             lr = rate_of(rates[(step - start) % len(rates)], block, len(parameters))
@@ -253,15 +267,13 @@ def train(
                 row, top = _forward(tile, widths, bias, hidden, output, w, h, partly, there)
                 if logs:
                     _plus_losses(tile, loss, beta, weighted, outputs, share, top, h, t, used, losses[block], logged)
-                _output_gradient(
-                    tile, loss, beta, weighted, output, outputs, repeat(tile, scale), top, h, t, dz, partly, there
-                )
+                _output_gradient(tile, loss, beta, output, outputs, scale, top, h, t, dz, partly, there)
+                if weighs:
+                    _weigh(tile, outputs, weighted, factors, step - start, block, top, t, dz, there)
                 _backward(tile, widths, bias, hidden, w, h, dz, g, row, top, partly, there)
-            if logs and len(factors):
-                row = factors[step - start]
-                for member in range(members_of(tile)):
-                    i = logged * members_of(tile) + member
-                    losses[block, i] *= row[block * members_of(tile) + member if len(row) > 1 else 0]
+            for member in range(members_of(tile) if logs and len(factors) else 0):
+                own = block * members_of(tile) + member if factors.shape[1] > 1 else 0
+                losses[block, logged * members_of(tile) + member] *= factors[step - start, own]
             logged += logs
             begin += count
             if begin >= samples:
