@@ -53,13 +53,12 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
 
 def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, classes: bool) -> None:
     members = len(model)
-    y = y[..., None].expand(*y.shape, model.sizes[-1]) if classes else y
-    for name, tensor, width in (("x", x, model.sizes[0]), ("y", y, model.sizes[-1])):
+    for name, tensor, width in (("x", x, model.sizes[0]), ("y", y, model.sizes[-1]))[: 2 - classes]:
         fits = tensor.dim() == 2 or (tensor.dim() == 3 and tensor.shape[0] == members)
         if not fits or tensor.shape[-1] != width:
             forms = f"(samples, {width}) nor ({members}, samples, {width})"
             raise ValueError(f"{name} {tuple(tensor.shape)} is neither {forms}")
-    if x.shape[-2] != y.shape[-2]:
+    if x.shape[-2] != y.shape[-1 if classes else -2]:
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
 
 
