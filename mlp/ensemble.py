@@ -136,16 +136,17 @@ class Ensemble(nn.Module):
     def best(self, losses: Tensor | History, k: int = 1) -> list[int]:
         """The indices of the k members with the lowest losses, the lowest first; equal ones in order, NaN last.
 
-        losses: (E,), or the `History` of this ensemble's `fit`, whose last logged row counts.
+        losses: (E,), or the `History` of this ensemble's `fit`: its last evaluation or, without any, its last log.
 
         Raises ValueError for losses of another length, a History that logged nothing, and k outside [1, E].
         """
-        values = losses if isinstance(losses, Tensor) else losses.loss[-1:].squeeze(0)
-        if values.shape != (len(self),):
-            raise ValueError(f"losses {tuple(values.shape)} are not one for each of {len(self)} members")
+        if isinstance(losses, History):
+            losses = losses.validation.get("loss", losses.loss)[-1:].squeeze(0)
+        if losses.shape != (len(self),):
+            raise ValueError(f"losses {tuple(losses.shape)} are not one for each of {len(self)} members")
         if not 1 <= k <= len(self):
             raise ValueError(f"k must lie in [1, {len(self)}], not {k}")
-        return torch.sort(values.detach(), stable=True).indices[:k].tolist()
+        return torch.sort(losses.detach(), stable=True).indices[:k].tolist()
 
     def extra_repr(self) -> str:
         names = f"activation={self.activation!r}, output_activation={self.output_activation!r}"

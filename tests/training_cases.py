@@ -164,10 +164,10 @@ def values(model):
 def chunks_of(*sizes):
     """In place of the chunks by time: these sizes in turn."""
 
-    def chunks(steps):
-        start, turn = 0, 0
+    def chunks(start, steps, every=0):
+        turn = 0
         while start < steps:
-            count = min(sizes[turn % len(sizes)], steps - start)
+            count = min(sizes[turn % len(sizes)], steps - start, every - start % every if every else steps)
             yield start, count
             start, turn = start + count, turn + 1
 

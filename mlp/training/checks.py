@@ -6,6 +6,9 @@ from torch import Tensor, nn
 from ...kernels.records import TRAIN_IMPLS, TrainConfig
 from ..as_network import Network
 from ..ensemble import Ensemble
+from ..history import History
+from .jobs import Job
+from .pacing import logged_steps
 from .rates import check_rates
 
 
@@ -48,6 +51,42 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
         raise ValueError(f"x {tuple(x.shape)} holds no samples")
     if lr is not None:
         check_rates(lr, model, optimizer, steps)
+
+
+def check_numbers(model: nn.Module, x: Tensor, y: Tensor, nan: str) -> None:
+    """Raises ValueError for NaN that all members share, unless it is to be propagated."""
+    if nan not in ("raise", "propagate"):
+        raise ValueError(f'nan must be "raise" or "propagate", not {nan!r}')
+    for name, tensor in (("x", x), ("y", y)) if nan == "raise" else ():
+        shared = not isinstance(model, Ensemble) or tensor.dim() < 3
+        if shared and tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_meta:
+            rows = tensor.detach().isnan().flatten(1).any(1) if tensor.dim() > 1 else tensor.detach().isnan()
+            if bool(rows.any()):
+                row = int(rows.nonzero()[0])
+                raise ValueError(f'{name} is NaN, first in row {row} of {len(rows)}; nan="propagate" trains on it')
+
+
+def check_resume(resume: object, job: Job, steps: int, batch_size: int | None, log_every: int) -> None:
+    if resume is None:
+        return
+    if not isinstance(resume, History):
+        raise TypeError(f"resume must be a History, not {type(resume).__name__}")
+    taken, members = resume.steps_taken, resume.loss.shape[1] if resume.loss.dim() > 1 else 1
+    if not {"samples", "batch_size"} <= resume.state.keys():
+        raise ValueError("resume has no state to go on from, as a History of fit_sharded's has none")
+    if taken > steps:
+        raise ValueError(f"resume has taken {taken} steps, more than steps={steps}")
+    for name, own, other in (
+        ("samples", job.samples, resume.state["samples"]),
+        ("batch_size", batch_size, resume.state["batch_size"]),
+        ("networks", job.columns, members),
+    ):
+        if own != other:
+            raise ValueError(f"resume is of a run with {name} {other}, not {own}")
+    if resume.steps != list(logged_steps(0, taken, log_every)):
+        raise ValueError(
+            f"resume logged {len(resume.steps)} losses in {taken} steps, which is not log_every={log_every}"
+        )
 
 
 def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor) -> None:

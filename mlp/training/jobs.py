@@ -10,9 +10,10 @@ from ...kernels import train
 from ...kernels.records import TrainConfig, TrainPlan
 from ..as_network import Network
 from ..ensemble import Ensemble
+from .measures import losses_of
 from .pacing import SampleOrder, logged_steps, runs_apart, synchronize
-from .rates import Schedule, own_rates_kept
-from .state import State
+from .rates import Schedule, Scheduled, own_rates_kept
+from .state import State, write_members
 
 
 class FastJob:
@@ -22,51 +23,79 @@ class FastJob:
         """lr: (E,) or a Schedule. Raises NotImplementedError with the reason where the loop asked for cannot run."""
         self.network, self.config, self.state, self.x, self.y, self.lr = network, config, state, x, y, lr
         self.columns, self.samples, self.impl = network.members or 1, x.shape[-2], impl
-        self.loop: Any = None
-        p = network.parameters[0]
-        self.plan = train.plan_train(self.columns, self.samples, batch_size, config, p.dtype, p.device, impl, steps)
-        self.path = self.plan.impl
+        self.batch_size, self.setup_seconds = batch_size, 0.0
+        self.taken = 0  # steps of the run
+        self.rows: list[Tensor] = []  # (n, members) each, of their losses
+        self.done = torch.zeros(self.columns, dtype=torch.bool, device="cpu")
+        self.members: Tensor | None = None  # that train; None: all
+        self._choose(self.columns, steps)
 
-    @property
-    def setup_seconds(self) -> float:
-        return getattr(self.loop, "setup_seconds", 0.0)
+    def freeze(self, done: Tensor) -> None:
+        """Trains on without the members that are done, (E,)."""
+        if not torch.equal(done, self.done):
+            self.done, self.members = done, done.logical_not().nonzero().squeeze(1).to(self.x.device)
+            self._choose(len(self.members), None)
+
+    def _choose(self, networks: int, steps: int | None) -> None:
+        p, self.loop = self.network.parameters[0], None
+        data = (networks, self.samples, self.batch_size)
+        self.plan = train.plan_train(*data, self.config, p.dtype, p.device, self.impl, steps)
+        self.path, self.reason = self.plan.impl, self.plan.reason
+
+    def _own(self, t: Tensor, dimension: int = 0) -> Tensor:
+        """Of the members that train, from what each member has."""
+        return t if self.members is None else t.index_select(dimension, self.members)
 
     def _set_up(self, batch: int) -> Any:
         self.parameters, self.first, self.second = map(self._copies, (self.network.parameters, *self.state.tensors()))
         # A view like z.conj().imag keeps the negative of its values in memory, which is what a kernel reads.
-        x, y = (t.resolve_neg().contiguous() for t in (self.x, self.y))
-        lr = None if isinstance(self.lr, Schedule) else self.lr.resolve_neg().contiguous()
-        x, y = (t if t.dim() == 3 else t[None] for t in (x, y))
+        x, y = (self._own(t) if t.dim() == 3 else t[None] for t in (self.x, self.y))
+        x, y = (t.resolve_neg().contiguous() for t in (x, y))
+        lr = None if isinstance(self.lr, Schedule) else self._own(self.lr).resolve_neg().contiguous()
         arguments = (self.config, self.parameters, self.first, self.second, lr, x, y, batch, self.state.taken)
         try:
-            return train.training_loop(self.plan)(*arguments, self.plan)
+            loop: Any = train.training_loop(self.plan)(*arguments, self.plan)
         except ImportError as error:  # of numba
             if self.impl is not None:
                 raise NotImplementedError(f"impl={self.impl!r}: {error}") from error
             self.plan = TrainPlan("torch", str(error))
-            self.path = self.plan.impl
-            return train.training_loop(self.plan)(*arguments, self.plan)
+            self.path, self.reason = self.plan.impl, self.plan.reason
+            loop = train.training_loop(self.plan)(*arguments, self.plan)
+        self.setup_seconds += getattr(loop, "setup_seconds", 0.0)
+        return loop
 
     def _copies(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        copies = (t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
+        copies = (self._own(t.detach()).clone(memory_format=torch.contiguous_format) for t in tensors)
         return tuple(copy if self.network.members else copy[None] for copy in copies)
 
-    def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> Tensor:
+    def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> None:
+        """Takes that many steps, or, where it raises anything, none."""
         p = self.network.parameters[0]
         if self.loop is None:
             self.loop = self._set_up(self.samples if order is None else order.batch)
-        losses = p.new_empty(len(logged_steps(start, steps, log_every)), self.columns)
+        losses = p.new_empty(len(logged_steps(start, steps, log_every)), len(self.parameters[0]))
         rows = None if order is None else order.rows(start, steps).to(p.device)
-        rates = self.lr.rows(start, steps).resolve_neg().to(p) if isinstance(self.lr, Schedule) else None
-        self.loop.run(rows, start, steps, log_every, losses, rates)
-        if order is not None and runs_apart(p.device):
-            order.draw_ahead(steps)
-        synchronize(p.device)
+        scheduled = isinstance(self.lr, Schedule)
+        rates = self.lr.rows(start, steps).resolve_neg().to(p) if scheduled else None
+        if rates is not None and rates.shape[1] > 1:
+            rates = self._own(rates, 1)
+        try:
+            self.loop.run(rows, start, steps, log_every, losses, rates)
+            if order is not None and runs_apart(p.device):
+                order.draw_ahead(steps)
+            synchronize(p.device)
+            losses = losses.cpu()
+        except BaseException:
+            if scheduled:
+                self.lr.undo()
+            raise
         with torch.no_grad():
             for own, copy in zip(self.network.parameters, self.parameters, strict=True):
-                own.copy_(copy.view(own.shape))
-            self.state.write(steps, self.first, self.second)
-        return losses
+                write_members(own, copy, self.members)
+            self.state.write(steps, self.first, self.second, self.members)
+        self.taken = start + steps
+        self.rows.append(torch.full((len(losses), self.columns), torch.nan, dtype=losses.dtype, device="cpu"))
+        write_members(self.rows[-1].t(), losses.t(), self.members)
 
 
 class GeneralJob:
@@ -75,24 +104,38 @@ class GeneralJob:
     path = "general"
     setup_seconds = 0.0
 
-    def __init__(self, model: nn.Module, x, y, criterion, optimizer, schedule: Schedule | None) -> None:
+    def __init__(self, model: nn.Module, x, y, criterion, optimizer, schedule: Schedule | None, reason: str) -> None:
         self.model, self.x, self.y, self.criterion, self.optimizer = model, x, y, criterion, optimizer
-        self.schedule = schedule
+        self.schedule, self.reason = schedule, reason
+        self.taken = 0
+        self.rows: list[Tensor] = []
+        self.frozen: list[tuple[Tensor, Tensor]] = []  # what members that are done have, and copies of it
+        self.done = torch.zeros(len(model) if isinstance(model, Ensemble) else 1, dtype=torch.bool, device=x.device)
         many = isinstance(model, Ensemble)
         self.columns, self.samples = (len(model), x.shape[-2]) if many else (1, x.shape[0])
 
-    def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> Tensor:
-        if self.schedule is None:
-            return self._run(start, steps, order, log_every, [None] * steps)
+    def freeze(self, done: Tensor) -> None:
+        """Trains on, but gives the members that are done, (E,), back what they have now."""
+        if torch.equal(done.to(self.done.device), self.done):
+            return
+        self.done = done.to(self.done.device)
+        states = [t for entry in self.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
+        stacked = [t for t in (*self.model.parameters(), *states) if t.dim() and len(t) == self.columns]
+        self.frozen = [(t, t.detach().clone()) for t in stacked]
+
+    def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> None:
+        """Takes that many steps, or, where it raises anything, those that it counts."""
+        if self.schedule is None or isinstance(self.schedule, Scheduled):
+            self._run(start, steps, order, log_every, [None] * steps)
+            return
         rows = self.schedule.rows(start, steps)
         if rows.shape[1] > 1:
             raise NotImplementedError("lr of each member needs a loop without autograd")
         with own_rates_kept(self.optimizer):
-            return self._run(start, steps, order, log_every, rows[:, 0].tolist())
+            self._run(start, steps, order, log_every, rows[:, 0].tolist())
 
-    def _run(self, start: int, steps: int, order, log_every: int, rates: Sequence[float | None]) -> Tensor:
+    def _run(self, start: int, steps: int, order, log_every: int, rates: Sequence[float | None]) -> None:
         batches = None if order is None else order.batches(start, steps)
-        losses = []
         for step, rate in zip(range(start, start + steps), rates, strict=True):
             indices = None if batches is None else next(batches)
             x, y = (data if indices is None else self._take(data, indices) for data in (self.x, self.y))
@@ -103,7 +146,7 @@ class GeneralJob:
             def closure(x=x, y=y):
                 nonlocal logged
                 self.optimizer.zero_grad()
-                values = self._losses(x, y)
+                values = losses_of(self.model, self.criterion, self.model(x), y)
                 logged = values.detach() if logged is None else logged
                 loss = values.sum()
                 loss.backward()
@@ -115,30 +158,19 @@ class GeneralJob:
                 else:
                     closure()
                     self.optimizer.step()
+            if isinstance(self.schedule, Scheduled) and (step + 1) % self.schedule.every == 0:
+                self.schedule.scheduler.step()
+            with torch.no_grad():
+                for own, kept in self.frozen:
+                    own[self.done] = kept[self.done]
+            self.taken = step + 1
             if log_every and step % log_every == 0 and logged is not None:
-                losses.append(logged)
+                self.rows.append(logged.masked_fill(self.done, torch.nan)[None])
         synchronize(self.x.device)
-        return torch.stack(losses) if losses else torch.empty(0, self.columns, device="cpu")
 
     def _take(self, data: Tensor, indices: Tensor) -> Tensor:
         dimension = 1 if isinstance(self.model, Ensemble) and data.dim() == 3 else 0
         return data.index_select(dimension, indices.to(data.device))
-
-    def _losses(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss of each network, (1,) or, of an Ensemble, (E,)."""
-        output = self.model(x)
-        if not isinstance(self.model, Ensemble):
-            return self._loss(output, y).reshape(1)
-        targets = y if y.dim() == 3 else y.expand(len(output), *y.shape)
-        return torch.stack([self._loss(p, t).reshape(()) for p, t in zip(output, targets, strict=True)])
-
-    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
-        loss = self.criterion(output, target)
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"criterion must return a tensor with one number, not a {type(loss).__name__}")
-        if loss.numel() != 1:
-            raise ValueError(f"criterion must return a tensor with one number, not one of shape {tuple(loss.shape)}")
-        return loss
 
 
 Job = FastJob | GeneralJob

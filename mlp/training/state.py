@@ -44,8 +44,8 @@ class State:
         found = [[state[p][name] if self.taken else torch.zeros_like(p) for p in parameters] for name in self.names]
         return [*found, [], []][:2]
 
-    def write(self, steps: int, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-        """Takes over what `steps` more steps have made of the state."""
+    def write(self, steps: int, first: Sequence[Tensor], second: Sequence[Tensor], members: Tensor | None) -> None:
+        """Takes over what `steps` more steps have made of the state of these members, None: of all."""
         self.taken += steps
         (group,) = self.optimizer.param_groups
         for name, tensors in zip(self.names, (first, second), strict=False):
@@ -57,9 +57,17 @@ class State:
                         fused = bool(group.get("fused"))
                         dtype, device = _get_scalar_dtype(is_fused=fused), p.device if fused else "cpu"
                         entry["step"] = torch.zeros((), dtype=dtype, device=device)
-                    entry[name] = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
-                entry[name].copy_(tensor.view(p.shape))
+                    entry[name] = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
+                write_members(entry[name], tensor, members)
         for p in self.network.parameters if "exp_avg" in self.names else ():
             self.optimizer.state[p]["step"].fill_(self.taken)
         if hasattr(self.optimizer.step, "_wrapped_by_lr_sched"):
             self.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def write_members(to: Tensor, numbers: Tensor, members: Tensor | None) -> None:
+    """Overwrites what these members have, None: all, or the one network that is no member."""
+    if members is None:
+        to.copy_(numbers.view(to.shape) if numbers.dim() > to.dim() else numbers)
+    else:
+        to[members] = numbers

@@ -44,6 +44,7 @@ def test_two_processes_train_as_one(case, name, size, ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:an ordinary loop trains this Ensemble")
 def test_two_processes_sweep_as_one(ranks):
     alone = [
         gloo_sweep.sweep(**own) for own in ({}, {"members": 1, "dtype": torch.float64}, {"members": 1, "mixed": True})

@@ -375,8 +375,10 @@ def test_another_criterion_applies_to_each_member(own):
         return (p - t).abs().mean()
 
     data, common = (x, y) if own else (x[0], y[0]), {"batch_size": 4, "log_every": 5}
-    history = assert_trained_as_alone(ensemble, models, *data, absolute, optimizer, 12, **common)
+    with pytest.warns(UserWarning, match=r"^an ordinary loop trains this Ensemble, .*: the criterion is a function$"):
+        history = assert_trained_as_alone(ensemble, models, *data, absolute, optimizer, 12, **common)
     assert (history.path, history.loss.shape) == ("general", (3, 3))
+    assert history.reason == "the criterion is a function"
 
 
 BAD = {
@@ -407,3 +409,58 @@ def test_errors_leave_the_ensemble(case):
     with pytest.raises(error, match=message):
         fit(ensemble, optimizer=torch.optim.SGD(ensemble.parameters(), lr=1.0), steps=2, **given)
     assert all(torch.equal(a, b) for a, b in zip(before, values(ensemble), strict=True))
+
+
+# --- NaN ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["x", "y"])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("loss", ["bce", "mse", "function", "weighted"])
+@pytest.mark.filterwarnings("ignore:an ordinary loop trains this Ensemble")
+def test_nan_of_one_member_is_its_own(loss, own, place):
+    """On every path. What all share is refused, and named, or trained on if that is wanted."""
+    models, x, y = networks(3)
+    criterion = {
+        "bce": nn.BCELoss(),
+        "mse": nn.MSELoss(),
+        "function": lambda p, t: nn.functional.binary_cross_entropy(p, t.nan_to_num(0.5)) + 0 * t.sum(),
+        "weighted": nn.BCELoss(weight=torch.tensor([[1.0], [2], [3], [1], [2], [3]], dtype=torch.float64)),
+    }[loss]
+    ensemble = Ensemble.from_models(models)
+    x, y = (x, y) if own else (x[0], y[0])
+    data = {"x": x, "y": y}
+    clean = copy.deepcopy(data)
+    data[place][(1, 4, 0) if own else (4, 0)] = torch.nan
+    options = {"criterion": criterion, "steps": 5, "log_every": 1}
+    adam = torch.optim.Adam(ensemble.parameters(), lr=0.02)
+    if not own:
+        before = values(ensemble)
+        with pytest.raises(ValueError, match=rf'^{place} is NaN, first in row 4 of 6; nan="propagate" trains on it$'):
+            fit(ensemble, **data, optimizer=adam, **options)
+        assert [p.tolist() for p in values(ensemble)] == [p.tolist() for p in before]
+        history = fit(ensemble, **data, optimizer=adam, nan="propagate", **options)
+        assert history.loss.isnan().all()
+        return
+    history = fit(ensemble, **data, optimizer=adam, **options)
+    assert history.loss.isnan().any(0).tolist() == [False, True, False]
+    for i in (0, 2):
+        model, optimizer = models[i], torch.optim.Adam(models[i].parameters(), lr=0.02)
+        losses = ordinary(model, clean["x"][i], clean["y"][i], criterion, optimizer, 5)
+        assert relative([history.loss[:, i]], [losses]) <= EXACT
+        assert relative(ensemble.member(i).parameters(), model.parameters()) <= EXACT
+    assert all(p.isnan().all() for p in ensemble.member(1).parameters())
+
+
+def test_nan_is_looked_for_in_what_has_it():
+    model, x, y = make((3, 4, 1), "tanh", "identity", True, 6)
+    options = {"criterion": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "steps": 1}
+    with pytest.raises(ValueError, match=r"^nan must be \"raise\" or \"propagate\", not 'ignore'$"):
+        fit(model, x, y, nan="ignore", **options)
+    x[[3, 5]] = torch.nan
+    with pytest.raises(ValueError, match=r"^x is NaN, first in row 3 of 6"):
+        fit(model, x, y, **options)
+    ids = nn.CrossEntropyLoss()
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    options |= {"criterion": ids, "optimizer": torch.optim.SGD(net.parameters(), lr=0.1)}
+    fit(net, torch.ones(6, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0]), **options)
