@@ -34,6 +34,8 @@ class FastJob:
         """Trains on without the members that are done, (E,)."""
         if not torch.equal(done, self.done):
             self.done, self.members = done, done.logical_not().nonzero().squeeze(1).to(self.x.device)
+            # What would be chosen now may depend on what else this process has run, but results must not.
+            self.impl = self.path
             self._choose(len(self.members), None)
 
     def _choose(self, networks: int, steps: int | None) -> None:

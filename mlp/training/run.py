@@ -99,8 +99,10 @@ def fit(
     a criterion that returns no tensor.
     """
     began = time.perf_counter()
-    check_watch(model, validation, evaluate_every, metrics, stop)
+    check_watch(model, validation, evaluate_every, metrics, stop, log_every)
     rates = (lr, scheduler, scheduler_interval)
+    if isinstance(resume, History) and resume.path != "general" and impl is None:
+        impl = resume.path  # one that rounds otherwise may be faster by now
     job = prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, rates, generator, nan, impl)
     check_resume(resume, job, steps, batch_size, log_every)
     if isinstance(model, Ensemble) and isinstance(job, GeneralJob):
@@ -108,7 +110,8 @@ def fit(
     order, first = None, 0 if resume is None else resume.steps_taken
     if batch_size is not None:
         order = SampleOrder(job.samples, batch_size, steps, generator, first, resume.state["order"] if resume else ())
-    watch = None if validation is None else Watch(model, criterion, validation, metrics, stop, resume)
+    watched = validation is not None or stop is not None
+    watch = Watch(model, criterion, validation, metrics, stop, resume) if watched else None
     every = 0 if watch is None else evaluate_every or (steps if order is None else order.per_epoch)
     if resume is not None:
         job.taken, job.rows = first, [resume.loss.view(-1, job.columns)]
@@ -145,7 +148,7 @@ def fit(
                     job.freeze(watch.done)
                 job.run(start, count, order, log_every)
                 if watch is not None and (job.taken == steps or job.taken % every == 0):
-                    watch.evaluate(job.taken)
+                    watch.evaluate(job.taken, job.rows, log_every)
                 if checkpoint is not None:
                     checkpoint(history())
                 bar.show(start + count)

@@ -67,7 +67,7 @@ def fit_sharded(
         raise TypeError(f"ensemble must be an Ensemble, not {type(ensemble).__name__}")
     began = time.perf_counter()
     # Every rank checks the whole ensemble: after an error on one rank alone, the others would wait for it forever.
-    check_watch(ensemble, validation, evaluate_every, metrics, stop)
+    check_watch(ensemble, validation, evaluate_every, metrics, stop, log_every)
     whole, rates = optimizer(ensemble.parameters()), (lr, None, "step")
     prepare(ensemble, x, y, criterion, whole, steps, batch_size, log_every, rates, generator, nan, impl)
     distributed = dist.is_available() and dist.is_initialized()
@@ -173,12 +173,12 @@ def _joined(histories: Sequence[History]) -> History:
 
 
 def _joined_state(states: Sequence[dict]) -> dict:
-    """The state_dict of an optimizer of all members. What is not stacked, as counts of steps, is alike in all."""
+    """The state_dict of an optimizer of all members. What is no stack counts steps, of which some took fewer."""
 
     def join(values: Sequence[Any]) -> Any:
         if isinstance(values[0], Tensor) and values[0].dim():
             return torch.cat([value.cpu() for value in values])
-        return values[0]
+        return max(values)
 
     state = {
         i: {name: join([other["state"][i][name] for other in states]) for name in entry}

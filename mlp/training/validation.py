@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from ..ensemble import Ensemble
 from ..history import History
 from .measures import Measure, accuracy, each, losses_of
+from .pacing import logged_steps
 
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """Stops `fit` once a value on the validation data has not improved for `patience` evaluations in a row.
+    """Stops `fit` once a value has not improved for `patience` evaluations in a row.
 
     patience: None stops never, which leaves keep_best. threshold: by how much, absolutely, a value must be better than
-    the best so far to count as better; NaN never is. metric: "loss", or the name of one of `fit`'s metrics. maximize:
-    whether more is better; None: as is usual, which is less for "loss" and more for "accuracy". keep_best: at the end
-    of `fit` the model has the parameters, and buffers, of its best evaluation, not the last ones.
+    the best so far to count as better; NaN never is. metric: "loss" on the validation data, or the name of one of
+    `fit`'s metrics; "training_loss" needs no other data: the mean of the losses logged since the last evaluation.
+    maximize: whether more is better; None: as is usual, which is less for losses and more for "accuracy". keep_best: at
+    the end of `fit` the model has the parameters, and buffers, of its best evaluation, not the last ones.
 
     Of an Ensemble each member stops by itself: its parameters are kept, while the others train on.
 
@@ -41,7 +43,7 @@ class EarlyStopping:
             raise ValueError(f"patience must be at least 1, not {self.patience}")
         if not self.threshold >= 0:
             raise ValueError(f"threshold must not be negative, not {self.threshold}")
-        if self.maximize is None and self.metric not in ("loss", "accuracy"):
+        if self.maximize is None and self.metric not in ("loss", "training_loss", "accuracy"):
             raise ValueError(f"maximize must be True or False for the metric {self.metric!r}")
 
     @property
@@ -58,16 +60,16 @@ class Watch:
         self,
         model: nn.Module,
         criterion: Measure,
-        data: tuple[Tensor, Tensor],
+        data: tuple[Tensor, Tensor] | None,
         metrics: Sequence[str | Measure],
         stop: EarlyStopping | None,
         resume: History | None,
     ) -> None:
         self.model, self.criterion, self.stop = model, criterion, stop
-        self.x, self.y = (t.detach() for t in data)
+        self.data = data
         self.metrics = {name_of(metric): metric for metric in metrics}
         self.evaluated: list[int] = []
-        self.rows: dict[str, list[Tensor]] = {name: [] for name in ("loss", *self.metrics)}
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in ("loss", *self.metrics) if data is not None}
         self.members = len(model) if isinstance(model, Ensemble) else 1
         self.kept = [t for t in (*model.parameters(), *model.buffers())] if stop else []
         self.best = torch.full((self.members,), torch.inf, dtype=torch.float64, device="cpu")
@@ -82,9 +84,12 @@ class Watch:
         """(members,): who has stopped."""
         return self.stopped >= 0
 
-    def evaluate(self, taken: int) -> None:
-        """Evaluates the model after so many steps."""
-        values = self._values()
+    def evaluate(self, taken: int, losses: Sequence[Tensor], log_every: int) -> None:
+        """Evaluates the model after so many steps. losses: (n, members) each, all that were logged."""
+        values = {} if self.data is None else self._values(*self.data)
+        if self.stop is not None and self.stop.metric == "training_loss":
+            since = self.evaluated[-1] if self.evaluated else 0
+            values["training_loss"] = _last(losses, len(logged_steps(since, taken - since, log_every))).mean(0)
         self.evaluated.append(taken)
         for name, rows in self.rows.items():
             rows.append(values[name])
@@ -130,15 +135,26 @@ class Watch:
                 own.copy_(given)
 
     @torch.no_grad()
-    def _values(self) -> dict[str, Tensor]:
+    def _values(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """By name, of each network: (members,) on the CPU."""
         with _evaluating(self.model):
-            output = self.model(self.x)
-        values = {"loss": losses_of(self.model, self.criterion, output, self.y)}
+            output = self.model(x)
+        values = {"loss": losses_of(self.model, self.criterion, output, y)}
         for name, metric in self.metrics.items():
             measure = metric if callable(metric) else partial(accuracy, self.criterion)
-            values[name] = each(self.model, measure, output, self.y, name)
+            values[name] = each(self.model, measure, output, y, name)
         return {name: value.detach().cpu() for name, value in values.items()}
+
+
+def _last(blocks: Sequence[Tensor], count: int) -> Tensor:
+    """The last `count` rows of blocks that follow each other, fp64 on the CPU."""
+    rows = [blocks[-1][:0]]
+    for block in reversed(blocks):
+        rows.insert(0, block[max(0, len(block) - count) :])
+        count -= len(rows[0])
+        if count <= 0:
+            break
+    return torch.cat(rows).cpu().double()
 
 
 def name_of(metric: "str | Measure") -> str:
@@ -170,13 +186,23 @@ def _copy(to: Sequence[Tensor], source: Sequence[Tensor], which: Tensor) -> None
             own[chosen] = given[chosen]
 
 
-def check_watch(model, validation, evaluate_every, metrics, stop) -> None:
+def check_watch(model, validation, evaluate_every, metrics, stop, log_every) -> None:
     """Raises TypeError and ValueError for what `fit` is given to look at."""
-    given = {"evaluate_every": evaluate_every is not None, "metrics": len(metrics) > 0, "stop": stop is not None}
+    if stop is not None and not isinstance(stop, EarlyStopping):
+        raise TypeError(f"stop must be an EarlyStopping, not {type(stop).__name__}")
+    by_training = stop is not None and stop.metric == "training_loss"
+    if by_training and not log_every:
+        raise ValueError("stop watches 'training_loss', but log_every=0 logs none")
+    given = {"metrics": len(metrics) > 0, "stop": stop is not None and not by_training}
+    given["evaluate_every"] = evaluate_every is not None and not by_training
+    for name, there in given.items():
+        if there and validation is None:
+            raise ValueError(f"{name} needs validation data, but validation is None")
+    if evaluate_every is not None and (not isinstance(evaluate_every, int) or isinstance(evaluate_every, bool)):
+        raise TypeError(f"evaluate_every must be an int or None, not {evaluate_every!r}")
+    if evaluate_every is not None and evaluate_every < 1:
+        raise ValueError(f"evaluate_every must be at least 1, not {evaluate_every}")
     if validation is None:
-        for name, there in given.items():
-            if there:
-                raise ValueError(f"{name} needs validation data, but validation is None")
         return
     if not isinstance(validation, (tuple, list)) or len(validation) != 2:
         raise TypeError(f"validation must be a pair of tensors (x, y), not {validation!r}")
@@ -184,20 +210,16 @@ def check_watch(model, validation, evaluate_every, metrics, stop) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"validation's {name} must be a Tensor, not {type(tensor).__name__}")
     x, y = validation
-    samples = [t.shape[-2] if isinstance(model, Ensemble) and t.dim() == 3 else t.shape[:1] for t in (x, y)]
-    if samples[0] != samples[1]:
+    # Members have samples of their own, (E, samples, features), or class ids, (E, samples).
+    own = isinstance(model, Ensemble)
+    samples = [t.shape[t.dim() - (1 if t is y and t.dtype == torch.int64 else 2) if own else 0 :][:1] for t in (x, y)]
+    if samples[0] != samples[1] or not samples[0]:
         raise ValueError(f"validation's x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
-    if evaluate_every is not None and (not isinstance(evaluate_every, int) or isinstance(evaluate_every, bool)):
-        raise TypeError(f"evaluate_every must be an int or None, not {evaluate_every!r}")
-    if evaluate_every is not None and evaluate_every < 1:
-        raise ValueError(f"evaluate_every must be at least 1, not {evaluate_every}")
     names = ["loss", *map(name_of, metrics)]
     for metric, name in zip(metrics, names[1:], strict=True):
         if not callable(metric) and metric != "accuracy":
             raise ValueError(f'metrics must be "accuracy" or functions of (output, target), not {metric!r}')
         if names.count(name) > 1:
             raise ValueError(f"metrics must have names that differ, but {name!r} stands for two columns")
-    if stop is not None and not isinstance(stop, EarlyStopping):
-        raise TypeError(f"stop must be an EarlyStopping, not {type(stop).__name__}")
-    if stop is not None and stop.metric not in names:
+    if stop is not None and not by_training and stop.metric not in names:
         raise ValueError(f"stop watches {stop.metric!r}, but evaluated are {', '.join(names)}")

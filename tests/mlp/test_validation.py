@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import same_bits
 from torch import nn
-from training_cases import make, quick, relative, values
+from training_cases import chunks_of, make, quick, relative, values
 
 from perceptriton.mlp import MLP, EarlyStopping, Ensemble, fit
 from perceptriton.mlp.ensemble import in_order
@@ -180,6 +180,32 @@ def test_accuracy(criterion, output, target, share):
     assert history.validation["accuracy"].item() == pytest.approx(share)
 
 
+@pytest.mark.parametrize("path", ["torch", "general"])
+@pytest.mark.parametrize(("every", "log_every"), [(5, 1), (7, 3), (None, 1)])
+def test_the_training_loss_may_be_the_one_to_watch(path, every, log_every, monkeypatch):
+    monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks_of(1, 2, 9))
+    models, *data = zip(*map(problem, range(3)), strict=True)
+    ensemble, x, y = Ensemble.from_models(models), data[0][0], data[1][0]
+    model = models[0] if path == "torch" else nn.Sequential(*models[0], nn.Dropout(0.0))
+    for net in (model, ensemble) if path == "torch" else (model,):
+        options = {"criterion": nn.BCELoss(), "optimizer": torch.optim.SGD(net.parameters(), lr=0.3), "steps": 400}
+        options |= {"batch_size": 4, "generator": torch.Generator().manual_seed(3), "evaluate_every": every}
+        stop = EarlyStopping(2, threshold=0.02, metric="training_loss")
+        history = fit(net, x, y, log_every=log_every, stop=stop, **options)
+        assert (history.path, history.validation) == (path, {})
+        assert history.evaluated == list(range(every or 3, history.steps_taken + 1, every or 3))
+        for member, stopped in enumerate(history.stopped.view(-1).tolist()):
+            best, waited, since = float("inf"), 0, 0
+            for taken in history.evaluated:
+                chosen = [since <= step < taken for step in history.steps]
+                mean = history.loss.view(len(history.steps), -1)[chosen, member].mean().item()
+                best, waited = (mean, 0) if mean < best - 0.02 else (best, waited + 1)
+                since = taken
+                if waited == 2:
+                    break
+            assert stopped == taken < 400
+
+
 WRONG = {
     "alone": ({"evaluate_every": 3}, ValueError, r"^evaluate_every needs validation data, but validation is None$"),
     "metrics-alone": ({"metrics": ["accuracy"]}, ValueError, r"^metrics needs validation data"),
@@ -188,6 +214,11 @@ WRONG = {
     "kind": ({"validation": (torch.ones(3, 3), [1.0])}, TypeError, r"^validation's y must be a Tensor, not list$"),
     "metric": ({"metrics": ["recall"]}, ValueError, r"^metrics must be \"accuracy\" or functions .*, not 'recall'$"),
     "names": ({"metrics": [distance, distance]}, ValueError, r"^metrics must have names that differ, but 'distance'"),
+    "losses": (
+        {"stop": EarlyStopping(metric="training_loss")},
+        ValueError,
+        r"^stop watches 'training_loss', but log_every=0 logs none$",
+    ),
     "every": ({"evaluate_every": 0}, ValueError, r"^evaluate_every must be at least 1, not 0$"),
     "every-kind": ({"evaluate_every": 2.0}, TypeError, r"^evaluate_every must be an int or None, not 2.0$"),
     "stop": ({"stop": 5}, TypeError, r"^stop must be an EarlyStopping, not int$"),
