@@ -39,13 +39,13 @@ class FastJob:
         x, y = (t if t.dim() == 3 else t[None] for t in (x, y))
         arguments = (self.config, self.parameters, self.first, self.second, lr, x, y, batch, self.state.taken)
         try:
-            return train.training_loop(self.plan)(*arguments, self.plan)
+            return train.training_loop(self.plan)(*arguments, self.plan, self.state.own)
         except ImportError as error:  # of numba
             if self.impl is not None:
                 raise NotImplementedError(f"impl={self.impl!r}: {error}") from error
             self.plan = TrainPlan("torch", str(error))
             self.path = self.plan.impl
-            return train.training_loop(self.plan)(*arguments, self.plan)
+            return train.training_loop(self.plan)(*arguments, self.plan, self.state.own)
 
     def _copies(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         copies = (t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)

@@ -11,6 +11,7 @@ from ..history import History
 from .checks import check_arguments
 from .eligibility import fast_job
 from .jobs import GeneralJob, Job
+from .members import PerMember, check_members
 from .pacing import Bar, Interrupts, SampleOrder, chunks, logged_steps
 from .rates import Rates, schedule_of
 
@@ -26,6 +27,7 @@ def fit(
     batch_size: int | None = None,
     log_every: int = 0,
     lr: Rates | None = None,
+    per_member: PerMember | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
     impl: str | None = None,
@@ -56,6 +58,11 @@ def fit(
     is called once for each step, in order, a chunk of steps ahead. Each step is that of a loop which sets "lr" of all
     parameter groups before it.
 
+    per_member: for an Ensemble, numbers of each member in the place of the optimizer's own, which stay as they are, by
+    their names in its parameter groups: "weight_decay": (E,); "momentum": (E,); "betas": a pair of (E,) or floats; all
+    in any floating point dtype. Each member trains as under an optimizer of its own with its numbers. A member whose
+    momentum is 0 has no momentum buffer: its part of the stacked one stays as it is, zeros at first.
+
     impl: None chooses; "lane", "block", "graph", "native" and "torch" are obeyed, or refused with NotImplementedError
     and the reason. `History.path` says what ran. Of "native", loops that numba compiles for a CPU, None has only what
     is fast enough to make up for their start, which `History.setup_seconds` tells; once they are there, short runs take
@@ -68,7 +75,7 @@ def fit(
     a criterion that returns no tensor.
     """
     began = time.perf_counter()
-    job = prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
+    job = prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl, per_member)
     order = None if batch_size is None else SampleOrder(job.samples, batch_size, steps, generator)
     bar = Bar(steps, progress, began)
     rows: list[Tensor] = []
@@ -98,16 +105,20 @@ def fit(
     )
 
 
-def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl) -> Job:
+def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl, per_member) -> Job:
     """The job that will train, of which nothing is computed or copied yet. Raises all that `fit` refuses."""
     check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
+    check_members(per_member, model, optimizer)
     x, y = x.detach(), y.detach()
     schedule = schedule_of(lr, model)
-    job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr if schedule is None else schedule, impl)
+    rates = lr if schedule is None else schedule
+    job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, rates, impl, per_member)
     if isinstance(job, str):
         if impl is not None:
             raise NotImplementedError(f"impl={impl!r}: {job}")
         if (lr is not None and schedule is None) or (schedule is not None and schedule.of_each_member):
             raise NotImplementedError(f"lr of each member needs a loop without autograd: {job}")
+        if per_member:
+            raise NotImplementedError(f"per_member needs a loop without autograd: {job}")
         return GeneralJob(model, x, y, criterion, optimizer, schedule)
     return job

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ensemble import Ensemble
 from ..history import History
+from .members import PerMember, numbers_of
 from .pacing import logged_steps
 from .rates import Rates, share_of
 from .run import fit, prepare
@@ -33,6 +34,7 @@ def fit_sharded(
     batch_size: int | None = None,
     log_every: int = 0,
     lr: Rates | None = None,
+    per_member: PerMember | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
     impl: str | None = None,
@@ -56,7 +58,7 @@ def fit_sharded(
     began = time.perf_counter()
     # Every rank checks the whole ensemble: after an error on one rank alone, the others would wait for it forever.
     whole = optimizer(ensemble.parameters())
-    prepare(ensemble, x, y, criterion, whole, steps, batch_size, log_every, lr, generator, impl)
+    prepare(ensemble, x, y, criterion, whole, steps, batch_size, log_every, lr, generator, impl, per_member)
     distributed = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if distributed else (0, 1)
     # Rank 0 always has members; the last ranks have none if there are more processes than members.
@@ -93,6 +95,7 @@ def fit_sharded(
             batch_size=batch_size,
             log_every=log_every,
             lr=None if idle else share_of(lr, mine, len(ensemble)),
+            per_member=numbers_of(per_member, mine),
             generator=generator,
             progress=progress and rank == 0,
             impl=impl,

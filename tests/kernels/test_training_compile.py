@@ -22,6 +22,7 @@ from compiling import (
     launch_signature,
 )
 from machine_code import carried_bounds
+from training_cases import states_of
 
 triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -115,8 +116,7 @@ def _launch(case, plan=None, steps=(0, 0, 1000, 10), own=(), rates=None):
     parameters = ()
     for k, n in itertools.pairwise(config.widths):
         parameters += (empty(members, n, k), empty(members, n)) if config.bias else (empty(members, n, k),)
-    first = parameters if config.optimizer != "sgd" or config.momentum else ()
-    second = parameters if config.optimizer != "sgd" else ()
+    first, second = (parameters if len(states_of(config)) > i else () for i in range(2))
     data = empty(1, samples, config.widths[0]), empty(1, samples, config.widths[-1])
     batch_size = batch_size or samples
     order = empty(50, samples, dtype=torch.int32) if ordered else None
