@@ -43,11 +43,12 @@ def fit(
     is a terminal and tqdm is installed.
 
     An `MLP`, an `Ensemble` or an `nn.Sequential` of linear layers and activations in float32 or float64, under SGD,
-    Adam or AdamW with one group of all its parameters, with BCELoss, BCEWithLogitsLoss, MSELoss or CrossEntropyLoss,
-    trains without autograd: by kernels that hold the whole network, or in a loop written out. Everything else (other
-    modules, criteria and optimizers, amsgrad, maximize, parameters that are frozen, tied or share memory, hooks,
-    autocast, other dtypes) trains in an ordinary loop. With BCELoss the gradient at the logit is p - t; torch's differs
-    from it only where p (1 - p) < 1e-12. `criterion` is called as criterion(model(x), y).
+    Adam, AdamW or RMSprop with one group of all its parameters, with BCELoss, BCEWithLogitsLoss, MSELoss or
+    CrossEntropyLoss, trains without autograd: by kernels that hold the whole network, or in a loop written out.
+    Everything else (other modules, criteria and optimizers, amsgrad, centered, maximize, parameters that are frozen,
+    tied or share memory, hooks, autocast, other dtypes) trains in an ordinary loop. With BCELoss the gradient at the
+    logit is p - t; torch's differs from it only where p (1 - p) < 1e-12. `criterion` is called as
+    criterion(model(x), y).
 
     An Ensemble's members see the same samples, x (samples, I) and y (samples, O), or each its own, (E, samples, I)
     and (E, samples, O), in the same order. The criterion applies to each member, and the losses are summed.

@@ -17,9 +17,8 @@ class State:
     """The optimizer's state of each parameter, which earlier steps left and ordinary later steps can go on from."""
 
     def __init__(self, optimizer, network: Network, names: tuple[str, ...], own: Hyperparameters, taken: int) -> None:
-        self.optimizer, self.network, self.names, self.own = optimizer, network, names, own
-        # own: the numbers that members have of their own, of which the momentum says who has a buffer.
-        self.taken = taken  # how many steps have updated the state
+        """own: the numbers that members have of their own. taken: how many steps have updated the state."""
+        self.optimizer, self.network, self.names, self.own, self.taken = optimizer, network, names, own, taken
 
     @classmethod
     def read(

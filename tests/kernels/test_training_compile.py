@@ -43,6 +43,11 @@ OPTIMIZERS = (
     {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
     {"optimizer": "adamw", "weight_decay": 0.1},
 )
+# RMSprop with one tensor of state and with two, of which it takes as many registers as those above.
+RMSPROP = (
+    {"optimizer": "rmsprop", "weight_decay": 0.1},
+    {"optimizer": "rmsprop", "weight_decay": 0.1, "momentum": 0.9},
+)
 # tanh is the activation that takes most registers.
 TANH = {"hidden": "tanh", "output": "tanh", "loss": "mse"}
 
@@ -73,6 +78,12 @@ def _cases():
                         f"sm_{arch}-{impl}-{states}-states-{name}",
                         (arch, _config(widths, states), 3, 99, 64, True, impl),
                     )
+        for states, options in enumerate(RMSPROP, 1):
+            # Of the edges those that came nearest to the limit.
+            widths = LANE_EDGES[states], BLOCK_EDGES[states][2 * states - 1], BLOCK_EDGES[states][0]
+            for impl, edge in zip(("lane", "block", "spread"), widths, strict=True):
+                case = (arch, _config(edge, states, **options), 3, 99, 64, True, impl)
+                yield f"sm_{arch}-{impl}-rmsprop-{states}-states", case
     deep = (2, 10, 10, 10, 1)
     yield "sm_90-lane-xor-adam", (90, TrainConfig((2, 2, 1), optimizer="adam"), 1, 4, 4, False, "lane")
     yield "sm_90-lane-xor-minibatches", (90, TrainConfig((2, 2, 1)), 1, 99, 4, True, "lane")
@@ -207,6 +218,7 @@ NUMBERED = {
     "sm_90-lane-xor": (),
     "sm_90-lane-1-states": ("momentum", "weight_decay"),
     "sm_90-lane-2-states": ("beta1", "beta2", "weight_decay"),
+    "sm_90-lane-rmsprop-2-states": ("momentum", "weight_decay"),
     "sm_90-block-xor-deep": (),
     "sm_90-block-2-states-9-40-32": ("beta1", "beta2", "weight_decay"),
     "sm_90-spread-2-states-9-40-32": ("beta1", "beta2", "weight_decay"),
