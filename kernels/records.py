@@ -256,13 +256,13 @@ class TrainConfig:
     bias: bool = True
     loss: str = "bce"  # "bce" (output: sigmoid), "bce_logits", "cross_entropy" (output: identity) or "mse" (any output)
     reduction: str = "mean"  # or "sum"; mean divides by the batch times `hyperparameters.mean_terms`
-    optimizer: str = "sgd"  # or "adam", "adamw"
+    optimizer: str = "sgd"  # or "adam", "adamw", "rmsprop"
     momentum: float = 0.0
     dampening: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
     beta1: float = 0.9
-    beta2: float = 0.999
+    beta2: float = 0.999  # RMSprop's alpha, too
     eps: float = 1e-8
 
 

@@ -25,7 +25,9 @@ def sweep(members=5, seed=3, dtype=torch.float32, spoil=False, mixed=False, brok
     y = y.double() if mixed else y
     ensemble = Ensemble(members, [3, 4, 2], generator=torch.Generator().manual_seed(seed), dtype=dtype)
     generator, lr = torch.Generator().manual_seed(seed), torch.linspace(0.1, 1.0, members)
+    numbers = {"momentum": 0.9 * lr, "weight_decay": 0.1 * (1 - lr)}  # of which some are 0
     options = {"steps": 25, "batch_size": 4, "log_every": 6, "lr": None if mixed or broken else lr}
+    options["per_member"] = None if mixed or broken else numbers
     options |= {"optimizer": functools.partial(torch.optim.SGD, lr=1.0, momentum=0.5), "generator": generator}
     history = fit_sharded(ensemble, x, y, criterion=criterion, **options)
     return {

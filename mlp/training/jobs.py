@@ -54,15 +54,16 @@ class FastJob:
         x, y = (self._own(t) if t.dim() == 3 else t[None] for t in (self.x, self.y))
         x, y = (t.resolve_neg().contiguous() for t in (x, y))
         lr = None if isinstance(self.lr, Schedule) else self._own(self.lr).resolve_neg().contiguous()
+        own = self.state.own if self.members is None else self.state.own.part(self.members.cpu())
         arguments = (self.config, self.parameters, self.first, self.second, lr, x, y, batch, self.state.taken)
         try:
-            loop: Any = train.training_loop(self.plan)(*arguments, self.plan)
+            loop: Any = train.training_loop(self.plan)(*arguments, self.plan, own)
         except ImportError as error:  # of numba
             if self.impl is not None:
                 raise NotImplementedError(f"impl={self.impl!r}: {error}") from error
             self.plan = TrainPlan("torch", str(error))
             self.path, self.reason = self.plan.impl, self.plan.reason
-            loop = train.training_loop(self.plan)(*arguments, self.plan)
+            loop = train.training_loop(self.plan)(*arguments, self.plan, own)
         self.setup_seconds += getattr(loop, "setup_seconds", 0.0)
         return loop
 

@@ -14,6 +14,7 @@ from .checks import check_arguments, check_numbers, check_resume
 from .eligibility import fast_job
 from .jobs import GeneralJob, Job
 from .measures import Measure
+from .members import PerMember, check_members
 from .pacing import Bar, Interrupts, SampleOrder, chunks, logged_steps
 from .rates import Rates, Scheduled, check_scheduler, momentum_cycles, schedule_of
 from .validation import EarlyStopping, Watch, check_watch
@@ -32,6 +33,7 @@ def fit(
     lr: Rates | None = None,
     scheduler: LRScheduler | None = None,
     scheduler_interval: str = "epoch",
+    per_member: PerMember | None = None,
     generator: torch.Generator | None = None,
     validation: tuple[Tensor, Tensor] | None = None,
     evaluate_every: int | None = None,
@@ -54,12 +56,12 @@ def fit(
     is a terminal and tqdm is installed.
 
     An `MLP`, an `Ensemble` or an `nn.Sequential` of linear layers and activations in float32 or float64, under SGD,
-    Adam or AdamW with one group of all its parameters, with BCELoss, BCEWithLogitsLoss, MSELoss or CrossEntropyLoss,
-    trains without autograd: by kernels that hold the whole network, or in a loop written out. Everything else (other
-    modules, criteria and optimizers, amsgrad, maximize, parameters that are frozen, tied or share memory, hooks,
-    autocast, other dtypes) trains in an ordinary loop; `History.reason` says why, and an Ensemble warns of it. With
-    BCELoss the gradient at the logit is p - t; torch's differs from it only where p (1 - p) < 1e-12. `criterion` is
-    called as criterion(model(x), y).
+    Adam, AdamW or RMSprop with one group of all its parameters, with BCELoss, BCEWithLogitsLoss, MSELoss or
+    CrossEntropyLoss, trains without autograd: by kernels that hold the whole network, or in a loop written out.
+    Everything else (other modules, criteria and optimizers, amsgrad, centered, maximize, parameters that are frozen,
+    tied or share memory, hooks, autocast, other dtypes) trains in an ordinary loop; `History.reason` says why, and an
+    Ensemble warns of it. With BCELoss the gradient at the logit is p - t; torch's differs from it only where p (1 - p)
+    < 1e-12. `criterion` is called as criterion(model(x), y).
 
     An Ensemble's members see the same samples, x (samples, I) and y (samples, O), or each its own, (E, samples, I)
     and (E, samples, O), in the same order. The criterion applies to each member, and the losses are summed. A member
@@ -85,6 +87,10 @@ def fit(
 
     nan: "raise" refuses samples and targets that are NaN and that all members share; "propagate" trains on them. A
     member's own make that member NaN.
+    per_member: for an Ensemble, numbers of each member in the place of the optimizer's own, which stay as they are, by
+    their names in its parameter groups: "weight_decay": (E,); "momentum": (E,); "betas": a pair of (E,) or floats; all
+    in any floating point dtype. Each member trains as under an optimizer of its own with its numbers. A member whose
+    momentum is 0 has no momentum buffer: its part of the stacked one stays as it is, zeros at first.
 
     impl: None chooses; "lane", "block", "graph", "native" and "torch" are obeyed, or refused with NotImplementedError
     and the reason. `History.path` says what ran. Of "native", loops that numba compiles for a CPU, None has only what
@@ -100,10 +106,12 @@ def fit(
     """
     began = time.perf_counter()
     check_watch(model, validation, evaluate_every, metrics, stop, log_every)
-    rates = (lr, scheduler, scheduler_interval)
+    rates = (lr, scheduler, scheduler_interval, per_member)
     if isinstance(resume, History) and resume.path != "general" and impl is None:
         impl = resume.path  # one that rounds otherwise may be faster by now
-    job = prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, rates, generator, nan, impl)
+    job = prepare(
+        model, x, y, criterion, optimizer, steps, batch_size, log_every, rates, per_member, generator, nan, impl
+    )
     check_resume(resume, job, steps, batch_size, log_every)
     if isinstance(model, Ensemble) and isinstance(job, GeneralJob):
         warnings.warn(f"an ordinary loop trains this Ensemble, one operation at a time: {job.reason}", stacklevel=2)
@@ -167,13 +175,16 @@ def fit(
     return history()
 
 
-def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, rates, generator, nan, impl) -> Job:
+def prepare(
+    model, x, y, criterion, optimizer, steps, batch_size, log_every, rates, per_member, generator, nan, impl
+) -> Job:
     """The job that will train, of which nothing is computed or copied yet. Raises all that `fit` refuses.
 
-    rates: `fit`'s lr, scheduler and scheduler_interval.
+    rates: `fit`'s lr, scheduler, scheduler_interval and per_member.
     """
-    lr, scheduler, interval = rates
+    lr, scheduler, interval, per_member = rates
     check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
+    check_members(per_member, model, optimizer)
     samples = x.shape[-2] if isinstance(model, Ensemble) else x.shape[0]
     schedule = schedule_of(lr, model)
     if scheduler is not None:
@@ -183,12 +194,15 @@ def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, rat
     if scheduler is not None and momentum_cycles(scheduler):
         job = f"a {type(scheduler).__name__} may change more than rates"
     else:
-        job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr if schedule is None else schedule, impl)
+        rates = lr if schedule is None else schedule
+        job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, rates, impl, per_member)
     if isinstance(job, str):
         if impl is not None:
             raise NotImplementedError(f"impl={impl!r}: {job}")
         if (lr is not None and schedule is None) or (schedule is not None and schedule.of_each_member):
             raise NotImplementedError(f"lr of each member needs a loop without autograd: {job}")
+        if per_member:
+            raise NotImplementedError(f"per_member needs a loop without autograd: {job}")
         job = GeneralJob(model, x, y, criterion, optimizer, schedule, job)
     check_numbers(model, x, y, nan)
     return job

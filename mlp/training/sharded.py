@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..ensemble import Ensemble
 from ..history import History
 from .measures import Measure
+from .members import PerMember, numbers_of
 from .rates import Rates, share_of
 from .run import fit, prepare
 from .validation import EarlyStopping, check_watch
@@ -32,6 +33,7 @@ def fit_sharded(
     batch_size: int | None = None,
     log_every: int = 0,
     lr: Rates | None = None,
+    per_member: PerMember | None = None,
     generator: torch.Generator | None = None,
     validation: tuple[Tensor, Tensor] | None = None,
     evaluate_every: int | None = None,
@@ -68,7 +70,7 @@ def fit_sharded(
     began = time.perf_counter()
     # Every rank checks the whole ensemble: after an error on one rank alone, the others would wait for it forever.
     check_watch(ensemble, validation, evaluate_every, metrics, stop, log_every)
-    whole, rates = optimizer(ensemble.parameters()), (lr, None, "step")
+    whole, rates = optimizer(ensemble.parameters()), (lr, None, "step", per_member)
     prepare(ensemble, x, y, criterion, whole, steps, batch_size, log_every, rates, generator, nan, impl)
     distributed = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if distributed else (0, 1)
@@ -123,6 +125,7 @@ def fit_sharded(
             batch_size=batch_size,
             log_every=log_every,
             lr=None if idle else share_of(lr, mine, len(ensemble)),
+            per_member=numbers_of(per_member, mine),
             generator=generator,
             validation=None if validation is None or idle else (of_share(validation[0]), of_share(validation[1])),
             evaluate_every=None if idle else evaluate_every,

@@ -644,7 +644,7 @@ OTHER_OPTIMIZERS = {
     "half-of-a-state": half_of_a_state,
     "amsgrad": lambda m: torch.optim.Adam(m.parameters(), lr=0.1, amsgrad=True),
     "maximize": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True),
-    "rmsprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.1),
+    "centered": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.1, centered=True),
 }
 OTHER_DATA = {
     "more-dimensions": lambda m: (torch.randn(5, 2, 3), torch.rand(5, 2, 3)),
