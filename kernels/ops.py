@@ -223,7 +223,8 @@ def mlp_bwd(
     """
     if plan.impl == "fused":
         weights, biases = tuple(weights), None if biases is None else tuple(biases)
-        call = mlp_bwd_call(dy, x, saved, weights, biases, hidden, output, wanted, plan, head)
+        decided = (hidden, output, wanted, plan, head)
+        call = mlp_bwd_call(dy, x, saved, weights, biases, *decided)  # pyright: ignore[reportArgumentType]
         return call(dy, x, saved, weights, biases, head)
     options = (hidden, output, wanted, plan)
     flat_dy, flat_x = flattened(dy) if dy.dim() else stored(dy), None if x is None else flattened(x)

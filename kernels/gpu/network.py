@@ -15,7 +15,7 @@ from torch import Tensor
 from ..plan import mlp_columns, mlp_slots
 from ..records import MlpPlan, NeedsGrad
 from .functions import ACTIVATIONS, UNBOUNDED
-from .launch import INTERPRETED, Launch, OptionalTensors, Tensors, aligned, fresh
+from .launch import INTERPRETED, Launch, OptionalTensors, Tensors, aligned, fresh, part_of
 from .layer import sum_slots_call
 from .network_kernels import mlp_bwd_kernel, mlp_fwd_kernel, sum_losses_kernel
 
@@ -252,12 +252,14 @@ def mlp_bwd_call(
             upstream, ends = dx, (target, pos_weight) if last else (None, None)
             dx = new_dx and new_dx()
             h = x if place is None else saved[place]
-            own = None if slots is None or base < 0 else slots.narrow(-1, base, size - base) if base else slots
+            own = slots if base == 0 else None
+            if base > 0:
+                own = part_of(slots, (programs, size - base), (size, 1), base)
             launch(known, upstream, h, weights[layers], biases and biases[layers], dx, own, *ends, factor)
         if add_up is not None:
             add_up(slots, flat)
         # Views are made once all is launched: the launches are what a GPU waits for.
-        dweights, dbiases = [tuple([None if part is None else flat.as_strided(*part) for part in own]) for own in parts]
+        dweights, dbiases = [tuple([None if part is None else part_of(flat, *part) for part in own]) for own in parts]
         return dx if wanted[0] else None, dweights, dbiases
 
     return call
