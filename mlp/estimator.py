@@ -6,7 +6,7 @@ The rest of the package does not import this file: it needs the extra `sklearn`.
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .ensemble import Ensemble
 from .training import EarlyStopping, fit
+from .training.measures import Measure
 from .training.validation import name_of
 
 try:
@@ -43,6 +44,7 @@ SOLVERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.opti
 class _FusedMLP(BaseEstimator):
     """What the classifier and the regressor share."""
 
+    _metric: ClassVar[str | Measure]  # by which early_stopping judges
     hidden_layer_sizes: int | Sequence[int] = (100,)
     _: KW_ONLY
     activation: str = "sigmoid"
@@ -105,7 +107,7 @@ class _FusedMLP(BaseEstimator):
         if self.early_stopping and not more:
             self.validation_scores_ = history.validation[name_of(self._metric)].tolist()
 
-    def _parts(self, targets, generator: torch.Generator) -> list[np.ndarray]:
+    def _parts(self, targets, generator: torch.Generator) -> list:
         """The indices that are held back, with as many of each class as there are in all, and the others."""
         stratify = targets if isinstance(self, ClassifierMixin) and targets.size == len(targets) else None
         seed = int(torch.randint(2**31 - 1, (), generator=generator))
@@ -191,18 +193,15 @@ class FusedMLPClassifier(ClassifierMixin, _FusedMLP):
         check_classification_targets(y)
         multilabel = type_of_target(y) == "multilabel-indicator"
         y = y if multilabel else column_or_1d(y, warn=True)
-        known = (
-            self.classes_
-            if not first
-            else LabelBinarizer().fit(y if classes is None or multilabel else classes).classes_
-        )
+        labels = y if classes is None or multilabel else classes
+        known = LabelBinarizer().fit(labels).classes_ if first else self.classes_
         if len(known) < 2 and not multilabel:
             raise ValueError(f"y must hold at least two classes, not one class only: {known[0]!r}")
         if not multilabel and (strange := np.setdiff1d(y, known)).size:
             raise ValueError(f"y must hold classes among {known}, not {strange}")
         several = len(known) > 2 and not multilabel
-        targets = y if multilabel else np.searchsorted(known, y).astype(np.int64)
-        targets = targets if several else targets.reshape(len(y), -1).astype(np.float32)
+        targets: Any = y if multilabel else np.searchsorted(known, y)
+        targets = targets.astype(np.int64) if several else targets.reshape(len(targets), -1).astype(np.float32)
         criterion = nn.CrossEntropyLoss() if several else nn.BCEWithLogitsLoss()
         self._train(X, targets, len(known) if several else targets.shape[1], criterion, sample_weight, more)
         # Set last, so that a refused fit leaves what the one before has set.
