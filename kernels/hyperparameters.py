@@ -1,4 +1,4 @@
-"""What members of a stack of networks may have of their own, and how many numbers a mean loss counts."""
+"""What members of a stack of networks may have of their own, and the factor of a loss."""
 
 from dataclasses import dataclass, fields
 
@@ -40,6 +40,10 @@ class Hyperparameters:
 COMMON = Hyperparameters()
 
 
-def mean_terms(config: TrainConfig) -> int:
-    """How many terms of a mean a sample is: one to torch's cross entropy, to other losses as many as it has outputs."""
-    return 1 if config.loss == "cross_entropy" else config.widths[-1]
+def loss_scale(config: TrainConfig, batch: int) -> float:
+    """What multiplies the sum of the losses of a batch, beside what `run` may be given for a step.
+
+    A sample is one term of the mean of torch's cross entropy, and of other losses as many as it has outputs.
+    """
+    terms = batch * (1 if config.loss == "cross_entropy" else config.widths[-1])
+    return config.factor / terms if config.reduction == "mean" else config.factor

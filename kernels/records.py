@@ -160,10 +160,8 @@ class Prediction:
 
     def __str__(self) -> str:
         functions = f", {_digits(self.special / 1e6)} M exp2 and rsqrt" if self.special else ""
-        if self.plan_us < 1:
-            times = "under 1 us, where launches decide"
-        else:
-            times = f"{_digits(self.plan_us)} us, limit {_digits(self.limit_us)} us"
+        times = f"{_digits(self.plan_us)} us, limit {_digits(self.limit_us)} us"
+        times = "under 1 us, where launches decide" if self.plan_us < 1 else times
         work = f"{_digits(self.flops / 1e9)} Gflop, {_digits(self.bytes / 1e6)} MB{functions}"
         return f"{self.chip} at peak rates (a model): {times}; {work}"
 
@@ -241,9 +239,7 @@ class MlpPlan:
 
         "explicit" and "stack" need all of them, and y, the input of the layer after the last.
         """
-        if self.layers:
-            return tuple(range(1, len(self.layers) + 1))
-        return tuple(segment.first for segment in self.segments[1:])
+        return tuple(range(1, len(self.layers) + 1) or (segment.first for segment in self.segments[1:]))
 
 
 @dataclass(frozen=True)
@@ -254,8 +250,11 @@ class TrainConfig:
     hidden: str = "sigmoid"  # a name in activations.py
     output: str = "sigmoid"
     bias: bool = True
-    loss: str = "bce"  # "bce" (output: sigmoid), "bce_logits", "cross_entropy" (output: identity) or "mse" (any output)
-    reduction: str = "mean"  # or "sum"; mean divides by the batch times `hyperparameters.mean_terms`
+    loss: str = "bce"  # (output: sigmoid), "bce_logits", "cross_entropy" (identity), "mse" or "smooth_l1" (any output)
+    beta: float = 1.0  # of smooth_l1: where its square ends, 0 for L1
+    reduction: str = "mean"  # or "sum", or "given": a sum times what `run` is given for each step
+    factor: float = 1.0  # of the loss, whatever its reduction
+    weighted: bool = False  # y has the targets and, behind them, a weight for each; not for cross_entropy
     optimizer: str = "sgd"  # or "adam", "adamw", "rmsprop"
     momentum: float = 0.0
     dampening: float = 0.0

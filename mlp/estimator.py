@@ -83,15 +83,15 @@ class _FusedMLP(BaseEstimator):
         data = [self._tensor(X), torch.tensor(targets, device=self.device)]
         if sample_weight is not None:
             data.append(self._tensor(_check_sample_weight(sample_weight, X, dtype=np.float32)))
-        patience, options = self.n_iter_no_change, {}
-        patience = None if patience is None else _count("n_iter_no_change", patience)
+        n = self.n_iter_no_change
+        patience, options = None if n is None else _count("n_iter_no_change", n), dict[str, Any]()
         if self.early_stopping and not more:
             parts = self._parts(targets, generator)
             held, data = ([t[part] for t in data] for part in parts)
             stop = EarlyStopping(patience, self.tol, name_of(self._metric), maximize=True, keep_best=True)
-            options = {"validation": held[:2], "metrics": [self._metric], "stop": stop}
+            options |= {"validation": held[:2], "metrics": [self._metric], "stop": stop}
         elif not more:
-            options = {"stop": EarlyStopping(patience, self.tol, "training_loss")}
+            options |= {"stop": EarlyStopping(patience, self.tol, "training_loss")}
         samples, epochs = len(data[0]), 1 if more else _count("max_iter", self.max_iter)
         batch = samples if self.batch_size is None else min(_count("batch_size", self.batch_size), samples)
         per_epoch = -(-samples // batch)

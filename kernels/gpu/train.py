@@ -33,7 +33,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..hyperparameters import COMMON, Hyperparameters, mean_terms
+from ..hyperparameters import COMMON, Hyperparameters, loss_scale
 from .functions import ACTIVATIONS
 from .launch import device_of, launch_in_a_row
 from .network import padded
@@ -57,7 +57,8 @@ class KernelLoop:
         batch_size = min(batch_size, self.samples)
         self.batches = -(-self.samples // batch_size)
         last = self.samples - (self.batches - 1) * batch_size
-        terms = mean_terms(config) if config.reduction == "mean" else 0
+        loss = "l1" if config.loss == "smooth_l1" and not config.beta else config.loss
+        self.factor = config.factor
         if config.optimizer in ("adam", "adamw"):
             optimizer, betas = "adam", (own.of(config, "beta1"), own.of(config, "beta2"))
             hyper = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], *map(_log, betas), config.eps)
@@ -94,6 +95,7 @@ class KernelLoop:
             "first_ptrs": tuple(first) or None,
             "second_ptrs": tuple(second) or None,
             "lr_ptr": lr,
+            "factors_ptr": None,
             "x_ptr": x,
             "y_ptr": y,
             "members": members,
@@ -102,23 +104,27 @@ class KernelLoop:
             "stride_ye": y.stride(0) if y.shape[0] > 1 else 0,
             "stride_ls": None,
             "stride_le": None,
+            "stride_fs": None,
+            "stride_fe": None,
             "batch_size": batch_size,
             "batches": self.batches,
-            "scale": 1.0 / (batch_size * terms) if terms else 1.0,
-            "last_scale": 1.0 / (last * terms) if terms else 1.0,
+            "scale": loss_scale(config, batch_size),
+            "last_scale": loss_scale(config, last),
+            "beta": config.beta if loss == "smooth_l1" else None,
             "weight_decay": _single(own.of(config, "weight_decay"), x.device) if config.weight_decay else None,
             "hyper": tuple(_single(number, x.device) for number in hyper),
             "HIDDEN": ACTIVATIONS[config.hidden][0],
             "HIDDEN_BACKWARD": ACTIVATIONS[config.hidden][1],
             "OUTPUT": ACTIVATIONS[config.output][0],
             "OUTPUT_BACKWARD": ACTIVATIONS[config.output][1],
-            "SUMS": LOSSES[config.loss][0],
-            "LOSS": LOSSES[config.loss][1],
-            "DZ": LOSSES[config.loss][2],
+            "SUMS": LOSSES[loss][0],
+            "LOSS": LOSSES[loss][1],
+            "DZ": LOSSES[loss][2],
             "NUMBERS": OPTIMIZERS[optimizer][0],
             "UPDATE": OPTIMIZERS[optimizer][1],
             "DECOUPLED": config.optimizer == "adamw",
             "WIDTHS": widths,
+            "TARGETS": y.shape[-1],
             "SIZES": sizes,
             **tile,
             "num_warps": plan.num_warps,
@@ -127,8 +133,17 @@ class KernelLoop:
             "maxnreg": 255,
         }
 
-    def run(self, order: Tensor | None, start, steps, log_every, losses: Tensor, rates: Tensor | None = None) -> None:
-        """As `TorchLoop.run`; order is int32, losses and rates float32."""
+    def run(
+        self,
+        order: Tensor | None,
+        start: int,
+        steps: int,
+        log_every: int,
+        losses: Tensor,
+        rates: Tensor | None = None,
+        factors: Tensor | None = None,
+    ) -> None:
+        """As `TorchLoop.run`; order is int32, all else float32."""
         if steps == 0:
             return
         # Without a log there is one segment, which began a step before the launch, so that no loss is due. The kernel
@@ -143,10 +158,13 @@ class KernelLoop:
             # The kernel adds the period to step numbers, and one longer than the launch could overflow.
             "period": min(log_every or offset + steps, offset + steps),
         }
-        if rates is not None:
-            # Rows of a longer tensor may begin anywhere in memory, a copy at a multiple of 16 bytes.
-            arguments["lr_ptr"] = rates.clone(memory_format=torch.contiguous_format)
-            arguments |= {"stride_ls": rates.shape[1], "stride_le": int(rates.shape[1] > 1)}
+        factors = None if factors is None else factors * self.factor
+        for name, letter, numbers in (("lr_ptr", "l", rates), ("factors_ptr", "f", factors)):
+            if numbers is not None:
+                # Rows of a longer tensor may begin anywhere in memory, a copy at a multiple of 16 bytes.
+                arguments[name] = numbers.clone(memory_format=torch.contiguous_format)
+                strides = {f"stride_{letter}s": numbers.shape[1], f"stride_{letter}e": int(numbers.shape[1] > 1)}
+                arguments |= strides
         with device_of(losses.device):
             if self.spread:
                 self.progress.zero_()

@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .train_rules import UNALIGNED, UNSPECIALIZED, own_number, own_numbers, segment_steps, step_rate, update
+from .train_rules import UNALIGNED, UNSPECIALIZED, own_number, own_numbers, segment_steps, step_number, update
 
 
 @triton.jit
@@ -47,15 +47,30 @@ def block_store(ptrs, tensors, member, SIZES: tl.constexpr, WIDTHS: tl.constexpr
 
 
 @triton.jit
-def block_rows(ptr, order_ptr, start, end, WIDTH: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Samples start to end - 1 of the order as [WIDE, BLOCK_M], with zeros around them."""
+def block_rows(
+    ptr, order_ptr, start, end, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """WIDTH of COLUMNS columns of samples start to end - 1 of the order as [WIDE, BLOCK_M], with zeros around them."""
     index = start + tl.arange(0, BLOCK_M)
     offs = tl.arange(0, WIDE)
     row = index.to(tl.int64)
     if order_ptr is not None:
         row = tl.load(order_ptr + index, mask=index < end, other=0).to(tl.int64)
     inside = (offs < WIDTH)[:, None] & (index < end)[None, :]
-    return tl.load(ptr + row[None, :] * WIDTH + offs[:, None], mask=inside, other=0.0), inside
+    return tl.load(ptr + row[None, :] * COLUMNS + offs[:, None], mask=inside, other=0.0), inside
+
+
+@triton.jit
+def block_targets(
+    ptr, order_ptr, start, end, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """((targets,) or (targets, their weights), which of them there are)."""
+    t, inside = block_rows(ptr, order_ptr, start, end, WIDTH, COLUMNS, WIDE, BLOCK_M)
+    if COLUMNS == WIDTH:
+        return (t,), inside
+    else:  # noqa: RET505, the compiler wants both
+        weights, _ = block_rows(ptr + WIDTH, order_ptr, start, end, WIDTH, COLUMNS, WIDE, BLOCK_M)
+        return (t, weights), inside
 
 
 @triton.jit
@@ -79,22 +94,45 @@ def block_forward(params, x, HIDDEN, OUTPUT, WIDTHS: tl.constexpr, PADDED: tl.co
 
 
 @triton.jit
-def _block_loss(
-    params, x, t, inside, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS: tl.constexpr, PADDED: tl.constexpr, BIAS: tl.constexpr
-):
-    """The loss of a tile of samples, summed."""
-    hs, z = block_forward(params, x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
-    return tl.sum(tl.where(inside, LOSS(z, hs[len(WIDTHS) - 1], t, SUMS(z, t, inside)), 0.0))
+def block_losses(z, y, t, inside, beta, SUMS, LOSS):
+    """The loss of a tile of samples, summed. t: what `block_targets` returns."""
+    losses = LOSS(z, y, t[0], SUMS(z, t[0], inside, beta))
+    if len(t) > 1:
+        losses *= t[1]
+    return tl.sum(tl.where(inside, losses, 0.0))
 
 
 @triton.jit
-def block_backward(params, hs, z, t, inside, scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, BIAS: tl.constexpr):
-    """dz of every layer, the last first, [PADDED[l + 1], BLOCK_M] each."""
+def _block_loss(
+    params,
+    x,
+    t,
+    inside,
+    beta,
+    HIDDEN,
+    OUTPUT,
+    SUMS,
+    LOSS,
+    WIDTHS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    hs, z = block_forward(params, x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
+    return block_losses(z, hs[len(WIDTHS) - 1], t, inside, beta, SUMS, LOSS)
+
+
+@triton.jit
+def block_backward(
+    params, hs, z, t, inside, beta, scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, BIAS: tl.constexpr
+):
+    """dz of every layer, the last first, [PADDED[l + 1], BLOCK_M] each. t: what `block_targets` returns."""
     LAYERS: tl.constexpr = len(hs) - 1
     EACH: tl.constexpr = 2 if BIAS else 1
     y = hs[LAYERS]
-    dz = tl.where(inside, DZ(z, y, t, SUMS(z, t, inside), OUTPUT_BACKWARD) * scale, 0.0)
-    dzs = (dz,)
+    dz = DZ(z, y, t[0], SUMS(z, t[0], inside, beta), OUTPUT_BACKWARD) * scale
+    if len(t) > 1:
+        dz *= t[1]
+    dzs = (tl.where(inside, dz, 0.0),)
     for l in tl.static_range(LAYERS - 1, 0, -1):
         dh = tl.dot(tl.trans(params[EACH * l]), dzs[LAYERS - 1 - l], input_precision="ieee")
         dzs = dzs + (HIDDEN_BACKWARD(dh, hs[l]),)
@@ -120,6 +158,7 @@ def train_block_kernel(
     first_ptrs,
     second_ptrs,
     lr_ptr,
+    factors_ptr,
     x_ptr,
     y_ptr,
     order_ptr,
@@ -130,11 +169,14 @@ def train_block_kernel(
     stride_ye,
     stride_ls,
     stride_le,
+    stride_fs,
+    stride_fe,
     batch_size,
     batches,
     batch,
     scale,
     last_scale,
+    beta,
     taken,
     steps,
     offset,
@@ -152,6 +194,7 @@ def train_block_kernel(
     UPDATE: tl.constexpr,
     DECOUPLED: tl.constexpr,
     WIDTHS: tl.constexpr,
+    TARGETS: tl.constexpr,
     SIZES: tl.constexpr,
     PADDED: tl.constexpr,
     RESIDENT: tl.constexpr,  # all samples are one tile, and stay on chip
@@ -170,51 +213,68 @@ def train_block_kernel(
     firsts = block_load(first_ptrs, member, taken > 0, SIZES, WIDTHS, PADDED)
     seconds = block_load(second_ptrs, member, taken > 0, SIZES, WIDTHS, PADDED)
     if RESIDENT:
-        all_x, _ = block_rows(x_ptr, None, 0, samples, WIDTHS[0], PADDED[0], BLOCK_M)
-        all_t, all_inside = block_rows(y_ptr, None, 0, samples, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M)
+        all_x, _ = block_rows(x_ptr, None, 0, samples, WIDTHS[0], WIDTHS[0], PADDED[0], BLOCK_M)
+        all_t, all_inside = block_targets(y_ptr, None, 0, samples, WIDTHS[LAYERS], TARGETS, PADDED[LAYERS], BLOCK_M)
     for segment in range(tl.cdiv(offset + steps, period)):
         if (segment > 0) | (offset == 0):
             loss = tl.full((), 0.0, tl.float32)
             if RESIDENT:
-                loss += _block_loss(params, all_x, all_t, all_inside, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS, PADDED, BIAS)
+                loss += _block_loss(
+                    params, all_x, all_t, all_inside, beta, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS, PADDED, BIAS
+                )
             else:
                 log_first = batch * batch_size
                 log_end = tl.minimum(log_first + batch_size, samples)
                 for log_start in tl.range(log_first, log_end, BLOCK_M, num_stages=1):
-                    log_x, _ = block_rows(x_ptr, order_ptr, log_start, log_end, WIDTHS[0], PADDED[0], BLOCK_M)
-                    log_t, log_inside = block_rows(
-                        y_ptr, order_ptr, log_start, log_end, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M
+                    log_x, _ = block_rows(
+                        x_ptr, order_ptr, log_start, log_end, WIDTHS[0], WIDTHS[0], PADDED[0], BLOCK_M
+                    )
+                    log_t, log_inside = block_targets(
+                        y_ptr, order_ptr, log_start, log_end, WIDTHS[LAYERS], TARGETS, PADDED[LAYERS], BLOCK_M
                     )
                     loss += _block_loss(
-                        params, log_x, log_t, log_inside, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS, PADDED, BIAS
+                        params, log_x, log_t, log_inside, beta, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS, PADDED, BIAS
                     )
-            loss *= tl.where(batch == batches - 1, last_scale, scale)
+            log_scale = tl.where(batch == batches - 1, last_scale, scale)
+            loss *= step_number(log_scale, factors_ptr, stride_fs, stride_fe, segment * period - offset, member)
             logged = (segment - tl.where(offset > 0, 1, 0)).to(tl.int64)
             tl.store(losses_ptr + logged * members + member, loss)
         first_step, last_step = segment_steps(segment, offset, period, steps)
         for step in tl.range(first_step, last_step, num_stages=1):
-            rate = step_rate(lr, lr_ptr, stride_ls, stride_le, step, member)
+            rate = step_number(lr, lr_ptr, stride_ls, stride_le, step, member)
             batch_scale = tl.where(batch == batches - 1, last_scale, scale)
+            batch_scale = step_number(batch_scale, factors_ptr, stride_fs, stride_fe, step, member)
             grads = ()
             for i in tl.static_range(len(params)):
                 grads = grads + (tl.zeros(params[i].shape, tl.float32),)
             if RESIDENT:
                 hs, z = block_forward(params, all_x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
                 dzs = block_backward(
-                    params, hs, z, all_t, all_inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, BIAS
+                    params,
+                    hs,
+                    z,
+                    all_t,
+                    all_inside,
+                    beta,
+                    batch_scale,
+                    HIDDEN_BACKWARD,
+                    OUTPUT_BACKWARD,
+                    SUMS,
+                    DZ,
+                    BIAS,
                 )
                 grads = block_accumulate(grads, hs, dzs, LAYERS, BIAS)
             else:
                 first_row = batch * batch_size
                 end_row = tl.minimum(first_row + batch_size, samples)
                 for row_start in tl.range(first_row, end_row, BLOCK_M, num_stages=1):
-                    x, _ = block_rows(x_ptr, order_ptr, row_start, end_row, WIDTHS[0], PADDED[0], BLOCK_M)
-                    t, inside = block_rows(
-                        y_ptr, order_ptr, row_start, end_row, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M
+                    x, _ = block_rows(x_ptr, order_ptr, row_start, end_row, WIDTHS[0], WIDTHS[0], PADDED[0], BLOCK_M)
+                    t, inside = block_targets(
+                        y_ptr, order_ptr, row_start, end_row, WIDTHS[LAYERS], TARGETS, PADDED[LAYERS], BLOCK_M
                     )
                     hs, z = block_forward(params, x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
                     dzs = block_backward(
-                        params, hs, z, t, inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, BIAS
+                        params, hs, z, t, inside, beta, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, BIAS
                     )
                     grads = block_accumulate(grads, hs, dzs, LAYERS, BIAS)
             params, firsts, seconds = update(

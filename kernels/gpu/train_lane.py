@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .train_rules import UNALIGNED, UNSPECIALIZED, own_number, own_numbers, segment_steps, step_rate, update
+from .train_rules import UNALIGNED, UNSPECIALIZED, own_number, own_numbers, segment_steps, step_number, update
 
 
 @triton.jit
@@ -60,28 +60,36 @@ def _lane_forward(params, x, HIDDEN, OUTPUT, WIDTHS: tl.constexpr, AT: tl.conste
 
 
 @triton.jit
-def _lane_loss(params, x, t, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS: tl.constexpr, AT: tl.constexpr, BIAS: tl.constexpr):
-    """The loss of one sample, summed over the outputs."""
+def _lane_loss(
+    params, x, t, beta, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS: tl.constexpr, AT: tl.constexpr, BIAS: tl.constexpr
+):
+    """The loss of one sample, summed over the outputs. t: the targets and, if there are any, their weights."""
     LAYERS: tl.constexpr = len(WIDTHS) - 1
+    OUTPUTS: tl.constexpr = WIDTHS[LAYERS]
     hs, zs = _lane_forward(params, x, HIDDEN, OUTPUT, WIDTHS, AT, BIAS)
-    sums = SUMS(zs, t, None)
+    sums = SUMS(zs, t, None, beta)
     loss = LOSS(zs[0], hs[LAYERS][0], t[0], sums)
-    for n in tl.static_range(1, tl.constexpr(WIDTHS[LAYERS])):
-        loss += LOSS(zs[n], hs[LAYERS][n], t[n], sums)
+    if len(t) > OUTPUTS:
+        loss *= t[OUTPUTS]
+    for n in tl.static_range(1, OUTPUTS):
+        own = LOSS(zs[n], hs[LAYERS][n], t[n], sums)
+        loss += own * t[OUTPUTS + n] if len(t) > OUTPUTS else own
     return loss
 
 
 @triton.jit
 def _lane_backward(
-    params, hs, zs, t, scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, WIDTHS: tl.constexpr, AT: tl.constexpr
+    params, hs, zs, t, beta, scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, WIDTHS: tl.constexpr, AT: tl.constexpr
 ):
-    """dz of every layer, the last first: a tuple of [BLOCK] tensors each."""
+    """dz of every layer, the last first: a tuple of [BLOCK] tensors each. t: as `_lane_loss`."""
     LAYERS: tl.constexpr = len(WIDTHS) - 1
-    sums = SUMS(zs, t, None)
+    OUTPUTS: tl.constexpr = WIDTHS[LAYERS]
+    sums = SUMS(zs, t, None, beta)
     dz = ()
-    for n in tl.static_range(tl.constexpr(WIDTHS[LAYERS])):
+    for n in tl.static_range(OUTPUTS):
         y = hs[LAYERS][n]
-        dz = dz + (DZ(zs[n], y, t[n], sums, OUTPUT_BACKWARD) * scale,)
+        own = DZ(zs[n], y, t[n], sums, OUTPUT_BACKWARD) * scale
+        dz = dz + (own * t[OUTPUTS + n] if len(t) > OUTPUTS else own,)
     dzs = (dz,)
     for l in tl.static_range(LAYERS - 1, 0, -1):
         dz = ()
@@ -115,8 +123,9 @@ def train_lane_kernel(
     first_ptrs,  # of the same shapes; None: the optimizer keeps no such state
     second_ptrs,
     lr_ptr,  # (members,), or a schedule, (steps of this launch, members)
+    factors_ptr,  # of the losses, as a schedule, each in the place of scale; not read where stride_fs is None
     x_ptr,  # (members or 1, samples, widths[0])
-    y_ptr,  # (members or 1, samples, widths[-1])
+    y_ptr,  # (members or 1, samples, TARGETS)
     order_ptr,  # (epochs, samples), from the epoch of the first step on; None: in order
     losses_ptr,  # (logged steps, members)
     members,
@@ -125,11 +134,14 @@ def train_lane_kernel(
     stride_ye,
     stride_ls,  # None: one rate for all steps
     stride_le,  # 0: shared by all members; None where stride_ls is
+    stride_fs,
+    stride_fe,
     batch_size,
     batches,  # per epoch
     batch,  # of the first step
     scale,  # of a sum over a batch
     last_scale,  # over the last batch of an epoch
+    beta,  # the loss's own number; None where it has none
     taken,  # steps before this launch, ever
     steps,
     offset,  # steps from the last one that was to be logged to the first one of this launch
@@ -147,6 +159,7 @@ def train_lane_kernel(
     UPDATE: tl.constexpr,
     DECOUPLED: tl.constexpr,  # weight decay acts on the parameters, not on the gradient
     WIDTHS: tl.constexpr,
+    TARGETS: tl.constexpr,  # columns of y: of the targets, or of targets and, behind them, their weights
     SIZES: tl.constexpr,  # elements of each parameter
     STARTS: tl.constexpr,  # where each begins in the flat tuple
     AT: tl.constexpr,  # where each layer begins
@@ -175,13 +188,13 @@ def train_lane_kernel(
         # The first tile is loaded by hand, because triton repeats every load in a loop that holds a store.
         for r in tl.static_range(ROWS):
             xs = xs + (_lane_row(x_ptr, member, mask, stride_xe, r, WIDTHS[0]),)
-            ts = ts + (_lane_row(y_ptr, member, mask, stride_ye, r, WIDTHS[LAYERS]),)
+            ts = ts + (_lane_row(y_ptr, member, mask, stride_ye, r, TARGETS),)
     for segment in range(tl.cdiv(offset + steps, period)):
         if (segment > 0) | (offset == 0):
             loss = tl.zeros((BLOCK,), tl.float32)
             if RESIDENT:
                 for r in tl.static_range(ROWS):
-                    loss += _lane_loss(params, xs[r], ts[r], HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS, AT, BIAS)
+                    loss += _lane_loss(params, xs[r], ts[r], beta, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS, AT, BIAS)
             else:
                 log_first = batch * batch_size
                 for log_index in range(log_first, tl.minimum(log_first + batch_size, samples)):
@@ -189,15 +202,17 @@ def train_lane_kernel(
                     if order_ptr is not None:
                         log_row = tl.load(order_ptr + log_row).to(tl.int64)
                     log_x = _lane_row(x_ptr, member, mask, stride_xe, log_row, WIDTHS[0])
-                    log_t = _lane_row(y_ptr, member, mask, stride_ye, log_row, WIDTHS[LAYERS])
-                    loss += _lane_loss(params, log_x, log_t, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS, AT, BIAS)
-            loss *= tl.where(batch == batches - 1, last_scale, scale)
+                    log_t = _lane_row(y_ptr, member, mask, stride_ye, log_row, TARGETS)
+                    loss += _lane_loss(params, log_x, log_t, beta, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS, AT, BIAS)
+            log_scale = tl.where(batch == batches - 1, last_scale, scale)
+            loss *= step_number(log_scale, factors_ptr, stride_fs, stride_fe, segment * period - offset, own)
             logged = (segment - tl.where(offset > 0, 1, 0)).to(tl.int64)
             tl.store(losses_ptr + logged * members + member, loss, mask=mask)
         first_step, last_step = segment_steps(segment, offset, period, steps)
         for step in range(first_step, last_step):
-            rate = step_rate(lr, lr_ptr, stride_ls, stride_le, step, own)
+            rate = step_number(lr, lr_ptr, stride_ls, stride_le, step, own)
             batch_scale = tl.where(batch == batches - 1, last_scale, scale)
+            batch_scale = step_number(batch_scale, factors_ptr, stride_fs, stride_fe, step, own)
             grads = ()
             for _ in tl.static_range(len(params)):
                 grads = grads + (tl.zeros((BLOCK,), tl.float32),)
@@ -205,7 +220,7 @@ def train_lane_kernel(
                 for r in tl.static_range(ROWS):
                     hs, zs = _lane_forward(params, xs[r], HIDDEN, OUTPUT, WIDTHS, AT, BIAS)
                     dzs = _lane_backward(
-                        params, hs, zs, ts[r], batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, WIDTHS, AT
+                        params, hs, zs, ts[r], beta, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, WIDTHS, AT
                     )
                     grads = _lane_accumulate(grads, hs, dzs, WIDTHS, AT, BIAS)
             else:
@@ -219,10 +234,10 @@ def train_lane_kernel(
                         if order_ptr is not None:
                             row = tl.load(order_ptr + row).to(tl.int64)
                         x = _lane_row(x_ptr, member, mask, stride_xe, row, WIDTHS[0])
-                        t = _lane_row(y_ptr, member, mask, stride_ye, row, WIDTHS[LAYERS])
+                        t = _lane_row(y_ptr, member, mask, stride_ye, row, TARGETS)
                         hs, zs = _lane_forward(params, x, HIDDEN, OUTPUT, WIDTHS, AT, BIAS)
                         dzs = _lane_backward(
-                            params, hs, zs, t, row_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, WIDTHS, AT
+                            params, hs, zs, t, beta, row_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, WIDTHS, AT
                         )
                         grads = _lane_accumulate(grads, hs, dzs, WIDTHS, AT, BIAS)
             params, firsts, seconds = update(

@@ -1,7 +1,8 @@
 """What a step of training does: losses, optimizers, the update of a parameter, and where segments begin and end.
 
-A loss is a function of one output and of the sums over all outputs of its sample. z, t and `inside` of these sums are
-tuples of a lane's outputs and None, or tiles with a sample in each column and which of their elements there are.
+A loss is a function of one output and of what it needs beside that: sums over all outputs of its sample, or its own
+number. z, t and `inside` of these sums are tuples of a lane's outputs and None, or tiles with a sample in each column
+and which of their elements there are.
 """
 
 # triton's types know neither launch options nor tl.range.
@@ -22,6 +23,8 @@ UNSPECIALIZED = (
     "stride_ye",
     "stride_ls",
     "stride_le",
+    "stride_fs",
+    "stride_fe",
     "batch_size",
     "batches",
     "batch",
@@ -34,8 +37,13 @@ UNALIGNED = ("order_ptr", "losses_ptr")  # may be rows of longer tensors
 
 
 @triton.jit
-def no_sums(z, t, inside):
+def no_sums(z, t, inside, beta):
     return ()
+
+
+@triton.jit
+def its_number(z, t, inside, beta):
+    return (beta,)
 
 
 @triton.jit
@@ -73,11 +81,35 @@ def mse_dz(z, y, t, sums, BACKWARD):
     return BACKWARD(2.0 * (y - t), y)
 
 
+@triton.jit
+def smooth_l1(z, y, t, sums):
+    distance = tl.abs(y - t)
+    return tl.where(distance < sums[0], distance * distance / (2.0 * sums[0]), distance - 0.5 * sums[0])
+
+
+@triton.jit
+def smooth_l1_dz(z, y, t, sums, BACKWARD):
+    # Comparisons, because tl.clamp drops NaN.
+    part = (y - t) / sums[0]
+    return BACKWARD(tl.where(part > 1.0, 1.0, tl.where(part < -1.0, -1.0, part)), y)
+
+
+@triton.jit
+def l1(z, y, t, sums):
+    return tl.abs(y - t)
+
+
+@triton.jit
+def l1_dz(z, y, t, sums, BACKWARD):
+    # 0 of NaN, as torch has it.
+    return BACKWARD(tl.where(y > t, 1.0, tl.where(y < t, -1.0, 0.0)), y)
+
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def softmax_sums(z, t, inside):
+def softmax_sums(z, t, inside, beta):
     """The greatest logit of a sample, log sum e^(z - that), and the sum of its targets."""
     if inside is None:
         top = z[0]
@@ -108,11 +140,13 @@ def cross_entropy_dz(z, y, t, sums, BACKWARD):
     return tl.exp2(((z - sums[0]) - sums[1]) * LOG2_E) * sums[2] - t
 
 
-# What a loss needs of all outputs of a sample, the loss of an output, and its gradient at z.
+# What a loss needs beside an output, the loss of the output, and its gradient at z.
 LOSSES = {
     "bce": (no_sums, bce, bce_dz),
     "bce_logits": (no_sums, bce_logits, bce_logits_dz),
     "mse": (no_sums, mse, mse_dz),
+    "smooth_l1": (its_number, smooth_l1, smooth_l1_dz),
+    "l1": (no_sums, l1, l1_dz),  # smooth_l1 with a beta of 0
     "cross_entropy": (softmax_sums, cross_entropy, cross_entropy_dz),
 }
 
@@ -211,12 +245,12 @@ def own_numbers(numbers, member):
 
 
 @triton.jit
-def step_rate(lr, lr_ptr, stride_ls, stride_le, step, member):
-    """The rate of a step of the launch: lr, unless there is a schedule."""
-    if stride_ls is None:
-        return lr
+def step_number(number, ptr, stride_s, stride_e, step, member):
+    """A number of a step of the launch: this one, unless each step has its own."""
+    if stride_s is None:
+        return number
     else:  # noqa: RET505, the compiler wants both
-        return tl.load(lr_ptr + tl.cast(step, tl.int64) * stride_ls + member * stride_le)
+        return tl.load(ptr + tl.cast(step, tl.int64) * stride_s + member * stride_e)
 
 
 @triton.jit

@@ -8,8 +8,17 @@
 import triton
 import triton.language as tl
 
-from .train_block import block_accumulate, block_backward, block_forward, block_load, block_rows, block_store
-from .train_rules import UNALIGNED, UNSPECIALIZED, own_number, own_numbers, step_rate, update
+from .train_block import (
+    block_accumulate,
+    block_backward,
+    block_forward,
+    block_load,
+    block_losses,
+    block_rows,
+    block_store,
+    block_targets,
+)
+from .train_rules import UNALIGNED, UNSPECIALIZED, own_number, own_numbers, step_number, update
 
 
 @triton.jit
@@ -31,6 +40,7 @@ def train_spread_kernel(
     first_ptrs,
     second_ptrs,
     lr_ptr,
+    factors_ptr,
     x_ptr,
     y_ptr,
     order_ptr,
@@ -43,11 +53,14 @@ def train_spread_kernel(
     stride_ye,
     stride_ls,
     stride_le,
+    stride_fs,
+    stride_fe,
     batch_size,
     batches,
     batch,
     scale,
     last_scale,
+    beta,
     taken,
     offset,
     period,
@@ -64,6 +77,7 @@ def train_spread_kernel(
     UPDATE: tl.constexpr,
     DECOUPLED: tl.constexpr,
     WIDTHS: tl.constexpr,
+    TARGETS: tl.constexpr,
     SIZES: tl.constexpr,
     PADDED: tl.constexpr,
     STARTS: tl.constexpr,  # where each parameter begins in a slot, and where the loss is
@@ -89,6 +103,7 @@ def train_spread_kernel(
         order_ptr += ((batch + step) // batches).to(tl.int64) * samples
     batch = (batch + step) % batches
     batch_scale = tl.where(batch == batches - 1, last_scale, scale)
+    batch_scale = step_number(batch_scale, factors_ptr, stride_fs, stride_fe, step, member)
     logged = (offset + step) % period == 0
     params = block_load(parameter_ptrs, member, True, SIZES, WIDTHS, PADDED)
     grads = ()
@@ -98,12 +113,16 @@ def train_spread_kernel(
     first_row = batch * batch_size
     end_row = tl.minimum(first_row + batch_size, samples)
     for row_start in tl.range(first_row + program * BLOCK_M, end_row, programs * BLOCK_M, num_stages=1):
-        x, _ = block_rows(x_ptr, order_ptr, row_start, end_row, WIDTHS[0], PADDED[0], BLOCK_M)
-        t, inside = block_rows(y_ptr, order_ptr, row_start, end_row, WIDTHS[LAYERS], PADDED[LAYERS], BLOCK_M)
+        x, _ = block_rows(x_ptr, order_ptr, row_start, end_row, WIDTHS[0], WIDTHS[0], PADDED[0], BLOCK_M)
+        t, inside = block_targets(
+            y_ptr, order_ptr, row_start, end_row, WIDTHS[LAYERS], TARGETS, PADDED[LAYERS], BLOCK_M
+        )
         hs, z = block_forward(params, x, HIDDEN, OUTPUT, WIDTHS, PADDED, BIAS)
         if logged:
-            loss += tl.sum(tl.where(inside, LOSS(z, hs[LAYERS], t, SUMS(z, t, inside)), 0.0))
-        dzs = block_backward(params, hs, z, t, inside, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, BIAS)
+            loss += block_losses(z, hs[LAYERS], t, inside, beta, SUMS, LOSS)
+        dzs = block_backward(
+            params, hs, z, t, inside, beta, batch_scale, HIDDEN_BACKWARD, OUTPUT_BACKWARD, SUMS, DZ, BIAS
+        )
         grads = block_accumulate(grads, hs, dzs, LAYERS, BIAS)
 
     own_ptr = slots_ptr + program * SLOT
@@ -135,7 +154,7 @@ def train_spread_kernel(
         decay = None if weight_decay is None else own_number(weight_decay, member)
         own_hyper = own_numbers(hyper, member)
         lr = tl.load(lr_ptr + member) if stride_ls is None else None
-        rate = step_rate(lr, lr_ptr, stride_ls, stride_le, step, member)
+        rate = step_number(lr, lr_ptr, stride_ls, stride_le, step, member)
         firsts = block_load(first_ptrs, member, taken + step > 0, SIZES, WIDTHS, PADDED)
         seconds = block_load(second_ptrs, member, taken + step > 0, SIZES, WIDTHS, PADDED)
         params, firsts, seconds = update(

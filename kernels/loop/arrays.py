@@ -35,8 +35,9 @@ class Arrays(Layout):
         batch.inputs = [samples, *(ones(size, k + self.bias, self.members) for k, _ in self.layers[1:])]
         batch.dz = [new(size, n, self.members) for _, n in self.layers]
         batch.output = new(size, self.layers[-1][1], self.members)
-        batch.target, batch.summed = new(size, *self.y.shape[1:]), (0, 1)
-        batch.load = partial(self.load, samples[:, : self.layers[0][0]], batch.target)
+        target = new(size, *self.y.shape[1:])
+        (batch.target, batch.weights), batch.summed = self.split(target), (0, 1)
+        batch.load = partial(self.load, samples[:, : self.layers[0][0]], target)
 
         outputs = [*(h[:, :n] for h, (_, n) in zip(batch.inputs[1:], self.layers, strict=False)), batch.output]
         for l, (view, h, out) in enumerate(zip(self.parameters.views, batch.inputs, outputs, strict=True)):

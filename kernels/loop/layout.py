@@ -9,10 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, Activation
-from ..hyperparameters import mean_terms
+from ..hyperparameters import loss_scale
 from ..records import TrainConfig
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Layout(ABC):
         self.x, self.y = self.samples(x, y)
         self.parameters = self.storage()
         self.write(self.parameters, parameters)
+        # The factors of a step's losses, (E,), in memory, where a captured step finds them.
+        self.factors = self.like.new_ones(self.members) if config.reduction == "given" else None
 
     @abstractmethod
     def samples(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +80,13 @@ class Layout(ABC):
         else:
             torch.index_select(self.x, self.axis, indices, out=inputs)
             torch.index_select(self.y, self.axis, indices, out=target)
+
+    def split(self, target: Tensor) -> "tuple[Tensor, Tensor | None]":
+        """A batch's targets, and their weights."""
+        if not self.config.weighted:
+            return target, None
+        targets, weights = target.chunk(2, self.outputs_axis)
+        return targets, weights
 
     def fill(self, storage: Storage, numbers: Tensor) -> Tensor:
         """The storage's whole, with the number of its member, (E,), for every parameter."""
@@ -118,6 +128,7 @@ class Batch:
     dz: list[Tensor]  # of each layer, but for the factor `scale`
     output: Tensor  # of the last layer
     target: Tensor  # broadcasts to it
+    weights: Tensor | None  # of the targets
     summed: tuple[int, int]  # its dimensions but that of the members
     load: Callable[[Tensor | None], None]  # fetches the samples with these indices, or all
     updates: Sequence[partial] = ()  # calls with factors that change with the rate of a step
@@ -126,7 +137,9 @@ class Batch:
 
     def __init__(self, layout: Layout, optimizer: "Optimizer", size: int) -> None:
         self.config, self.size, self.dz_rates = layout.config, size, optimizer.dz_rates
-        self.mean = 1 / (size * mean_terms(self.config)) if self.config.reduction == "mean" else 1.0
+        self.mean, self.factors = loss_scale(self.config, size), layout.factors
+        if self.factors is not None:
+            self.factors = self.factors.view(layout.rates_shape if layout.members > 1 else ())
         self.outputs_axis = layout.outputs_axis
         self.scale = self.mean * (2 if self.config.loss == "mse" else 1)
         self.forward: list[Call] = []
@@ -167,10 +180,14 @@ class Batch:
             ]
         else:
             self.backward.append(partial(torch.sub, p, t, out=dz))
-        if self.config.loss == "mse":
+        if self.config.loss == "smooth_l1" and self.config.beta:
+            self.backward += [partial(dz.div_, self.config.beta), partial(dz.clamp_, -1, 1)]
+        elif self.config.loss == "smooth_l1":
+            self.backward.append(partial(torch.sign, dz, out=dz))
+        if self.config.loss in ("mse", "smooth_l1"):
             self.through(ACTIVATIONS[self.config.output], dz, p)
-        if self.dz_rates is not None:
-            self.backward.append(partial(dz.mul_, self.dz_rates))
+        factors = (self.weights, self.factors, self.dz_rates)
+        self.backward += [partial(dz.mul_, factor) for factor in factors if factor is not None]
 
     def through(self, activation: Activation, dz: Tensor, h: Tensor) -> None:
         """dh in the place of dz becomes dz."""
@@ -187,6 +204,11 @@ class Batch:
             values = -(t * p.log().clamp_min_(-100) + (1 - t) * torch.log1p(-p).clamp_min_(-100))
         elif self.config.loss == "cross_entropy":
             values = torch.log_softmax(p, self.outputs_axis).mul_(t).neg_()
+        elif self.config.loss == "smooth_l1":
+            values = F.smooth_l1_loss(p, t.expand_as(p), reduction="none", beta=self.config.beta)
         else:
-            values = torch.nn.functional.binary_cross_entropy_with_logits(p, t.expand_as(p), reduction="none")
-        return values.sum(self.summed).mul_(self.mean)
+            values = F.binary_cross_entropy_with_logits(p, t.expand_as(p), reduction="none")
+        if self.weights is not None:
+            values.mul_(self.weights)
+        total = values.sum(self.summed).mul_(self.mean)
+        return total if self.factors is None else total * self.factors.flatten()

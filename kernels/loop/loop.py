@@ -38,9 +38,9 @@ class TorchLoop:
         """parameters: w0, b0, w1, b1, ... (w0, w1, ... without biases), weights (E, N, K), biases (E, N). first,
         second: () or like parameters: momentum buffers, Adam's two averages, or RMSprop's average and then its buffers;
         not read if `taken`, the number of steps that they have seen, is 0. lr: (E,), or None where `run` is given the
-        rates of its steps. x: (E or 1, samples, widths[0]), y: (E or 1, samples, widths[-1]); a leading 1 is shared.
-        All of one dtype, float32 or float64. batch_size: at most `samples`. plan: says that this implementation was
-        chosen. own: numbers of members in the place of the config's.
+        rates of its steps. x: (E or 1, samples, widths[0]), y: (E or 1, samples, widths[-1], or twice as many if the
+        config is weighted); a leading 1 is shared. All of one dtype, float32 or float64. batch_size: at most `samples`.
+        plan: says that this implementation was chosen. own: numbers of members in the place of the config's.
         """
         self.given, self.device = (parameters, first, second), x.device
         self.size = min(batch_size, x.shape[1])
@@ -62,12 +62,13 @@ class TorchLoop:
         log_every: int,
         losses: Tensor,
         rates: Tensor | None = None,
+        factors: Tensor | None = None,
     ) -> None:
         """Takes `steps` steps, the first being number `start` of the run; writes parameters, state and losses in place.
 
         order: None for full batches, or (epochs, samples), the order of the samples in each epoch from that of step
         `start` on. losses: (rows, E), one row per step s in [start, start + steps) with s % log_every == 0, from before
-        its update. rates: (steps, E or 1), for an lr of None.
+        its update. rates: (steps, E or 1), for an lr of None. factors: the same of the losses, for a reduction "given".
         """
         pieces = None
         if order is not None:
@@ -78,12 +79,15 @@ class TorchLoop:
             batch = self._batch(self.size)
             if pieces is None and not batch.ran:
                 batch.load(None)
-            for step, rate in zip(range(start, start + steps), self.optimizer.rates_of(rates), strict=False):
+            paces = self.optimizer.rates_of(rates), itertools.repeat(None) if factors is None else factors
+            for step, rate, factor in zip(range(start, start + steps), *paces, strict=False):
                 if pieces is not None:
                     indices = next(pieces)
                     batch = self._batch(len(indices))
                     batch.load(indices)
                 self.optimizer.advance(batch, rate)
+                if self.layout.factors is not None and factor is not None:
+                    self.layout.factors.copy_(factor)
                 if self.graph and batch.ran and not batch.captured:
                     batch.capture()
                 for call in batch.calls:

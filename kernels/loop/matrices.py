@@ -58,8 +58,8 @@ class Matrices(Layout):
             batch.inputs = [samples.mT, *(ones(*self.stack, k, size) for k in self.columns[1:])]
             batch.dz = [new(*self.stack, n, size) for n in self.rows]
         batch.output = new(*self.stack, self.rows[-1], size)
-        target = new(*self.y.shape[:-2], size, self.rows[-1])
-        batch.target, batch.summed = target.mT, (-2, -1)
+        target = new(*self.y.shape[:-2], size, self.y.shape[-1])
+        (batch.target, batch.weights), batch.summed = self.split(target.mT), (-2, -1)
         batch.load = partial(self.load, batch.inputs[0][..., : self.layers[0][0], :].mT, target)
 
         outputs = [*(h[..., :n, :] for h, n in zip(batch.inputs[1:], self.rows, strict=False)), batch.output]

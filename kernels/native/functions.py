@@ -8,7 +8,7 @@ from numba.extending import overload
 
 from .vectors import muladd, power, select
 
-__all__ = ["ACTIVATIONS", "activate", "exponential", "inline", "through"]
+__all__ = ["ACTIVATIONS", "activate", "clamped", "exponential", "inline", "through"]
 
 ACTIVATIONS = ("identity", "sigmoid", "tanh", "relu")
 
@@ -106,3 +106,13 @@ def through(kind, dy, y):
     if kind == 3:
         return select(y <= 0.0, 0.0, dy)
     return dy
+
+
+@inline
+def clamped(difference, beta):
+    """The slope of smooth L1. beta: where its square ends; 0 for L1, whose slope torch has as 0 at NaN."""
+    if beta > 0.0:
+        part = difference / beta
+        return select(part > 1.0, 1.0, select(part < -1.0, -1.0, part))
+    sign = select(difference > 0.0, 1.0, select(difference <= 0.0, difference, 0.0))
+    return select(difference < 0.0, -1.0, sign)

@@ -84,7 +84,8 @@ class Members(Layout):
     def memory(self, like: Tensor, size: int) -> tuple[Tensor, ...]:
         """Gradients, activations and their gradients, targets, and the places that have a sample."""
         lanes, neurons = self.samples * self.networks, sum(self.config.widths)
-        counts = (like.shape[1], neurons * lanes, neurons * lanes, self.config.widths[-1] * lanes, lanes)
+        targets = self.config.widths[-1] * (1 + self.config.weighted)
+        counts = (like.shape[1], neurons * lanes, neurons * lanes, targets * lanes, lanes)
         return tuple(like.new_empty(count) for count in counts)
 
 
@@ -111,6 +112,7 @@ class Neurons(Layout):
         tall = [n + -n % self.samples for n in self.config.widths]
         turned = max((n * k for k, n in zip(wide[1:], tall[2:], strict=False)), default=0)
         near = 0 if tall[0] == self.config.widths[0] else rows * tall[0]
-        counts = (like.shape[1], rows * sum(wide[1:]), rows * sum(wide[1:]), turned, near, rows * wide[-1])
+        targets = rows * wide[-1] * (1 + self.config.weighted)
+        counts = (like.shape[1], rows * sum(wide[1:]), rows * sum(wide[1:]), turned, near, targets)
         places = torch.zeros(len(wide) * rows, dtype=torch.int64, device="cpu")
         return *(like.new_zeros(count) for count in counts), places

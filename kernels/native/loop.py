@@ -83,7 +83,7 @@ class NativeLoop:
             with torch.no_grad():
                 self._lay_out(steps, config, own, x, y)
             # Without a schedule those of every step.
-            self.rates = self._rates(like.new_zeros(1, 1) if lr is None else lr[None])
+            self.rates = self._of_steps(like.new_zeros(1, 1) if lr is None else lr[None])
             self.run(None, 0, 0, 0, like.new_empty(0, members))
             loaded.add((like.dtype, plan.rows, plan.networks))
         self.setup_seconds = time.perf_counter() - began
@@ -96,6 +96,7 @@ class NativeLoop:
         log_every: int,
         losses: Tensor,
         rates: Tensor | None = None,
+        factors: Tensor | None = None,
     ) -> None:
         """As `TorchLoop.run`."""
         samples = np.empty(0, np.int32) if order is None else order.flatten().numpy()
@@ -103,7 +104,8 @@ class NativeLoop:
         logged = torch.zeros(blocks, len(losses) * layout.networks, dtype=torch.float64, device="cpu")
         pace = (samples, self.size, start, steps, log_every)
         own = [t.numpy() for t in (self.hyper, *self.storages, self.powers, logged)]
-        own.insert(0, self.rates if rates is None else self._rates(rates))
+        own.insert(0, self.rates if rates is None else self._of_steps(rates))
+        own.insert(1, self._of_steps(self.given[0][0].new_empty(0, 1) if factors is None else factors))
         kinds = (*self.kinds, int(not self.taken))
 
         def work(piece: tuple[int, int]) -> None:
@@ -127,12 +129,12 @@ class NativeLoop:
             for storage, tensors in zip(self.storages, self.given, strict=True):
                 layout.read(storage, tensors)
 
-    def _rates(self, rates: Tensor) -> np.ndarray:
+    def _of_steps(self, numbers: Tensor) -> np.ndarray:
         """(steps, E or 1), filled up to whole blocks as they are."""
         missing = self.layout.blocks * self.layout.networks - self.layout.members
-        if missing and rates.shape[1] > 1:
-            rates = torch.cat([rates, rates[:, -1:].expand(-1, missing)], 1)
-        return rates.contiguous().numpy()
+        if missing and numbers.shape[1] > 1:
+            numbers = torch.cat([numbers, numbers[:, -1:].expand(-1, missing)], 1)
+        return numbers.contiguous().numpy()
 
     def _lay_out(self, steps: Any, config: TrainConfig, own: Hyperparameters, x: Tensor, y: Tensor) -> None:
         layout, like = self.layout, self.given[0][0]
@@ -173,8 +175,10 @@ class NativeLoop:
             steps.ACTIVATIONS.index(config.output),
             steps.LOSSES.index(config.loss),
             steps.OPTIMIZERS.index(optimizer),
-            *map(int, (config.bias, config.reduction == "mean", config.weight_decay != 0)),
+            *map(int, (config.bias, config.reduction == "mean", config.weight_decay != 0, config.weighted)),
             x.shape[1],
+            config.beta,
+            config.factor,
         )
 
     def _in_lanes(self, steps: Any, rows: Sequence[Tensor]) -> Tensor:

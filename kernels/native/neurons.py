@@ -10,7 +10,7 @@ each sample.
 from numba import njit
 
 from .cache import cached
-from .functions import activate, exponential, through
+from .functions import activate, clamped, exponential, through
 from .memory import fill, load_members, members_of, repeat, samples_of, spread, spread_next, store, store_rows
 from .optimizers import correct, inline, rate_of, update
 from .steps import loss_of, softmax_loss
@@ -147,6 +147,7 @@ def train(
     steps,
     log_every,
     rates,
+    factors,
     hypers,
     parameters,
     firsts,
@@ -159,7 +160,7 @@ def train(
 
     Inputs are read a whole tile of numbers at a time. Where a sample's are none, each batch is copied with filling.
     """
-    hidden, output, loss, optimizer, bias, mean, decays, samples, new = kinds
+    hidden, output, loss, optimizer, bias, mean, decays, weighted, samples, beta, factor, new = kinds
     g, h, dz, turned, near, t, places = memory
     rows, features, neurons = len(places) // len(widths), widths[0], widths[-1]
     columns, stride = _columns(tile, neurons), _rows(tile, features, 0)
@@ -176,7 +177,9 @@ def train(
         begin, epoch, logged, fetched = start % -(-samples // size) * size, 0, 0, False
         for step in range(start, start + steps):
             count = min(size, samples - begin)
-            share = 1.0 / (count * (1 if loss == 3 else neurons)) if mean else 1.0
+            share = factor / (count * (1 if loss == 3 else neurons)) if mean else factor
+            if len(factors):
+                share *= factors[step - start, block if factors.shape[1] > 1 else 0]
             scale = 2.0 * share if loss == 0 else share
             if not fetched:
                 for s in range(_rows(tile, count, 0)):
@@ -186,8 +189,10 @@ def train(
                     places[s] = sample * features if stride == features else s * stride
                     for k in range(0 if stride == features else features):
                         near[s * stride + k] = x[sample * features + k]
-                    for n in range(neurons):
-                        t[s * columns * members_of(tile) + n] = y[sample * neurons + n]
+                    for half in range(1 + weighted):
+                        for n in range(neurons):
+                            i = (half * rows + s) * columns * members_of(tile) + n
+                            t[i] = y[(sample * (1 + weighted) + half) * neurons + n]
                 fetched = not len(order)
             above, at = _forward(tile, widths, bias, hidden, output, count, source, w, h, places, rows)
             if log_every > 0 and step % log_every == 0:
@@ -197,7 +202,8 @@ def train(
                     if loss == 3:
                         total += softmax_loss(h, p, t, target, 1, neurons)
                     for n in range(0 if loss == 3 else neurons):
-                        total += loss_of(loss, float(h[p + n]), float(t[target + n]))
+                        value = loss_of(loss, beta, float(h[p + n]), float(t[target + n]))
+                        total += value * t[rows * columns * members_of(tile) + target + n] if weighted else value
                 losses[block, logged] += share * total
                 logged += 1
             for s in range(count if loss == 3 else 0):
@@ -207,9 +213,14 @@ def train(
                 for c in range(columns):
                     p = load_members(tile, h, above + s * columns + c)
                     gradient = activate(link, p) - load_members(tile, t, s * columns + c)
-                    if loss == 0:
+                    if loss == 4:
+                        gradient = clamped(gradient, beta)
+                    if loss == 0 or loss == 4:
                         gradient = through(output, gradient, p)
                     store(dz, above + s * columns + c, gradient * fill(tile, w, scale))
+            for i in range(count * columns if weighted else 0):
+                weight = load_members(tile, t, rows * columns + i)
+                store(dz, above + i, load_members(tile, dz, above + i) * weight)
             _backward(tile, widths, bias, hidden, count, source, w, h, dz, g, turned, places, rows, at, above)
             begin += count
             if begin >= samples:

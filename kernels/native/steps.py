@@ -12,7 +12,7 @@ import math
 from numba import njit
 
 from .cache import cached
-from .functions import ACTIVATIONS, activate, exponential, through
+from .functions import ACTIVATIONS, activate, clamped, exponential, through
 from .memory import add_products, fill, load, load_members, members_of, repeat, samples_of, store
 from .optimizers import HYPERPARAMETERS, LANES, OPTIMIZERS, ROW, correct, inline, rate_of, update
 from .vectors import Tile, muladd, select
@@ -29,7 +29,7 @@ __all__ = [
     "train",
 ]
 
-LOSSES = ("mse", "bce", "bce_logits", "cross_entropy")
+LOSSES = ("mse", "bce", "bce_logits", "cross_entropy", "smooth_l1")
 
 
 @inline
@@ -88,13 +88,37 @@ def _softmax_gradient(tile, outputs, scale, top, h, t, dz, there):
         store(dz, top + n, select(load(tile, there, 0) > 0.0, gradient, 0.0))
 
 
+@njit(nogil=True, error_model="numpy")
+def _clamped_gradient(tile, output, outputs, beta, scale, top, h, t, dz, there):
+    """As `_output_gradient`, of smooth L1."""
+    for n in range(outputs):
+        p = load(tile, h, top + n)
+        gradient = through(output, clamped(p - load(tile, t, n), beta), p) * scale
+        store(dz, top + n, select(load(tile, there, 0) > 0.0, gradient, 0.0))
+
+
+@njit(nogil=True, error_model="numpy")
+def _weigh(tile, outputs, weighted, factors, step, block, top, t, dz, there):
+    """Multiplies gradients by the weights of their targets, and by the factors of the step if it has some."""
+    for n in range(outputs):
+        gradient = load(tile, dz, top + n)
+        if weighted:
+            gradient = gradient * load(tile, t, outputs + n)
+        if len(factors):
+            own = factors[step]
+            factor = fill(tile, own, own[0]) if len(own) == 1 else load_members(tile, own, block)
+            gradient = gradient * repeat(tile, factor)
+        store(dz, top + n, select(load(tile, there, 0) > 0.0, gradient, 0.0))
+
+
 @inline
-def _output_gradient(tile, loss, output, scale, top, h, t, dz, partly, there):
-    outputs = len(t) // (samples_of(tile) * members_of(tile))
+def _output_gradient(tile, loss, beta, output, outputs, scale, top, h, t, dz, partly, there):
     if loss == 3:
         _softmax_gradient(tile, outputs, scale, top, h, t, dz, there)
+    if loss == 4:
+        _clamped_gradient(tile, output, outputs, beta, scale, top, h, t, dz, there)
     link = 1 if loss == 2 else 0  # logits are compared as what a sigmoid makes of them
-    for n in range(0 if loss == 3 else outputs):
+    for n in range(0 if loss >= 3 else outputs):
         p = load(tile, h, top + n)
         gradient = activate(link, p) - load(tile, t, n)
         if loss == 0:
@@ -133,21 +157,25 @@ def _backward(tile, widths, bias, hidden, w, h, dz, g, row, above, partly, there
 
 
 @inline
-def _plus_losses(tile, loss, share, top, h, t, used, losses, logged):
+def _plus_losses(tile, loss, beta, weighted, outputs, share, top, h, t, used, losses, logged):
     """Adds `share` of the losses of the samples to member row `logged`, in fp64."""
     members, lanes = members_of(tile), members_of(tile) * samples_of(tile)
-    outputs = len(t) // lanes
     for lane in range(used * members if loss == 3 else 0):
         value = softmax_loss(h, top * lanes + lane, t, lane, lanes, outputs)
         losses[logged * members + lane % members] += share * value
     for n in range(0 if loss == 3 else outputs):
         for lane in range(used * members):
-            value = loss_of(loss, float(h[(top + n) * lanes + lane]), float(t[n * lanes + lane]))
+            value = loss_of(loss, beta, float(h[(top + n) * lanes + lane]), float(t[n * lanes + lane]))
+            if weighted:
+                value *= t[(outputs + n) * lanes + lane]
             losses[logged * members + lane % members] += share * value
 
 
 @inline
-def loss_of(loss, p, target):
+def loss_of(loss, beta, p, target):
+    if loss == 4:
+        distance = abs(p - target)
+        return distance * distance / (2.0 * beta) if distance < beta else distance - 0.5 * beta
     if loss == 0:
         return (p - target) * (p - target)
     if loss == 1:
@@ -187,6 +215,7 @@ def train(
     steps,
     log_every,
     rates,
+    factors,
     hypers,
     parameters,
     firsts,
@@ -201,14 +230,16 @@ def train(
     from the epoch of step `start` on, or nothing for full batches. memory: to work in, see `loop`.
 
     A block is the members of one tile. The first dimension of all else counts blocks, or is 1 where all have the same.
-    inputs, targets: of each sample, those of all members or, in member rows, of each its own. rates: for each step, or
-    for all, see `rate_of`. hypers: in rows of ROW, the HYPERPARAMETERS. parameters, firsts, seconds: member rows, and
+    inputs, targets: of each sample, those of all members or, in member rows, of each its own; behind targets that are
+    weighted, their weights. rates: for each step, or for all, see `rate_of`. factors: of the losses, for each step or
+    none, as rates are. hypers: in rows of ROW, the HYPERPARAMETERS. parameters, firsts, seconds: member rows, and
     what the optimizer keeps for them, padded to rows of ROW. powers: fp64, beta1 and beta2, and both to the power of
     the steps that the state has seen, which are updated; each once, or for each lane of ROW. losses: fp64, member rows
     of zeros, one for each step that is logged.
     """
-    hidden, output, loss, optimizer, bias, mean, decays, samples, new = kinds
-    lanes = samples_of(tile)
+    hidden, output, loss, optimizer, bias, mean, decays, weighted, samples, beta, factor, new = kinds
+    lanes, outputs = samples_of(tile), widths[-1]
+    columns, weighs = outputs * (1 + weighted), bool(weighted or len(factors))
     g, h, dz, t, there = memory
     for block in range(blocks[0], blocks[1]):
         x, y = inputs[block % len(inputs)], targets[block % len(targets)]
@@ -217,7 +248,7 @@ def train(
         fetched = partly = False
         for step in range(start, start + steps):
             count = min(size, samples - begin)
-            share = 1.0 / (count * (1 if loss == 3 else widths[-1])) if mean else 1.0
+            share = factor / (count * (1 if loss == 3 else outputs)) if mean else factor
             scale = 2.0 * share if loss == 0 else share
             logs = log_every > 0 and step % log_every == 0
             # Long before it is needed: rates of many steps and networks come from far away.
@@ -231,13 +262,18 @@ def train(
                     for place in range(lanes):
                         store(there, place, fill(tile, there, 1.0 if place < used else 0.0))
                     _fetch(tile, x, len(x) == samples * widths[0], order, epoch + begin + first, used, h, widths[0])
-                    _fetch(tile, y, len(y) == samples * widths[-1], order, epoch + begin + first, used, t, widths[-1])
+                    _fetch(tile, y, len(y) == samples * columns, order, epoch + begin + first, used, t, columns)
                     fetched = not len(order) and count <= lanes
                 row, top = _forward(tile, widths, bias, hidden, output, w, h, partly, there)
                 if logs:
-                    _plus_losses(tile, loss, share, top, h, t, used, losses[block], logged)
-                _output_gradient(tile, loss, output, scale, top, h, t, dz, partly, there)
+                    _plus_losses(tile, loss, beta, weighted, outputs, share, top, h, t, used, losses[block], logged)
+                _output_gradient(tile, loss, beta, output, outputs, scale, top, h, t, dz, partly, there)
+                if weighs:
+                    _weigh(tile, outputs, weighted, factors, step - start, block, top, t, dz, there)
                 _backward(tile, widths, bias, hidden, w, h, dz, g, row, top, partly, there)
+            for member in range(members_of(tile) if logs and len(factors) else 0):
+                own = block * members_of(tile) + member if factors.shape[1] > 1 else 0
+                losses[block, logged * members_of(tile) + member] *= factors[step - start, own]
             logged += logs
             begin += count
             if begin >= samples:

@@ -7,6 +7,7 @@ from ...kernels.records import TRAIN_IMPLS, TrainConfig
 from ..as_network import Network
 from ..ensemble import Ensemble
 from ..history import History
+from .criteria import has_class_ids
 from .jobs import Job
 from .pacing import logged_steps
 from .rates import check_rates
@@ -43,12 +44,7 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
         for p in group["params"]:
             if id(p) not in own:
                 raise ValueError(f"optimizer holds a parameter {tuple(p.shape)} that is none of the model's {len(own)}")
-    if isinstance(model, Ensemble):
-        _check_ensemble(model, x, y)
-    elif not x.dim() or not y.dim() or x.shape[0] != y.shape[0]:
-        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
-    if 0 in x.shape[:1] or (isinstance(model, Ensemble) and not x.shape[-2]):
-        raise ValueError(f"x {tuple(x.shape)} holds no samples")
+    check_samples(model, criterion, x, y)
     if lr is not None:
         check_rates(lr, model, optimizer, steps)
 
@@ -89,15 +85,41 @@ def check_resume(resume: object, job: Job, steps: int, batch_size: int | None, l
         )
 
 
-def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor) -> None:
+def check_samples(model: nn.Module, criterion: object, x: Tensor, y: Tensor, whose: str = "") -> None:
+    classes = isinstance(model, Ensemble) and has_class_ids(criterion, model, x, y)
+    if isinstance(model, Ensemble):
+        _check_ensemble(model, x, y, classes, whose)
+    counts = [t.shape[-1 if t is y and classes else -2] if isinstance(model, Ensemble) else t.shape[:1] for t in (x, y)]
+    if counts[0] != counts[1] or not x.dim() or not y.dim():
+        raise ValueError(f"{whose}x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
+    if 0 in x.shape[:1] or (isinstance(model, Ensemble) and not x.shape[-2]):
+        raise ValueError(f"{whose}x {tuple(x.shape)} holds no samples")
+
+
+def check_weight(weight: Tensor | None, model: nn.Module, x: Tensor) -> None:
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"sample_weight must be a Tensor, not {type(weight).__name__}")
+    many = isinstance(model, Ensemble)
+    forms = [tuple(x.shape[-2:-1]), (len(model), x.shape[-2])] if many else [tuple(x.shape[:1])]
+    if tuple(weight.shape) not in forms:
+        raise ValueError(f"sample_weight {tuple(weight.shape)} is not {' or '.join(map(str, forms))}")
+    if not weight.is_floating_point():
+        raise TypeError(f"sample_weight must be a floating point tensor, not {weight.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"sample_weight is on {weight.device}, but x on {x.device}")
+    if not bool(((weight >= 0) & weight.isfinite()).all()):
+        raise ValueError(f"sample_weight must be finite and not negative, not in [{weight.min()}, {weight.max()}]")
+
+
+def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, classes: bool, whose: str) -> None:
     members = len(model)
-    for name, tensor, width in (("x", x, model.sizes[0]), ("y", y, model.sizes[-1])):
+    for name, tensor, width in (("x", x, model.sizes[0]), ("y", y, model.sizes[-1]))[: 2 - classes]:
         fits = tensor.dim() == 2 or (tensor.dim() == 3 and tensor.shape[0] == members)
         if not fits or tensor.shape[-1] != width:
             forms = f"(samples, {width}) nor ({members}, samples, {width})"
-            raise ValueError(f"{name} {tuple(tensor.shape)} is neither {forms}")
-    if x.shape[-2] != y.shape[-2]:
-        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
+            raise ValueError(f"{whose}{name} {tuple(tensor.shape)} is neither {forms}")
 
 
 def check_data(network: Network, config: TrainConfig, x: Tensor, y: Tensor) -> None:
@@ -106,9 +128,10 @@ def check_data(network: Network, config: TrainConfig, x: Tensor, y: Tensor) -> N
     for name, tensor, width in (("x", x, network.widths[0]), ("y", y, network.widths[-1])):
         if tensor.shape[-1] != width or (network.members is None and tensor.dim() != 2):
             raise ValueError(f"{name} {tuple(tensor.shape)} is not ({x.shape[0]}, {width})")
-        # torch promotes y to the dtype of the output: MSELoss from any dtype, others from floating ones.
+        # torch promotes y to the dtype of the output, or says that it cannot: MSELoss from any dtype, others from
+        # floating ones.
         wide = config.loss in ("bce_logits", "cross_entropy") and y.is_floating_point()
-        promoted = tensor is y and (config.loss == "mse" or wide)
+        promoted = tensor is y and (config.loss in ("mse", "smooth_l1") or wide)
         if tensor.dtype != p.dtype and not promoted:
             raise ValueError(f"{name} is {tensor.dtype}, but the model's parameters {p.dtype}")
         if tensor.device != p.device:

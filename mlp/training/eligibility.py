@@ -11,19 +11,23 @@ from ..as_network import Network, as_network, lie_apart, training_refusal
 from ..ensemble import Ensemble, in_order
 from ..sequential import runs_only_forward
 from .checks import check_data
+from .criteria import folded, has_class_ids, loss_fields, probabilities
 from .jobs import FastJob
 from .members import own_numbers
 from .state import State
 
 
-def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl, per_member) -> FastJob | str:
-    """The loop without autograd, or the reason why there is none. Raises ValueError for data that do not fit it."""
+def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl, per_member, weight) -> FastJob | str:
+    """The loop without autograd, or the reason why there is none. Raises ValueError for data that do not fit it.
+
+    weight: of each sample, None for 1.
+    """
     network = _network(model)
     if isinstance(network, str):
         return network
     if reason := training_refusal(network):
         return reason
-    loss = _loss_fields(criterion, network)
+    loss = loss_fields(criterion, network)
     if isinstance(loss, str):
         return loss
     update = _optimizer_fields(optimizer, network)
@@ -39,8 +43,11 @@ def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl, per
         return "x or y is a subclass of Tensor, or not dense"
     if network.members is None and x.dim() != 2:
         return f"x {tuple(x.shape)} is not (samples, {network.widths[0]})"
-    if loss["loss"] == "cross_entropy" and network.members is None and y.dim() == 1:
-        y = _probabilities(y, network.widths[-1], p.dtype)
+    ids = None
+    if loss["loss"] == "cross_entropy" and (
+        y.dim() == 1 if network.members is None else has_class_ids(criterion, model, x, y)
+    ):
+        ids, y = y, probabilities(criterion, y, network.widths[-1], p.dtype)
         if isinstance(y, str):
             return y
     config = TrainConfig(network.widths, network.hidden, network.output, network.bias, **loss, **fields)
@@ -53,21 +60,15 @@ def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl, per
         return f"y is {y.dtype}, the parameters {p.dtype}"
     if not all(lie_apart(t, p) for t in (x, y) for p in network.parameters):
         return "x or y shares memory with a parameter"
+    goal = folded(criterion, config, y, ids, weight, batch_size)
+    if isinstance(goal, str):
+        return goal
+    config, y, means = goal
     if lr is None:
         lr = p.new_full((network.members or 1,), rate).detach()
     elif isinstance(lr, Tensor):
         lr = lr.detach().to(p.device, p.dtype)
-    return FastJob(network, config, state, x, y, lr, batch_size, steps, impl)
-
-
-def _probabilities(classes: Tensor, count: int, dtype: torch.dtype) -> Tensor | str:
-    """(samples, count), 1 for the class of each sample; or why the ordinary loop has to say what becomes of them."""
-    if classes.dtype != torch.int64:
-        return f"class ids are {classes.dtype}"
-    least, greatest = (extreme.item() for extreme in classes.aminmax())
-    if least < 0 or greatest >= count:
-        return f"class ids lie in [{least}, {greatest}], not in [0, {count - 1}]"
-    return torch.nn.functional.one_hot(classes, count).to(dtype)
+    return FastJob(network, config, state, x, y, means, lr, batch_size, steps, impl)
 
 
 def _network(model: nn.Module) -> Network | str:
@@ -77,30 +78,6 @@ def _network(model: nn.Module) -> Network | str:
         return "the model has hooks or a forward of its own"
     options = (model.activation, model.output_activation, len(model.biases) > 0)
     return Network(model.sizes, *options, tuple(in_order(model)), len(model))
-
-
-def _loss_fields(criterion: object, network: Network) -> dict[str, str] | str:
-    names = {
-        nn.BCELoss: "bce",
-        nn.BCEWithLogitsLoss: "bce_logits",
-        nn.MSELoss: "mse",
-        nn.CrossEntropyLoss: "cross_entropy",
-    }
-    kind = type(criterion)
-    if kind not in names or not isinstance(criterion, nn.Module):
-        return f"the criterion is a {kind.__name__}"
-    if not runs_only_forward(criterion):
-        return "the criterion has hooks or a forward of its own"
-    if getattr(criterion, "weight", None) is not None or getattr(criterion, "pos_weight", None) is not None:
-        return "the criterion has weights"
-    if getattr(criterion, "label_smoothing", 0.0) or getattr(criterion, "ignore_index", -100) != -100:
-        return "the criterion smooths labels or ignores a class"
-    if criterion.reduction not in ("mean", "sum"):
-        return f"the criterion's reduction is {criterion.reduction!r}"
-    wanted = {"bce": "sigmoid", "bce_logits": "identity", "cross_entropy": "identity"}.get(names[kind], network.output)
-    if network.output != wanted:
-        return f"{kind.__name__} on an output activation of {network.output}, not {wanted}"
-    return {"loss": names[kind], "reduction": str(criterion.reduction)}
 
 
 def _optimizer_fields(optimizer: torch.optim.Optimizer, network: Network) -> tuple[dict[str, Any], float] | str:

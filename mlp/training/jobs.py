@@ -10,6 +10,7 @@ from ...kernels import train
 from ...kernels.records import TrainConfig, TrainPlan
 from ..as_network import Network
 from ..ensemble import Ensemble
+from .criteria import Means, has_own_targets
 from .measures import losses_of
 from .pacing import SampleOrder, logged_steps, runs_apart, synchronize
 from .rates import Schedule, Scheduled, own_rates_kept
@@ -19,10 +20,23 @@ from .state import State, write_members
 class FastJob:
     """Steps on copies of the parameters and of the optimizer's state, written back after every chunk."""
 
-    def __init__(self, network: Network, config: TrainConfig, state: State, x, y, lr, batch_size, steps, impl) -> None:
-        """lr: (E,) or a Schedule. Raises NotImplementedError with the reason where the loop asked for cannot run."""
+    def __init__(
+        self,
+        network: Network,
+        config: TrainConfig,
+        state: State,
+        x: Tensor,
+        y: Tensor,
+        means: Means | None,
+        lr: Tensor | Schedule,
+        batch_size: int | None,
+        steps: int,
+        impl: str | None,
+    ) -> None:
+        """means: for a reduction "given". lr: (E,) or a Schedule. Raises NotImplementedError with the reason where the
+        loop asked for cannot run."""
         self.network, self.config, self.state, self.x, self.y, self.lr = network, config, state, x, y, lr
-        self.columns, self.samples, self.impl = network.members or 1, x.shape[-2], impl
+        self.means, self.columns, self.samples, self.impl = means, network.members or 1, x.shape[-2], impl
         self.batch_size, self.setup_seconds = batch_size, 0.0
         self.taken = 0  # steps of the run
         self.rows: list[Tensor] = []  # (n, members) each, of their losses
@@ -47,6 +61,10 @@ class FastJob:
     def _own(self, t: Tensor, dimension: int = 0) -> Tensor:
         """Of the members that train, from what each member has."""
         return t if self.members is None else t.index_select(dimension, self.members)
+
+    def _of_members(self, rows: Tensor) -> Tensor:
+        """Of (steps, 1 or E) as much as holds for the members that train."""
+        return self._own(rows, 1) if rows.shape[1] > 1 else rows
 
     def _set_up(self, batch: int) -> Any:
         self.parameters, self.first, self.second = map(self._copies, (self.network.parameters, *self.state.tensors()))
@@ -76,21 +94,25 @@ class FastJob:
         p = self.network.parameters[0]
         if self.loop is None:
             self.loop = self._set_up(self.samples if order is None else order.batch)
-        losses = p.new_empty(len(logged_steps(start, steps, log_every)), len(self.parameters[0]))
+        logged, schedule = logged_steps(start, steps, log_every), self.lr if isinstance(self.lr, Schedule) else None
+        losses = p.new_empty(len(logged), len(self.parameters[0]))
         rows = None if order is None else order.rows(start, steps).to(p.device)
-        scheduled = isinstance(self.lr, Schedule)
-        rates = self.lr.rows(start, steps).resolve_neg().to(p) if scheduled else None
-        if rates is not None and rates.shape[1] > 1:
-            rates = self._own(rates, 1)
+        factors = void = None
+        if self.means is not None and order is not None and rows is not None:
+            factors, void = (self._of_members(t) for t in self.means.of(order, rows, start, steps))
+            factors = factors.to(p)
+        rates = None if schedule is None else self._of_members(schedule.rows(start, steps).resolve_neg().to(p))
         try:
-            self.loop.run(rows, start, steps, log_every, losses, rates)
+            self.loop.run(rows, start, steps, log_every, losses, rates, factors)
             if order is not None and runs_apart(p.device):
                 order.draw_ahead(steps)
             synchronize(p.device)
+            if void is not None and logged:
+                losses.masked_fill_(void[logged.start - start :: log_every], torch.nan)
             losses = losses.cpu()
         except BaseException:
-            if scheduled:
-                self.lr.undo()
+            if schedule is not None:
+                schedule.undo()
             raise
         with torch.no_grad():
             for own, copy in zip(self.network.parameters, self.parameters, strict=True):
@@ -116,6 +138,7 @@ class GeneralJob:
         self.done = torch.zeros(len(model) if isinstance(model, Ensemble) else 1, dtype=torch.bool, device=x.device)
         many = isinstance(model, Ensemble)
         self.columns, self.samples = (len(model), x.shape[-2]) if many else (1, x.shape[0])
+        self.own_x, self.own_y = many and x.dim() == 3, many and has_own_targets(criterion, model, x, y)
 
     def freeze(self, done: Tensor) -> None:
         """Trains on, but gives the members that are done, (E,), back what they have now."""
@@ -141,7 +164,10 @@ class GeneralJob:
         batches = None if order is None else order.batches(start, steps)
         for step, rate in zip(range(start, start + steps), rates, strict=True):
             indices = None if batches is None else next(batches)
-            x, y = (data if indices is None else self._take(data, indices) for data in (self.x, self.y))
+            x, y = self.x, self.y
+            if indices is not None:
+                x = x.index_select(int(self.own_x), indices.to(x.device))
+                y = y.index_select(int(self.own_y), indices.to(y.device))
             logged = None
             for group in () if rate is None else self.optimizer.param_groups:
                 group["lr"] = rate
@@ -149,7 +175,7 @@ class GeneralJob:
             def closure(x=x, y=y):
                 nonlocal logged
                 self.optimizer.zero_grad()
-                values = losses_of(self.model, self.criterion, self.model(x), y)
+                values = losses_of(self.model, self.criterion, self.model(x), y, self.own_y)
                 logged = values.detach() if logged is None else logged
                 loss = values.sum()
                 loss.backward()
@@ -170,10 +196,6 @@ class GeneralJob:
             if log_every and step % log_every == 0 and logged is not None:
                 self.rows.append(logged.masked_fill(self.done, torch.nan)[None])
         synchronize(self.x.device)
-
-    def _take(self, data: Tensor, indices: Tensor) -> Tensor:
-        dimension = 1 if isinstance(self.model, Ensemble) and data.dim() == 3 else 0
-        return data.index_select(dimension, indices.to(data.device))
 
 
 Job = FastJob | GeneralJob

@@ -13,28 +13,26 @@ from ..sequential import runs_only_forward
 Measure = Callable[[Tensor, Tensor], Any]
 
 
-def losses_of(model: nn.Module, criterion: Measure, output: Tensor, target: Tensor) -> Tensor:
-    """The loss of each network: (1,) or, of an Ensemble, (E,).
+def losses_of(model: nn.Module, criterion: Measure, output: Tensor, target: Tensor, own: bool) -> Tensor:
+    """The loss of each network: (1,) or, of an Ensemble, (E,). own: each member has targets of its own.
 
     A member with NaN among its outputs or targets has a loss of NaN, and gradients that are, whatever the criterion
     makes of NaN: torch's BCELoss raises an error, which would end the training of all members.
     """
     if not isinstance(model, Ensemble):
-        return each(model, criterion, output, target, "criterion")
+        return each(model, criterion, output, target, own, "criterion")
     bad = output.isnan().flatten(1).any(1)
     if target.is_floating_point():
         bad = bad | target.isnan().flatten(-2).any(-1)
         target = target.nan_to_num(0.5, torch.inf, -torch.inf)
-    losses = each(model, criterion, output.nan_to_num(0.5, torch.inf, -torch.inf), target, "criterion")
+    losses = each(model, criterion, output.nan_to_num(0.5, torch.inf, -torch.inf), target, own, "criterion")
     return losses * torch.where(bad, torch.nan, 1.0)
 
 
-def each(model: nn.Module, measure: Measure, output: Tensor, target: Tensor, name: str) -> Tensor:
+def each(model: nn.Module, measure: Measure, output: Tensor, target: Tensor, own: bool, name: str) -> Tensor:
     """What `measure` says of each network, (1,) or (E,). Raises TypeError and ValueError for what is not one number."""
     if not isinstance(model, Ensemble):
         return _number(measure(output, target), name)[None]
-    # A member's own targets have a dimension more than those that all share; class ids have one less than others.
-    own = target.dim() == output.dim() or (target.dim() == 2 and target.dtype == torch.int64)
     if _maps(measure):
         return torch.func.vmap(measure, in_dims=(0, 0 if own else None))(output, target)
     targets = target if own else target.expand(len(output), *target.shape)

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..ensemble import Ensemble
 from ..history import History
-from .checks import check_arguments, check_numbers, check_resume
+from .checks import check_arguments, check_numbers, check_resume, check_weight
 from .eligibility import fast_job
 from .jobs import GeneralJob, Job
 from .measures import Measure
@@ -34,6 +34,7 @@ def fit(
     scheduler: LRScheduler | None = None,
     scheduler_interval: str = "epoch",
     per_member: PerMember | None = None,
+    sample_weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     validation: tuple[Tensor, Tensor] | None = None,
     evaluate_every: int | None = None,
@@ -56,16 +57,17 @@ def fit(
     is a terminal and tqdm is installed.
 
     An `MLP`, an `Ensemble` or an `nn.Sequential` of linear layers and activations in float32 or float64, under SGD,
-    Adam, AdamW or RMSprop with one group of all its parameters, with BCELoss, BCEWithLogitsLoss, MSELoss or
-    CrossEntropyLoss, trains without autograd: by kernels that hold the whole network, or in a loop written out.
-    Everything else (other modules, criteria and optimizers, amsgrad, centered, maximize, parameters that are frozen,
-    tied or share memory, hooks, autocast, other dtypes) trains in an ordinary loop; `History.reason` says why, and an
-    Ensemble warns of it. With BCELoss the gradient at the logit is p - t; torch's differs from it only where p (1 - p)
-    < 1e-12. `criterion` is called as criterion(model(x), y).
+    Adam, AdamW or RMSprop with one group of all its parameters, with BCELoss, BCEWithLogitsLoss, CrossEntropyLoss,
+    MSELoss, L1Loss, SmoothL1Loss or HuberLoss, trains without autograd: by kernels that hold the whole network, or in a
+    loop written out. Everything else (other modules, criteria and optimizers, a criterion's weights that tell the
+    places of a minibatch apart, amsgrad, centered, maximize, parameters that are frozen, tied or share memory, hooks,
+    autocast, other dtypes) trains in an ordinary loop; `History.reason` says why, and an Ensemble warns of it. With
+    BCELoss the gradient at the logit is p - t; torch's differs from it only where p (1 - p) < 1e-12. `criterion` is
+    called as criterion(model(x), y).
 
     An Ensemble's members see the same samples, x (samples, I) and y (samples, O), or each its own, (E, samples, I)
-    and (E, samples, O), in the same order. The criterion applies to each member, and the losses are summed. A member
-    that has become NaN leaves the others alone.
+    and (E, samples, O), in the same order. Class ids, which are integers, are (samples,) or (E, samples). The criterion
+    applies to each member, and the losses are summed. A member that has become NaN leaves the others alone.
 
     lr: in place of the optimizer's own rate, which stays as it is. (E,), for an Ensemble, is a rate for each member. A
     schedule is (steps, 1), for an Ensemble also (steps, E), or a function of the step, an int counted from 0 in this
@@ -92,6 +94,9 @@ def fit(
     in any floating point dtype. Each member trains as under an optimizer of its own with its numbers. A member whose
     momentum is 0 has no momentum buffer: its part of the stacked one stays as it is, zeros at first.
 
+    sample_weight: (samples,), or (E, samples) of members; the loss of each sample is multiplied by its own, and a mean
+    divides by their sum over the batch, times what the criterion's own weights give.
+
     impl: None chooses; "lane", "block", "graph", "native" and "torch" are obeyed, or refused with NotImplementedError
     and the reason. `History.path` says what ran. Of "native", loops that numba compiles for a CPU, None has only what
     is fast enough to make up for their start, which `History.setup_seconds` tells; once they are there, short runs take
@@ -105,13 +110,11 @@ def fit(
     a criterion that returns no tensor.
     """
     began = time.perf_counter()
-    check_watch(model, validation, evaluate_every, metrics, stop, log_every)
-    rates = (lr, scheduler, scheduler_interval, per_member)
+    check_watch(model, criterion, validation, evaluate_every, metrics, stop, log_every)
+    own = (lr, scheduler, scheduler_interval, per_member, sample_weight)
     if isinstance(resume, History) and resume.path != "general" and impl is None:
         impl = resume.path  # one that rounds otherwise may be faster by now
-    job = prepare(
-        model, x, y, criterion, optimizer, steps, batch_size, log_every, rates, per_member, generator, nan, impl
-    )
+    job = prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, own, generator, nan, impl)
     check_resume(resume, job, steps, batch_size, log_every)
     if isinstance(model, Ensemble) and isinstance(job, GeneralJob):
         warnings.warn(f"an ordinary loop trains this Ensemble, one operation at a time: {job.reason}", stacklevel=2)
@@ -175,16 +178,15 @@ def fit(
     return history()
 
 
-def prepare(
-    model, x, y, criterion, optimizer, steps, batch_size, log_every, rates, per_member, generator, nan, impl
-) -> Job:
+def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, own, generator, nan, impl) -> Job:
     """The job that will train, of which nothing is computed or copied yet. Raises all that `fit` refuses.
 
-    rates: `fit`'s lr, scheduler, scheduler_interval and per_member.
+    own: `fit`'s lr, scheduler, scheduler_interval, per_member and sample_weight.
     """
-    lr, scheduler, interval, per_member = rates
+    lr, scheduler, interval, per_member, weight = own
     check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
     check_members(per_member, model, optimizer)
+    check_weight(weight, model, x)
     samples = x.shape[-2] if isinstance(model, Ensemble) else x.shape[0]
     schedule = schedule_of(lr, model)
     if scheduler is not None:
@@ -195,14 +197,15 @@ def prepare(
         job = f"a {type(scheduler).__name__} may change more than rates"
     else:
         rates = lr if schedule is None else schedule
-        job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, rates, impl, per_member)
+        job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, rates, impl, per_member, weight)
     if isinstance(job, str):
         if impl is not None:
             raise NotImplementedError(f"impl={impl!r}: {job}")
         if (lr is not None and schedule is None) or (schedule is not None and schedule.of_each_member):
             raise NotImplementedError(f"lr of each member needs a loop without autograd: {job}")
-        if per_member:
-            raise NotImplementedError(f"per_member needs a loop without autograd: {job}")
+        for name, given in (("per_member", per_member), ("sample_weight", weight)):
+            if given is not None and (name != "per_member" or given):
+                raise NotImplementedError(f"{name} needs a loop without autograd: {job}")
         job = GeneralJob(model, x, y, criterion, optimizer, schedule, job)
     check_numbers(model, x, y, nan)
     return job

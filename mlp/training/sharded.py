@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..ensemble import Ensemble
 from ..history import History
+from .criteria import has_own_targets
 from .measures import Measure
 from .members import PerMember, numbers_of
 from .rates import Rates, share_of
@@ -34,6 +35,7 @@ def fit_sharded(
     log_every: int = 0,
     lr: Rates | None = None,
     per_member: PerMember | None = None,
+    sample_weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     validation: tuple[Tensor, Tensor] | None = None,
     evaluate_every: int | None = None,
@@ -69,9 +71,9 @@ def fit_sharded(
         raise TypeError(f"ensemble must be an Ensemble, not {type(ensemble).__name__}")
     began = time.perf_counter()
     # Every rank checks the whole ensemble: after an error on one rank alone, the others would wait for it forever.
-    check_watch(ensemble, validation, evaluate_every, metrics, stop, log_every)
-    whole, rates = optimizer(ensemble.parameters()), (lr, None, "step", per_member)
-    prepare(ensemble, x, y, criterion, whole, steps, batch_size, log_every, rates, generator, nan, impl)
+    check_watch(ensemble, criterion, validation, evaluate_every, metrics, stop, log_every)
+    whole, own = optimizer(ensemble.parameters()), (lr, None, "step", per_member, sample_weight)
+    prepare(ensemble, x, y, criterion, whole, steps, batch_size, log_every, own, generator, nan, impl)
     distributed = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if distributed else (0, 1)
     # Rank 0 always has members; the last ranks have none if there are more processes than members.
@@ -110,15 +112,15 @@ def fit_sharded(
         if checkpoint is not None:
             checkpoint(history)
 
-    def of_share(t: Tensor) -> Tensor:
-        return t[mine] if t.dim() == 3 else t
+    def of_share(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, y = data
+        return x[mine] if x.dim() == 3 else x, y[mine] if has_own_targets(criterion, ensemble, x, y) else y
 
     history, failure = None, None
     try:
         history = fit(
             share,
-            of_share(x),
-            of_share(y),
+            *of_share((x, y)),
             criterion=criterion,
             optimizer=own_optimizer,
             steps=0 if idle else steps,
@@ -126,8 +128,9 @@ def fit_sharded(
             log_every=log_every,
             lr=None if idle else share_of(lr, mine, len(ensemble)),
             per_member=numbers_of(per_member, mine),
+            sample_weight=sample_weight if sample_weight is None or sample_weight.dim() < 2 else sample_weight[mine],
             generator=generator,
-            validation=None if validation is None or idle else (of_share(validation[0]), of_share(validation[1])),
+            validation=None if validation is None or idle else of_share(validation),
             evaluate_every=None if idle else evaluate_every,
             metrics=() if idle else metrics,
             stop=None if idle else stop,

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..ensemble import Ensemble
 from ..history import History
+from .checks import check_samples
+from .criteria import has_own_targets
 from .measures import Measure, accuracy, each, losses_of
 from .pacing import logged_steps
 
@@ -139,10 +141,11 @@ class Watch:
         """By name, of each network: (members,) on the CPU."""
         with _evaluating(self.model):
             output = self.model(x)
-        values = {"loss": losses_of(self.model, self.criterion, output, y)}
+        own = isinstance(self.model, Ensemble) and has_own_targets(self.criterion, self.model, x, y)
+        values = {"loss": losses_of(self.model, self.criterion, output, y, own)}
         for name, metric in self.metrics.items():
             measure = metric if callable(metric) else partial(accuracy, self.criterion)
-            values[name] = each(self.model, measure, output, y, name)
+            values[name] = each(self.model, measure, output, y, own, name)
         return {name: value.detach().cpu() for name, value in values.items()}
 
 
@@ -186,7 +189,7 @@ def _copy(to: Sequence[Tensor], source: Sequence[Tensor], which: Tensor) -> None
             own[chosen] = given[chosen]
 
 
-def check_watch(model, validation, evaluate_every, metrics, stop, log_every) -> None:
+def check_watch(model, criterion, validation, evaluate_every, metrics, stop, log_every) -> None:
     """Raises TypeError and ValueError for what `fit` is given to look at."""
     if stop is not None and not isinstance(stop, EarlyStopping):
         raise TypeError(f"stop must be an EarlyStopping, not {type(stop).__name__}")
@@ -210,11 +213,7 @@ def check_watch(model, validation, evaluate_every, metrics, stop, log_every) -> 
         if not isinstance(tensor, Tensor):
             raise TypeError(f"validation's {name} must be a Tensor, not {type(tensor).__name__}")
     x, y = validation
-    # Members have samples of their own, (E, samples, features), or class ids, (E, samples).
-    own = isinstance(model, Ensemble)
-    samples = [t.shape[t.dim() - (1 if t is y and t.dtype == torch.int64 else 2) if own else 0 :][:1] for t in (x, y)]
-    if samples[0] != samples[1] or not samples[0]:
-        raise ValueError(f"validation's x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
+    check_samples(model, criterion, x, y, "validation's ")
     names = ["loss", *map(name_of, metrics)]
     for metric, name in zip(metrics, names[1:], strict=True):
         if not callable(metric) and metric != "accuracy":

@@ -57,7 +57,8 @@ class Case:
             parameters.append(1.4 * normal(self.members, n, k) / k**0.5)
             parameters += [0.5 * normal(self.members, n)] if self.config.bias else []
         many = [1 if shared else self.members for shared in self.shared]
-        y = torch.rand(many[1], self.samples, self.config.widths[-1], generator=generator, dtype=torch.float64)
+        columns = self.config.widths[-1] * (1 + self.config.weighted)
+        y = torch.rand(many[1], self.samples, columns, generator=generator, dtype=torch.float64)
         rates = (0.01, 0.05) if self.config.optimizer != "sgd" or self.config.reduction == "sum" else (0.1, 0.4)
         lr = torch.linspace(*rates, self.members, dtype=torch.float64)
         return parameters, normal(many[0], self.samples, self.config.widths[0]), y.to(dtype), lr.to(dtype)
@@ -105,7 +106,7 @@ def test_optimizers(recipe, tile):
 
 
 LOSSES = {"bce": ("bce", "sigmoid"), "logits": ("bce_logits", "identity")}
-LOSSES |= {f"mse-{output}": ("mse", output) for output in ACTIVATIONS}
+LOSSES |= {f"{loss}-{output}": (loss, output) for loss in ("mse", "smooth_l1") for output in ACTIVATIONS}
 
 
 @every_tile
@@ -113,8 +114,9 @@ LOSSES |= {f"mse-{output}": ("mse", output) for output in ACTIVATIONS}
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses(loss, reduction, tile):
     name, output = LOSSES[loss]
-    config = TrainConfig((3, 4, 2), "tanh", output, loss=name, reduction=reduction)
+    config = TrainConfig((3, 4, 2), "tanh", output, loss=name, reduction=reduction, beta=0.4, factor=0.7)
     Case(config, samples=7, batch_size=3).check(TILES[tile])
+    Case(dataclasses.replace(config, weighted=True), samples=7, batch_size=3).check(TILES[tile])
 
 
 @every_tile

@@ -128,14 +128,15 @@ def _launch(case, plan=None, steps=(0, 0, 1000, 10), own=(), rates=None):
     for k, n in itertools.pairwise(config.widths):
         parameters += (empty(members, n, k), empty(members, n)) if config.bias else (empty(members, n, k),)
     first, second = (parameters if len(states_of(config)) > i else () for i in range(2))
-    data = empty(1, samples, config.widths[0]), empty(1, samples, config.widths[-1])
+    data = empty(1, samples, config.widths[0]), empty(1, samples, config.widths[-1] * (1 + config.weighted))
     batch_size = batch_size or samples
     order = empty(50, samples, dtype=torch.int32) if ordered else None
     start, taken, count, log_every = steps
     numbers = Hyperparameters(**{name: empty(members) for name in own}) if own else COMMON
     lr, schedule = (empty(members), None) if rates is None else (None, empty(count, rates))
     arguments = (config, parameters, first, second, lr, *data, batch_size, taken, plan or _plan(case), numbers)
-    pace = order, start, count, log_every, empty(100, members), schedule
+    factors = empty(count, members) if config.reduction == "given" else None
+    pace = order, start, count, log_every, empty(100, members), schedule, factors
     launch, *more = aot.launches(train.KernelLoop(*arguments).run, *pace)
     assert len(more) == (count - 1 if case[-1] == "spread" else 0)
     return launch
@@ -240,6 +241,21 @@ def test_numbers_of_members_and_steps_fit_into_registers(name, loss):
     if "-spread-" not in name:
         # Numbers of a member are loaded once, only the rate is in each step.
         assert numbered.loop_opcodes["LDG"] - plain.loop_opcodes["LDG"] == 1
+
+
+# Those with the fewest registers to spare, and a lane with the most outputs.
+FOLDED = ("lane-2-states", "block-1-states-20-20-20-20-20", "block-2-states-9-40-32", "spread-2-states-9-9-9-9-9-9-9")
+
+
+@pytest.mark.parametrize("name", [*FOLDED, "lane-outputs"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_weights_and_factors_fit_into_registers(arch, name):
+    wide = arch, _config((1, 24), 0), 9999, 100, 10, True, "lane"
+    _, config, *rest = CASES.get(f"sm_{arch}-{name}", wide)
+    folded = dataclasses.replace(config, loss="smooth_l1", weighted=True, reduction="given")
+    compiled = compile_for(arch, _launch((arch, folded, *rest)))
+    assert_sound(compiled)
+    assert_fits(compiled, arch)
 
 
 @pytest.mark.parametrize("impl", ["lane", "block", "spread"])

@@ -35,6 +35,7 @@ CRITERIA = {
     "bce_logits": nn.BCEWithLogitsLoss,
     "mse": nn.MSELoss,
     "cross_entropy": nn.CrossEntropyLoss,
+    "smooth_l1": nn.SmoothL1Loss,
 }
 
 LANE = TrainPlan("lane", "the test says so", rows=2, networks=4, num_warps=1)
@@ -76,13 +77,14 @@ class Run:
             self.initial = self.initial[::2]
         many = 1 if shared else members
         self.x = normal(many, samples, widths[0])
-        self.y = torch.rand(many, samples, widths[-1], generator=generator)
+        self.y = torch.rand(many, samples, widths[-1] * (1 + config.weighted), generator=generator)
         orders = [torch.randperm(samples, generator=generator).int() for _ in range(epochs)]
         self.order = torch.stack(orders) if orders else None
         adaptive = config.optimizer != "sgd"
         self.lr = torch.linspace(0.02, 0.1, members) if adaptive else torch.linspace(0.2, 0.9, members)
         self.own = {}  # the Hyperparameters, fp64
         self.rates = None  # a schedule, (steps, members) or (steps, 1)
+        self.factors = None  # of losses, the same
         self.kinds = ["weight", "bias"] if config.bias else ["weight"]
         self.states = states_of(config)
 
@@ -107,14 +109,19 @@ class Run:
             for p, initial in zip(parameters, self.initial, strict=True):
                 p.copy_(initial[e])
         optimizer = torch_optimizer(r, parameters, self.lr[e].item())
-        criterion = CRITERIA[r.loss](reduction=r.reduction)
+        options = {"beta": r.beta} if r.loss == "smooth_l1" else {}
+        criterion = CRITERIA[r.loss](reduction="none", **options)
         x, y = (t[e if len(t) > 1 else 0].to(dtype) for t in (self.x, self.y))
         losses, snapshots = [], []
         for step in range(max(steps)):
             rows = slice((step % self.batches) * self.batch_size, (step % self.batches + 1) * self.batch_size)
             if self.order is not None:
                 rows = self.order[step // self.batches][rows].long()
-            loss = criterion(model(x[rows]), y[rows])
+            target, *weights = y[rows].split(r.widths[-1], 1)
+            loss = criterion(model(x[rows]), target) * (weights[0] if weights else 1)
+            loss = r.factor * (loss.mean() if r.reduction == "mean" else loss.sum())
+            if self.factors is not None:
+                loss = loss * self.factors[step].expand(self.members)[e].item()
             if log_every and step % log_every == 0:
                 losses.append(loss.detach())
             optimizer.zero_grad()
@@ -158,8 +165,9 @@ class Run:
             epoch = (start + done) // self.batches
             order = None if self.order is None else self.order[epoch:].to(DEVICE).contiguous()
             rates = None if self.rates is None else self.rates[start + done : start + end].to(DEVICE)
+            factors = None if self.factors is None else self.factors[start + done : start + end].to(DEVICE)
             with poisoned():
-                run.run(order, start + done, end - done, log_every, trace, rates)
+                run.run(order, start + done, end - done, log_every, trace, rates, factors)
             done = end
             losses.append(trace.cpu())
             for _, around in (*pairs, *state_pairs, (trace, whole)):
@@ -267,6 +275,7 @@ LOSSES = {
     "bce": ("bce", "sigmoid"),
     "bce-logits": ("bce_logits", "identity"),
     **{f"mse-{output}": ("mse", output) for output in ACTIVATIONS},
+    **{f"smooth-l1-{output}": ("smooth_l1", output) for output in ("tanh", "relu")},
 }
 
 
@@ -279,6 +288,32 @@ def test_losses(plan, loss, output, reduction):
     run = Run(config, members=2, samples=3, batch_size=2, epochs=2)
     run.lr /= 3 if reduction == "sum" else 1
     check(run, run.kernel(plan, (4,), log_every=1), (4,), log_every=1)
+
+
+# Each with what it may have beside the output activation.
+WEIGHTED = {
+    "bce": {"loss": "bce", "weighted": True},
+    "logits-given": {"loss": "bce_logits", "output": "identity", "weighted": True, "reduction": "given"},
+    "huber": {"loss": "smooth_l1", "output": "tanh", "weighted": True, "beta": 0.3, "factor": 0.7},
+    "l1-given": {"loss": "smooth_l1", "output": "relu", "beta": 0.0, "factor": 1.5, "reduction": "given"},
+    "cross-entropy-given": {"loss": "cross_entropy", "output": "identity", "reduction": "given"},
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as below
+@pytest.mark.parametrize("case", core(WEIGHTED, "logits-given"))
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_weights_and_factors_of_steps(plan, case):
+    # Five lanes are two programs, and 3 samples two batches.
+    members = 5 if plan is LANE else 2
+    run = Run(TrainConfig((3, 4, 2), **WEIGHTED[case]), members, samples=3, batch_size=2, epochs=3)
+    if run.config.reduction == "given":
+        # One for all members, or each its own.
+        own = torch.arange(1 if case == "l1-given" else members)
+        run.factors = torch.linspace(0.5, 0.1, 5)[:, None] * (1 + own)
+    once = run.kernel(plan, (2, 5), log_every=2)
+    check(run, once, (2, 5), log_every=2)
+    assert same_bits(once, run.kernel(plan, (5,), log_every=2))
 
 
 # numpy, under the interpreter, warns where a GPU has nothing to say: of columns that hold no sample.

@@ -658,7 +658,6 @@ GENERAL = {
     "own-module": (lambda: nn.ModuleList([nn.Linear(3, 3)])[0], sgd, nn.MSELoss()),
     "bfloat16": (lambda: plain().bfloat16(), sgd, nn.MSELoss()),
     "own-criterion": (plain, sgd, absolute),
-    "weighted": (lambda: MLP([3, 3], "sigmoid", "identity"), sgd, nn.BCEWithLogitsLoss(pos_weight=torch.ones(3))),
     "logits-of-a-sigmoid": (plain, sgd, nn.BCEWithLogitsLoss()),
 }
 

@@ -306,25 +306,6 @@ def test_cross_entropy(targets, reduction):
     assert_same_state(own, other, EXACT)
 
 
-ORDINARY = {
-    "ignored": (nn.CrossEntropyLoss(), torch.tensor([0, 1, -100, 2, 3, 0, 1])),
-    "ignored-class": (nn.CrossEntropyLoss(ignore_index=1), torch.arange(7) % 4),
-    "smooth": (nn.CrossEntropyLoss(label_smoothing=0.1), torch.arange(7) % 4),
-    "weights": (nn.CrossEntropyLoss(weight=torch.ones(4).double()), torch.arange(7) % 4),
-}
-
-
-@pytest.mark.parametrize("case", ORDINARY)
-def test_cross_entropies_of_another_kind_take_the_ordinary_loop(case):
-    criterion, y = ORDINARY[case]
-    model, x, _ = make((3, 5, 4), "sigmoid", "identity", True, 7)
-    twin = copy.deepcopy(model)
-    own, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin))
-    assert fit(model, x, y, criterion=criterion, optimizer=own, steps=STEPS).path == "general"
-    ordinary(twin, x, y, criterion, other, lambda _: 0.1)
-    assert relative(model.parameters(), twin.parameters()) <= EXACT
-
-
 # --- torch's schedulers ------------------------------------------------------------------------------------------
 
 L = torch.optim.lr_scheduler
