@@ -53,6 +53,8 @@ class Case:
     lr: float = 1.0
     optimizer: str = "SGD"
     devices: tuple[str, ...] = ("cpu", "cuda")
+    classes: bool = False  # targets are class ids, and the loss is their cross entropy
+    sweep: bool = False  # members have rates of their own, from half of lr to one and a half times lr
 
     @property
     def nets(self) -> int:
@@ -71,6 +73,9 @@ CASES = (
     # From where members pay for each other's calls to where their arithmetic counts.
     *(Case(f"xor-{members}", (2, 2, 1), 4, members=members) for members in (1, 64, 1024, 8192)),
     Case("minibatches-1024", (4, 16, 3), 512, batch_size=32, members=1024, lr=0.1, devices=("cpu",)),
+    # What a researcher does: seeds times rates, on XOR and on classes.
+    Case("sweep-12000", (2, 2, 1), 4, members=12_000, sweep=True),
+    Case("classes-1000", (8, 16, 3), 512, batch_size=64, members=1000, lr=0.1, classes=True, sweep=True),
     *(Case(f"xor-{members}", (2, 2, 1), 4, members=members, devices=("cuda",)) for members in (16_384, 131_072)),
 )
 # As in stack_cases.py: on a GPU, what has a target comes first.
@@ -81,16 +86,21 @@ class Problem:
     def __init__(self, case: Case, device: str, dtype: torch.dtype = torch.float32) -> None:
         self.case, self.dtype = case, dtype
         generator = torch.Generator().manual_seed(0)
-        ensemble = Ensemble(case.nets, case.sizes, generator=generator)
+        output = "identity" if case.classes else "sigmoid"
+        ensemble = Ensemble(case.nets, case.sizes, "sigmoid", output, generator=generator)
         with torch.no_grad():
             for p in ensemble.parameters():
                 p.mul_(2)  # gradients of default-initialized networks are so small that zeros would pass
         self.ensemble = ensemble.to(device, dtype)
         self.x = torch.randn(case.samples, case.sizes[0], generator=generator).to(device, dtype)
         self.y = torch.rand(case.samples, case.sizes[-1], generator=generator).to(device, dtype)
+        self.y = self.y.argmax(1) if case.classes else self.y
+        self.criterion = nn.CrossEntropyLoss() if case.classes else nn.BCELoss()
+        share = torch.linspace(0.5, 1.5, case.nets) if case.sweep else torch.ones(case.nets)
+        self.rates = (case.lr * share).to(device, dtype)
 
-    def optimizer(self, parameters) -> torch.optim.Optimizer:
-        return getattr(torch.optim, self.case.optimizer)(parameters, lr=self.case.lr)
+    def optimizer(self, parameters, member: int = 0) -> torch.optim.Optimizer:
+        return getattr(torch.optim, self.case.optimizer)(parameters, lr=self.rates[member].item())
 
     def batches(self):
         """(x, y), in an order that is the same for all contenders."""
@@ -117,6 +127,7 @@ def plain(model: nn.Module) -> nn.Sequential:
     """The same network from torch's own modules."""
     layers = [m for m in model if isinstance(m, nn.Linear)]
     modules = [m for l in layers for m in (nn.Linear(l.in_features, l.out_features), nn.Sigmoid())]
+    modules = modules if isinstance(model[-1], nn.Sigmoid) else modules[:-1]
     twin = nn.Sequential(*modules).to(layers[0].weight.device, layers[0].weight.dtype)
     twin.load_state_dict(model.state_dict())
     return twin
@@ -126,8 +137,8 @@ def eager(problem: Problem, compiled: bool = False, most: int = SEQUENTIAL_MEMBE
     """The loop that everyone writes; for an ensemble, its networks take turns."""
     count = min(problem.case.nets, most)
     models = [plain(problem.ensemble.member(i)) for i in range(count)]
-    optimizers = [problem.optimizer(model.parameters()) for model in models]
-    criterion = nn.BCELoss()
+    optimizers = [problem.optimizer(model.parameters(), i) for i, model in enumerate(models)]
+    criterion = problem.criterion
     # fullgraph: without it, whatever the compiler gives up on would be timed as eager code under its name.
     calls = [torch.compile(m, fullgraph=True, dynamic=False) if compiled else m for m in models]
     batches = problem.batches()
@@ -147,7 +158,8 @@ def eager(problem: Problem, compiled: bool = False, most: int = SEQUENTIAL_MEMBE
 def fitted(problem: Problem) -> Contender:
     ensemble = copy.deepcopy(problem.ensemble)
     model = ensemble if problem.case.members else ensemble.member(0)
-    options = {"criterion": nn.BCELoss(), "optimizer": problem.optimizer(model.parameters())}
+    options = {"criterion": problem.criterion, "optimizer": problem.optimizer(model.parameters())}
+    options |= {"lr": problem.rates} if problem.case.sweep else {}
     options |= {"batch_size": problem.case.batch_size, "generator": torch.Generator().manual_seed(1)}
     setup = 0.0
     if not problem.x.is_cuda:
@@ -173,7 +185,7 @@ def vmapped(problem: Problem) -> Contender:
     parameters = {name: p.detach().clone() for name, p in zip(names, tensors, strict=True)}
 
     def loss(parameters, x, y):
-        return nn.functional.binary_cross_entropy(torch.func.functional_call(skeleton, parameters, (x,)), y)
+        return problem.criterion(torch.func.functional_call(skeleton, parameters, (x,)), y)
 
     gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None))
     batches = problem.batches()
@@ -181,7 +193,10 @@ def vmapped(problem: Problem) -> Contender:
     def advance(steps: int) -> None:
         for _ in range(steps):
             for p, gradient in zip(parameters.values(), gradients(parameters, *next(batches)).values(), strict=True):
-                p.sub_(gradient, alpha=problem.case.lr)
+                if problem.case.sweep:
+                    p.addcmul_(gradient, problem.rates.view(-1, *[1] * (p.dim() - 1)), value=-1)
+                else:
+                    p.sub_(gradient, alpha=problem.case.lr)
 
     return Contender(advance, lambda: [p[:CHECKED_MEMBERS] for p in parameters.values()], problem.case.nets)
 
@@ -207,11 +222,12 @@ def jitted(problem: Problem) -> Contender:
         arrays = [tensor.numpy() for tensor in tensors]
         layers = list(zip(arrays[::2], arrays[1::2], strict=True))
         order = batches() if case.batch_size else None
-        return jax_loops.Loop(
-            loss, layers, problem.x.numpy(), problem.y.numpy(), order, case.optimizer, case.lr, case.members is not None
-        )
+        rates = problem.rates.numpy() if case.sweep else case.lr
+        data = (problem.x.numpy(), problem.y.numpy().astype("int32") if case.classes else problem.y.numpy())
+        return jax_loops.Loop(loss, layers, *data, order, case.optimizer, rates, case.members is not None)
 
-    loop = jax_loops.faster(make, max(1, 1000 // case.nets))
+    losses = jax_loops.OF_CLASSES if case.classes else jax_loops.LOSSES
+    loop = jax_loops.faster(make, losses, max(1, 1000 // case.nets))
 
     def parameters() -> list[Tensor]:
         found = [torch.from_numpy(np.array(p)) for layer in loop.layers for p in layer]

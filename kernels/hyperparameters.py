@@ -1,6 +1,6 @@
 """What members of a stack of networks may have of their own, and the factor of a loss."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
@@ -19,6 +19,11 @@ class Hyperparameters:
     weight_decay: Tensor | None = None
     beta1: Tensor | None = None
     beta2: Tensor | None = None
+
+    def part(self, members: Tensor) -> "Hyperparameters":
+        """Those of these members."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Hyperparameters(**{name: n if n is None else n[members] for name, n in given.items()})
 
     def of(self, config: TrainConfig, name: str) -> "float | Tensor":
         """In fp64, in which 1 - beta has its digits."""

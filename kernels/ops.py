@@ -222,7 +222,10 @@ def mlp_bwd(
     pos_weight and reduction of the loss, of which dy is then the gradient.
     """
     if plan.impl == "fused":
-        return _fused_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head)
+        weights, biases = tuple(weights), None if biases is None else tuple(biases)
+        decided = (hidden, output, wanted, plan, head)
+        call = mlp_bwd_call(dy, x, saved, weights, biases, *decided)  # pyright: ignore[reportArgumentType]
+        return call(dy, x, saved, weights, biases, head)
     options = (hidden, output, wanted, plan)
     flat_dy, flat_x = flattened(dy) if dy.dim() else stored(dy), None if x is None else flattened(x)
     *hs, y = saved
@@ -237,14 +240,24 @@ def mlp_bwd(
     return None if dx is None else dx.view(*(dy if x is None else x).shape[:-1], dx.shape[1]), dweights, dbiases
 
 
-def _fused_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head):
-    """`mlp_bwd` by a fused plan."""
-    weights, biases = tuple(weights), None if biases is None else tuple(biases)
+def mlp_bwd_call(
+    dy: Tensor,
+    x: Tensor,
+    saved: tuple[Tensor, ...],
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor, ...] | None,
+    hidden: str,
+    output: str,
+    wanted: NeedsGrad,
+    plan: MlpPlan,
+    head: tuple[Tensor, Tensor | None, str] | None = None,
+) -> Callable[..., tuple[Tensor | None, OptionalTensors, OptionalTensors]]:
+    """`mlp_bwd` by a fused plan as a function (dy, x, saved, weights, biases, head=None) of tensors like these."""
     target, pos_weight, *options = head or (None, None)
     key = (id(plan), biases is None, hidden, output, wanted, target is None, pos_weight is None, *options)
     tensors = [t for t in (dy, x, *saved, *weights, *(biases or ()), target, pos_weight) if t is not None]
     if call := network_backwards.find(key, tensors):
-        return call(dy, x, saved, weights, biases, head)
+        return call
 
     def flat(dy, x, saved, weights, biases, head):
         return flattened(dy) if dy.dim() else stored(dy), flattened(x), saved, *dense(weights, biases), flat_head(head)
@@ -253,10 +266,10 @@ def _fused_bwd(dy, x, saved, weights, biases, hidden, output, wanted, plan, head
     as_they_are = head is None and arguments[0] is dy and arguments[1] is x
     flat_bwd = gpu("network").mlp_bwd_call(*arguments[:-1], hidden, output, wanted, plan, arguments[-1])
 
-    def reshaped(*given):
-        dx, *others = flat_bwd(*flat(*given))
+    def reshaped(dy, x, saved, weights, biases, head=None):
+        dx, *others = flat_bwd(*flat(dy, x, saved, weights, biases, head))
         return None if dx is None else dx.view(shape), *others
 
     call = flat_bwd if as_they_are and are_dense(arguments[3:5], weights, biases) else reshaped
     network_backwards.keep(key, tensors, call, plan)
-    return call(dy, x, saved, weights, biases, head)
+    return call

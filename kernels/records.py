@@ -255,13 +255,13 @@ class TrainConfig:
     reduction: str = "mean"  # or "sum", or "given": a sum times what `run` is given for each step
     factor: float = 1.0  # of the loss, whatever its reduction
     weighted: bool = False  # y has the targets and, behind them, a weight for each; not for cross_entropy
-    optimizer: str = "sgd"  # or "adam", "adamw"
+    optimizer: str = "sgd"  # or "adam", "adamw", "rmsprop"
     momentum: float = 0.0
     dampening: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
     beta1: float = 0.9
-    beta2: float = 0.999
+    beta2: float = 0.999  # RMSprop's alpha, too
     eps: float = 1e-8
 
 

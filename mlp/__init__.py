@@ -7,10 +7,11 @@ from .fusing import fuse_, unfuse_
 from .layers import LinearReLU, LinearSigmoid, LinearSigmoidBCELoss, LinearTanh
 from .model import MLP
 from .reporting import report
-from .training import History, fit, fit_sharded
+from .training import EarlyStopping, History, fit, fit_sharded
 
 __all__ = [
     "MLP",
+    "EarlyStopping",
     "Ensemble",
     "History",
     "LinearReLU",

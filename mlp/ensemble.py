@@ -1,6 +1,7 @@
 """Many networks of one shape, stacked."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from numbers import Integral
 
@@ -82,6 +83,49 @@ class Ensemble(nn.Module):
                 torch.stack(given, out=own)
         return ensemble
 
+    @classmethod
+    def from_seeds(
+        cls,
+        seeds: Iterable[int] | Tensor,
+        sizes: Sequence[int],
+        activation: str = "sigmoid",
+        output_activation: str | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Ensemble":
+        """Member i is `MLP(sizes, ...)` as the CPU draws it after `torch.manual_seed(seeds[i])`, to the bit.
+
+        seeds: ints, as a list, a range or a Tensor (E,). torch's own generators are left as they were.
+
+        Raises TypeError for seeds that are no ints, ValueError for none of them and for one that torch.manual_seed
+        does not take, and what `MLP` raises for the rest.
+        """
+        given = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+        if not isinstance(given, Iterable):
+            raise TypeError(f"seeds must be a sequence of ints, not {given!r}")
+        numbers = list(given)
+        for i, seed in enumerate(numbers):
+            if not isinstance(seed, Integral) or isinstance(seed, bool):
+                raise TypeError(f"seeds[{i}] must be an int, not {seed!r}")
+            if not -(2**63) <= seed < 2**64:
+                raise ValueError(f"seeds[{i}] must lie in [-2**63, 2**64), not {seed}")
+        if not numbers:
+            raise ValueError("seeds must hold at least one seed, not 0")
+        device = torch.get_default_device() if device is None else torch.device(device)
+        ensemble = cls(len(numbers), sizes, activation, output_activation, bias, "meta", dtype)
+        if device.type == "meta":
+            return ensemble
+        # What the modules of each member would draw, without the modules, which take far longer to make.
+        bounds = [bound for inputs in ensemble.sizes[:-1] for bound in _linear_bounds(inputs)[: 1 + bool(bias)]]
+        stacks = [p.detach().unbind() for p in in_order(ensemble.to_empty(device="cpu"))]
+        generator = torch.Generator("cpu")
+        for seed, *parameters in zip(numbers, *stacks, strict=True):
+            generator.manual_seed(int(seed))
+            for p, bound in zip(parameters, bounds, strict=True):
+                p.uniform_(-bound, bound, generator=generator)
+        return ensemble.to(device)
+
     def __len__(self) -> int:
         return self.weights[0].shape[0]
 
@@ -123,29 +167,56 @@ class Ensemble(nn.Module):
     def subset(self, indices: Sequence[int] | Tensor | slice) -> "Ensemble":
         """The members with these indices as an ensemble with copies of their parameters.
 
-        Raises IndexError outside the ensemble, ValueError for no member.
+        indices: ints, of which negative ones count from the end, or a mask, (E,) of bools.
+
+        Raises IndexError outside the ensemble and for a mask of another length, TypeError for what are no integers,
+        ValueError for no member.
         """
-        index = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
+        index = indices
+        if not isinstance(indices, slice):
+            given = torch.as_tensor(indices).cpu()
+            if given.dim() != 1 or (len(given) and (given.is_floating_point() or given.is_complex())):
+                raise TypeError(f"indices must be ints, (n,), not {tuple(given.shape)} of {given.dtype}")
+            index = given if given.dtype is torch.bool else given.long()
         chosen = torch.arange(len(self), device="cpu")[index]
+        if not len(chosen):
+            raise ValueError(f"indices must name at least one of {len(self)} members, not 0")
         part = Ensemble(len(chosen), *self._arguments()).to_empty(device=self.weights[0].device)
         with torch.no_grad():
             for own, stacked in zip(in_order(part), in_order(self), strict=True):
                 own.copy_(stacked[chosen.to(stacked.device)])
         return part
 
+    def repeat(self, n: int) -> "Ensemble":
+        """Each member n times in a row, as `torch.repeat_interleave` has it: member i is a copy of this one's i // n.
+
+        With lr=rates.repeat(E) each of the E members trains at each of n rates.
+
+        Raises TypeError for an n that is no int, ValueError for one below 1.
+        """
+        if not isinstance(n, Integral) or isinstance(n, bool):
+            raise TypeError(f"n must be an int, not {n!r}")
+        if n < 1:
+            raise ValueError(f"n must be at least 1, not {n}")
+        return self.subset(torch.arange(len(self), device="cpu").repeat_interleave(int(n)))
+
     def best(self, losses: Tensor | History, k: int = 1) -> list[int]:
         """The indices of the k members with the lowest losses, the lowest first; equal ones in order, NaN last.
 
-        losses: (E,), or the `History` of this ensemble's `fit`, whose last logged row counts.
+        losses: (E,), or the `History` of this ensemble's `fit`: its last evaluation or, without any, its last log.
 
-        Raises ValueError for losses of another length, a History that logged nothing, and k outside [1, E].
+        Raises ValueError for losses of another length, a History that logged nothing, and k outside [1, E], TypeError
+        for a k that is no int.
         """
-        values = losses if isinstance(losses, Tensor) else losses.loss[-1:].squeeze(0)
-        if values.shape != (len(self),):
-            raise ValueError(f"losses {tuple(values.shape)} are not one for each of {len(self)} members")
+        if isinstance(losses, History):
+            losses = losses.validation.get("loss", losses.loss)[-1:].squeeze(0)
+        if losses.shape != (len(self),):
+            raise ValueError(f"losses {tuple(losses.shape)} are not one for each of {len(self)} members")
+        if not isinstance(k, Integral) or isinstance(k, bool):
+            raise TypeError(f"k must be an int, not {k!r}")
         if not 1 <= k <= len(self):
             raise ValueError(f"k must lie in [1, {len(self)}], not {k}")
-        return torch.sort(values.detach(), stable=True).indices[:k].tolist()
+        return torch.sort(losses.detach(), stable=True).indices[:k].tolist()
 
     def extra_repr(self) -> str:
         names = f"activation={self.activation!r}, output_activation={self.output_activation!r}"
@@ -156,6 +227,14 @@ def in_order(ensemble: Ensemble) -> list[nn.Parameter]:
     """w0, b0, w1, b1, ... (w0, w1, ... without biases)."""
     lists = (ensemble.weights, ensemble.biases) if len(ensemble.biases) else (ensemble.weights,)
     return [p for layer in zip(*lists, strict=True) for p in layer]
+
+
+def _linear_bounds(inputs: int) -> tuple[float, float]:
+    """Of the weight and of the bias that nn.Linear draws, rounded as there, where they differ by a bit."""
+    if not inputs:
+        return 0, 0  # and not 0.0, whose negative is another number
+    gain = nn.init.calculate_gain("leaky_relu", math.sqrt(5))
+    return math.sqrt(3.0) * (gain / math.sqrt(inputs)), 1 / math.sqrt(inputs)
 
 
 def _draw(shape, bound, device, dtype, generator) -> nn.Parameter:

@@ -6,21 +6,32 @@ The rest of the package does not import this file: it needs the extra `sklearn`.
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ensemble import Ensemble
-from .training import fit
+from .training import EarlyStopping, fit
+from .training.measures import Measure
+from .training.validation import name_of
 
 try:
+    from scipy.sparse import issparse
     from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
+    from sklearn.model_selection import train_test_split
     from sklearn.preprocessing import LabelBinarizer
     from sklearn.utils import check_random_state
     from sklearn.utils.multiclass import check_classification_targets, type_of_target
-    from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
+    from sklearn.utils.validation import (
+        _check_sample_weight,
+        check_array,
+        check_is_fitted,
+        column_or_1d,
+        validate_data,
+    )
 except ImportError as error:
     raise ImportError("estimators need scikit-learn 1.6 or newer: install perceptriton[sklearn]") from error
 
@@ -33,6 +44,7 @@ SOLVERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.opti
 class _FusedMLP(BaseEstimator):
     """What the classifier and the regressor share."""
 
+    _metric: ClassVar[str | Measure]  # by which early_stopping judges
     hidden_layer_sizes: int | Sequence[int] = (100,)
     _: KW_ONLY
     activation: str = "sigmoid"
@@ -42,46 +54,76 @@ class _FusedMLP(BaseEstimator):
     weight_decay: float = 0.0
     batch_size: int | None = 64
     max_iter: int = 100
+    tol: float = 1e-4
+    n_iter_no_change: int | None = 10
+    early_stopping: bool = False
+    validation_fraction: float = 0.1
     device: str = "cpu"
     random_state: Any = None
 
-    def _train(self, X, targets, output_activation: str, criterion: nn.Module) -> None:
-        """X (samples, features), targets (samples, outputs)."""
+    def _start(self, features: int, outputs: int):
+        """(a new model, its optimizer, the generator of all random numbers)"""
         hidden = self.hidden_layer_sizes
         hidden = [_count("hidden_layer_sizes", n) for n in (hidden if isinstance(hidden, Iterable) else [hidden])]
-        epochs = _count("max_iter", self.max_iter)
-        samples = len(X)
-        batch = samples if self.batch_size is None else min(_count("batch_size", self.batch_size), samples)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         generator = torch.Generator().manual_seed(int(seed))
-        sizes = [X.shape[1], *hidden, targets.shape[1]]
         # An Ensemble draws from this generator, an MLP from torch's, which other threads draw from meanwhile.
         where = {"device": self.device, "dtype": torch.float32, "generator": generator}
-        model = Ensemble(1, sizes, self.activation, output_activation, **where).member(0)
+        model = Ensemble(1, [features, *hidden, outputs], self.activation, "identity", **where).member(0)
         momentum = {"momentum": self.momentum} if self.solver == "sgd" else {}
         rates = {"lr": self.learning_rate, "weight_decay": self.weight_decay, **momentum}
+        return model, SOLVERS[self.solver](model.parameters(), **rates), generator
+
+    def _train(self, X, targets, outputs: int, criterion: nn.Module, sample_weight, more: bool) -> None:
+        """X (samples, features), targets (samples, outputs) or class ids (samples,). more: one epoch after others."""
+        run = self._run if more and hasattr(self, "_run") else self._start(X.shape[1], outputs)
+        model, optimizer, generator = run
+        data = [self._tensor(X), torch.tensor(targets, device=self.device)]
+        if sample_weight is not None:
+            data.append(self._tensor(_check_sample_weight(sample_weight, X, dtype=np.float32)))
+        n = self.n_iter_no_change
+        patience, options = None if n is None else _count("n_iter_no_change", n), dict[str, Any]()
+        if self.early_stopping and not more:
+            parts = self._parts(targets, generator)
+            held, data = ([t[part] for t in data] for part in parts)
+            stop = EarlyStopping(patience, self.tol, name_of(self._metric), maximize=True, keep_best=True)
+            options |= {"validation": held[:2], "metrics": [self._metric], "stop": stop}
+        elif not more:
+            options |= {"stop": EarlyStopping(patience, self.tol, "training_loss")}
+        samples, epochs = len(data[0]), 1 if more else _count("max_iter", self.max_iter)
+        batch = samples if self.batch_size is None else min(_count("batch_size", self.batch_size), samples)
         per_epoch = -(-samples // batch)
-        options = {"criterion": criterion, "optimizer": SOLVERS[self.solver](model.parameters(), **rates)}
-        options |= {"batch_size": None if batch == samples else batch, "log_every": 1, "generator": generator}
-        history = fit(model, self._tensor(X), self._tensor(targets), steps=epochs * per_epoch, **options)
-        losses = history.loss.double().numpy().reshape(epochs, per_epoch)
+        options |= {"evaluate_every": per_epoch} if options else {}
+        options |= {"criterion": criterion, "optimizer": optimizer, "generator": generator, "log_every": 1}
+        options |= {"batch_size": None if batch == samples else batch, "steps": epochs * per_epoch}
+        history = fit(model, data[0], data[1], sample_weight=data[2] if len(data) > 2 else None, **options)
+        losses = history.loss.double().numpy().reshape(-1, per_epoch)
         batches = [batch] * (per_epoch - 1) + [samples - (per_epoch - 1) * batch]
-        self.model_ = model
-        self.n_iter_ = epochs
-        self.loss_curve_ = np.average(losses, axis=1, weights=batches).tolist()
-        self.loss_ = self.loss_curve_[-1]
+        curve = np.average(losses, axis=1, weights=batches).tolist()
+        self.loss_curve_ = [*self.loss_curve_, *curve] if more and hasattr(self, "_run") else curve
+        self._run, self.model_, self.n_iter_, self.loss_ = run, model, len(self.loss_curve_), curve[-1]
+        if self.early_stopping and not more:
+            self.validation_scores_ = history.validation[name_of(self._metric)].tolist()
+
+    def _parts(self, targets, generator: torch.Generator) -> list:
+        """The indices that are held back, with as many of each class as there are in all, and the others."""
+        stratify = targets if isinstance(self, ClassifierMixin) and targets.size == len(targets) else None
+        seed = int(torch.randint(2**31 - 1, (), generator=generator))
+        options = {"test_size": self.validation_fraction, "random_state": seed, "stratify": stratify}
+        return train_test_split(np.arange(len(targets)), **options)[::-1]
 
     @torch.no_grad()
-    def _outputs(self, X) -> np.ndarray:
-        """(samples, outputs), float32"""
+    def _outputs(self, X) -> Tensor:
+        """(samples, outputs), float32 on the CPU."""
         check_is_fitted(self, "model_")
-        X = validate_data(self, X, dtype="float32", reset=False)
+        X = validate_data(self, X, dtype="float32", accept_sparse="csr", reset=False)
         # Under autocast the model returns bfloat16, which numpy does not have.
-        return self.model_(self._tensor(X)).cpu().float().numpy()
+        return self.model_(self._tensor(X)).cpu().float()
 
     def _tensor(self, values) -> Tensor:
+        values = values.toarray() if issparse(values) else values
         # A copy: numpy's arrays may be read-only, which torch's tensors cannot be.
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
@@ -96,64 +138,98 @@ def _count(name: str, value) -> int:
     return count
 
 
+def r2(output: Tensor, target: Tensor) -> Tensor:
+    """The coefficient of determination, the mean of all outputs, as scikit-learn's r2_score."""
+    residual, total = (output - target).square().sum(0), (target - target.mean(0)).square().sum(0)
+    exact = torch.where(residual == 0, 1.0, 0.0)
+    return torch.where(total == 0, exact, 1 - residual / total).mean()
+
+
 PARAMETERS = """
     hidden_layer_sizes: int or sequence of ints, the widths of the hidden layers; () for none.
     activation: of the hidden layers: "sigmoid", "tanh", "relu" or "identity".
     solver: "sgd", "adam" or "adamw", the optimizer of torch.optim with that name.
     learning_rate, weight_decay, momentum: the optimizer's; momentum for "sgd" only.
     batch_size: samples per step, None for all of them at once.
-    max_iter: epochs. There is no early stop.
+    max_iter: epochs, at most.
+    tol, n_iter_no_change: training ends once n_iter_no_change epochs in a row have improved the mean loss of their
+    batches by less than tol; None: never.
+    early_stopping: validation_fraction of the samples is held back, what counts is their score, and the parameters of
+    the best one are kept.
     device: where torch trains and predicts, "cpu" or "cuda".
     random_state: int, RandomState or None: what first weights and the order of samples are drawn with.
 
-    Everything is computed in float32, so that inputs should be of order 1: `StandardScaler` in a pipeline.
+    Everything is computed in float32, so that inputs should be of order 1: `StandardScaler` in a pipeline. Sparse
+    matrices are made dense.
 
-    Fitted: `model_`, the trained `MLP`; `n_iter_`, epochs; `loss_curve_`, the mean loss of each epoch's batches, each
-    before its update; `loss_`, the last of these; `n_features_in_`, and `feature_names_in_` where X has names."""
+    Fitted: `model_`, the trained `MLP`, without output activation; `n_iter_`, epochs; `loss_curve_`, the mean loss of
+    each epoch's batches, each before its update; `loss_`, the last of these; with early_stopping `validation_scores_`,
+    of each epoch; `n_features_in_`, and `feature_names_in_` where X has names."""
 
 
 class FusedMLPClassifier(ClassifierMixin, _FusedMLP):
-    __doc__ = f"""A classifier with sigmoid outputs, trained by `fit` on the binary cross-entropy (`nn.BCELoss`).
+    __doc__ = f"""A classifier trained by `fit` on the cross entropy, as scikit-learn's MLPClassifier.
 
-    Two classes have one output, the probability of the second. More classes have an output each, one against the
-    rest, and `predict_proba` divides them by their sum, as scikit-learn's `OneVsRestClassifier` does: they are no
-    softmax. Indicator matrices of several labels (samples, labels) have an output for each label, not divided.
+    Two classes have one output, the logit of the second; more have an output each, of which `predict_proba` is the
+    softmax. Indicator matrices of several labels (samples, labels) have a logit for each label.
     {PARAMETERS} `classes_`.
     """
 
-    def fit(self, X, y):
-        """X (samples, features), y (samples,) of labels or (samples, labels) of 0 and 1."""
-        X, y = validate_data(self, X, y, dtype="float32", multi_output=True)
+    _metric = "accuracy"
+
+    def fit(self, X, y, sample_weight=None):
+        """X (samples, features), y (samples,) of labels or (samples, labels) of 0 and 1; sample_weight (samples,)."""
+        return self._fit(X, y, sample_weight)
+
+    def partial_fit(self, X, y, sample_weight=None, classes=None):
+        """One epoch more, the first call's included. classes: all labels that there are, which that call needs."""
+        if not hasattr(self, "model_") and classes is None:
+            raise ValueError("classes must be given to the first call of partial_fit, not None")
+        return self._fit(X, y, sample_weight, classes, more=True)
+
+    def _fit(self, X, y, sample_weight, classes=None, more=False):
+        first = not more or not hasattr(self, "model_")
+        X, y = validate_data(self, X, y, dtype="float32", accept_sparse="csr", multi_output=True, reset=first)
         check_classification_targets(y)
         multilabel = type_of_target(y) == "multilabel-indicator"
-        binarizer = LabelBinarizer().fit(y if multilabel else column_or_1d(y, warn=True))
-        classes = binarizer.classes_
-        if len(classes) < 2 and not multilabel:
-            raise ValueError(f"y must hold at least two classes, not one class only: {classes[0]!r}")
-        self._train(X, binarizer.transform(y), "sigmoid", nn.BCELoss())
+        y = y if multilabel else column_or_1d(y, warn=True)
+        labels = y if classes is None or multilabel else classes
+        known = LabelBinarizer().fit(labels).classes_ if first else self.classes_
+        if len(known) < 2 and not multilabel:
+            raise ValueError(f"y must hold at least two classes, not one class only: {known[0]!r}")
+        if not multilabel and (strange := np.setdiff1d(y, known)).size:
+            raise ValueError(f"y must hold classes among {known}, not {strange}")
+        several = len(known) > 2 and not multilabel
+        targets: Any = y if multilabel else np.searchsorted(known, y)
+        targets = targets.astype(np.int64) if several else targets.reshape(len(targets), -1).astype(np.float32)
+        criterion = nn.CrossEntropyLoss() if several else nn.BCEWithLogitsLoss()
+        self._train(X, targets, len(known) if several else targets.shape[1], criterion, sample_weight, more)
         # Set last, so that a refused fit leaves what the one before has set.
-        self._multilabel, self.classes_ = multilabel, classes
+        self._multilabel, self.classes_ = multilabel, known
         return self
+
+    def predict_log_proba(self, X):
+        """The logarithms of `predict_proba`, without its underflow."""
+        z = self._outputs(X)
+        if self._multilabel:
+            return F.logsigmoid(z).numpy()
+        return torch.log_softmax(z if z.shape[1] > 1 else torch.cat([torch.zeros_like(z), z], 1), 1).numpy()
 
     def predict_proba(self, X):
         """(samples, classes), rows that sum to 1; of several labels (samples, labels), each its own probability."""
-        p = self._outputs(X)
-        if self._multilabel:
-            return p
-        if p.shape[1] == 1:
-            return np.hstack([1 - p, p])
-        # Where every output underflows to 0, all classes are equally likely.
-        p = p.clip(np.finfo(p.dtype).tiny)
-        return p / p.sum(1, keepdims=True)
+        return np.exp(self.predict_log_proba(X))
 
     def predict(self, X):
         """(samples,), the likeliest class; of several labels (samples, labels), 1 above a probability of 0.5."""
-        p = self.predict_proba(X)
-        return (p > 0.5).astype(int) if self._multilabel else self.classes_[p.argmax(1)]
+        z = self._outputs(X).numpy()
+        if self._multilabel:
+            return (z > 0).astype(int)
+        return self.classes_[z.argmax(1) if z.shape[1] > 1 else (z[:, 0] > 0).astype(int)]
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
+        tags.input_tags.sparse = True
         return tags
 
 
@@ -162,15 +238,32 @@ class FusedMLPRegressor(MultiOutputMixin, RegressorMixin, _FusedMLP):
     {PARAMETERS}
     """
 
-    def fit(self, X, y):
-        """X (samples, features), y (samples,) or (samples, outputs), of order 1 as X should be."""
-        X, y = validate_data(self, X, y, dtype="float32", multi_output=True, y_numeric=True)
+    _metric = staticmethod(r2)
+
+    def fit(self, X, y, sample_weight=None):
+        """X (samples, features), y (samples,) or (samples, outputs), of order 1 as X; sample_weight (samples,)."""
+        return self._fit(X, y, sample_weight)
+
+    def partial_fit(self, X, y, sample_weight=None):
+        """One epoch more, the first call's included."""
+        return self._fit(X, y, sample_weight, more=True)
+
+    def _fit(self, X, y, sample_weight, more=False):
+        first = not more or not hasattr(self, "model_")
+        options = {"accept_sparse": "csr", "multi_output": True, "y_numeric": True, "reset": first}
+        X, y = validate_data(self, X, y, dtype="float32", **options)
         y = check_array(y, dtype="float32", ensure_2d=False, input_name="y")
-        self._train(X, y.reshape(len(y), -1), "identity", nn.MSELoss())
+        targets = y.reshape(len(y), -1)
+        self._train(X, targets, targets.shape[1], nn.MSELoss(), sample_weight, more)
         self._flat = y.ndim == 1
         return self
 
     def predict(self, X):
         """(samples,) or (samples, outputs), as y was; float32, in which it was computed."""
-        y = self._outputs(X)
+        y = self._outputs(X).numpy()
         return y.ravel() if self._flat else y
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags

@@ -38,6 +38,9 @@ _KINDS = {
     for kind in NAMES
 }
 
+# Attributes of a module that have it run something else.
+_HIDING = ("forward", "_compiled_call_impl", "weight", "bias")
+
 
 def runs_only_forward(module: nn.Module) -> bool:
     """Whether a call of the module runs the `forward` of its class and nothing else, torch's global hooks included."""
@@ -76,8 +79,8 @@ class Chain:
         self.layers = [layer for layer, _, _ in layers]
         self.activations = [name for _, _, name in layers]
         self.modules = [module for layer, behind, _ in layers for module in (layer, *behind)]
-        self.types = list(map(type, self.modules))
-        self.forwards = [(kind, _KINDS[kind][0]) for kind in dict.fromkeys(self.types)]
+        self.kinds = [(module, type(module), _KINDS[type(module)][1]) for module in self.modules]
+        self.forwards = [(kind, _KINDS[kind][0]) for kind in dict.fromkeys(map(type, self.modules))]
         self.widths = (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
         # Of each layer and the one module behind it, or the layer once more: what `run` needs and what it compares.
         self.paired = all(len(behind) < 2 for _, behind, _ in layers)
@@ -92,18 +95,15 @@ class Chain:
         if _has_any_global_hook() or any([kind.forward is not forward for kind, forward in self.forwards]):
             return None
         # `is_plain`, written out, for calls are what a small network costs on a GPU.
-        for module, kind in zip(self.modules, self.types, strict=True):
+        for module, kind, size in self.kinds:
             own = module.__dict__
             if (
                 own["_forward_hooks"]
                 or own["_forward_pre_hooks"]
                 or own["_backward_hooks"]
                 or own["_backward_pre_hooks"]
-                or "forward" in own
-                or "_compiled_call_impl" in own
-                or "weight" in own
-                or "bias" in own
                 or type(module) is not kind
+                or (len(own) != size and not own.keys().isdisjoint(_HIDING))
             ):
                 return None
         found = [layer._parameters for layer in self.layers]

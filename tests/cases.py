@@ -35,7 +35,7 @@ MODULES = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": 
 ACTIVATIONS = tuple(MODULES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # What tests/mlp/test_fuzz.py draws its cases from, and which part of them it draws.
 FUZZ_SEED = int(os.environ.get("FUZZ_SEED", "0"))

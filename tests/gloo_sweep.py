@@ -1,11 +1,12 @@
 """Sweeps that each process of `test_distributed.py` takes its share of."""
 
+import copy
 import functools
 
 import torch
 from torch import nn
 
-from perceptriton.mlp import Ensemble, fit_sharded
+from perceptriton.mlp import EarlyStopping, Ensemble, fit_sharded
 
 
 def fails(output, target):
@@ -24,7 +25,9 @@ def sweep(members=5, seed=3, dtype=torch.float32, spoil=False, mixed=False, brok
     y = y.double() if mixed else y
     ensemble = Ensemble(members, [3, 4, 2], generator=torch.Generator().manual_seed(seed), dtype=dtype)
     generator, lr = torch.Generator().manual_seed(seed), torch.linspace(0.1, 1.0, members)
+    numbers = {"momentum": 0.9 * lr, "weight_decay": 0.1 * (1 - lr)}  # of which some are 0
     options = {"steps": 25, "batch_size": 4, "log_every": 6, "lr": None if mixed or broken else lr}
+    options["per_member"] = None if mixed or broken else numbers
     options |= {"optimizer": functools.partial(torch.optim.SGD, lr=1.0, momentum=0.5), "generator": generator}
     history = fit_sharded(ensemble, x, y, criterion=criterion, **options)
     return {
@@ -34,6 +37,53 @@ def sweep(members=5, seed=3, dtype=torch.float32, spoil=False, mixed=False, brok
         "best": ensemble.best(history, min(2, members)),
         "random": generator.get_state(),
     }
+
+
+def watched(seed=3, cut=None, members=5):
+    """A sweep that members leave one by one; cut: begun anew from what this process had after so many steps."""
+    data = torch.Generator().manual_seed(7)
+    x, other = torch.randn(10, 3, generator=data), torch.randn(6, 3, generator=data)
+    y, targets = torch.rand(10, 2, generator=data), torch.rand(members, 6, 2, generator=data)
+    saved: dict = {}
+
+    def run(seed, resume=None):
+        ensemble = Ensemble(members, [3, 4, 2], generator=torch.Generator().manual_seed(seed))
+        generator, made = torch.Generator().manual_seed(seed), []
+
+        def optimizer(parameters):
+            made.append(torch.optim.Adam(parameters, lr=0.05))
+            return made[-1]
+
+        def share_optimizer(parameters):
+            own = optimizer(parameters)
+            if resume is not None and len(made) == 2:  # the first one is of the whole ensemble, which checks it alone
+                own.load_state_dict(saved["optimizer"])
+            return own
+
+        def checkpoint(history):
+            if history.steps_taken == cut:
+                parts = {"ensemble": ensemble.state_dict(), "optimizer": made[-1].state_dict(), "history": history}
+                saved.update(copy.deepcopy(parts))
+
+        if resume is not None:
+            ensemble.load_state_dict(saved["ensemble"])
+        options = {"steps": 60, "batch_size": 4, "log_every": 5, "generator": generator, "criterion": nn.BCELoss()}
+        options |= {"validation": (other, targets), "evaluate_every": 2, "metrics": ["accuracy"]}
+        options |= {"stop": EarlyStopping(2, keep_best=True), "keep_state": True, "checkpoint": checkpoint}
+        history = fit_sharded(ensemble, x, y, optimizer=share_optimizer, resume=resume, **options)
+        whole = torch.optim.Adam(ensemble.parameters(), lr=0.05)
+        whole.load_state_dict(history.state["optimizer"])
+        return {
+            "parameters": [p.detach() for p in ensemble.parameters()],
+            "state": [t for p in ensemble.parameters() for t in whole.state[p].values()],
+            "loss": history.loss,
+            "validation": list(history.validation.values()),
+            "stopped": history.stopped,
+            "steps": (history.steps, history.evaluated, history.steps_taken),
+        }
+
+    found = run(seed)
+    return found if cut is None else run(seed + 10, saved["history"])
 
 
 def sweeps(rank):
@@ -48,3 +98,8 @@ def sweeps(rank):
         except (ValueError, ArithmeticError, RuntimeError) as error:
             results.append(f"{type(error).__name__}: {error}")
     return results
+
+
+def watched_sweeps(rank):
+    """What `test_two_processes_stop_as_one` looks at."""
+    return [watched(3 + rank), watched(3 + rank, cut=4), watched(3 + rank, members=1)]

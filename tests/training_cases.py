@@ -36,9 +36,13 @@ OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.02),
     "adam-decay": lambda p: torch.optim.Adam(p, lr=0.02, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.05),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.003, alpha=0.95, eps=1e-3),
+    "rmsprop-momentum": lambda p: torch.optim.RMSprop(p, lr=0.005, eps=1e-4, weight_decay=0.05, momentum=0.7),
 }
-STATEFUL = ("momentum", "nesterov", "adam", "adamw")
-SLOW_OPTIMIZERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("momentum", "nesterov", "adamw")]
+STATEFUL = ("momentum", "nesterov", "adam", "adamw", "rmsprop", "rmsprop-momentum")
+SLOW_OPTIMIZERS = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("momentum", "nesterov", "adamw", "rmsprop-momentum")
+]
 # The same kinds as fields of a TrainConfig.
 RECIPES = {
     "sgd": {},
@@ -50,7 +54,11 @@ RECIPES = {
     "adam-decay": {"optimizer": "adam", "weight_decay": 0.1, "beta1": 0.5, "beta2": 0.9, "eps": 1e-3},
     "adam-no-averages": {"optimizer": "adam", "beta1": 0.0, "beta2": 0.0, "eps": 0.1},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.3},
+    "rmsprop": {"optimizer": "rmsprop", "beta2": 0.9, "eps": 1e-3},
+    "rmsprop-momentum": {"optimizer": "rmsprop", "weight_decay": 0.1, "beta2": 0.8, "momentum": 0.6, "eps": 1e-2},
 }
+ADAM_STATES = ("exp_avg", "exp_avg_sq")
+STATES = {"sgd": (), "adam": ADAM_STATES, "adamw": ADAM_STATES, "rmsprop": ("square_avg",)}
 
 # name: (criterion, output activation)
 LOSSES = {
@@ -69,6 +77,24 @@ def needs_images(name):
     """Skips a test of the lesson on digits where nothing has them."""
     if name == "digits":
         pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
+
+
+def states_of(config):
+    """The names of what torch.optim keeps for each parameter."""
+    return STATES[config.optimizer] + (("momentum_buffer",) if config.momentum else ())
+
+
+def torch_optimizer(config, parameters, lr, **options):
+    """That of torch.optim which a TrainConfig is about."""
+    options |= {"lr": lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        options |= {"momentum": config.momentum, "dampening": config.dampening, "nesterov": config.nesterov}
+        return torch.optim.SGD(parameters, **options)
+    options["eps"] = config.eps
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, alpha=config.beta2, momentum=config.momentum, **options)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(parameters, betas=(config.beta1, config.beta2), **options)
 
 
 @contextlib.contextmanager
@@ -164,10 +190,10 @@ def values(model):
 def chunks_of(*sizes):
     """In place of the chunks by time: these sizes in turn."""
 
-    def chunks(steps):
-        start, turn = 0, 0
+    def chunks(start, steps, every=0):
+        turn = 0
         while start < steps:
-            count = min(sizes[turn % len(sizes)], steps - start)
+            count = min(sizes[turn % len(sizes)], steps - start, every - start % every if every else steps)
             yield start, count
             start, turn = start + count, turn + 1
 

@@ -87,6 +87,13 @@ def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> C
     return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)  # twice as fast as torch.empty
 
 
+try:  # what the programs of torch.compile call, in half the time of a view: autograd has nothing to note
+    from torch._C._dynamo.guards import _reinterpret_tensor  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+except ImportError:
+    _reinterpret_tensor = Tensor.as_strided
+part_of: Callable[..., Tensor] = _reinterpret_tensor  # of a tensor that begins its memory: shape, strides, offset
+
+
 class Launch:
     """Launches of one kernel on tensors of which everything is known but where they lie.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..records import Plan, Tile, Wanted
 from .functions import ACTIVATIONS
-from .launch import INTERPRETED, Gradients, Launch, aligned, fresh
+from .launch import INTERPRETED, Gradients, Launch, aligned, fresh, part_of
 from .layer_kernels import (
     act_bwd_kernel,
     linear_act_bwd_rows_kernel,
@@ -134,8 +134,8 @@ def linear_act_bwd_call(
             launch(aligned(dy, y, x, weight), dy, y, x, weight, dx, dweight, dbias)
             return dx, dweight, dbias
         slots = new_slots()
-        sums = slots if need_dweight else None, slots[:, size - N :] if need_dbias else None
-        launch(aligned(dy, y, x, weight), dy, y, x, weight, dx, *sums)
+        biases = part_of(slots, (plan.programs, N), (size, 1), size - N) if need_dbias else None
+        launch(aligned(dy, y, x, weight), dy, y, x, weight, dx, slots if need_dweight else None, biases)
         add_up(slots, *(g for g in (dweight, dbias) if g is not None))
         return dx, dweight, dbias
 

@@ -6,7 +6,6 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..plan import mlp_columns, mlp_slots
 from ..records import MlpPlan, NeedsGrad
 from .functions import ACTIVATIONS, UNBOUNDED
-from .launch import INTERPRETED, Launch, OptionalTensors, Tensors, aligned, fresh
+from .launch import INTERPRETED, Launch, OptionalTensors, Tensors, aligned, fresh, part_of
 from .layer import sum_slots_call
 from .network_kernels import mlp_bwd_kernel, mlp_fwd_kernel, sum_losses_kernel
 
@@ -123,9 +122,8 @@ def mlp_fwd_call(
         known = aligned(x, *weights, *(biases or ()), target, pos_weight)
         for launch, first, end in launches:
             h = x if first == 0 else out[first - 1]
-            ends = (sums, target, pos_weight) if end == layers else (None, None, None)
-            own = biases and biases[first:end]
-            launch(known, h, weights[first:end], own, tuple(out[first:end]), *ends)
+            s, t, p = (sums, target, pos_weight) if end == layers else (None, None, None)
+            launch(known, h, weights[first:end], biases and biases[first:end], tuple(out[first:end]), s, t, p)
         if programs > 1:
             add_up(True, sums, loss)
         return out[-1] if loss is None else loss, tuple([out[l - 1] for l in save])
@@ -148,7 +146,7 @@ def mlp_bwd(
     """(dx, dweights, dbiases) from dy (M, N) of any strides, None where not wanted.
 
     saved: what `mlp_fwd` returned for `plan.boundaries`. Shapes and dtypes of the gradients are those of x, weights and
-    biases; the parameters' gradients are views of one tensor, each aligned to 16 bytes. The rest as for `mlp_fwd`.
+    biases; the parameters' gradients are parts of one tensor, each aligned to 16 bytes. The rest as for `mlp_fwd`.
 
     head: (target, pos_weight, reduction) makes dy the gradient of the loss: (M, N) of any strides for reduction "none",
     else a tensor of one element, read on the device.
@@ -233,12 +231,9 @@ def mlp_bwd_call(
         launches.append((launch, layers, base, new_dx, places.get(segment.first), last))
     add_up = sum_slots_call(programs, size, size, device) if size and programs > 1 else None
     new_flat, new_slots = fresh((size,), dtype, device), fresh((programs, size), torch.float32, device)
-    # Where each gradient lies in the tensor that holds all.
-    shapes = [((n, k), (k, 1)) for k, n in itertools.pairwise(widths)], [((n,), (1,)) for n in widths[1:]]
-    parts: list[list[Any]] = [
-        [None if at < 0 else (*own, at) for at, own in zip(ats, each, strict=True)]
-        for ats, each in zip((at_weights, at_biases), shapes, strict=True)
-    ]
+    # Of each gradient its shape, its strides and where it begins in the tensor that holds all, -1 if it is not wanted.
+    parts = [((n, k), (k, 1), at) for (k, n), at in zip(itertools.pairwise(widths), at_weights, strict=True)]
+    parts += [((n,), (1,), at) for n, at in zip(widths[1:], at_biases, strict=True)]
 
     def call(
         dy: Tensor, x: Tensor, saved: Tensors, weights: Tensors, biases: Tensors | None, head=None
@@ -249,15 +244,17 @@ def mlp_bwd_call(
         known = aligned(dy, x, *saved, *weights, *(biases or ()), target, pos_weight)
         dx, factor = (None, dy) if summed else (dy, None)
         for launch, layers, base, new_dx, place, last in launches:
-            upstream, ends = dx, (target, pos_weight) if last else (None, None)
-            dx = new_dx and new_dx()
+            upstream, dx = dx, new_dx and new_dx()
             h = x if place is None else saved[place]
-            own = None if slots is None or base < 0 else slots.narrow(-1, base, size - base) if base else slots
-            launch(known, upstream, h, weights[layers], biases and biases[layers], dx, own, *ends, factor)
+            own = slots if base == 0 else None
+            if base > 0:
+                own = part_of(slots, (programs, size - base), (size, 1), base)
+            t, p = (target, pos_weight) if last else (None, None)
+            launch(known, upstream, h, weights[layers], biases and biases[layers], dx, own, t, p, factor)
         if add_up is not None:
             add_up(slots, flat)
         # Views are made once all is launched: the launches are what a GPU waits for.
-        dweights, dbiases = [tuple([None if part is None else flat.as_strided(*part) for part in own]) for own in parts]
-        return dx if wanted[0] else None, dweights, dbiases
+        gradients = [None if at < 0 else part_of(flat, shape, strides, at) for shape, strides, at in parts]
+        return dx if wanted[0] else None, gradients[:count], gradients[count:]
 
     return call

@@ -62,6 +62,9 @@ class KernelLoop:
         if config.optimizer in ("adam", "adamw"):
             optimizer, betas = "adam", (own.of(config, "beta1"), own.of(config, "beta2"))
             hyper = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], *map(_log, betas), config.eps)
+        elif config.optimizer == "rmsprop":
+            optimizer, alpha = "rmsprop_momentum" if config.momentum else "rmsprop", own.of(config, "beta2")
+            hyper = (alpha, 1 - alpha, config.eps, own.of(config, "momentum"))
         else:
             optimizer = "sgd" if config.momentum == 0 else "nesterov" if config.nesterov else "momentum"
             hyper = (own.of(config, "momentum"), own.undamped(config))

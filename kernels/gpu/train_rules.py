@@ -202,11 +202,26 @@ def adam(p, g, m, v, numbers, hyper):
     return p - numbers[0] * (m / (tl.sqrt(v) * numbers[1] + hyper[6])), m, v
 
 
+@triton.jit
+def rmsprop(p, g, m, v, numbers, hyper):
+    m = hyper[0] * m + hyper[1] * g * g
+    return p - numbers[0] * (g / (tl.sqrt(m) + hyper[2])), m, v
+
+
+@triton.jit
+def rmsprop_momentum(p, g, m, v, numbers, hyper):
+    m = hyper[0] * m + hyper[1] * g * g
+    v = hyper[3] * v + g / (tl.sqrt(m) + hyper[2])
+    return p - numbers[0] * v, m, v
+
+
 OPTIMIZERS = {
     "sgd": (sgd_numbers, sgd),
     "momentum": (momentum_numbers, momentum),
     "nesterov": (momentum_numbers, nesterov),
     "adam": (adam_numbers, adam),
+    "rmsprop": (sgd_numbers, rmsprop),
+    "rmsprop_momentum": (sgd_numbers, rmsprop_momentum),
 }
 
 

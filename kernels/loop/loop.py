@@ -36,11 +36,11 @@ class TorchLoop:
         own: Hyperparameters = COMMON,
     ) -> None:
         """parameters: w0, b0, w1, b1, ... (w0, w1, ... without biases), weights (E, N, K), biases (E, N). first,
-        second: () or like parameters: momentum buffers, or Adam's two averages; not read if `taken`, the number of
-        steps that they have seen, is 0. lr: (E,), or None where `run` is given the rates of its steps. x: (E or 1,
-        samples, widths[0]), y: (E or 1, samples, widths[-1], or twice as many if the config is weighted); a leading 1
-        is shared. All of one dtype, float32 or float64. batch_size: at most `samples`. plan: says that this
-        implementation was chosen. own: numbers of members in the place of the config's.
+        second: () or like parameters: momentum buffers, Adam's two averages, or RMSprop's average and then its buffers;
+        not read if `taken`, the number of steps that they have seen, is 0. lr: (E,), or None where `run` is given the
+        rates of its steps. x: (E or 1, samples, widths[0]), y: (E or 1, samples, widths[-1], or twice as many if the
+        config is weighted); a leading 1 is shared. All of one dtype, float32 or float64. batch_size: at most `samples`.
+        plan: says that this implementation was chosen. own: numbers of members in the place of the config's.
         """
         self.given, self.device = (parameters, first, second), x.device
         self.size = min(batch_size, x.shape[1])

@@ -76,6 +76,7 @@ class Optimizer:
         # parameters at once.
         self.dz_rates = self.rates if self.stateless else None
         self.states = [layout.storage() for given in (first, second) if given]
+        self.corrections: list[Storage] = []
         if self.stateless:
             return
         for own_state, given in zip(self.states if taken else (), (first, second), strict=False):
@@ -84,18 +85,20 @@ class Optimizer:
         storages = [layout.parameters, self.gradients, *self.states]
         self.wholes = [storage.whole for storage in storages]
         self.weight_decay = self._whole(own.of(config, "weight_decay"))
-        if not second:
-            self.momentum, self.undamped = self._whole(own.of(config, "momentum")), self._whole(own.undamped(config))
+        self.momentum, self.undamped = self._whole(own.of(config, "momentum")), self._whole(own.undamped(config))
+        if config.optimizer == "sgd":
             return
         self.betas = tuple(_on(like.device, own.of(config, name)) for name in ("beta1", "beta2"))
         self.new1, self.beta2, self.new2 = map(self._whole, (1 - self.betas[0], self.betas[1], 1 - self.betas[1]))
+        own_squares = config.optimizer == "rmsprop" or isinstance(self.new2, Tensor)
+        self.spare = torch.empty_like(self.gradients.whole if own_squares else like[:0])
+        if config.optimizer == "rmsprop":
+            return
         # What a step reads that a number cannot tell: each member's own, or in a captured step.
-        self.corrections: list[Storage] = []
         if any(isinstance(beta, Tensor) for beta in self.betas):
             self.corrections = [layout.storage(), layout.storage()]
         elif graph:
             self.corrections = [Storage(like.new_empty(()), [], []) for _ in range(2)]
-        self.spare = torch.empty_like(self.gradients.whole if isinstance(self.new2, Tensor) else like[:0])
         self.step = torch.zeros((), dtype=torch.float32, device=like.device)
         mine = graph or not self.step.is_cpu or self.rates is not None
         fused = None if mine else _fused_adam().get(config.optimizer)
@@ -124,7 +127,7 @@ class Optimizer:
             self.rate = rate
             for call in batch.updates:
                 call.keywords.update(self._factors(batch))
-        if self.config.optimizer != "sgd" and self.corrections:
+        if self.corrections:
             for storage, number in zip(self.corrections, self._corrections(), strict=True):
                 if isinstance(number, Tensor):
                     self.layout.fill(storage, number)
@@ -157,7 +160,8 @@ class Optimizer:
                 return [*layout.accumulate(batch, self.states[0], self.momentum, batch.scale), self._plain_momentum]
             return [*layout.accumulate(batch, self.gradients, 0, batch.scale), self._momentum]
         if not self.stateless:
-            return [*layout.accumulate(batch, self.gradients, 0, batch.scale), self._adam]
+            update = self._rmsprop if config.optimizer == "rmsprop" else self._adam
+            return [*layout.accumulate(batch, self.gradients, 0, batch.scale), update]
         if self.rates is None:
             calls = layout.accumulate(batch, layout.parameters, **self._factors(batch))
             batch.updates = [call for call in calls if isinstance(call, partial)]
@@ -206,12 +210,27 @@ class Optimizer:
             for part in self.layout.parameters.parts:
                 part.mul_(1 - self.rate * config.weight_decay if self.keep is None else self.keep)
         m.lerp_(g, self.new1)
+        self._average_square(v, g)
+        torch.div(m, torch.sqrt(v, out=g).add_(floor), out=g).mul_(factor)
+        self._descend(self.gradients, 1)
+
+    def _rmsprop(self) -> None:
+        w, g, v, *buffer = self.wholes
+        if self.config.weight_decay:
+            _add(g, w, self.weight_decay)
+        self._average_square(v, g)
+        torch.sqrt(v, out=self.spare).add_(self.config.eps)
+        if buffer:
+            buffer[0].mul_(self.momentum).addcdiv_(g, self.spare)
+        else:
+            g.div_(self.spare)
+        self._descend(self.states[1] if buffer else self.gradients)
+
+    def _average_square(self, v: Tensor, g: Tensor) -> None:
         if isinstance(self.new2, Tensor):
             v.mul_(self.beta2).addcmul_(torch.mul(g, self.new2, out=self.spare), g)
         else:
             v.mul_(self.beta2).addcmul_(g, g, value=self.new2)
-        torch.div(m, torch.sqrt(v, out=g).add_(floor), out=g).mul_(factor)
-        self._descend(self.gradients, 1)
 
 
 def _of_one_member(config: TrainConfig, own: Hyperparameters) -> TrainConfig:

@@ -168,6 +168,8 @@ class NativeLoop:
         optimizer = config.optimizer
         if optimizer == "sgd":
             optimizer = "nesterov" if config.nesterov else "momentum" if config.momentum else "plain"
+        elif optimizer == "rmsprop" and config.momentum:
+            optimizer = "rmsprop_momentum"
         self.kinds = (
             steps.ACTIVATIONS.index(config.hidden),
             steps.ACTIVATIONS.index(config.output),

@@ -14,9 +14,9 @@ from .vectors import Tile, muladd, sqrt
 
 __all__ = ["HYPERPARAMETERS", "LANES", "OPTIMIZERS", "ROW", "correct", "inline", "rate_of", "update"]
 
-OPTIMIZERS = ("plain", "momentum", "nesterov", "adam", "adamw")
+OPTIMIZERS = ("plain", "momentum", "nesterov", "adam", "adamw", "rmsprop", "rmsprop_momentum")
 # Rows of what a step reads. 1 - dampening and others are rounded as a whole: 1 - 0.999 has no digits to lose. The last
-# two are Adam's corrections, of the rate and of eps, which `correct` writes.
+# two are Adam's corrections, of the rate and of eps, which `correct` writes; to RMSprop they are 1.
 HYPERPARAMETERS = ("weight_decay", "momentum", "undamped", "new1", "beta2", "new2", "eps", "factor", "root")
 # Part of the function that calls it already in numba's own form: compiled once, and not alone first.
 inline = cast("Callable[[Callable], Callable[..., Any]]", njit(inline="always"))
@@ -35,7 +35,7 @@ def rate_of(rates, block, blocks):
 @inline
 def correct(optimizer, powers, hyper):
     """Adam's corrections, (factor, root) of `update`, for the next step that the state sees."""
-    if optimizer >= 3:
+    if 3 <= optimizer < 5:
         betas = len(powers) // 4  # one of each for all lanes, or for each
         for i in range(betas):
             # A power that has become too small to matter would be slow to multiply.
@@ -70,6 +70,14 @@ def update(optimizer, decays, new, lr, hyper, w, g, m, v):
             average = gradient if new else muladd(momentum, load(ROW, m, i), undamped * gradient)
             store(m, i, average)
             step = muladd(momentum, average, gradient) if optimizer == 2 else average
+            parameter = parameter - lr * step
+        elif optimizer >= 5:
+            square = muladd(beta2, load(ROW, m, i), new2 * gradient * gradient)
+            store(m, i, square)
+            step = gradient / (sqrt(square) + floor)
+            if optimizer == 6:
+                step = muladd(momentum, load(ROW, v, i), step)
+                store(v, i, step)
             parameter = parameter - lr * step
         else:
             average = load(ROW, m, i)

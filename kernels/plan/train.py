@@ -8,7 +8,7 @@ import math
 from ..records import EMPTY, Device, LoopPlan, TrainConfig, TrainPlan
 from .chips import device_refusal
 from .native import TILES, native
-from .train_gpu import block, graph, lane, ordinary
+from .train_gpu import block, graph, lane, ordinary, update_kind
 
 
 @functools.lru_cache(maxsize=4096)
@@ -127,7 +127,8 @@ ARRAY_MAC_US = 2.5e-4  # per multiply-add of an elementwise call over members
 SMALL_PRODUCT_MAC_US = 2e-3  # per multiply-add of a stack of products that torch computes itself
 SMALL_PRODUCT_MACS = 400  # from here on the BLAS does, at a price per product and another per multiply-add
 PRODUCT_US, PRODUCT_MAC_US = 0.25, 4e-5
-UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7}  # elementwise, beside the products
+# Elementwise, beside the products.
+UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7, "rmsprop": 6, "rmsprop_momentum": 7}
 
 # Multiply-adds of the one product of a joint update, those that nobody needs included, to which it costs less than
 # several.
@@ -175,7 +176,7 @@ def loop_us(members: int, batch: int, config: TrainConfig) -> float:
 
 def _stack_us(members: int, batch: int, config: TrainConfig, layers: list[tuple[int, int]]) -> tuple[float, float]:
     """Of arrays and of matrices: what these layers of all members cost in a step. It has three products of one size."""
-    update = UPDATE_CALLS["momentum" if config.momentum else config.optimizer]
+    update = UPDATE_CALLS[update_kind(config)]
     arrays = CALL_US * (update + sum(2 + k + n + batch for k, n in layers))
     arrays += members * ARRAY_MAC_US * sum(3 * batch * n * k for k, n in layers)
     matrices = CALL_US * (update * (len(config.widths) - 1) + 5 * len(layers))

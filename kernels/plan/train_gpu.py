@@ -40,8 +40,8 @@ STACKED_US = 1e-3  # of each small product in a stack; "xor-16384" by impl="grap
 REPLAY_US, CALL_US, ORDINARY_CALL_US = 8.0, 5.0, 7.0
 
 # Elementwise calls over all parameters: of torch's own optimizers, and of those in `loop/` before the descent.
-ORDINARY_UPDATE = {"sgd": 1, "momentum": 3, "adam": 8, "adamw": 8}
-UPDATE = {"momentum": 2, "adam": 7, "adamw": 7}
+ORDINARY_UPDATE = {"sgd": 1, "momentum": 3, "adam": 8, "adamw": 8, "rmsprop": 5, "rmsprop_momentum": 7}
+UPDATE = {"momentum": 2, "adam": 7, "adamw": 7, "rmsprop": 5, "rmsprop_momentum": 6}
 
 
 def lane(members: int, batch: int, config: TrainConfig, device: Device) -> tuple[float, TrainPlan]:
@@ -182,7 +182,7 @@ def graph(
         options["joint"] = matrices(members, batch, config, shared, joint=True)
     fetched = _fetch(batch, full, config).us(size, device, KERNEL_US)
     # Numbers that change from step to step are written before a replay, and samples fetched.
-    calls = (0 if full else 2) + (2 if config.optimizer != "sgd" else 0)
+    calls = (0 if full else 2) + (2 if config.optimizer in ("adam", "adamw") else 0)
     us, layout = min((work.us(size, device), name) for name, work in options.items())
     return max(us + fetched, REPLAY_US + CALL_US * calls), layout
 
@@ -214,7 +214,7 @@ def ordinary_work(members: int, batch: int, full: bool, config: TrainConfig) -> 
     if config.loss == "bce_logits":
         work.call(2 * outputs, 3)
     work.call(3 * outputs)
-    kind = _update_kind(config)
+    kind = update_kind(config)
     work.call(3 * members * _parameters(config), ORDINARY_UPDATE[kind] + config.nesterov + (config.weight_decay > 0))
     return work
 
@@ -225,7 +225,7 @@ def _parameters(config: TrainConfig) -> int:
 
 def _states(config: TrainConfig) -> int:
     """Tensors of state that the optimizer keeps for each parameter."""
-    return 2 if config.optimizer != "sgd" else 1 if config.momentum else 0
+    return {"sgd": 0, "rmsprop": 1}.get(config.optimizer, 2) + (config.momentum > 0)
 
 
 def _fetch(batch: int, full: bool, config: TrainConfig) -> Work:
@@ -248,13 +248,13 @@ def _from_loss(work: Work, members: int, batch: int, config: TrainConfig) -> Non
         work.call(2 * outputs)  # a rate for each member
 
 
-def _update_kind(config: TrainConfig) -> str:
-    return "momentum" if config.momentum else config.optimizer
+def update_kind(config: TrainConfig) -> str:
+    return {"sgd": "momentum", "rmsprop": "rmsprop_momentum"}[config.optimizer] if config.momentum else config.optimizer
 
 
 def _update(work: Work, parameters: int, members: int, config: TrainConfig, parts: int) -> None:
     """The optimizer's elementwise calls in a captured step, by rates of their own over `parts` tensors."""
-    kind, states, decays = _update_kind(config), _states(config), config.weight_decay > 0
+    kind, states, decays = update_kind(config), _states(config), config.weight_decay > 0
     plain = kind == "momentum" and not config.nesterov and not config.dampening
     if states:
         calls = (0 if plain else UPDATE[kind]) + config.nesterov + (decays and kind != "adamw")

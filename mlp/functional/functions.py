@@ -10,8 +10,11 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
 from ...kernels import eligibility, ops, reference
+from ...kernels.calls import Calls
 from ...kernels.registration import registered
 from .eager import torch_network
+
+network_backwards = Calls()  # of `FusedMlpFunction`, as functions (dy, *what was saved)
 
 
 def node(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -122,26 +125,52 @@ class MlpFunction(torch.autograd.Function):
 class FusedMlpFunction(torch.autograd.Function):
     """A network whose backward pass computes hidden activations again: it saves x, the parameters and a few outputs.
 
-    call: what computes it; plan: of the backward pass.
+    options: both activations, the call that computes it, the plan of the backward pass, the number of layers.
     """
 
     @staticmethod
-    def forward(ctx, x, hidden, output, call, plan, layers, *parameters):
-        ctx.hidden, ctx.output, ctx.plan, ctx.layers = hidden, output, plan, layers
+    def forward(ctx, x, options, *parameters):
+        _, _, call, _, layers = ctx.options = options
         y, saved = call(x, *split_parameters(parameters, layers))
         ctx.save_for_backward(x, *parameters, *saved)
         return y
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs, saved, wanted = _saved(ctx, 6)
+        hidden, output, _, plan, layers = ctx.options
+        # Read once: activation checkpointing gives the tensors away at the first reading.
+        needs, tensors = ctx.needs_input_grad, ctx.saved_tensors
+        # What is found here was kept without autocast, transforms and differentiable gradients, see `Calls`.
+        key, given = (id(plan), hidden, output, needs), (dy, *tensors)
+        if known := network_backwards.find(key, given):
+            return known(*given)
+        inputs, saved, wanted = _split(needs, tensors, 2)
+        autocast = torch.is_autocast_enabled(dy.device.type)
 
         def fused(x, weights, biases, needs_grad):
-            return ops.mlp_bwd(dy, x, saved, weights, biases, ctx.hidden, ctx.output, needs_grad, ctx.plan)
+            call = ops.mlp_bwd_call(dy, x, saved, weights, biases, hidden, output, needs_grad, plan)
+            if not autocast:  # with it, nothing that is kept would be found
+                network_backwards.keep(key, given, _of_node(call, len(inputs), layers), plan)
+            return call(dy, x, saved, weights, biases)
 
-        in_torch = partial(torch_network, hidden=ctx.hidden, output=ctx.output)
-        dx, *others = network_bwd(dy, inputs, ctx.layers, wanted, fused, in_torch)
-        return dx, *(None,) * 5, *others
+        in_torch = partial(torch_network, hidden=hidden, output=output)
+        dx, *others = network_bwd(dy, inputs, layers, wanted, fused, in_torch)
+        return dx, None, *others
+
+
+def _of_node(call, count: int, layers: int) -> Callable:
+    """What `ops.mlp_bwd_call` returns as a function (dy, *tensors) -> gradients of what `FusedMlpFunction` takes.
+
+    count: of inputs that want gradients or not, which come first among what was saved.
+    """
+    end = layers + 1
+
+    def backward(dy, *tensors):
+        biases = tensors[end:count] or None
+        dx, dweights, dbiases = call(dy, tensors[0], tensors[count:], tensors[1:end], biases)
+        return (dx, None, *dweights, *dbiases) if biases else (dx, None, *dweights)
+
+    return backward
 
 
 class MlpBceFunction(torch.autograd.Function):
@@ -158,7 +187,8 @@ class MlpBceFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs, (target, pos_weight, *saved), wanted = _saved(ctx, 8)
+        # Read once, as above.
+        inputs, (target, pos_weight, *saved), wanted = _split(ctx.needs_input_grad, ctx.saved_tensors, 8)
         head = (target, pos_weight, ctx.reduction)
 
         def fused(x, weights, biases, needs_grad):
@@ -197,10 +227,8 @@ def split_parameters(parameters: Sequence[Tensor], layers: int) -> tuple[Sequenc
     return parameters[:layers], parameters[layers:] or None
 
 
-def _saved(ctx, first: int):
+def _split(needs: tuple[bool, ...], tensors: tuple[Tensor, ...], first: int):
     """([x, *parameters], what was saved after them, which of them want gradients); first: the index of a parameter."""
-    # Both are read once: activation checkpointing gives the tensors away at the first reading.
-    needs, tensors = ctx.needs_input_grad, ctx.saved_tensors
     wanted = (needs[0], *needs[first:])
     return tensors[: len(wanted)], tensors[len(wanted) :], wanted
 

@@ -67,8 +67,8 @@ def mlp_act(
                 y = call(x, weights, biases)
             else:
                 apply = node(FusedMlpFunction)
-                call = lambda x, weights, biases: apply(x, *options, *weights, *(biases or ()))  # noqa: E731
-                y = FusedMlpFunction.apply(x, *options, *weights, *(biases or ()))
+                call = lambda x, weights, biases: apply(x, options, *weights, *(biases or ()))  # noqa: E731
+                y = FusedMlpFunction.apply(x, options, *weights, *(biases or ()))
             # Small ones go by the stream too, and those under autocast by its dtype, even where nothing was cast.
             if not product_dtype(tensors[0])[1] and not (impl is None and small.is_small(x, widths_of(weights))):
                 known.keep(key, tensors, call)

@@ -3,5 +3,6 @@
 from ..history import History
 from .run import fit
 from .sharded import fit_sharded
+from .validation import EarlyStopping
 
-__all__ = ["History", "fit", "fit_sharded"]
+__all__ = ["EarlyStopping", "History", "fit", "fit_sharded"]

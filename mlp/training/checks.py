@@ -6,7 +6,10 @@ from torch import Tensor, nn
 from ...kernels.records import TRAIN_IMPLS, TrainConfig
 from ..as_network import Network
 from ..ensemble import Ensemble
+from ..history import History
 from .criteria import has_class_ids
+from .jobs import Job
+from .pacing import logged_steps
 from .rates import check_rates
 
 
@@ -41,25 +44,82 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
         for p in group["params"]:
             if id(p) not in own:
                 raise ValueError(f"optimizer holds a parameter {tuple(p.shape)} that is none of the model's {len(own)}")
-    if isinstance(model, Ensemble):
-        _check_ensemble(model, x, y, has_class_ids(criterion, model, x, y))
-    elif not x.dim() or not y.dim() or x.shape[0] != y.shape[0]:
-        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
-    if 0 in x.shape[:1] or (isinstance(model, Ensemble) and not x.shape[-2]):
-        raise ValueError(f"x {tuple(x.shape)} holds no samples")
+    check_samples(model, criterion, x, y)
     if lr is not None:
         check_rates(lr, model, optimizer, steps)
 
 
-def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, classes: bool) -> None:
+def check_numbers(model: nn.Module, x: Tensor, y: Tensor, nan: str) -> None:
+    """Raises ValueError for NaN that all members share, unless it is to be propagated."""
+    if nan not in ("raise", "propagate"):
+        raise ValueError(f'nan must be "raise" or "propagate", not {nan!r}')
+    for name, tensor in (("x", x), ("y", y)) if nan == "raise" else ():
+        shared = not isinstance(model, Ensemble) or tensor.dim() < 3
+        if shared and tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_meta:
+            rows = tensor.detach().isnan().flatten(1).any(1) if tensor.dim() > 1 else tensor.detach().isnan()
+            if bool(rows.any()):
+                row = int(rows.nonzero()[0])
+                raise ValueError(f'{name} is NaN, first in row {row} of {len(rows)}; nan="propagate" trains on it')
+
+
+def check_resume(resume: object, job: Job, steps: int, batch_size: int | None, log_every: int) -> None:
+    if resume is None:
+        return
+    if not isinstance(resume, History):
+        raise TypeError(f"resume must be a History, not {type(resume).__name__}")
+    taken, members = resume.steps_taken, resume.loss.shape[1] if resume.loss.dim() > 1 else 1
+    if not {"samples", "batch_size"} <= resume.state.keys():
+        raise ValueError("resume has no state to go on from, as a History of fit_sharded's has none")
+    if taken > steps:
+        raise ValueError(f"resume has taken {taken} steps, more than steps={steps}")
+    for name, own, other in (
+        ("samples", job.samples, resume.state["samples"]),
+        ("batch_size", batch_size, resume.state["batch_size"]),
+        ("networks", job.columns, members),
+    ):
+        if own != other:
+            raise ValueError(f"resume is of a run with {name} {other}, not {own}")
+    if resume.steps != list(logged_steps(0, taken, log_every)):
+        raise ValueError(
+            f"resume logged {len(resume.steps)} losses in {taken} steps, which is not log_every={log_every}"
+        )
+
+
+def check_samples(model: nn.Module, criterion: object, x: Tensor, y: Tensor, whose: str = "") -> None:
+    classes = isinstance(model, Ensemble) and has_class_ids(criterion, model, x, y)
+    if isinstance(model, Ensemble):
+        _check_ensemble(model, x, y, classes, whose)
+    counts = [t.shape[-1 if t is y and classes else -2] if isinstance(model, Ensemble) else t.shape[:1] for t in (x, y)]
+    if counts[0] != counts[1] or not x.dim() or not y.dim():
+        raise ValueError(f"{whose}x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
+    if 0 in x.shape[:1] or (isinstance(model, Ensemble) and not x.shape[-2]):
+        raise ValueError(f"{whose}x {tuple(x.shape)} holds no samples")
+
+
+def check_weight(weight: Tensor | None, model: nn.Module, x: Tensor) -> None:
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"sample_weight must be a Tensor, not {type(weight).__name__}")
+    many = isinstance(model, Ensemble)
+    forms = [tuple(x.shape[-2:-1]), (len(model), x.shape[-2])] if many else [tuple(x.shape[:1])]
+    if tuple(weight.shape) not in forms:
+        raise ValueError(f"sample_weight {tuple(weight.shape)} is not {' or '.join(map(str, forms))}")
+    if not weight.is_floating_point():
+        raise TypeError(f"sample_weight must be a floating point tensor, not {weight.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"sample_weight is on {weight.device}, but x on {x.device}")
+    if not bool(((weight >= 0) & weight.isfinite()).all()):
+        raise ValueError(f"sample_weight must be finite and not negative, not in [{weight.min()}, {weight.max()}]")
+
+
+def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, classes: bool, whose: str) -> None:
     members = len(model)
     for name, tensor, width in (("x", x, model.sizes[0]), ("y", y, model.sizes[-1]))[: 2 - classes]:
         fits = tensor.dim() == 2 or (tensor.dim() == 3 and tensor.shape[0] == members)
         if not fits or tensor.shape[-1] != width:
             forms = f"(samples, {width}) nor ({members}, samples, {width})"
-            raise ValueError(f"{name} {tuple(tensor.shape)} is neither {forms}")
-    if x.shape[-2] != y.shape[-1 if classes else -2]:
-        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
+            raise ValueError(f"{whose}{name} {tuple(tensor.shape)} is neither {forms}")
 
 
 def check_data(network: Network, config: TrainConfig, x: Tensor, y: Tensor) -> None:

@@ -111,34 +111,68 @@ def probabilities(criterion: nn.CrossEntropyLoss, ids: Tensor, classes: int, dty
 
 
 def folded(
-    criterion: Any, config: TrainConfig, y: Tensor, ids: Tensor | None, batch_size: int | None
+    criterion: Any,
+    config: TrainConfig,
+    y: Tensor,
+    ids: Tensor | None,
+    sample_weight: Tensor | None,
+    batch_size: int | None,
 ) -> tuple[TrainConfig, Tensor, Means | None] | str:
     """The config, targets and means with all options of the criterion in them, or the reason why they cannot be.
 
-    y: (samples, O) or (E, samples, O), what `probabilities` makes of ids where there are any. batch_size: None for all.
+    y: (samples, O) or (E, samples, O), what `probabilities` makes of ids where there are any. sample_weight: (samples,)
+    or (E, samples). batch_size: None for all.
     """
     weights = _weights(criterion)
+    counts: Tensor | None = None  # what a sample counts in a mean, None: all alike
+    kept = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)  # and not ignored
     if config.loss != "cross_entropy":
-        return _weighted(config, y, weights, batch_size) if weights else (config, y, None)
-    weight, smoothing = weights.get("weight"), criterion.label_smoothing
-    if ids is None and criterion.ignore_index >= 0:
-        return "the criterion ignores a class of targets that are none"
-    # The cross entropy is linear in its targets.
-    y = y * (1 - smoothing) + smoothing / config.widths[-1] if smoothing else y
-    y = y if weight is None else y * weight
-    if ids is None:
+        weighted = _weighted(config, y, weights, batch_size) if weights else (config, y)
+        if isinstance(weighted, str):
+            return weighted
+        config, y = weighted
+    else:
+        weight, smoothing = weights.get("weight"), criterion.label_smoothing
+        if ids is None and criterion.ignore_index >= 0:
+            return "the criterion ignores a class of targets that are none"
+        # The cross entropy is linear in its targets.
+        y = y * (1 - smoothing) + smoothing / config.widths[-1] if smoothing else y
+        y = y if weight is None else y * weight
+        if ids is not None:
+            kept, known = _kept(criterion, ids)
+            y = y * kept[..., None] if smoothing else y
+            if weight is not None or not bool(kept.all()):
+                counts = kept.double() if weight is None else weight.double()[known] * kept
+    if sample_weight is not None:
+        config, y = _by_sample(config, y, sample_weight)
+        counts = sample_weight.double() * (1 if counts is None else counts)
+        kept = kept & (sample_weight != 0)
+    if config.reduction == "sum" or counts is None:
         return config, y, None
-    kept, known = _kept(criterion, ids)
-    y = y * kept[..., None] if smoothing else y
-    if config.reduction == "sum" or (weight is None and bool(kept.all())):
-        return config, y, None
-    counts = kept.double() if weight is None else weight.double()[known] * kept
+    counts = counts * (1 if config.loss == "cross_entropy" else config.widths[-1])
     if batch_size is not None:
-        means = Means(*(t if t.dim() == 2 else t[None] for t in (counts, kept)))
-        return replace(config, reduction="given"), y, means
+        return replace(config, reduction="given"), y, Means(torch.atleast_2d(counts), torch.atleast_2d(kept))
     if not bool(kept.any(-1).all()):
         return "all samples are ignored"
-    return replace(config, reduction="sum"), (y / counts.sum(-1)[..., None, None]).to(y.dtype), None
+    scale = 1 / counts.sum(-1)[..., None, None]
+    return replace(config, reduction="sum"), (y * _of_weights(config, scale)).to(y.dtype), None
+
+
+def _by_sample(config: TrainConfig, y: Tensor, sample_weight: Tensor) -> tuple[TrainConfig, Tensor]:
+    """The config and targets whose losses are multiplied by the weight of their sample."""
+    if config.loss != "cross_entropy" and not config.weighted:
+        config, y = replace(config, weighted=True), torch.cat([y, torch.ones_like(y)], -1)
+    return config, (y * _of_weights(config, sample_weight.double()[..., None])).to(y.dtype)
+
+
+def _of_weights(config: TrainConfig, factor: Tensor) -> Tensor:
+    """What multiplies columns of y so that each loss is multiplied by the factor, (.., samples or 1, 1)."""
+    if not config.weighted:
+        return factor
+    outputs = config.widths[-1]
+    return torch.cat(
+        [torch.ones_like(factor).expand(*factor.shape[:-1], outputs), factor.expand(*factor.shape[:-1], outputs)], -1
+    )
 
 
 def _weights(criterion: Any) -> dict[str, Tensor]:
@@ -154,7 +188,7 @@ def _kept(criterion: nn.CrossEntropyLoss, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _weighted(
     config: TrainConfig, y: Tensor, weights: dict[str, Tensor], batch_size: int | None
-) -> tuple[TrainConfig, Tensor, None] | str:
+) -> tuple[TrainConfig, Tensor] | str:
     """The targets, and behind them a weight for each."""
     for name, weight in weights.items():
         fits = zip(reversed(weight.shape), reversed(y.shape[-2:]), strict=False)
@@ -172,4 +206,4 @@ def _weighted(
         a, b = positive * target, 1 - target
         target = torch.where(a + b == 0, 0.0, a / (a + b))
         weight = weight * (a + b)
-    return replace(config, weighted=True), torch.cat([target, weight.expand_as(target)], -1).to(y.dtype), None
+    return replace(config, weighted=True), torch.cat([target, weight.expand_as(target)], -1).to(y.dtype)

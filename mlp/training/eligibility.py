@@ -13,11 +13,15 @@ from ..sequential import runs_only_forward
 from .checks import check_data
 from .criteria import folded, has_class_ids, loss_fields, probabilities
 from .jobs import FastJob
+from .members import own_numbers
 from .state import State
 
 
-def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl) -> FastJob | str:
-    """The loop without autograd, or the reason why there is none. Raises ValueError for data that do not fit it."""
+def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl, per_member, weight) -> FastJob | str:
+    """The loop without autograd, or the reason why there is none. Raises ValueError for data that do not fit it.
+
+    weight: of each sample, None for 1.
+    """
     network = _network(model)
     if isinstance(network, str):
         return network
@@ -47,7 +51,8 @@ def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl) -> 
         if isinstance(y, str):
             return y
     config = TrainConfig(network.widths, network.hidden, network.output, network.bias, **loss, **fields)
-    state = State.read(optimizer, network, config)
+    config, own = own_numbers(per_member, config)
+    state = State.read(optimizer, network, config, own)
     if isinstance(state, str):
         return state
     check_data(network, config, x, y)
@@ -55,7 +60,7 @@ def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl) -> 
         return f"y is {y.dtype}, the parameters {p.dtype}"
     if not all(lie_apart(t, p) for t in (x, y) for p in network.parameters):
         return "x or y shares memory with a parameter"
-    goal = folded(criterion, config, y, ids, batch_size)
+    goal = folded(criterion, config, y, ids, weight, batch_size)
     if isinstance(goal, str):
         return goal
     config, y, means = goal
@@ -78,7 +83,7 @@ def _network(model: nn.Module) -> Network | str:
 def _optimizer_fields(optimizer: torch.optim.Optimizer, network: Network) -> tuple[dict[str, Any], float] | str:
     """(fields of TrainConfig, learning rate), or the reason why the optimizer's steps cannot be written out."""
     kind = type(optimizer)
-    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop):
         return f"the optimizer is a {kind.__name__}"
     if len(optimizer.param_groups) != 1:
         return f"the optimizer has {len(optimizer.param_groups)} parameter groups"
@@ -91,13 +96,16 @@ def _optimizer_fields(optimizer: torch.optim.Optimizer, network: Network) -> tup
     # A learning rate scheduler replaces `step` too, by one that only counts its calls.
     if "step" in optimizer.__dict__ and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         return "the optimizer has a step of its own"
-    for flag in ("amsgrad", "maximize", "differentiable", "capturable"):
+    for flag in ("amsgrad", "centered", "maximize", "differentiable", "capturable"):
         if group.get(flag):
             return f"the optimizer has {flag}=True"
     rate = group["lr"].item() if isinstance(group["lr"], Tensor) else float(group["lr"])
     if kind is torch.optim.SGD:
         numbers = {name: group[name] for name in ("momentum", "dampening", "weight_decay")}
         fields = {"optimizer": "sgd", "nesterov": bool(group["nesterov"])}
+    elif kind is torch.optim.RMSprop:
+        numbers = {"beta2": group["alpha"], **{name: group[name] for name in ("eps", "momentum", "weight_decay")}}
+        fields = {"optimizer": "rmsprop"}
     else:
         numbers = dict(zip(("beta1", "beta2"), group["betas"], strict=True))
         numbers |= {"eps": group["eps"], "weight_decay": group["weight_decay"]}

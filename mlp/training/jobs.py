@@ -11,9 +11,10 @@ from ...kernels.records import TrainConfig, TrainPlan
 from ..as_network import Network
 from ..ensemble import Ensemble
 from .criteria import Means, has_own_targets
+from .measures import losses_of
 from .pacing import SampleOrder, logged_steps, runs_apart, synchronize
-from .rates import Schedule, own_rates_kept
-from .state import State
+from .rates import Schedule, Scheduled, own_rates_kept
+from .state import State, write_members
 
 
 class FastJob:
@@ -36,57 +37,90 @@ class FastJob:
         loop asked for cannot run."""
         self.network, self.config, self.state, self.x, self.y, self.lr = network, config, state, x, y, lr
         self.means, self.columns, self.samples, self.impl = means, network.members or 1, x.shape[-2], impl
-        self.loop: Any = None
-        p = network.parameters[0]
-        self.plan = train.plan_train(self.columns, self.samples, batch_size, config, p.dtype, p.device, impl, steps)
-        self.path = self.plan.impl
+        self.batch_size, self.setup_seconds = batch_size, 0.0
+        self.taken = 0  # steps of the run
+        self.rows: list[Tensor] = []  # (n, members) each, of their losses
+        self.done = torch.zeros(self.columns, dtype=torch.bool, device="cpu")
+        self.members: Tensor | None = None  # that train; None: all
+        self._choose(self.columns, steps)
 
-    @property
-    def setup_seconds(self) -> float:
-        return getattr(self.loop, "setup_seconds", 0.0)
+    def freeze(self, done: Tensor) -> None:
+        """Trains on without the members that are done, (E,)."""
+        if not torch.equal(done, self.done):
+            self.done, self.members = done, done.logical_not().nonzero().squeeze(1).to(self.x.device)
+            # What would be chosen now may depend on what else this process has run, but results must not.
+            self.impl = self.path
+            self._choose(len(self.members), None)
+
+    def _choose(self, networks: int, steps: int | None) -> None:
+        p, self.loop = self.network.parameters[0], None
+        data = (networks, self.samples, self.batch_size)
+        self.plan = train.plan_train(*data, self.config, p.dtype, p.device, self.impl, steps)
+        self.path, self.reason = self.plan.impl, self.plan.reason
+
+    def _own(self, t: Tensor, dimension: int = 0) -> Tensor:
+        """Of the members that train, from what each member has."""
+        return t if self.members is None else t.index_select(dimension, self.members)
+
+    def _of_members(self, rows: Tensor) -> Tensor:
+        """Of (steps, 1 or E) as much as holds for the members that train."""
+        return self._own(rows, 1) if rows.shape[1] > 1 else rows
 
     def _set_up(self, batch: int) -> Any:
         self.parameters, self.first, self.second = map(self._copies, (self.network.parameters, *self.state.tensors()))
         # A view like z.conj().imag keeps the negative of its values in memory, which is what a kernel reads.
-        x, y = (t.resolve_neg().contiguous() for t in (self.x, self.y))
-        lr = None if isinstance(self.lr, Schedule) else self.lr.resolve_neg().contiguous()
-        x, y = (t if t.dim() == 3 else t[None] for t in (x, y))
+        x, y = (self._own(t) if t.dim() == 3 else t[None] for t in (self.x, self.y))
+        x, y = (t.resolve_neg().contiguous() for t in (x, y))
+        lr = None if isinstance(self.lr, Schedule) else self._own(self.lr).resolve_neg().contiguous()
+        own = self.state.own if self.members is None else self.state.own.part(self.members.cpu())
         arguments = (self.config, self.parameters, self.first, self.second, lr, x, y, batch, self.state.taken)
         try:
-            return train.training_loop(self.plan)(*arguments, self.plan)
+            loop: Any = train.training_loop(self.plan)(*arguments, self.plan, own)
         except ImportError as error:  # of numba
             if self.impl is not None:
                 raise NotImplementedError(f"impl={self.impl!r}: {error}") from error
             self.plan = TrainPlan("torch", str(error))
-            self.path = self.plan.impl
-            return train.training_loop(self.plan)(*arguments, self.plan)
+            self.path, self.reason = self.plan.impl, self.plan.reason
+            loop = train.training_loop(self.plan)(*arguments, self.plan, own)
+        self.setup_seconds += getattr(loop, "setup_seconds", 0.0)
+        return loop
 
     def _copies(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        copies = (t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
+        copies = (self._own(t.detach()).clone(memory_format=torch.contiguous_format) for t in tensors)
         return tuple(copy if self.network.members else copy[None] for copy in copies)
 
-    def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> Tensor:
+    def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> None:
+        """Takes that many steps, or, where it raises anything, none."""
         p = self.network.parameters[0]
         if self.loop is None:
             self.loop = self._set_up(self.samples if order is None else order.batch)
-        logged = logged_steps(start, steps, log_every)
-        losses = p.new_empty(len(logged), self.columns)
+        logged, schedule = logged_steps(start, steps, log_every), self.lr if isinstance(self.lr, Schedule) else None
+        losses = p.new_empty(len(logged), len(self.parameters[0]))
         rows = None if order is None else order.rows(start, steps).to(p.device)
-        rates = self.lr.rows(start, steps).resolve_neg().to(p) if isinstance(self.lr, Schedule) else None
         factors = void = None
         if self.means is not None and order is not None and rows is not None:
-            factors, void = self.means.of(order, rows, start, steps)
-        self.loop.run(rows, start, steps, log_every, losses, rates, None if factors is None else factors.to(p))
-        if void is not None and logged:
-            losses.masked_fill_(void[logged.start - start :: log_every], torch.nan)
-        if order is not None and runs_apart(p.device):
-            order.draw_ahead(steps)
-        synchronize(p.device)
+            factors, void = (self._of_members(t) for t in self.means.of(order, rows, start, steps))
+            factors = factors.to(p)
+        rates = None if schedule is None else self._of_members(schedule.rows(start, steps).resolve_neg().to(p))
+        try:
+            self.loop.run(rows, start, steps, log_every, losses, rates, factors)
+            if order is not None and runs_apart(p.device):
+                order.draw_ahead(steps)
+            synchronize(p.device)
+            if void is not None and logged:
+                losses.masked_fill_(void[logged.start - start :: log_every], torch.nan)
+            losses = losses.cpu()
+        except BaseException:
+            if schedule is not None:
+                schedule.undo()
+            raise
         with torch.no_grad():
             for own, copy in zip(self.network.parameters, self.parameters, strict=True):
-                own.copy_(copy.view(own.shape))
-            self.state.write(steps, self.first, self.second)
-        return losses
+                write_members(own, copy, self.members)
+            self.state.write(steps, self.first, self.second, self.members)
+        self.taken = start + steps
+        self.rows.append(torch.full((len(losses), self.columns), torch.nan, dtype=losses.dtype, device="cpu"))
+        write_members(self.rows[-1].t(), losses.t(), self.members)
 
 
 class GeneralJob:
@@ -95,25 +129,39 @@ class GeneralJob:
     path = "general"
     setup_seconds = 0.0
 
-    def __init__(self, model: nn.Module, x, y, criterion, optimizer, schedule: Schedule | None) -> None:
+    def __init__(self, model: nn.Module, x, y, criterion, optimizer, schedule: Schedule | None, reason: str) -> None:
         self.model, self.x, self.y, self.criterion, self.optimizer = model, x, y, criterion, optimizer
-        self.schedule = schedule
+        self.schedule, self.reason = schedule, reason
+        self.taken = 0
+        self.rows: list[Tensor] = []
+        self.frozen: list[tuple[Tensor, Tensor]] = []  # what members that are done have, and copies of it
+        self.done = torch.zeros(len(model) if isinstance(model, Ensemble) else 1, dtype=torch.bool, device=x.device)
         many = isinstance(model, Ensemble)
         self.columns, self.samples = (len(model), x.shape[-2]) if many else (1, x.shape[0])
         self.own_x, self.own_y = many and x.dim() == 3, many and has_own_targets(criterion, model, x, y)
 
-    def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> Tensor:
-        if self.schedule is None:
-            return self._run(start, steps, order, log_every, [None] * steps)
+    def freeze(self, done: Tensor) -> None:
+        """Trains on, but gives the members that are done, (E,), back what they have now."""
+        if torch.equal(done.to(self.done.device), self.done):
+            return
+        self.done = done.to(self.done.device)
+        states = [t for entry in self.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
+        stacked = [t for t in (*self.model.parameters(), *states) if t.dim() and len(t) == self.columns]
+        self.frozen = [(t, t.detach().clone()) for t in stacked]
+
+    def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> None:
+        """Takes that many steps, or, where it raises anything, those that it counts."""
+        if self.schedule is None or isinstance(self.schedule, Scheduled):
+            self._run(start, steps, order, log_every, [None] * steps)
+            return
         rows = self.schedule.rows(start, steps)
         if rows.shape[1] > 1:
             raise NotImplementedError("lr of each member needs a loop without autograd")
         with own_rates_kept(self.optimizer):
-            return self._run(start, steps, order, log_every, rows[:, 0].tolist())
+            self._run(start, steps, order, log_every, rows[:, 0].tolist())
 
-    def _run(self, start: int, steps: int, order, log_every: int, rates: Sequence[float | None]) -> Tensor:
+    def _run(self, start: int, steps: int, order, log_every: int, rates: Sequence[float | None]) -> None:
         batches = None if order is None else order.batches(start, steps)
-        losses = []
         for step, rate in zip(range(start, start + steps), rates, strict=True):
             indices = None if batches is None else next(batches)
             x, y = self.x, self.y
@@ -127,7 +175,7 @@ class GeneralJob:
             def closure(x=x, y=y):
                 nonlocal logged
                 self.optimizer.zero_grad()
-                values = self._losses(x, y)
+                values = losses_of(self.model, self.criterion, self.model(x), y, self.own_y)
                 logged = values.detach() if logged is None else logged
                 loss = values.sum()
                 loss.backward()
@@ -139,26 +187,15 @@ class GeneralJob:
                 else:
                     closure()
                     self.optimizer.step()
+            if isinstance(self.schedule, Scheduled) and (step + 1) % self.schedule.every == 0:
+                self.schedule.scheduler.step()
+            with torch.no_grad():
+                for own, kept in self.frozen:
+                    own[self.done] = kept[self.done]
+            self.taken = step + 1
             if log_every and step % log_every == 0 and logged is not None:
-                losses.append(logged)
+                self.rows.append(logged.masked_fill(self.done, torch.nan)[None])
         synchronize(self.x.device)
-        return torch.stack(losses) if losses else torch.empty(0, self.columns, device="cpu")
-
-    def _losses(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss of each network, (1,) or, of an Ensemble, (E,)."""
-        output = self.model(x)
-        if not isinstance(self.model, Ensemble):
-            return self._loss(output, y).reshape(1)
-        targets = y if self.own_y else y.expand(len(output), *y.shape)
-        return torch.stack([self._loss(p, t).reshape(()) for p, t in zip(output, targets, strict=True)])
-
-    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
-        loss = self.criterion(output, target)
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"criterion must return a tensor with one number, not a {type(loss).__name__}")
-        if loss.numel() != 1:
-            raise ValueError(f"criterion must return a tensor with one number, not one of shape {tuple(loss.shape)}")
-        return loss
 
 
 Job = FastJob | GeneralJob

@@ -4,7 +4,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ CHUNK_SECONDS = 0.2  # of training, after which progress is shown and an interru
 PATIENCE_SECONDS = 2.0  # of training, after which a terminal shows a bar even without progress=True
 
 
-def chunks(steps: int) -> Iterator[tuple[int, int]]:
-    """(first step, number of steps) of chunks that take about CHUNK_SECONDS, going by the time the last one took."""
-    start, count = 0, 1
+def chunks(start: int, steps: int, every: int = 0) -> Iterator[tuple[int, int]]:
+    """(first step, number of steps) of chunks that take about CHUNK_SECONDS, going by the time the last one took.
+
+    every: after each so many steps a chunk ends; 0: wherever it likes.
+    """
+    count = 1
     while start < steps:
-        count = min(count, steps - start)
+        count = min(count, steps - start, every - start % every if every else steps)
         began = time.perf_counter()
         yield start, count
         start += count
@@ -48,14 +52,39 @@ class SampleOrder:
     Once it is closed, the generator is as after the draws for the epochs that were asked for.
     """
 
-    def __init__(self, samples: int, batch_size: int, steps: int, generator: torch.Generator | None) -> None:
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        steps: int,
+        generator: torch.Generator | None,
+        taken: int = 0,
+        states: Sequence[Tensor] = (),
+    ) -> None:
+        """taken, states: steps of the run that were taken before, and what `states` was then."""
         self.samples, self.batch, self.generator = samples, min(batch_size, samples), generator
         self.per_epoch = -(-samples // self.batch)
         self.epochs = -(-steps // self.per_epoch)
-        self.epoch = -1  # of self.row, the last one asked for
+        self.epoch = self._epoch_after(taken)  # of self.row, the last one asked for
         self.row: Tensor
         self.ahead = torch.empty(0, samples, dtype=torch.int32, device="cpu")  # of the epochs after that
-        self.mark: tuple[Tensor, int]  # the generator's state and self.epoch before they were drawn
+        # States of the generator, each with the last epoch that was drawn by then: from these all others follow.
+        self.marks: deque[tuple[int, Tensor]] = deque(maxlen=3)
+        if states:
+            self._random.set_state(states[0])
+            self._mark(self.epoch - 1)
+            if taken % self.per_epoch:
+                self.row = self.ahead.new_empty(samples)
+                self._draw((self.row,))
+            self._random.set_state(states[1])
+        self._mark(self.epoch)
+
+    def states(self, taken: int) -> tuple[Tensor, Tensor]:
+        """The generator's states after `taken` steps: before the order of their epoch was drawn, and then."""
+        epoch = self._epoch_after(taken)
+        settled = epoch == self.epoch and not len(self.ahead)
+        now = self._random.get_state() if settled else self._state_after(epoch)
+        return self._state_after(epoch - 1) if epoch >= 0 else now, now
 
     def rows(self, start: int, steps: int) -> Tensor:
         """(epochs, samples), int32: the order of the samples in each epoch that these steps touch."""
@@ -67,6 +96,8 @@ class SampleOrder:
         drawn = self.ahead[: len(rows) - known]
         self.ahead = self.ahead[len(drawn) :]
         rows[known : known + len(drawn)] = drawn
+        if known + len(drawn) < len(rows):
+            self._mark(first + known + len(drawn) - 1)
         self._draw(rows[known + len(drawn) :])
         self.row, self.epoch = rows[-1], last
         return rows
@@ -76,6 +107,7 @@ class SampleOrder:
             # One step at a time: a model that draws random numbers too must find the generator in the same state
             # whatever the size of a chunk.
             if step // self.per_epoch != self.epoch:
+                self._mark(self.epoch)
                 self.row, self.epoch = self.ahead.new_empty(self.samples), step // self.per_epoch
                 self._draw((self.row,))
             begin = step % self.per_epoch * self.batch
@@ -85,16 +117,29 @@ class SampleOrder:
         """Draws what that many more steps will ask for, if nothing else draws from the generator until they do."""
         count = min(-(-steps // self.per_epoch), self.epochs - 1 - self.epoch)
         if count > 0 and not len(self.ahead):
-            self.mark = self._random.get_state(), self.epoch
+            self._mark(self.epoch)
             self.ahead = self.ahead.new_empty(count, self.samples)
             self._draw(self.ahead)
 
     def close(self) -> None:
         if len(self.ahead):
-            state, epoch = self.mark
-            self._random.set_state(state)
-            self._draw(self.ahead.new_empty(self.epoch - epoch, self.samples))
+            self._random.set_state(self._state_after(self.epoch))
             self.ahead = self.ahead[:0]
+
+    def _epoch_after(self, taken: int) -> int:
+        """The epoch of the last of so many steps, -1 before the first."""
+        return (taken - 1) // self.per_epoch
+
+    def _mark(self, epoch: int) -> None:
+        self.marks.append((epoch, self._random.get_state()))
+
+    def _state_after(self, epoch: int) -> Tensor:
+        """The generator's state when the order of that epoch had been drawn, by drawing again what lies between."""
+        mark, state = next(mark for mark in reversed(self.marks) if mark[0] <= epoch)
+        again = torch.Generator().set_state(state)
+        for _ in range(epoch - mark):
+            torch.randperm(self.samples, generator=again, device="cpu", dtype=self.ahead.dtype)
+        return again.get_state()
 
     @property
     def _random(self) -> torch.Generator:

@@ -1,11 +1,13 @@
 """The learning rates that `fit` is given in the place of the optimizer's own."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..ensemble import Ensemble
 
@@ -18,6 +20,9 @@ class Schedule:
     def __init__(self, given: Rates, members: int) -> None:
         """given: (steps, 1), (steps, members) or a function of the step."""
         self.given, self.members = given, members
+
+    def undo(self) -> None:
+        """Takes back what `rows` has changed last, for steps that were not taken."""
 
     @property
     def of_each_member(self) -> bool:
@@ -52,6 +57,41 @@ class Schedule:
         return value.detach().to(device, torch.float64).view(-1)
 
 
+class Scheduled(Schedule):
+    """The rates that a scheduler of torch will have given the steps, which it has taken itself by then."""
+
+    def __init__(self, scheduler: LRScheduler, every: int) -> None:
+        """every: after each so many steps the scheduler takes one."""
+        super().__init__(lambda step: 0.0, 1)
+        self.scheduler, self.every = scheduler, every
+
+    def rows(self, start: int, steps: int) -> Tensor:
+        optimizer = self.scheduler.optimizer
+        self.before = copy.deepcopy(self.scheduler.state_dict()), [group["lr"] for group in optimizer.param_groups]
+        (group,) = optimizer.param_groups
+        rates = []
+        # The scheduler's first step warns where the optimizer has taken none, which it will have done in a moment.
+        optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
+        for step in range(start + 1, start + steps + 1):
+            rates.append(float(group["lr"]))
+            if step % self.every == 0:
+                self.scheduler.step()
+        return torch.tensor(rates, dtype=torch.float64, device="cpu")[:, None]
+
+    def undo(self) -> None:
+        state, rates = self.before
+        self.scheduler.load_state_dict(state)
+        for group, rate in zip(self.scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def momentum_cycles(scheduler: LRScheduler) -> bool:
+    """Whether it changes more than rates, or is not one of torch's, of which that is known."""
+    parts = getattr(scheduler, "_schedulers", [])
+    foreign = type(scheduler).__module__ != LRScheduler.__module__
+    return foreign or bool(getattr(scheduler, "cycle_momentum", False)) or any(map(momentum_cycles, parts))
+
+
 def schedule_of(lr: Rates | None, model: nn.Module) -> Schedule | None:
     if lr is None or (isinstance(lr, Tensor) and lr.dim() == 1):
         return None
@@ -75,6 +115,18 @@ def check_rates(lr: object, model: nn.Module, optimizer: torch.optim.Optimizer, 
         raise TypeError(f"lr must be a floating point tensor, not {lr.dtype}")
     if not bool((lr >= 0).all()):
         raise ValueError(f"lr must not be negative, but its least is {lr.min().item()}")
+
+
+def check_scheduler(scheduler: object, interval: str, optimizer: torch.optim.Optimizer, lr: object) -> None:
+    if lr is not None:
+        raise ValueError("lr and scheduler both say what the rate of a step is: give one of them")
+    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        kind = type(scheduler).__name__
+        raise TypeError(f"scheduler must be an LRScheduler that steps without looking at a loss, not a {kind}")
+    if scheduler.optimizer is not optimizer:
+        raise ValueError(f"scheduler is not this {type(optimizer).__name__}'s, but another optimizer's")
+    if interval not in ("epoch", "step"):
+        raise ValueError(f'scheduler_interval must be "epoch" or "step", not {interval!r}')
 
 
 def share_of(lr: Rates | None, members: slice, count: int) -> Rates | None:

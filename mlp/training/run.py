@@ -1,18 +1,23 @@
 """Whole training loops in one call."""
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..ensemble import Ensemble
 from ..history import History
-from .checks import check_arguments
+from .checks import check_arguments, check_numbers, check_resume, check_weight
 from .eligibility import fast_job
 from .jobs import GeneralJob, Job
+from .measures import Measure
+from .members import PerMember, check_members
 from .pacing import Bar, Interrupts, SampleOrder, chunks, logged_steps
-from .rates import Rates, schedule_of
+from .rates import Rates, Scheduled, check_scheduler, momentum_cycles, schedule_of
+from .validation import EarlyStopping, Watch, check_watch
 
 
 def fit(
@@ -26,7 +31,18 @@ def fit(
     batch_size: int | None = None,
     log_every: int = 0,
     lr: Rates | None = None,
+    scheduler: LRScheduler | None = None,
+    scheduler_interval: str = "epoch",
+    per_member: PerMember | None = None,
+    sample_weight: Tensor | None = None,
     generator: torch.Generator | None = None,
+    validation: tuple[Tensor, Tensor] | None = None,
+    evaluate_every: int | None = None,
+    metrics: Sequence[str | Measure] = (),
+    stop: EarlyStopping | None = None,
+    checkpoint: Callable[[History], object] | None = None,
+    resume: History | None = None,
+    nan: str = "raise",
     progress: bool = False,
     impl: str | None = None,
 ) -> History:
@@ -41,16 +57,17 @@ def fit(
     is a terminal and tqdm is installed.
 
     An `MLP`, an `Ensemble` or an `nn.Sequential` of linear layers and activations in float32 or float64, under SGD,
-    Adam or AdamW with one group of all its parameters, with BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, MSELoss,
-    L1Loss, SmoothL1Loss or HuberLoss, trains without autograd: by kernels that hold the whole network, or in a loop
-    written out. Everything else (other modules, criteria and optimizers, a criterion's weights that tell the places of
-    a minibatch apart, amsgrad, maximize, parameters that are frozen, tied or share memory, hooks, autocast, other
-    dtypes) trains in an ordinary loop. With BCELoss the gradient at the logit is p - t; torch's differs from it only
-    where p (1 - p) < 1e-12. `criterion` is called as criterion(model(x), y).
+    Adam, AdamW or RMSprop with one group of all its parameters, with BCELoss, BCEWithLogitsLoss, CrossEntropyLoss,
+    MSELoss, L1Loss, SmoothL1Loss or HuberLoss, trains without autograd: by kernels that hold the whole network, or in a
+    loop written out. Everything else (other modules, criteria and optimizers, a criterion's weights that tell the
+    places of a minibatch apart, amsgrad, centered, maximize, parameters that are frozen, tied or share memory, hooks,
+    autocast, other dtypes) trains in an ordinary loop; `History.reason` says why, and an Ensemble warns of it. With
+    BCELoss the gradient at the logit is p - t; torch's differs from it only where p (1 - p) < 1e-12. `criterion` is
+    called as criterion(model(x), y).
 
     An Ensemble's members see the same samples, x (samples, I) and y (samples, O), or each its own, (E, samples, I)
     and (E, samples, O), in the same order. Class ids, which are integers, are (samples,) or (E, samples). The criterion
-    applies to each member, and the losses are summed.
+    applies to each member, and the losses are summed. A member that has become NaN leaves the others alone.
 
     lr: in place of the optimizer's own rate, which stays as it is. (E,), for an Ensemble, is a rate for each member. A
     schedule is (steps, 1), for an Ensemble also (steps, E), or a function of the step, an int counted from 0 in this
@@ -58,58 +75,137 @@ def fit(
     is called once for each step, in order, a chunk of steps ahead. Each step is that of a loop which sets "lr" of all
     parameter groups before it.
 
+    scheduler: one of the optimizer's, in place of lr, which takes a step after each epoch or, with scheduler_interval
+    "step", after each step. Those that watch a loss, as ReduceLROnPlateau does, are refused.
+
+    validation: other samples and their targets, (x, y), on which the model, in evaluation mode, is evaluated after each
+    evaluate_every steps and after the last; None for each epoch or, without batches, the last step alone.
+    `History.validation` has the criterion's value as "loss", and the metrics: "accuracy", and functions of (output,
+    target) of one network by their names, which return a tensor with one number. stop: an `EarlyStopping`.
+
+    checkpoint: is called after each chunk with the History so far, when model and optimizer are what it says. resume: a
+    History of the same call that was interrupted, with model, optimizer and scheduler as they were then: the run goes
+    on inside its epoch, and ends to the bit as one that was not interrupted. The generator is set to what it was.
+
+    nan: "raise" refuses samples and targets that are NaN and that all members share; "propagate" trains on them. A
+    member's own make that member NaN.
+    per_member: for an Ensemble, numbers of each member in the place of the optimizer's own, which stay as they are, by
+    their names in its parameter groups: "weight_decay": (E,); "momentum": (E,); "betas": a pair of (E,) or floats; all
+    in any floating point dtype. Each member trains as under an optimizer of its own with its numbers. A member whose
+    momentum is 0 has no momentum buffer: its part of the stacked one stays as it is, zeros at first.
+
+    sample_weight: (samples,), or (E, samples) of members; the loss of each sample is multiplied by its own, and a mean
+    divides by their sum over the batch, times what the criterion's own weights give.
+
     impl: None chooses; "lane", "block", "graph", "native" and "torch" are obeyed, or refused with NotImplementedError
     and the reason. `History.path` says what ran. Of "native", loops that numba compiles for a CPU, None has only what
     is fast enough to make up for their start, which `History.setup_seconds` tells; once they are there, short runs take
     them too.
 
     Steps run in chunks of about 0.2 s, whose size does not change the result. KeyboardInterrupt leaves model and
-    optimizer at the end of a chunk. The gradients of all parameters are None afterwards. x and y are not written to.
+    optimizer at the end of a chunk, and has the History so far as its `history`. The gradients of all parameters are
+    None afterwards. x and y are not written to.
 
     Raises TypeError and ValueError for arguments that do not fit, which leaves the model as it was, TypeError too for
     a criterion that returns no tensor.
     """
     began = time.perf_counter()
-    job = prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
-    order = None if batch_size is None else SampleOrder(job.samples, batch_size, steps, generator)
+    check_watch(model, criterion, validation, evaluate_every, metrics, stop, log_every)
+    own = (lr, scheduler, scheduler_interval, per_member, sample_weight)
+    if isinstance(resume, History) and resume.path != "general" and impl is None:
+        impl = resume.path  # one that rounds otherwise may be faster by now
+    job = prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, own, generator, nan, impl)
+    check_resume(resume, job, steps, batch_size, log_every)
+    if isinstance(model, Ensemble) and isinstance(job, GeneralJob):
+        warnings.warn(f"an ordinary loop trains this Ensemble, one operation at a time: {job.reason}", stacklevel=2)
+    order, first = None, 0 if resume is None else resume.steps_taken
+    if batch_size is not None:
+        order = SampleOrder(job.samples, batch_size, steps, generator, first, resume.state["order"] if resume else ())
+    watched = validation is not None or stop is not None
+    watch = Watch(model, criterion, validation, metrics, stop, resume) if watched else None
+    every = 0 if watch is None else evaluate_every or (steps if order is None else order.per_epoch)
+    if resume is not None:
+        job.taken, job.rows = first, [resume.loss.view(-1, job.columns)]
     bar = Bar(steps, progress, began)
-    rows: list[Tensor] = []
+
+    def row(values: Tensor) -> Tensor:
+        return values if isinstance(model, Ensemble) else values.squeeze(-1)
+
+    def history() -> History:
+        # With no step logged, the loss has no rows, but the dtype that they would have had.
+        rows = [block.cpu() for block in job.rows if len(block)]
+        rows = rows or [torch.empty(0, job.columns, device="cpu", dtype=next(model.parameters(), x).dtype)]
+        state = {} if watch is None else watch.state()
+        state |= {"samples": job.samples, "batch_size": batch_size}
+        return History(
+            list(logged_steps(0, job.taken, log_every)),
+            row(torch.cat(rows)),
+            time.perf_counter() - began + (0.0 if resume is None else resume.seconds),
+            job.path,
+            job.setup_seconds,
+            job.reason,
+            job.taken,
+            **({} if watch is None else watch.columns(row)),
+            state=state if order is None else state | {"order": order.states(job.taken)},
+        )
+
     try:
         # A state made in inference mode could not be updated by the caller's ordinary steps.
         with Interrupts() as interrupts, torch.inference_mode(False):
-            for start, count in chunks(steps):
-                rows.append(job.run(start, count, order, log_every).cpu())
+            for start, count in chunks(first, steps, every):
+                if watch is not None and watch.done.all():
+                    break
+                if watch is not None and watch.done.any():
+                    job.freeze(watch.done)
+                job.run(start, count, order, log_every)
+                if watch is not None and (job.taken == steps or job.taken % every == 0):
+                    watch.evaluate(job.taken, job.rows, log_every)
+                if checkpoint is not None:
+                    checkpoint(history())
                 bar.show(start + count)
                 interrupts.raise_pending()
+            if watch is not None:
+                watch.finish()
+    except KeyboardInterrupt as interrupt:
+        interrupt.history = history()  # pyright: ignore[reportAttributeAccessIssue]
+        raise
     finally:
         bar.close()
         if order is not None:
             order.close()
         for p in model.parameters():
             p.grad = None
-    # With no step logged, the loss has no rows, but the dtype that they would have had.
-    rows = [row for row in rows if len(row)]
-    rows = rows or [torch.empty(0, job.columns, device="cpu", dtype=next(model.parameters(), x).dtype)]
-    loss = torch.cat(rows)
-    return History(
-        list(logged_steps(0, steps, log_every)),
-        loss if isinstance(model, Ensemble) else loss.squeeze(1),
-        time.perf_counter() - began,
-        job.path,
-        job.setup_seconds,
-    )
+    return history()
 
 
-def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl) -> Job:
-    """The job that will train, of which nothing is computed or copied yet. Raises all that `fit` refuses."""
+def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, own, generator, nan, impl) -> Job:
+    """The job that will train, of which nothing is computed or copied yet. Raises all that `fit` refuses.
+
+    own: `fit`'s lr, scheduler, scheduler_interval, per_member and sample_weight.
+    """
+    lr, scheduler, interval, per_member, weight = own
     check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
-    x, y = x.detach(), y.detach()
+    check_members(per_member, model, optimizer)
+    check_weight(weight, model, x)
+    samples = x.shape[-2] if isinstance(model, Ensemble) else x.shape[0]
     schedule = schedule_of(lr, model)
-    job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr if schedule is None else schedule, impl)
+    if scheduler is not None:
+        check_scheduler(scheduler, interval, optimizer, lr)
+        schedule = Scheduled(scheduler, -(-samples // (batch_size or samples)) if interval == "epoch" else 1)
+    x, y = x.detach(), y.detach()
+    if scheduler is not None and momentum_cycles(scheduler):
+        job = f"a {type(scheduler).__name__} may change more than rates"
+    else:
+        rates = lr if schedule is None else schedule
+        job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, rates, impl, per_member, weight)
     if isinstance(job, str):
         if impl is not None:
             raise NotImplementedError(f"impl={impl!r}: {job}")
         if (lr is not None and schedule is None) or (schedule is not None and schedule.of_each_member):
             raise NotImplementedError(f"lr of each member needs a loop without autograd: {job}")
-        return GeneralJob(model, x, y, criterion, optimizer, schedule)
+        for name, given in (("per_member", per_member), ("sample_weight", weight)):
+            if given is not None and (name != "per_member" or given):
+                raise NotImplementedError(f"{name} needs a loop without autograd: {job}")
+        job = GeneralJob(model, x, y, criterion, optimizer, schedule, job)
+    check_numbers(model, x, y, nan)
     return job

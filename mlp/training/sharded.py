@@ -1,9 +1,11 @@
 """A sweep over ranks: each trains its share of the members."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,15 +14,13 @@ from torch import Tensor, nn
 from ..ensemble import Ensemble
 from ..history import History
 from .criteria import has_own_targets
-from .pacing import logged_steps
+from .measures import Measure
+from .members import PerMember, numbers_of
 from .rates import Rates, share_of
 from .run import fit, prepare
+from .validation import EarlyStopping, check_watch
 
 __all__ = ["fit_sharded"]
-
-FAILED = -1
-# Ranks tell each other the dtype of their losses by its index in here.
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def fit_sharded(
@@ -34,9 +34,19 @@ def fit_sharded(
     batch_size: int | None = None,
     log_every: int = 0,
     lr: Rates | None = None,
+    per_member: PerMember | None = None,
+    sample_weight: Tensor | None = None,
     generator: torch.Generator | None = None,
+    validation: tuple[Tensor, Tensor] | None = None,
+    evaluate_every: int | None = None,
+    metrics: Sequence[str | Measure] = (),
+    stop: EarlyStopping | None = None,
+    checkpoint: Callable[[History], object] | None = None,
+    resume: History | None = None,
+    nan: str = "raise",
     progress: bool = False,
     impl: str | None = None,
+    keep_state: bool = False,
     group: "dist.ProcessGroup | None" = None,
 ) -> History:
     """`fit` of an Ensemble by all processes of a group, each training its share of the members.
@@ -45,10 +55,15 @@ def fit_sharded(
     all end with the whole trained ensemble and the whole history, as one process would. That one process trains all
     members where torch.distributed is not initialized.
 
-    optimizer: makes the optimizer of a share from its parameters, as in `lambda p: torch.optim.SGD(p, lr=0.1)`; its
-    state is not kept. group: the processes, None for all. The other arguments are those of `fit`, for the whole
-    ensemble. `History.seconds` is the time that this process took, waiting for the others included; `History.path`
-    says what ran in it.
+    optimizer: makes the optimizer of a share from its parameters, as in `lambda p: torch.optim.SGD(p, lr=0.1)`.
+    keep_state: `History.state["optimizer"]` is then the state_dict of one for the whole ensemble. group: the processes,
+    None for all. The other arguments are those of `fit`, for the whole ensemble. `History.seconds` is the time that
+    this process took, waiting for the others included; `History.path` says what ran in it. Where `stop` has ended a
+    share before others, its losses are NaN from then on.
+
+    checkpoint: is called in each process with the History of its share, when the ensemble has the parameters of the
+    share. resume: that History, with the ensemble and, by what `optimizer` makes, the state that this process had then,
+    and as many processes; nothing is taken from rank 0.
 
     Raises TypeError for a model that is no Ensemble, and what `fit` raises; RuntimeError where another process failed.
     """
@@ -56,8 +71,9 @@ def fit_sharded(
         raise TypeError(f"ensemble must be an Ensemble, not {type(ensemble).__name__}")
     began = time.perf_counter()
     # Every rank checks the whole ensemble: after an error on one rank alone, the others would wait for it forever.
-    whole = optimizer(ensemble.parameters())
-    prepare(ensemble, x, y, criterion, whole, steps, batch_size, log_every, lr, generator, impl)
+    check_watch(ensemble, criterion, validation, evaluate_every, metrics, stop, log_every)
+    whole, own = optimizer(ensemble.parameters()), (lr, None, "step", per_member, sample_weight)
+    prepare(ensemble, x, y, criterion, whole, steps, batch_size, log_every, own, generator, nan, impl)
     distributed = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if distributed else (0, 1)
     # Rank 0 always has members; the last ranks have none if there are more processes than members.
@@ -65,62 +81,113 @@ def fit_sharded(
     shares = [slice(*pair) for pair in pairwise(bounds)]
     device = ensemble.weights[0].device
 
-    def send(tensor: Tensor, source: int) -> None:
-        """Overwrites the tensor on every rank with that of rank `source`."""
+    def everyones(value: Any) -> list:
+        """The value of every rank, by rank."""
+        values = [value] * ranks
         if ranks > 1:
-            # A group may communicate on the device of the parameters only, and sends dense memory only.
-            buffer = tensor.to(device, copy=True).contiguous()
-            dist.broadcast(buffer, group=group, group_src=source)
-            tensor.copy_(buffer)
+            # A group may communicate by the memory of GPUs alone: then by that of the GPU which has the parameters.
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                dist.all_gather_object(values, value, group=group)
+        return values
 
     parameters = [p.detach() for p in ensemble.parameters()]
     random = torch.default_generator if generator is None else generator
-    state = random.get_state()
-    for tensor in (*parameters, state):
-        send(tensor, 0)
-    random.set_state(state)
+    if resume is None:
+        first, state = everyones(([p.cpu() for p in parameters], random.get_state()) if rank == 0 else None)[0]
+        for own, given in zip(parameters, first, strict=True):
+            own.copy_(given)
+        random.set_state(state)
 
     idle = shares[rank].start == shares[rank].stop
     mine = slice(0, 1) if idle else shares[rank]
     share = ensemble.subset(mine)
+    own_optimizer = optimizer(share.parameters())
+
+    def write() -> None:
+        for own, part in zip(parameters, share.parameters(), strict=True):
+            own[mine] = part.detach()
+
+    def own_checkpoint(history: History) -> None:
+        write()
+        if checkpoint is not None:
+            checkpoint(history)
+
+    def of_share(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, y = data
+        return x[mine] if x.dim() == 3 else x, y[mine] if has_own_targets(criterion, ensemble, x, y) else y
+
     history, failure = None, None
     try:
         history = fit(
             share,
-            x[mine] if x.dim() == 3 else x,
-            y[mine] if has_own_targets(criterion, ensemble, x, y) else y,
+            *of_share((x, y)),
             criterion=criterion,
-            optimizer=optimizer(share.parameters()),
+            optimizer=own_optimizer,
             steps=0 if idle else steps,
             batch_size=batch_size,
             log_every=log_every,
             lr=None if idle else share_of(lr, mine, len(ensemble)),
+            per_member=numbers_of(per_member, mine),
+            sample_weight=sample_weight if sample_weight is None or sample_weight.dim() < 2 else sample_weight[mine],
             generator=generator,
+            validation=None if validation is None or idle else of_share(validation),
+            evaluate_every=None if idle else evaluate_every,
+            metrics=() if idle else metrics,
+            stop=None if idle else stop,
+            checkpoint=None if idle or checkpoint is None else own_checkpoint,
+            resume=None if idle else resume,
+            nan=nan,
             progress=progress and rank == 0,
             impl=impl,
         )
     except BaseException as error:  # raised again below, once the other ranks know of it
         failure = error
-    # By rank: the dtype of its losses, which an idle rank must learn from rank 0, or FAILED.
-    outcomes = torch.full((ranks,), FAILED)
+    trained = None
     if history is not None:
-        outcomes[rank] = DTYPES.index(history.loss.dtype)
-    for source in range(ranks):
-        send(outcomes[source : source + 1], source)
+        state = own_optimizer.state_dict() if keep_state else None
+        trained = replace(history, state={}), [p.detach().cpu() for p in share.parameters()], state, random.get_state()
+    outcomes = everyones(trained)
     if failure is not None:
         raise failure
-    if FAILED in outcomes.tolist() or history is None:
-        raise RuntimeError(f"rank {outcomes.tolist().index(FAILED)} of {ranks} could not train its share")
-    logged = list(logged_steps(0, steps, log_every))
-    losses = torch.empty(len(ensemble), len(logged), dtype=DTYPES[outcomes[0]], device="cpu")
-    if not idle:
-        losses[mine] = history.loss.t()
-        for own, part in zip(parameters, share.parameters(), strict=True):
-            own[mine] = part.detach()
-    for source, part in enumerate(shares):
-        for tensor in (*parameters, losses):
-            send(tensor[part], source)
-    state = random.get_state()
-    send(state, 0)
-    random.set_state(state)
-    return replace(history, steps=logged, loss=losses.t().contiguous(), seconds=time.perf_counter() - began)
+    if None in outcomes or history is None:
+        raise RuntimeError(f"rank {outcomes.index(None)} of {ranks} could not train its share")
+    busy = [(part, outcome) for part, outcome in zip(shares, outcomes, strict=True) if part.start < part.stop]
+    for part, (_, values, _, _) in busy:
+        for own, value in zip(parameters, values, strict=True):
+            own[part] = value
+    random.set_state(outcomes[0][3])
+    joined = _joined([outcome[0] for _, outcome in busy])
+    state = {"optimizer": _joined_state([outcome[2] for _, outcome in busy])} if keep_state else {}
+    ran = {"path": history.path, "reason": history.reason, "setup_seconds": history.setup_seconds}
+    return replace(joined, **ran, seconds=time.perf_counter() - began, state=state)
+
+
+def _joined(histories: Sequence[History]) -> History:
+    """That of all members. A share that stopped early is what it was at its last evaluation, and logs no more."""
+    longest = max(histories, key=lambda history: history.steps_taken)
+    losses = []
+    for history in histories:
+        missing = history.loss.new_full((len(longest.steps) - len(history.loss), history.loss.shape[1]), torch.nan)
+        losses.append(torch.cat([history.loss, missing]))
+    validation = {}
+    for name, values in longest.validation.items():
+        parts = [history.validation[name] for history in histories]
+        parts = [torch.cat([part, part[-1:].expand(len(values) - len(part), -1)]) for part in parts]
+        validation[name] = torch.cat(parts, 1)
+    stopped = None if longest.stopped is None else torch.cat([h.stopped for h in histories if h.stopped is not None])
+    return replace(longest, loss=torch.cat(losses, 1), validation=validation, stopped=stopped)
+
+
+def _joined_state(states: Sequence[dict]) -> dict:
+    """The state_dict of an optimizer of all members. What is no stack counts steps, of which some took fewer."""
+
+    def join(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], Tensor) and values[0].dim():
+            return torch.cat([value.cpu() for value in values])
+        return max(values)
+
+    state = {
+        i: {name: join([other["state"][i][name] for other in states]) for name in entry}
+        for i, entry in states[0]["state"].items()
+    }
+    return {"state": state, "param_groups": states[0]["param_groups"]}

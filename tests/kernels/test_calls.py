@@ -313,3 +313,100 @@ def test_tensors_given_twice_drive_out_nothing():
     for _ in range(2 * calls.MAX_ALIKE):
         known.keep(("sigmoid",), (x, weight, weight), object())
     assert known.find(("sigmoid",), operands()) is call
+
+
+# --- backward passes -------------------------------------------------------------------------------------------------
+
+
+def hooked(change):
+    """Around the forward pass, whose saved tensors come back changed."""
+    return lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, change)
+
+
+def backward_of(y, inputs, dy, **options):
+    return torch.autograd.grad(y, inputs, dy, **options)
+
+
+def batched(y, inputs, dy):
+    return [gradient[1] for gradient in backward_of(y, inputs, torch.stack([dy + 1, dy]), is_grads_batched=True)]
+
+
+def differentiable(y, inputs, dy):
+    gradients = backward_of(y, inputs, dy, create_graph=True)
+    assert all(gradient.requires_grad for gradient in gradients)
+    return [gradient.detach() for gradient in gradients]
+
+
+def under(context):
+    def run(y, inputs, dy):
+        with context():
+            return backward_of(y, inputs, dy)
+
+    return run
+
+
+# How a backward pass may differ from the one before: what stands around its forward pass, and what runs it.
+BACKWARDS = {
+    "nothing": (contextlib.nullcontext, backward_of),
+    "some": (contextlib.nullcontext, lambda y, inputs, dy: backward_of(y, inputs[1:2], dy)),
+    "strides": (contextlib.nullcontext, lambda y, inputs, dy: backward_of(y, inputs, dy.t().contiguous().t())),
+    "expanded": (contextlib.nullcontext, lambda y, inputs, dy: backward_of(y, inputs, dy[:, :1].expand(dy.shape))),
+    "negated": (
+        contextlib.nullcontext,
+        lambda y, inputs, dy: backward_of(y, inputs, torch.complex(dy, -dy).conj().imag),
+    ),
+    "batched": (contextlib.nullcontext, batched),
+    "differentiable": (contextlib.nullcontext, differentiable),
+    "autocast": (contextlib.nullcontext, under(lambda: torch.autocast(DEVICE, torch.bfloat16))),
+    "functions": (contextlib.nullcontext, under(Functions)),
+    "dispatch": (contextlib.nullcontext, under(Dispatch)),
+    "copies": (hooked(torch.clone), backward_of),
+    "strides of what was saved": (hooked(lambda t: t.t().contiguous().t() if t.dim() == 2 else t), backward_of),
+    "elsewhere": (hooked(lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)), backward_of),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("network", [False, True], ids=["layers", "network"])
+@pytest.mark.parametrize("seed", range(2))
+def test_backward_passes_after_others_compute_what_torch_does(launched, network, seed):
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(16, 16), nn.Sigmoid()))).to(DEVICE)
+    layers, inputs = [model[0], model[2], model[4]], list(model.parameters())
+    x, dy = torch.randn(6, 16, device=DEVICE), torch.randn(6, 16, device=DEVICE)
+    names = [*BACKWARDS, *BACKWARDS]
+    for name in (names[place] for place in torch.randperm(len(names), generator=generator).tolist()):
+        around, run = BACKWARDS[name]
+        expected = run(model(x), inputs, dy)
+        with around():
+            if network:
+                y = mlp_act(x, [l.weight for l in layers], [l.bias for l in layers], impl="triton")
+            else:
+                y = x
+                for l in layers:
+                    y = linear_act(y, l.weight, l.bias, impl="triton")
+        for ours, torchs in zip(run(y, inputs, dy), expected, strict=True):
+            tolerance = 2e-2 if name == "autocast" else 2e-5  # where torch rounds, and the kernels do not
+            assert torch.allclose(ours, torchs, rtol=tolerance, atol=tolerance), name
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("network", [False, True], ids=["layers", "network"])
+def test_what_was_written_to_since_is_refused_by_kept_calls_too(launched, network):
+    x = torch.randn(4, 16, device=DEVICE)
+    weight, bias = (torch.randn(n, device=DEVICE, requires_grad=True) for n in ((16, 16), (16,)))
+
+    def y_of(x):
+        x = x * 1  # whose gradient needs the weight
+        if network:
+            return mlp_act(x, [weight, weight * 1], [bias, bias * 1], impl="triton")
+        return linear_act(x, weight, bias, impl="triton")
+
+    for _ in range(2):
+        x.requires_grad_()
+        y_of(x).sum().backward()
+        y = y_of(x)
+        with torch.no_grad():
+            weight.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import assert_near
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_cases import RECIPES
+from training_cases import RECIPES, states_of
 
 from perceptriton.kernels.hyperparameters import COMMON, Hyperparameters
 from perceptriton.kernels.loop import TorchLoop, layout
@@ -68,9 +68,8 @@ def train(impl, config, members, batch_size, chunks, every=5, own=COMMON, rates=
         t for k, n in itertools.pairwise(widths) for t in (2 * normal(members, n, k) / k**0.5, normal(members, n))
     ]
     x, y = normal(1, 10, widths[0]), torch.rand(1, 10, widths[-1], generator=generator, dtype=torch.float64)
-    stateful = config.optimizer != "sgd" or config.momentum
-    first = [torch.zeros_like(p) for p in parameters] if stateful else ()
-    second = [torch.zeros_like(p) for p in parameters] if config.optimizer != "sgd" else ()
+    states = len(states_of(config))
+    first, second = ([torch.zeros_like(p) for p in parameters] if states > i else () for i in range(2))
     lr = torch.linspace(0.02, 0.2, members, dtype=torch.float64)
     epochs = [torch.randperm(10, generator=generator) for _ in range(40)]
     data = (config, parameters, first, second, lr if rates is None else None, x, y, batch_size or 10)
@@ -113,8 +112,9 @@ def test_replayed_steps_are_steps(options, members, batch_size):
         ({"weight_decay": 0.1}, {"weight_decay": (0.0, 0.1, 0.2)}),
         ({"momentum": 0.9, "dampening": 0.1}, {"momentum": (0.9, 0.0, 0.5)}),
         ({"optimizer": "adamw", "weight_decay": 0.1}, {"beta1": (0.9, 0.8, 0.5), "beta2": (0.9, 0.99, 0.999)}),
+        ({"optimizer": "rmsprop", "momentum": 0.1}, {"momentum": (0.5, 0.0, 0.9)}),
     ],
-    ids=["decay", "dampening", "adamw"],
+    ids=["decay", "dampening", "adamw", "rmsprop"],
 )
 @pytest.mark.parametrize("loss", ["bce", "cross_entropy"])
 def test_replays_read_the_numbers_of_their_step(options, own, members, loss):

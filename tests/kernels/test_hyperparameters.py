@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import relative_error, same_bits, sequential
 from torch import nn
-from training_cases import RECIPES
+from training_cases import RECIPES, states_of, torch_optimizer
 
 from perceptriton.kernels import plan as planning
 from perceptriton.kernels.hyperparameters import Hyperparameters
@@ -30,6 +30,8 @@ OWN = {
     "adam-decay": {"beta1": (0.5, 0.0, 0.9), "beta2": (0.9, 0.999, 0.0), "weight_decay": (0.1, 0.0, 0.3)},
     "adamw": {"beta1": (0.9, 0.8, 0.0), "weight_decay": (0.2, 0.5, 0.0)},
     "adam": {"beta2": (0.99, 0.9, 0.999)},
+    "rmsprop": {"weight_decay": (0.3, 0.0, 0.1)},
+    "rmsprop-momentum": {"momentum": (0.9, 0.0, 0.5), "weight_decay": (0.0, 0.2, 0.1)},
 }
 
 
@@ -69,7 +71,7 @@ class Run:
             layout = "matrices" if name == "arrays" and self.members == 1 else layout
             monkeypatch.setattr(planning, "train_loop", lambda *_: LoopPlan(layout, True, "the test says so"))
         parameters = [t.to(dtype, copy=True) for t in self.initial]
-        states = 2 if self.config.optimizer != "sgd" else int(self.config.momentum > 0)
+        states = len(states_of(self.config))
         # What the state holds before its first step must not matter.
         first, second = ([torch.full_like(p, torch.nan) for p in parameters] if states > i else [] for i in range(2))
         lr = None if self.lr is None else self.lr.to(dtype)
@@ -98,14 +100,7 @@ class Run:
         with torch.no_grad():
             for p, initial in zip(parameters, self.initial, strict=True):
                 p.copy_(initial[e])
-        if r.optimizer == "sgd":
-            options = {"momentum": r.momentum, "dampening": r.dampening, "nesterov": r.nesterov}
-            optimizer = torch.optim.SGD(parameters, 0.1, weight_decay=r.weight_decay, **options)
-            names = ["momentum_buffer"] if self.config.momentum else []
-        else:
-            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[r.optimizer]
-            optimizer = kind(parameters, 0.1, (r.beta1, r.beta2), r.eps, r.weight_decay)
-            names = ["exp_avg", "exp_avg_sq"]
+        optimizer, names = torch_optimizer(r, parameters, 0.1), states_of(self.config)
         criterion, losses = CRITERIA[r.loss](reduction=r.reduction), []
         x, y = (data[e if len(data) > 1 else 0] for data in (self.x, self.y))
         for step in range(8):
@@ -167,7 +162,7 @@ def test_cross_entropy_of_great_logits(monkeypatch, loop, members):
     assert_as_torch(run.loop(monkeypatch, loop), run.torch())
 
 
-@pytest.mark.parametrize("variant", ["nesterov", "adam-decay"])
+@pytest.mark.parametrize("variant", ["nesterov", "adam-decay", "rmsprop-momentum"])
 @pytest.mark.parametrize("members", [1, 3])
 @every_loop
 def test_state_of_earlier_steps_is_continued(monkeypatch, loop, members, variant):
@@ -175,7 +170,7 @@ def test_state_of_earlier_steps_is_continued(monkeypatch, loop, members, variant
     assert_as_torch(run.loop(monkeypatch, loop, anew=True), run.torch())
 
 
-@pytest.mark.parametrize("variant", ["sgd", "decay", "dampening", "adamw"])
+@pytest.mark.parametrize("variant", ["sgd", "decay", "dampening", "adamw", "rmsprop-momentum"])
 @pytest.mark.parametrize("members", [1, 3])
 @every_loop
 def test_the_size_of_a_piece_changes_no_bit(monkeypatch, loop, members, variant):

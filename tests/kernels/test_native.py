@@ -15,7 +15,7 @@ import torch
 from cases import ACTIVATIONS, FUZZ_BUDGET, FUZZ_SEED, relative_error, same_bits
 from torch import nn
 from training_cases import LOSSES as CRITERIA
-from training_cases import RECIPES, assert_same_state, make, ordinary, relative, state_of, values
+from training_cases import RECIPES, assert_same_state, make, ordinary, relative, state_of, states_of, values
 
 from perceptriton.kernels import plan
 from perceptriton.kernels.loop import TorchLoop
@@ -69,7 +69,7 @@ class Case:
         if change:
             change(parameters, x, y)
         config = self.config
-        states = 2 if config.optimizer != "sgd" else int(config.momentum != 0)
+        states = len(states_of(config))
         # What the state holds before its first step must not matter.
         first, second = ([torch.full_like(p, torch.nan) for p in parameters] if states > i else [] for i in range(2))
         size = self.batch_size or self.samples
@@ -232,7 +232,7 @@ def test_members_do_not_touch_each_other(tile):
 # --- bits ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["decay", "dampening", "adam"])
+@pytest.mark.parametrize("recipe", ["decay", "dampening", "adam", "rmsprop-momentum"])
 @every_tile
 def test_the_size_of_a_piece_changes_no_bit(tile, recipe):
     case = Case(TrainConfig((3, 4, 2), **RECIPES[recipe]), 3, 10, batch_size=4)
@@ -287,6 +287,8 @@ OPTIMIZERS = {
     "nesterov": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.7, nesterov=True, weight_decay=0.01),
     "adam": lambda p, lr: torch.optim.Adam(p, 0.1 * lr, (0.8, 0.99), weight_decay=0.01),
     "adamw": lambda p, lr: torch.optim.AdamW(p, 0.1 * lr),
+    "rmsprop": lambda p, lr: torch.optim.RMSprop(p, 0.05 * lr, 0.9, weight_decay=0.01),
+    "rmsprop-momentum": lambda p, lr: torch.optim.RMSprop(p, 0.03 * lr, momentum=0.6),
 }
 
 
@@ -559,10 +561,11 @@ def test_the_default_device_is_of_no_account(optimizer):
 
 
 @every_tile
-def test_adams_squares_stay_finite_as_long_as_those_of_torch(tile):
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_squares_stay_finite_as_long_as_those_of_torch(tile, optimizer):
     def change(parameters, x, y):
         y[:] = -1e20
 
-    config = TrainConfig((3, 17, 16), output="identity", loss="mse", reduction="sum", optimizer="adam")
+    config = TrainConfig((3, 17, 16), output="identity", loss="mse", reduction="sum", optimizer=optimizer)
     for actual, expected in zip(*(Case(config).run(one, change=change) for one in (TILES[tile], TORCH)), strict=True):
         assert torch.equal(actual.isfinite(), expected.isfinite())

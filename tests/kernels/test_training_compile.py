@@ -22,6 +22,7 @@ from compiling import (
     launch_signature,
 )
 from machine_code import carried_bounds
+from training_cases import states_of
 
 triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -41,6 +42,11 @@ OPTIMIZERS = (
     {"weight_decay": 0.1},
     {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
     {"optimizer": "adamw", "weight_decay": 0.1},
+)
+# RMSprop with one tensor of state and with two, of which it takes as many registers as those above.
+RMSPROP = (
+    {"optimizer": "rmsprop", "weight_decay": 0.1},
+    {"optimizer": "rmsprop", "weight_decay": 0.1, "momentum": 0.9},
 )
 # tanh is the activation that takes most registers.
 TANH = {"hidden": "tanh", "output": "tanh", "loss": "mse"}
@@ -72,6 +78,12 @@ def _cases():
                         f"sm_{arch}-{impl}-{states}-states-{name}",
                         (arch, _config(widths, states), 3, 99, 64, True, impl),
                     )
+        for states, options in enumerate(RMSPROP, 1):
+            # Of the edges those that came nearest to the limit.
+            widths = LANE_EDGES[states], BLOCK_EDGES[states][2 * states - 1], BLOCK_EDGES[states][0]
+            for impl, edge in zip(("lane", "block", "spread"), widths, strict=True):
+                case = (arch, _config(edge, states, **options), 3, 99, 64, True, impl)
+                yield f"sm_{arch}-{impl}-rmsprop-{states}-states", case
     deep = (2, 10, 10, 10, 1)
     yield "sm_90-lane-xor-adam", (90, TrainConfig((2, 2, 1), optimizer="adam"), 1, 4, 4, False, "lane")
     yield "sm_90-lane-xor-minibatches", (90, TrainConfig((2, 2, 1)), 1, 99, 4, True, "lane")
@@ -115,8 +127,7 @@ def _launch(case, plan=None, steps=(0, 0, 1000, 10), own=(), rates=None):
     parameters = ()
     for k, n in itertools.pairwise(config.widths):
         parameters += (empty(members, n, k), empty(members, n)) if config.bias else (empty(members, n, k),)
-    first = parameters if config.optimizer != "sgd" or config.momentum else ()
-    second = parameters if config.optimizer != "sgd" else ()
+    first, second = (parameters if len(states_of(config)) > i else () for i in range(2))
     data = empty(1, samples, config.widths[0]), empty(1, samples, config.widths[-1] * (1 + config.weighted))
     batch_size = batch_size or samples
     order = empty(50, samples, dtype=torch.int32) if ordered else None
@@ -208,6 +219,7 @@ NUMBERED = {
     "sm_90-lane-xor": (),
     "sm_90-lane-1-states": ("momentum", "weight_decay"),
     "sm_90-lane-2-states": ("beta1", "beta2", "weight_decay"),
+    "sm_90-lane-rmsprop-2-states": ("momentum", "weight_decay"),
     "sm_90-block-xor-deep": (),
     "sm_90-block-2-states-9-40-32": ("beta1", "beta2", "weight_decay"),
     "sm_90-spread-2-states-9-40-32": ("beta1", "beta2", "weight_decay"),

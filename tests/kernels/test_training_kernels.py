@@ -18,7 +18,7 @@ from cases import (
     sequential,
 )
 from torch import nn
-from training_cases import RECIPES
+from training_cases import RECIPES, states_of, torch_optimizer
 
 from perceptriton.kernels.hyperparameters import Hyperparameters
 from perceptriton.kernels.records import TrainConfig, TrainPlan
@@ -37,7 +37,6 @@ CRITERIA = {
     "cross_entropy": nn.CrossEntropyLoss,
     "smooth_l1": nn.SmoothL1Loss,
 }
-STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq")}
 
 LANE = TrainPlan("lane", "the test says so", rows=2, networks=4, num_warps=1)
 BLOCK = TrainPlan("block", "the test says so", rows=16, num_warps=4)
@@ -87,7 +86,7 @@ class Run:
         self.rates = None  # a schedule, (steps, members) or (steps, 1)
         self.factors = None  # of losses, the same
         self.kinds = ["weight", "bias"] if config.bias else ["weight"]
-        self.states = STATE[config.optimizer] if adaptive or config.momentum else ()
+        self.states = states_of(config)
 
     # --- torch
 
@@ -109,13 +108,7 @@ class Run:
         with torch.no_grad():
             for p, initial in zip(parameters, self.initial, strict=True):
                 p.copy_(initial[e])
-        lr = self.lr[e].item()
-        if r.optimizer == "sgd":
-            sgd = {"momentum": r.momentum, "dampening": r.dampening, "nesterov": r.nesterov}
-            optimizer = torch.optim.SGD(parameters, lr, weight_decay=r.weight_decay, **sgd)
-        else:
-            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[r.optimizer]
-            optimizer = kind(parameters, lr, (r.beta1, r.beta2), r.eps, r.weight_decay)
+        optimizer = torch_optimizer(r, parameters, self.lr[e].item())
         options = {"beta": r.beta} if r.loss == "smooth_l1" else {}
         criterion = CRITERIA[r.loss](reduction="none", **options)
         x, y = (t[e if len(t) > 1 else 0].to(dtype) for t in (self.x, self.y))
@@ -270,7 +263,7 @@ def test_long_trajectories(plan):
             assert relative_error(ours, truth) <= BAND
 
 
-@pytest.mark.parametrize("variant", core(RECIPES, "nesterov", "dampening", "adamw"))
+@pytest.mark.parametrize("variant", core(RECIPES, "nesterov", "dampening", "adamw", "rmsprop-momentum"))
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_optimizers(plan, variant):
     run = Run(TrainConfig((3, 2, 2), **RECIPES[variant]), samples=3, members=2)
@@ -399,6 +392,8 @@ OWN = {
     "nesterov": {"momentum": (0.3, 0.5, 0.9)},
     "adam-decay": {"beta1": (0.0, 0.5, 0.9), "beta2": (0.9, 0.0, 0.999), "weight_decay": (0.1, 0.0, 0.3)},
     "adamw": {"beta1": (0.9, 0.8, 0.0), "weight_decay": (0.0, 0.5, 0.1)},
+    "rmsprop": {"weight_decay": (0.0, 0.3, 0.1)},
+    "rmsprop-momentum": {"momentum": (0.3, 0.5, 0.9), "weight_decay": (0.1, 0.0, 0.2)},
 }
 
 
@@ -425,9 +420,10 @@ def test_numbers_of_each_member_and_step(plan, variant):
     check(run, run.kernel(plan, steps), steps)
 
 
+@pytest.mark.parametrize("variant", ["dampening", "rmsprop-momentum"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_a_member_without_momentum_is_not_damped(plan):
-    run = numbered("dampening")
+def test_a_member_without_momentum_is_not_damped(plan, variant):
+    run = numbered(variant)
     run.own["momentum"][1] = 0.0
     ((parameters, _, _),) = run.kernel(plan, (8,))
     run.states = ()  # of such a member torch has none
@@ -482,7 +478,7 @@ def test_the_size_of_a_launch_changes_no_bit(plan, data, variant):
     assert same_bits([(parameters, states, thrice[0][2])], thrice[:1])
 
 
-@pytest.mark.parametrize("variant", ["dampening", "adam"])
+@pytest.mark.parametrize("variant", ["dampening", "adam", "rmsprop-momentum"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_state_of_earlier_steps_is_continued(plan, variant):
     # Torch takes five steps, the kernels four more, as another run of which they are the first.

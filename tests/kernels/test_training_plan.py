@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_cases import RECIPES, make
+from training_cases import RECIPES, make, states_of, torch_optimizer
 
 from perceptriton.kernels import Device
 from perceptriton.kernels import plan as planning
@@ -237,8 +237,7 @@ def test_what_a_captured_step_is_said_to_do_is_what_it_does(members, layout, los
     monkeypatch.setattr(planning, "train_loop", lambda *_: LoopPlan(layout, True, "the test says so"))
     config = TrainConfig((3, 5, 4, 2), output=LOSSES[loss], loss=loss, **RECIPES[recipe])
     parameters = [torch.rand(members, *s) for k, n in itertools.pairwise(config.widths) for s in ((n, k), (n,))]
-    first = parameters if config.momentum or config.optimizer != "sgd" else ()
-    second = parameters if config.optimizer != "sgd" else ()
+    first, second = (parameters if len(states_of(config)) > i else () for i in range(2))
     data = torch.rand(1, 7, 3), torch.rand(1, 7, 2)
     loop = TorchLoop(config, parameters, first, second, torch.rand(members), *data, 7, 1, TrainPlan("graph", ""))
     loop.run(None, 0, 1, 0, torch.empty(0, members))
@@ -261,13 +260,7 @@ def test_what_an_ordinary_step_is_said_to_do_is_no_more_than_it_does(loss, recip
     config = TrainConfig((3, 5, 4, 2), output=LOSSES[loss], loss=loss, **RECIPES[recipe])
     model, x, y = make(config.widths, config.hidden, config.output, True, 7, torch.float32)
     criterion = {"bce": nn.BCELoss(), "bce_logits": nn.BCEWithLogitsLoss(), "mse": nn.MSELoss()}[loss]
-    options = {"weight_decay": config.weight_decay, "foreach": True}  # as it is by default on a GPU
-    if config.optimizer == "sgd":
-        sgd = {"momentum": config.momentum, "dampening": config.dampening, "nesterov": config.nesterov}
-        optimizer = torch.optim.SGD(model.parameters(), **sgd, **options)
-    else:
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-        optimizer = kind(model.parameters(), capturable=False, **options)
+    optimizer = torch_optimizer(config, model.parameters(), 0.01, foreach=True)  # as it is by default on a GPU
 
     def step():
         optimizer.zero_grad()

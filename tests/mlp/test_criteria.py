@@ -365,7 +365,7 @@ def test_what_is_infinite_or_none_is_as_in_torch(monkeypatch, case, loop):
 
         found = one.torch(change=change)
         assert found[0].isnan().any() == (case == "smooth-l1")
-        assert_alike(one.fit(chosen(monkeypatch, loop, None), change=change), found, EXACT)
+        assert_alike(one.fit(chosen(monkeypatch, loop, None), change=change, nan="propagate"), found, EXACT)
 
 
 # --- what the ordinary loop trains ----------------------------------------------------------------------------------
@@ -434,6 +434,7 @@ def entropy(p, t):
 @pytest.mark.parametrize("batch_size", [None, 3])
 @pytest.mark.parametrize("own", [(False, False), (False, True), (True, True)], ids=["shared", "targets", "all"])
 @pytest.mark.parametrize("criterion", [entropy, nn.NLLLoss(), nn.CrossEntropyLoss()], ids=["function", "nll", "uint8"])
+@pytest.mark.filterwarnings("ignore:an ordinary loop trains this Ensemble")
 def test_class_ids_of_ensembles_in_the_ordinary_loop(criterion, own, batch_size):
     case = Case(nn.CrossEntropyLoss(), ids=True, members=7, own=own, batch_size=batch_size)
     models, x, y = case.data()

@@ -44,6 +44,7 @@ def test_two_processes_train_as_one(case, name, size, ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:an ordinary loop trains this Ensemble")
 def test_two_processes_sweep_as_one(ranks):
     alone = [
         gloo_sweep.sweep(**own) for own in ({}, {"members": 1, "dtype": torch.float64}, {"members": 1, "mixed": True})
@@ -64,3 +65,23 @@ def test_two_processes_sweep_as_one(ranks):
     # Each process drew its own; without rank 0's, the second would have ended elsewhere.
     other = gloo_sweep.sweep(seed=4)
     assert relative(other["parameters"], alone[0]["parameters"]) > 1e-2
+
+
+@pytest.mark.slow
+def test_two_processes_stop_as_one(ranks):
+    alone = [gloo_sweep.watched(), gloo_sweep.watched(cut=4), gloo_sweep.watched(members=1)]
+    stopped = alone[0]["stopped"].tolist()
+    assert len({*stopped}) > 1
+    # A cut run goes on to the bit, whoever trains what.
+    for results in (alone, *(found["watched"] for found in ranks)):
+        assert all(map(torch.equal, results[0]["parameters"], results[1]["parameters"]))
+    for results in (found["watched"] for found in ranks):
+        for found, expected in zip(results, alone, strict=True):
+            assert torch.equal(found["stopped"], expected["stopped"])
+            assert found["steps"] == expected["steps"]
+            for name in ("parameters", "state", "validation"):
+                assert relative(found[name], expected[name]) < 1e-5
+            for one, other in zip(found["loss"].t(), expected["loss"].t(), strict=True):
+                there = ~other.isnan()
+                assert torch.equal(one.isnan(), ~there)
+                assert relative([one[there]], [other[there]]) < 1e-5

@@ -3,10 +3,11 @@
 import copy
 import functools
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
-from cases import sequential
+from cases import same_bits, sequential
 from torch import nn
 from training_cases import (
     LOSSES,
@@ -28,6 +29,7 @@ from perceptriton.mlp.ensemble import in_order
 
 EXACT = 1e-10
 LAYOUTS = ("matrices", "arrays")
+NO_MEMBER = r"^indices must name at least one of 2 members, not 0$"
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +148,136 @@ def test_subset_is_exact():
     assert torch.equal(ensemble.subset(slice(1, 4)).weights[0], ensemble.weights[0][1:4])
 
 
+def test_repeated_members_are_copies_in_a_row():
+    ensemble = Ensemble(3, [3, 4, 2], "tanh", "identity", dtype=torch.float64)
+    repeated = ensemble.repeat(2)
+    assert (len(repeated), repeated.activation, repeated.output_activation) == (6, "tanh", "identity")
+    for p, q in zip(ensemble.parameters(), repeated.parameters(), strict=True):
+        assert torch.equal(q, p.repeat_interleave(2, 0))
+    with torch.no_grad():
+        repeated.weights[0][1] = 0
+    assert ensemble.weights[0][0].any()
+    assert torch.equal(repeated.weights[0][0], ensemble.weights[0][0])
+
+
+# torch.manual_seed takes negative seeds and the largest of 64 bits, and wraps them around.
+SEEDS = [3, -1, 0, 3, 2**64 - 1, -(2**63)]
+DRAWN = {
+    "xor": ([2, 2, 1], {}),
+    "one-layer": ([7, 5], {"activation": "tanh"}),
+    "deep-and-wide": ([1, 33, 3, 100, 2], {"output_activation": "identity"}),
+    "bare": ([6, 3, 9], {"bias": False, "activation": "relu"}),
+    "fp64": ([3, 10, 2], {"dtype": torch.float64}),
+    "bf16": ([3, 10, 2], {"dtype": torch.bfloat16}),
+    "empty": ([3, 0, 2], {}),  # torch draws biases for layers without inputs too
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize("case", DRAWN)
+def test_seeds_draw_what_modules_draw(case):
+    sizes, options = DRAWN[case]
+    before = torch.get_rng_state()
+    ensemble = Ensemble.from_seeds(SEEDS, sizes, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    for i, seed in enumerate(SEEDS):
+        torch.manual_seed(seed)
+        model = MLP(sizes, **options)
+        member = ensemble.member(i)
+        assert str(member) == str(model)
+        assert same_bits(values(member), values(model))
+        torch.manual_seed(seed)
+        linears = [nn.Linear(*pair, model[0].bias is not None, dtype=model[0].weight.dtype) for pair in pairwise(sizes)]
+        assert same_bits(values(member), [p for linear in linears for p in linear.parameters()])
+    assert all(p.requires_grad and p.is_leaf for p in ensemble.parameters())
+
+
+def test_any_sequence_of_seeds():
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed")
+    expected = values(Ensemble.from_seeds([4, 5, 6], [3, 2]))
+    for seeds in (range(4, 7), torch.arange(4, 7), numpy.arange(4, 7), list(numpy.arange(4, 7)), iter((4, 5, 6))):
+        assert same_bits(values(Ensemble.from_seeds(seeds, [3, 2])), expected)
+    assert same_bits(values(Ensemble.from_seeds([6, 4], [3, 2])), [p[[2, 0]] for p in expected])
+    with torch.device("meta"):
+        assert all(p.is_meta for p in Ensemble.from_seeds([4, 5, 6], [3, 2]).parameters())
+        assert same_bits(values(Ensemble.from_seeds([4, 5, 6], [3, 2], device="cpu")), expected)
+
+
+def test_a_seed_that_is_none_leaves_the_generator():
+    before = torch.get_rng_state()
+    for seeds in ([1, 2.0], [1, 2**64], []):
+        with pytest.raises((TypeError, ValueError), match=r"^seeds"):
+            Ensemble.from_seeds(seeds, [3, 2])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_mask_is_a_subset():
+    ensemble = Ensemble(3, [3, 2])
+    for mask in ([True, False, True], torch.tensor([True, False, True])):
+        assert same_bits(values(ensemble.subset(mask)), values(ensemble.subset([0, -1])))
+    # Numbers of one byte are no mask.
+    assert same_bits(values(ensemble.subset(torch.tensor([1, 0], dtype=torch.uint8))), values(ensemble.subset([1, 0])))
+
+
 ERRORS = {
+    "seeds": (lambda: Ensemble.from_seeds([], [2, 1]), ValueError, r"^seeds must hold at least one seed, not 0$"),
+    "seeds-number": (lambda: Ensemble.from_seeds(3, [2, 1]), TypeError, r"^seeds must be a sequence of ints, not 3$"),
+    "seeds-float": (
+        lambda: Ensemble.from_seeds([1, 2.0], [2, 1]),
+        TypeError,
+        r"^seeds\[1\] must be an int, not 2.0$",
+    ),
+    "seeds-tensor": (
+        lambda: Ensemble.from_seeds(torch.ones(2), [2, 1]),
+        TypeError,
+        r"^seeds\[0\] must be an int, not 1.0$",
+    ),
+    "seeds-bool": (
+        lambda: Ensemble.from_seeds([True], [2, 1]),
+        TypeError,
+        r"^seeds\[0\] must be an int, not True$",
+    ),
+    "seeds-large": (
+        lambda: Ensemble.from_seeds([2**64], [2, 1]),
+        ValueError,
+        r"^seeds\[0\] must lie in \[-2\*\*63, 2\*\*64\), not 18446744073709551616$",
+    ),
+    "seeds-sizes": (lambda: Ensemble.from_seeds([1], [2]), ValueError, r"^sizes must hold an input and an output"),
+    "repeat": (lambda: Ensemble(2, [3, 1]).repeat(0), ValueError, r"^n must be at least 1, not 0$"),
+    "repeat-type": (lambda: Ensemble(2, [3, 1]).repeat(2.0), TypeError, r"^n must be an int, not 2.0$"),
+    "repeat-bool": (lambda: Ensemble(2, [3, 1]).repeat(True), TypeError, r"^n must be an int, not True$"),
+    **{
+        f"subset-{name}": (lambda none=none: Ensemble(2, [3, 1]).subset(none), ValueError, NO_MEMBER)
+        for name, none in {"none": [], "slice": slice(2, 2), "mask": torch.zeros(2, dtype=torch.bool)}.items()
+    },
+    **{
+        f"subset-{name}": (
+            lambda far=far: Ensemble(2, [3, 1]).subset(far),
+            IndexError,
+            r"^(index -?\d|The shape of the mask)",
+        )
+        for name, far in {"outside": [0, 2], "negative": [-3], "long-mask": [True, False, True]}.items()
+    },
+    "subset-nan": (
+        lambda: Ensemble(2, [3, 1]).subset([0, torch.nan]),
+        TypeError,
+        r"^indices must be ints, \(n,\), not \(2,\) of torch.float32$",
+    ),
+    "subset-number": (
+        lambda: Ensemble(2, [3, 1]).subset(1),
+        TypeError,
+        r"^indices must be ints, \(n,\), not \(\) of torch.int64$",
+    ),
+    "best-k-nan": (
+        lambda: Ensemble(2, [3, 1]).best(torch.ones(2), torch.nan),
+        TypeError,
+        r"^k must be an int, not nan$",
+    ),
+    "best-k-bool": (
+        lambda: Ensemble(2, [3, 1]).best(torch.ones(2), True),
+        TypeError,
+        r"^k must be an int, not True$",
+    ),
     "members": (lambda: Ensemble(0, [2, 1]), ValueError, r"^num_members must be at least 1, not 0$"),
     "members-type": (lambda: Ensemble(2.0, [2, 1]), TypeError, r"^num_members must be an int, not 2.0$"),
     "sizes": (lambda: Ensemble(2, [2]), ValueError, r"^sizes must hold an input and an output width, not \[2\]$"),
@@ -375,8 +506,10 @@ def test_another_criterion_applies_to_each_member(own):
         return (p - t).abs().mean()
 
     data, common = (x, y) if own else (x[0], y[0]), {"batch_size": 4, "log_every": 5}
-    history = assert_trained_as_alone(ensemble, models, *data, absolute, optimizer, 12, **common)
+    with pytest.warns(UserWarning, match=r"^an ordinary loop trains this Ensemble, .*: the criterion is a function$"):
+        history = assert_trained_as_alone(ensemble, models, *data, absolute, optimizer, 12, **common)
     assert (history.path, history.loss.shape) == ("general", (3, 3))
+    assert history.reason == "the criterion is a function"
 
 
 BAD = {
@@ -407,3 +540,58 @@ def test_errors_leave_the_ensemble(case):
     with pytest.raises(error, match=message):
         fit(ensemble, optimizer=torch.optim.SGD(ensemble.parameters(), lr=1.0), steps=2, **given)
     assert all(torch.equal(a, b) for a, b in zip(before, values(ensemble), strict=True))
+
+
+# --- NaN ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["x", "y"])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("loss", ["bce", "mse", "function", "weighted"])
+@pytest.mark.filterwarnings("ignore:an ordinary loop trains this Ensemble")
+def test_nan_of_one_member_is_its_own(loss, own, place):
+    """On every path. What all share is refused, and named, or trained on if that is wanted."""
+    models, x, y = networks(3)
+    criterion = {
+        "bce": nn.BCELoss(),
+        "mse": nn.MSELoss(),
+        "function": lambda p, t: nn.functional.binary_cross_entropy(p, t.nan_to_num(0.5)) + 0 * t.sum(),
+        "weighted": nn.BCELoss(weight=torch.tensor([[1.0], [2], [3], [1], [2], [3]], dtype=torch.float64)),
+    }[loss]
+    ensemble = Ensemble.from_models(models)
+    x, y = (x, y) if own else (x[0], y[0])
+    data = {"x": x, "y": y}
+    clean = copy.deepcopy(data)
+    data[place][(1, 4, 0) if own else (4, 0)] = torch.nan
+    options = {"criterion": criterion, "steps": 5, "log_every": 1}
+    adam = torch.optim.Adam(ensemble.parameters(), lr=0.02)
+    if not own:
+        before = values(ensemble)
+        with pytest.raises(ValueError, match=rf'^{place} is NaN, first in row 4 of 6; nan="propagate" trains on it$'):
+            fit(ensemble, **data, optimizer=adam, **options)
+        assert [p.tolist() for p in values(ensemble)] == [p.tolist() for p in before]
+        history = fit(ensemble, **data, optimizer=adam, nan="propagate", **options)
+        assert history.loss.isnan().all()
+        return
+    history = fit(ensemble, **data, optimizer=adam, **options)
+    assert history.loss.isnan().any(0).tolist() == [False, True, False]
+    for i in (0, 2):
+        model, optimizer = models[i], torch.optim.Adam(models[i].parameters(), lr=0.02)
+        losses = ordinary(model, clean["x"][i], clean["y"][i], criterion, optimizer, 5)
+        assert relative([history.loss[:, i]], [losses]) <= EXACT
+        assert relative(ensemble.member(i).parameters(), model.parameters()) <= EXACT
+    assert all(p.isnan().all() for p in ensemble.member(1).parameters())
+
+
+def test_nan_is_looked_for_in_what_has_it():
+    model, x, y = make((3, 4, 1), "tanh", "identity", True, 6)
+    options = {"criterion": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "steps": 1}
+    with pytest.raises(ValueError, match=r"^nan must be \"raise\" or \"propagate\", not 'ignore'$"):
+        fit(model, x, y, nan="ignore", **options)
+    x[[3, 5]] = torch.nan
+    with pytest.raises(ValueError, match=r"^x is NaN, first in row 3 of 6"):
+        fit(model, x, y, **options)
+    ids = nn.CrossEntropyLoss()
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    options |= {"criterion": ids, "optimizer": torch.optim.SGD(net.parameters(), lr=0.1)}
+    fit(net, torch.ones(6, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0]), **options)

@@ -60,7 +60,9 @@ def test_is_fit(solver, batch_size):
     options, optimizer = SOLVERS[solver]
     x, y = torch.randn(40, 3), torch.randn(40, 2)
     options = options | {"solver": solver, "learning_rate": 0.02, "weight_decay": 1e-3, "batch_size": batch_size}
-    estimator = FusedMLPRegressor([5, 4], activation="tanh", max_iter=4, random_state=7, **options)
+    estimator = FusedMLPRegressor(
+        [5, 4], activation="tanh", max_iter=4, n_iter_no_change=None, random_state=7, **options
+    )
     estimator.fit(x.numpy(), y.numpy())
 
     seed = np.random.RandomState(7).randint(np.iinfo(np.int32).max)
@@ -96,33 +98,40 @@ def blobs(classes):
     return corners[y] + 0.3 * np.random.RandomState(0).randn(60, 2), y
 
 
+def logits(estimator, x):
+    return estimator.model_(torch.tensor(x, dtype=torch.float32)).detach()
+
+
 def test_two_classes_have_one_output():
     x, y = blobs(2)
     names = np.array(["no", "yes"])
     estimator = FusedMLPClassifier((4,), random_state=0).fit(x, names[y])
     assert estimator.classes_.tolist() == ["no", "yes"]
-    (p,) = estimator.model_(torch.tensor(x, dtype=torch.float32)).detach().T.numpy()
-    assert np.array_equal(estimator.predict_proba(x), np.stack([1 - p, p], 1))
+    (p,) = logits(estimator, x).sigmoid().T.numpy()
+    np.testing.assert_allclose(estimator.predict_proba(x), np.stack([1 - p, p], 1), rtol=1e-5, atol=1e-7)
     assert estimator.predict(x).tolist() == names[y].tolist()
     assert estimator.score(x, names[y]) == 1
 
 
-def test_more_classes_are_one_against_the_rest():
+def test_more_classes_are_a_softmax():
     x, y = blobs(3)
     estimator = FusedMLPClassifier((), random_state=0).fit(x, 10 * y)
-    outputs = estimator.model_(torch.tensor(x, dtype=torch.float32)).detach().numpy()
+    outputs = logits(estimator, x)
     assert outputs.shape == (60, 3)
-    assert abs(outputs.sum(1) - 1).max() > 0.01, "divided by one, nothing would be seen"
-    np.testing.assert_allclose(estimator.predict_proba(x), outputs / outputs.sum(1, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(estimator.predict_proba(x), outputs.softmax(1).numpy(), rtol=1e-5)
     assert estimator.predict(x).tolist() == (10 * y).tolist()
 
 
-def test_outputs_that_all_underflow_leave_all_classes_alike():
-    x, y = blobs(3)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_logarithms_do_not_underflow(classes):
+    x, y = blobs(classes)
     estimator = FusedMLPClassifier((), random_state=0).fit(x, y)
     with torch.no_grad():
-        estimator.model_[0].bias.fill_(-1e4)
-    assert estimator.predict_proba(x[:2]) == pytest.approx(np.full((2, 3), 1 / 3))
+        estimator.model_[0].weight.mul_(1e3)
+    logs = estimator.predict_log_proba(x)
+    assert logs.min() < -1000
+    assert np.isfinite(logs).all()
+    np.testing.assert_allclose(np.exp(logs), estimator.predict_proba(x))
 
 
 def test_several_labels_are_not_divided():
@@ -130,9 +139,116 @@ def test_several_labels_are_not_divided():
     y = (x > [-1, 0, 0.5]).astype(int)
     estimator = FusedMLPClassifier((), random_state=0).fit(x, y)
     p = estimator.predict_proba(x)
-    assert np.array_equal(p, estimator.model_(torch.tensor(x)).detach().numpy())
+    np.testing.assert_allclose(p, logits(estimator, x).sigmoid().numpy(), rtol=1e-5)
     assert np.array_equal(estimator.predict(x), p > 0.5)
     assert (estimator.predict(x) == y).mean() > 0.95
+
+
+# --- what scikit-learn's own MLP has -----------------------------------------------------------------------
+
+
+def parameters(estimator):
+    return torch.cat([p.detach().flatten() for p in estimator.model_.parameters()])
+
+
+@pytest.mark.parametrize("kind", ["regressor", "two", "three", "labels"])
+def test_weights_count_samples(kind):
+    """A weight of 0 is a sample that is not there, and one of 2 is a sample that is there twice."""
+    x, y = blobs(3 if kind == "three" else 2)
+    y = {"regressor": x[:, 0] * y, "labels": np.stack([y, x[:, 1] > 0], 1).astype(int)}.get(kind, y)
+    weights = np.random.RandomState(1).randint(0, 3, 60)
+    make = FusedMLPRegressor if kind == "regressor" else FusedMLPClassifier
+    options = {"batch_size": None, "max_iter": 30, "random_state": 0, "n_iter_no_change": None}
+    weighted = make((4,), **options).fit(x, y, sample_weight=weights)
+    repeated = make((4,), **options).fit(np.repeat(x, weights, 0), np.repeat(y, weights, 0))
+    assert (parameters(weighted) - parameters(repeated)).abs().max() < 1e-4
+    assert (parameters(weighted) - parameters(make((4,), **options).fit(x, y))).abs().max() > 1e-3
+    # A batch is the mean by its weights, so a factor of all changes nothing.
+    options["batch_size"] = 16
+    one, other = (make((4,), **options).fit(x, y, sample_weight=f * (1 + weights)) for f in (1.0, 4.0))
+    assert (parameters(one) - parameters(other)).abs().max() < 1e-5
+    with pytest.raises(ValueError, match=r"[Ss]ample_weight"):
+        make((4,), **options).fit(x, y, sample_weight=weights[:5])
+
+
+@pytest.mark.parametrize("form", ["csr_matrix", "csc_array", "coo_matrix"])
+def test_sparse_samples(form):
+    import scipy.sparse
+
+    x, y = blobs(3)
+    x = np.where(abs(x) < 2, 0, x)
+    sparse = getattr(scipy.sparse, form)(x)
+    own, other = (FusedMLPClassifier((4,), max_iter=5, random_state=0).fit(given, y) for given in (sparse, x))
+    assert torch.equal(parameters(own), parameters(other))
+    assert np.array_equal(own.predict_proba(sparse), other.predict_proba(x))
+
+
+@pytest.mark.parametrize("solver", ["sgd", "adam"])
+def test_partial_fit_goes_on(solver):
+    """Epoch by epoch, with the state of the optimizer, as one fit of as many epochs."""
+    x, y = blobs(3)
+    options = {"solver": solver, "max_iter": 4, "n_iter_no_change": None, "random_state": 0, "batch_size": 16}
+    whole, parts = FusedMLPClassifier((4,), **options).fit(x, y), FusedMLPClassifier((4,), **options)
+    with pytest.raises(ValueError, match=r"^classes must be given to the first call of partial_fit, not None$"):
+        parts.partial_fit(x, y)
+    for call in range(4):
+        parts.partial_fit(x, y, **({} if call else {"classes": [2, 0, 1]}))
+    assert torch.equal(parameters(parts), parameters(whole))
+    assert (parts.n_iter_, parts.loss_curve_) == (4, whole.loss_curve_)
+    with pytest.raises(ValueError, match=r"^y must hold classes among \[0 1 2\], not \[7\]$"):
+        parts.partial_fit(x, np.where(y, y, 7))
+    parts.partial_fit(x[y > 0], y[y > 0])  # of some classes only
+    assert parts.predict_proba(x).shape == (60, 3)
+    regressor = FusedMLPRegressor((4,), random_state=0).partial_fit(x, y).partial_fit(x, y)
+    assert regressor.n_iter_ == 2
+
+
+def test_training_ends_where_the_loss_no_longer_falls():
+    x, y = blobs(3)
+    options = {"random_state": 0, "max_iter": 3000, "learning_rate": 0.05}
+    estimator = FusedMLPClassifier((4,), tol=1e-3, n_iter_no_change=5, **options).fit(x, y)
+    curve = estimator.loss_curve_
+    assert estimator.n_iter_ == len(curve) < 3000
+    best, waited = np.inf, 0
+    for loss in curve:
+        assert waited < 5
+        best, waited = (loss, 0) if loss < best - 1e-3 else (best, waited + 1)
+    assert waited == 5
+
+
+@pytest.mark.parametrize("kind", ["classifier", "regressor"])
+def test_early_stopping_keeps_the_best(kind, digits):
+    x_train, x_test, y_train, y_test = digits
+    make = FusedMLPClassifier if kind == "classifier" else FusedMLPRegressor
+    x_train, x_test = x_train / 16, x_test / 16
+    scale = 1 if kind == "classifier" else 9
+    options = {"early_stopping": True, "validation_fraction": 0.2, "n_iter_no_change": 3, "max_iter": 200}
+    estimator = make((32,), random_state=0, learning_rate=0.02, **options).fit(x_train, y_train / scale)
+    scores = estimator.validation_scores_
+    assert len(scores) == estimator.n_iter_ < 200
+    best = int(np.argmax(scores))
+    assert best <= len(scores) - 3
+    assert estimator.score(x_test, y_test / scale) > (0.9 if kind == "classifier" else 0.7)
+    again = make((32,), random_state=0, learning_rate=0.02, **(options | {"max_iter": best + 1}))
+    assert torch.equal(parameters(again.fit(x_train, y_train / scale)), parameters(estimator))
+
+
+@pytest.mark.more
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("name", ["iris", "wine", "breast_cancer", "digits", "diabetes"])
+def test_as_accurate_as_scikit_learns_own(name):
+    from sklearn import datasets
+    from sklearn.model_selection import cross_val_score
+    from sklearn.neural_network import MLPClassifier, MLPRegressor
+    from sklearn.preprocessing import StandardScaler
+
+    x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
+    classes = name != "diabetes"
+    y = y if classes else (y - y.mean()) / y.std()
+    ours, theirs = (FusedMLPClassifier, MLPClassifier) if classes else (FusedMLPRegressor, MLPRegressor)
+    own, other = ours(random_state=0), theirs(activation="logistic", learning_rate_init=0.01, random_state=0)
+    scores = [cross_val_score(make_pipeline(StandardScaler(), e), x, y, cv=5).mean() for e in (own, other)]
+    assert scores[0] > scores[1] - 0.01
 
 
 # --- numbers -----------------------------------------------------------------------------------------------
@@ -142,6 +258,7 @@ def test_no_hidden_layer_is_linear_regression():
     x, y = make_regression(n_samples=100, n_features=3, n_targets=2, noise=5, random_state=0)
     y /= y.std(0)
     options = {"solver": "sgd", "learning_rate": 0.2, "batch_size": None, "max_iter": 300, "random_state": 0}
+    options["n_iter_no_change"] = None  # on its way the loss rises again and again
     estimator, truth = FusedMLPRegressor((), **options).fit(x, y), LinearRegression().fit(x, y)
     np.testing.assert_allclose(estimator.predict(x), truth.predict(x), atol=1e-5)
     assert estimator.score(x, y) == pytest.approx(truth.score(x, y), abs=1e-6)

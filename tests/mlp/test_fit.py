@@ -233,7 +233,7 @@ def orders(steps, samples, batch_size, chunks, ahead, generator):
 @pytest.mark.parametrize("sizes", [(40,), (1, 4, 9, 2, 2, 30), (7, 1, 1, 1, 12, 3)], ids=str)
 @pytest.mark.parametrize(("samples", "size"), [(10, 4), (3, 3), (5, 9), (7, 1), (60_000, 9_999)])
 def test_orders_that_are_drawn_ahead_are_those_that_are_not(samples, size, sizes, end):
-    chunks = [(start, min(count, end - start)) for start, count in chunks_of(*sizes)(40) if start < end]
+    chunks = [(start, min(count, end - start)) for start, count in chunks_of(*sizes)(0, 40) if start < end]
     generators = [torch.Generator().manual_seed(3) for _ in range(3)]
     ahead, in_time = (orders(40, samples, size, chunks, *pair) for pair in zip((True, False), generators, strict=False))
     per_epoch = -(-samples // size)
@@ -458,7 +458,7 @@ def test_chunks_cover_all_steps_by_time(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     sizes = []
-    for start, count in pacing.chunks(10_000):
+    for start, count in pacing.chunks(0, 10_000):
         assert start == sum(sizes)
         sizes.append(count)
         now[0] += count / 1024  # seconds
@@ -644,7 +644,7 @@ OTHER_OPTIMIZERS = {
     "half-of-a-state": half_of_a_state,
     "amsgrad": lambda m: torch.optim.Adam(m.parameters(), lr=0.1, amsgrad=True),
     "maximize": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True),
-    "rmsprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.1),
+    "centered": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.1, centered=True),
 }
 OTHER_DATA = {
     "more-dimensions": lambda m: (torch.randn(5, 2, 3), torch.rand(5, 2, 3)),
@@ -893,7 +893,7 @@ def test_progress(terminal, progress, seconds_per_chunk, shown, monkeypatch):
 
     now = [0.0]
 
-    def chunks(steps):
+    def chunks(start, steps, every):
         for start in range(0, steps, 10):
             now[0] += seconds_per_chunk
             yield start, 10
@@ -913,7 +913,7 @@ def test_a_model_that_draws_numbers_finds_them_in_the_same_order_whatever_the_ch
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Dropout(0.5), nn.Linear(4, 1))
         x, y = torch.randn(8, 3), torch.rand(8, 1)
-        monkeypatch.setattr("perceptriton.mlp.training.run.chunks", lambda _, chunks=chunks: iter(chunks))
+        monkeypatch.setattr("perceptriton.mlp.training.run.chunks", lambda *_, chunks=chunks: iter(chunks))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         fit(model, x, y, criterion=nn.MSELoss(), optimizer=optimizer, steps=6, batch_size=4)
         results.append([p.detach() for p in model.parameters()])

@@ -9,6 +9,7 @@ from cases import same_bits
 from torch import nn
 from training_cases import OPTIMIZERS, assert_same_state, chunks_of, make, relative, values
 
+from perceptriton.kernels.loop import TorchLoop
 from perceptriton.mlp import MLP, Ensemble, fit, fit_sharded
 from perceptriton.mlp.training import run
 
@@ -202,6 +203,7 @@ def test_a_tensor_of_one_dimension_is_never_a_schedule():
         assert relative(ensemble.member(e).parameters(), model.parameters()) <= EXACT
 
 
+@pytest.mark.filterwarnings("ignore:an ordinary loop trains this Ensemble")
 def test_one_schedule_for_all_members_of_an_ordinary_loop():
     models = [problem(seed)[0] for seed in range(3)]
     _, x, y = problem()
@@ -302,3 +304,96 @@ def test_cross_entropy(targets, reduction):
     assert relative([history.loss], [losses]) <= EXACT
     assert relative(model.parameters(), twin.parameters()) <= EXACT
     assert_same_state(own, other, EXACT)
+
+
+# --- torch's schedulers ------------------------------------------------------------------------------------------
+
+L = torch.optim.lr_scheduler
+SCHEDULERS = {
+    "step": lambda o: L.StepLR(o, 2, 0.5),
+    "cosine": lambda o: L.CosineAnnealingLR(o, 7),
+    "lambda": lambda o: L.LambdaLR(o, lambda n: 1 / (1 + n)),
+    "restarts": lambda o: L.CosineAnnealingWarmRestarts(o, 3),
+    "warmup": lambda o: L.SequentialLR(o, [L.LinearLR(o, 0.1, total_iters=3), L.ExponentialLR(o, 0.8)], [3]),
+    "chained": lambda o: L.ChainedScheduler([L.LinearLR(o, 0.1, total_iters=3), L.ExponentialLR(o, 0.8)]),
+    "one-cycle": lambda o: L.OneCycleLR(o, 0.5, total_steps=20),  # of the momentum too
+    "one-cycle-of-rates": lambda o: L.OneCycleLR(o, 0.5, total_steps=20, cycle_momentum=False),
+    "mine": lambda o: Halving(o),
+}
+
+
+class Halving(L.LRScheduler):
+    def get_lr(self):
+        return [base * 0.5**self.last_epoch for base in self.base_lrs]
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+@pytest.mark.parametrize("batch_size", [None, 5])
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_scheduler_steps_as_in_an_ordinary_loop(kind, batch_size, interval, monkeypatch):
+    monkeypatch.setattr(run, "chunks", chunks_of(1, 4, 2))
+    model, x, y = problem()
+    twin = copy.deepcopy(model)
+    own, other = (torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.5) for m in (model, twin))
+    scheduler, expected = SCHEDULERS[kind](own), SCHEDULERS[kind](other)
+    options = {"criterion": nn.BCELoss(), "steps": STEPS, "batch_size": batch_size, "log_every": 1}
+    options |= {"generator": torch.Generator().manual_seed(2), "scheduler": scheduler, "scheduler_interval": interval}
+    history = fit(model, x, y, optimizer=own, **options)
+    generator, losses, taken = torch.Generator().manual_seed(2), [], 0
+    while taken < STEPS:
+        rows = [slice(None)] if batch_size is None else torch.randperm(len(x), generator=generator).split(batch_size)
+        for chosen in rows[: STEPS - taken]:
+            other.zero_grad()
+            loss = nn.BCELoss()(twin(x[chosen]), y[chosen])
+            losses.append(loss.item())
+            loss.backward()
+            other.step()
+            taken += 1
+            if interval == "step" or taken % len(rows) == 0:
+                expected.step()
+    assert history.path == ("general" if kind in ("one-cycle", "mine") else "torch")
+    assert relative([history.loss], [torch.tensor(losses, dtype=torch.float64)]) <= EXACT
+    assert relative(model.parameters(), twin.parameters()) <= EXACT
+    assert_same_state(own, other, EXACT)
+    assert scheduler.get_last_lr() == expected.get_last_lr()
+    assert scheduler.state_dict().keys() == expected.state_dict().keys()
+    assert own.param_groups[0]["lr"] == other.param_groups[0]["lr"]
+
+
+def test_a_scheduler_is_where_the_model_is_after_an_interrupted_chunk(monkeypatch):
+    monkeypatch.setattr(run, "chunks", chunks_of(3, 4))
+    model, x, y = problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    scheduler = L.StepLR(optimizer, 2, 0.5)
+    taken, calls = TorchLoop.run, []
+
+    def interrupted(*arguments):
+        taken(*arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TorchLoop, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt) as error:
+        fit(model, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=STEPS, scheduler=scheduler)
+    assert error.value.history.steps_taken == scheduler.last_epoch == 3
+    assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]] == [0.15]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"lr": falling}, ValueError, r"^lr and scheduler both say what the rate of a step is: give one of them$"),
+    ({"scheduler": 3}, TypeError, r"^scheduler must be an LRScheduler .*, not a int$"),
+    ({"scheduler": L.ReduceLROnPlateau}, TypeError, r"^scheduler must be .*, not a ReduceLROnPlateau$"),
+    ({"scheduler": "other"}, ValueError, r"^scheduler is not this SGD's, but another optimizer's$"),
+    ({"scheduler_interval": "batch"}, ValueError, r'^scheduler_interval must be "epoch" or "step", not \'batch\'$'),
+])  # fmt: skip
+def test_schedulers_that_are_refused(options, error, message):
+    model, x, y = problem()
+    optimizer, other = (torch.optim.SGD(model.parameters(), lr=0.3) for _ in range(2))
+    scheduler = options.get("scheduler", "own")
+    made = {"own": lambda: L.StepLR(optimizer, 2), "other": lambda: L.StepLR(other, 2)}
+    scheduler = made[scheduler]() if scheduler in made else scheduler(optimizer) if callable(scheduler) else scheduler
+    before = values(model)
+    with pytest.raises(error, match=message):
+        fit(model, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=2, **(options | {"scheduler": scheduler}))
+    assert same_bits(values(model), before)

@@ -1,0 +1,224 @@
+"""What `fit` looks at between steps: losses and metrics on other data, and whether they tell it to stop."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ensemble import Ensemble
+from ..history import History
+from .checks import check_samples
+from .criteria import has_own_targets
+from .measures import Measure, accuracy, each, losses_of
+from .pacing import logged_steps
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Stops `fit` once a value has not improved for `patience` evaluations in a row.
+
+    patience: None stops never, which leaves keep_best. threshold: by how much, absolutely, a value must be better than
+    the best so far to count as better; NaN never is. metric: "loss" on the validation data, or the name of one of
+    `fit`'s metrics; "training_loss" needs no other data: the mean of the losses logged since the last evaluation.
+    maximize: whether more is better; None: as is usual, which is less for losses and more for "accuracy". keep_best: at
+    the end of `fit` the model has the parameters, and buffers, of its best evaluation, not the last ones.
+
+    Of an Ensemble each member stops by itself: its parameters are kept, while the others train on.
+
+    Raises TypeError and ValueError for arguments that do not fit.
+    """
+
+    patience: int | None = 5
+    threshold: float = 0.0
+    metric: str = "loss"
+    maximize: bool | None = None
+    keep_best: bool = False
+
+    def __post_init__(self) -> None:
+        if self.patience is not None and (not isinstance(self.patience, int) or isinstance(self.patience, bool)):
+            raise TypeError(f"patience must be an int or None, not {self.patience!r}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, not {self.patience}")
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold must not be negative, not {self.threshold}")
+        if self.maximize is None and self.metric not in ("loss", "training_loss", "accuracy"):
+            raise ValueError(f"maximize must be True or False for the metric {self.metric!r}")
+
+    @property
+    def sign(self) -> int:
+        """By which a value is multiplied so that less is better."""
+        maximize = self.metric == "accuracy" if self.maximize is None else self.maximize
+        return -1 if maximize else 1
+
+
+class Watch:
+    """Evaluates the model, keeps what was best, and says who is done."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Measure,
+        data: tuple[Tensor, Tensor] | None,
+        metrics: Sequence[str | Measure],
+        stop: EarlyStopping | None,
+        resume: History | None,
+    ) -> None:
+        self.model, self.criterion, self.stop = model, criterion, stop
+        self.data = data
+        self.metrics = {name_of(metric): metric for metric in metrics}
+        self.evaluated: list[int] = []
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in ("loss", *self.metrics) if data is not None}
+        self.members = len(model) if isinstance(model, Ensemble) else 1
+        self.kept = [t for t in (*model.parameters(), *model.buffers())] if stop else []
+        self.best = torch.full((self.members,), torch.inf, dtype=torch.float64, device="cpu")
+        self.waited = torch.zeros(self.members, dtype=torch.int64, device="cpu")
+        self.stopped = torch.full((self.members,), -1, dtype=torch.int64, device="cpu")
+        self.best_values = [t.detach().clone() for t in self.kept] if stop and stop.keep_best else []
+        if resume is not None:
+            self._resume(resume)
+
+    @property
+    def done(self) -> Tensor:
+        """(members,): who has stopped."""
+        return self.stopped >= 0
+
+    def evaluate(self, taken: int, losses: Sequence[Tensor], log_every: int) -> None:
+        """Evaluates the model after so many steps. losses: (n, members) each, all that were logged."""
+        values = {} if self.data is None else self._values(*self.data)
+        if self.stop is not None and self.stop.metric == "training_loss":
+            since = self.evaluated[-1] if self.evaluated else 0
+            values["training_loss"] = _last(losses, len(logged_steps(since, taken - since, log_every))).mean(0)
+        self.evaluated.append(taken)
+        for name, rows in self.rows.items():
+            rows.append(values[name])
+        if self.stop is None:
+            return
+        value = self.stop.sign * values[self.stop.metric].double()
+        training = self.stopped < 0
+        better = training & (value < self.best - self.stop.threshold)
+        self.best[better] = value[better]
+        self.waited[training] += 1
+        self.waited[better] = 0
+        _copy(self.best_values, self.kept, better)
+        if self.stop.patience is not None:
+            ends = training & (self.waited >= self.stop.patience)
+            self.stopped[ends] = taken
+
+    def finish(self) -> None:
+        """Gives the model the best of its parameters, where they are kept; who was never any good has the last."""
+        _copy(self.kept, self.best_values, self.best < torch.inf)
+
+    def state(self) -> dict[str, Any]:
+        """What `_resume` needs besides the columns of a History."""
+        if self.stop is None:
+            return {}
+        values = [tensor.clone() for tensor in self.best_values]
+        return {"best": self.best.clone(), "waited": self.waited.clone(), "best_values": values}
+
+    def columns(self, row: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Those of a History. row: what becomes of the last dimension, of members."""
+        validation = {name: row(torch.stack(rows)) for name, rows in self.rows.items() if rows}
+        stopped = None if self.stop is None else row(self.stopped.clone()[None])[0]
+        return {"evaluated": [*self.evaluated], "validation": validation, "stopped": stopped}
+
+    def _resume(self, history: History) -> None:
+        self.evaluated += history.evaluated
+        for name, rows in self.rows.items():
+            rows += history.validation[name].view(-1, self.members).unbind() if history.evaluated else ()
+        if self.stop is not None:
+            state, stopped = history.state, history.stopped
+            self.best, self.waited = state["best"].clone(), state["waited"].clone()
+            self.stopped = stopped.clone().view(-1) if stopped is not None else self.stopped
+            for own, given in zip(self.best_values, state["best_values"], strict=True):
+                own.copy_(given)
+
+    @torch.no_grad()
+    def _values(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """By name, of each network: (members,) on the CPU."""
+        with _evaluating(self.model):
+            output = self.model(x)
+        own = isinstance(self.model, Ensemble) and has_own_targets(self.criterion, self.model, x, y)
+        values = {"loss": losses_of(self.model, self.criterion, output, y, own)}
+        for name, metric in self.metrics.items():
+            measure = metric if callable(metric) else partial(accuracy, self.criterion)
+            values[name] = each(self.model, measure, output, y, own, name)
+        return {name: value.detach().cpu() for name, value in values.items()}
+
+
+def _last(blocks: Sequence[Tensor], count: int) -> Tensor:
+    """The last `count` rows of blocks that follow each other, fp64 on the CPU."""
+    rows = [blocks[-1][:0]]
+    for block in reversed(blocks):
+        rows.insert(0, block[max(0, len(block) - count) :])
+        count -= len(rows[0])
+        if count <= 0:
+            break
+    return torch.cat(rows).cpu().double()
+
+
+def name_of(metric: "str | Measure") -> str:
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """As model.eval(), until the modules that were training train again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def _copy(to: Sequence[Tensor], source: Sequence[Tensor], which: Tensor) -> None:
+    """Copies members' numbers; a tensor of one network is that of its only member."""
+    if not to or not source or not bool(which.any()):
+        return
+    for own, given in zip(to, source, strict=True):
+        if len(which) == 1:
+            own.copy_(given)
+        else:
+            chosen = which.to(own.device)
+            own[chosen] = given[chosen]
+
+
+def check_watch(model, criterion, validation, evaluate_every, metrics, stop, log_every) -> None:
+    """Raises TypeError and ValueError for what `fit` is given to look at."""
+    if stop is not None and not isinstance(stop, EarlyStopping):
+        raise TypeError(f"stop must be an EarlyStopping, not {type(stop).__name__}")
+    by_training = stop is not None and stop.metric == "training_loss"
+    if by_training and not log_every:
+        raise ValueError("stop watches 'training_loss', but log_every=0 logs none")
+    given = {"metrics": len(metrics) > 0, "stop": stop is not None and not by_training}
+    given["evaluate_every"] = evaluate_every is not None and not by_training
+    for name, there in given.items():
+        if there and validation is None:
+            raise ValueError(f"{name} needs validation data, but validation is None")
+    if evaluate_every is not None and (not isinstance(evaluate_every, int) or isinstance(evaluate_every, bool)):
+        raise TypeError(f"evaluate_every must be an int or None, not {evaluate_every!r}")
+    if evaluate_every is not None and evaluate_every < 1:
+        raise ValueError(f"evaluate_every must be at least 1, not {evaluate_every}")
+    if validation is None:
+        return
+    if not isinstance(validation, (tuple, list)) or len(validation) != 2:
+        raise TypeError(f"validation must be a pair of tensors (x, y), not {validation!r}")
+    for name, tensor in zip("xy", validation, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"validation's {name} must be a Tensor, not {type(tensor).__name__}")
+    x, y = validation
+    check_samples(model, criterion, x, y, "validation's ")
+    names = ["loss", *map(name_of, metrics)]
+    for metric, name in zip(metrics, names[1:], strict=True):
+        if not callable(metric) and metric != "accuracy":
+            raise ValueError(f'metrics must be "accuracy" or functions of (output, target), not {metric!r}')
+        if names.count(name) > 1:
+            raise ValueError(f"metrics must have names that differ, but {name!r} stands for two columns")
+    if stop is not None and not by_training and stop.metric not in names:
+        raise ValueError(f"stop watches {stop.metric!r}, but evaluated are {', '.join(names)}")
