@@ -235,8 +235,9 @@ def train_block_kernel(
                     loss += _block_loss(
                         params, log_x, log_t, log_inside, beta, HIDDEN, OUTPUT, SUMS, LOSS, WIDTHS, PADDED, BIAS
                     )
+            log_step, _log_last = segment_steps(segment, offset, period, steps)
             log_scale = tl.where(batch == batches - 1, last_scale, scale)
-            loss *= step_number(log_scale, factors_ptr, stride_fs, stride_fe, segment * period - offset, member)
+            loss *= step_number(log_scale, factors_ptr, stride_fs, stride_fe, log_step, member)
             logged = (segment - tl.where(offset > 0, 1, 0)).to(tl.int64)
             tl.store(losses_ptr + logged * members + member, loss)
         first_step, last_step = segment_steps(segment, offset, period, steps)
