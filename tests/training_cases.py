@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from perceptriton.kernels.loop import TorchLoop
 from perceptriton.mlp import MLP
 
 XOR_X = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -185,6 +186,19 @@ def ordinary(model, x, y, criterion, optimizer, steps, batch_size=None, generato
 
 def values(model):
     return [p.detach().clone() for p in model.parameters()]
+
+
+def interrupt_after(chunks, monkeypatch):
+    """A chunk of the loop in plain torch raises KeyboardInterrupt in its last moment: the one of that number."""
+    run, calls = TorchLoop.run, []
+
+    def interrupted(*arguments):
+        run(*arguments)
+        calls.append(1)
+        if len(calls) == chunks:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TorchLoop, "run", interrupted)
 
 
 def chunks_of(*sizes):

@@ -33,7 +33,8 @@ def each(model: nn.Module, measure: Measure, output: Tensor, target: Tensor, own
     """What `measure` says of each network, (1,) or (E,). Raises TypeError and ValueError for what is not one number."""
     if not isinstance(model, Ensemble):
         return _number(measure(output, target), name)[None]
-    if _maps(measure) and target.dtype != torch.uint8:  # which torch takes as class ids, but not under vmap
+    if _maps(measure):
+        target = target.long() if target.dtype == torch.uint8 else target  # class ids, of which vmap takes no bytes
         return torch.func.vmap(measure, in_dims=(0, 0 if own else None))(output, target)
     targets = target if own else target.expand(len(output), *target.shape)
     return torch.stack([_number(measure(*pair), name) for pair in zip(output, targets, strict=True)])

@@ -69,7 +69,7 @@ def _check_number(label: str, value: object, members: int, wanted: str) -> None:
 def own_numbers(per_member: PerMember | None, config: TrainConfig) -> tuple[TrainConfig, Hyperparameters]:
     """The config of all members, and the numbers that each has of its own."""
     given = dict(_by_field(per_member or {}))
-    own = {field: v.detach().cpu().double() for field, v in given.items() if isinstance(v, Tensor)}
+    own = {field: v.cpu().double() for field, v in given.items() if isinstance(v, Tensor)}
     shared = {field: STAND_IN if field in own else float(v) for field, v in given.items()}
     return replace(config, **shared), Hyperparameters(**own)
 

@@ -82,7 +82,7 @@ def _cases():
             # Of the edges those that came nearest to the limit.
             widths = LANE_EDGES[states], BLOCK_EDGES[states][2 * states - 1], BLOCK_EDGES[states][0]
             for impl, edge in zip(("lane", "block", "spread"), widths, strict=True):
-                case = (arch, _config(edge, states, **options), 3, 99, 64, True, impl)
+                case = (arch, TrainConfig(edge, **TANH, **options), 3, 99, 64, True, impl)
                 yield f"sm_{arch}-{impl}-rmsprop-{states}-states", case
     deep = (2, 10, 10, 10, 1)
     yield "sm_90-lane-xor-adam", (90, TrainConfig((2, 2, 1), optimizer="adam"), 1, 4, 4, False, "lane")

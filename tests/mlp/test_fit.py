@@ -25,6 +25,7 @@ from training_cases import (
     STATEFUL,
     assert_same_state,
     chunks_of,
+    interrupt_after,
     make,
     make_net,
     ordinary,
@@ -470,17 +471,9 @@ def test_chunks_cover_all_steps_by_time(monkeypatch):
 @pytest.mark.parametrize("optimizer", ["sgd", *STATEFUL])
 def test_an_interrupted_chunk_leaves_the_one_before(optimizer, monkeypatch):
     monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks_of(10))
-    run, calls = TorchLoop.run, []
-
-    def interrupted(*arguments):
-        run(*arguments)
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
     model, twin, x, y = twins("tanh")
     own, other = OPTIMIZERS[optimizer](model.parameters()), OPTIMIZERS[optimizer](twin.parameters())
-    monkeypatch.setattr(TorchLoop, "run", interrupted)
+    interrupt_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=100)
     ordinary(twin, x, y, nn.BCELoss(), other, 20)

@@ -7,9 +7,8 @@ import pytest
 import torch
 from cases import same_bits
 from torch import nn
-from training_cases import OPTIMIZERS, assert_same_state, chunks_of, make, relative, values
+from training_cases import OPTIMIZERS, assert_same_state, chunks_of, interrupt_after, make, relative, values
 
-from perceptriton.kernels.loop import TorchLoop
 from perceptriton.mlp import MLP, Ensemble, fit, fit_sharded
 from perceptriton.mlp.training import run
 
@@ -365,15 +364,7 @@ def test_a_scheduler_is_where_the_model_is_after_an_interrupted_chunk(monkeypatc
     model, x, y = problem()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     scheduler = L.StepLR(optimizer, 2, 0.5)
-    taken, calls = TorchLoop.run, []
-
-    def interrupted(*arguments):
-        taken(*arguments)
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(TorchLoop, "run", interrupted)
+    interrupt_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt) as error:
         fit(model, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=STEPS, scheduler=scheduler)
     assert error.value.history.steps_taken == scheduler.last_epoch == 3

@@ -12,9 +12,8 @@ import pytest
 import torch
 from cases import same_bits
 from torch import nn
-from training_cases import chunks_of, quick, values
+from training_cases import chunks_of, interrupt_after, quick, values
 
-from perceptriton.kernels.loop import TorchLoop
 from perceptriton.mlp import MLP, EarlyStopping, Ensemble, fit
 from perceptriton.mlp.training import jobs
 from perceptriton.mlp.training.pacing import SampleOrder
@@ -120,15 +119,7 @@ def test_an_interrupt_has_the_history_of_the_chunk_before(options, ahead, monkey
     monkeypatch.setattr(jobs, "runs_apart", lambda device: ahead)
     whole = Run("mlp", "momentum", options)
     expected = whole.end(whole.fit())
-    run, calls = TorchLoop.run, []
-
-    def interrupted(*arguments):
-        run(*arguments)
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(TorchLoop, "run", interrupted)
+    interrupt_after(3, monkeypatch)
     cut = Run("mlp", "momentum", options)
     with pytest.raises(KeyboardInterrupt) as error:
         cut.fit()
