@@ -32,8 +32,8 @@ def expected_failed_checks(estimator):
 @pytest.mark.slow
 @parametrize_with_checks([FusedMLPClassifier(), FusedMLPRegressor()], expected_failed_checks=expected_failed_checks)
 def test_rules_of_scikit_learn(estimator, check, monkeypatch):
-    # The checks' own tolerances are those of float64. Which place a sample has in a product decides the order of its sums
-    # on some CPUs, in predictions up to 3; weights and repeated samples round differently in each step of training.
+    # The checks' own tolerances are those of float64. Which place a sample has in a product decides the order of its
+    # sums on some CPUs, in predictions up to 3; weights and repeated samples round differently in each step.
     rounding = {
         estimator_checks.check_methods_sample_order_invariance: 1e-6,
         estimator_checks.check_sample_weight_equivalence_on_dense_data: 1e-4,
