@@ -207,8 +207,9 @@ def test_the_training_loss_may_be_the_one_to_watch(path, every, log_every, monke
 
 
 @pytest.mark.parametrize("criterion", [
-    nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 2.0]).double()), nn.HuberLoss(delta=0.3), nn.MSELoss(reduction="sum"),
-    nn.CrossEntropyLoss(label_smoothing=0.1), nn.SoftMarginLoss(), nn.KLDivLoss(reduction="batchmean"), distance,
+    nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 2.0]).double()), nn.HuberLoss(delta=0.3),
+    nn.MSELoss(reduction="sum"), nn.CrossEntropyLoss(label_smoothing=0.1),
+    nn.SoftMarginLoss(), nn.KLDivLoss(reduction="batchmean"), distance,
 ])  # fmt: skip
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 def test_losses_of_members_are_those_of_each(criterion, own):
