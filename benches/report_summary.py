@@ -48,10 +48,8 @@ def _loops(document: dict) -> list[list[str]]:
         fastest = min(others, key=lambda impl: others[impl])
         judged = row.speedup[report_training.JUDGED]
         over = row.over_jax if fastest == "jax" else judged / row.speedup.get(fastest, 1.0)
-        networks = (
-            "a training step" if row.members is None else f"one network's step in an `Ensemble` of {row.members:,}"
-        )
-        lines.append(_line(f"{networks}: {row.what}", row.us, report_training.JUDGED, over))
+        networks = "one network" if row.members is None else f"`Ensemble` of {row.members:,}"
+        lines.append(_line(f"training, {networks}: {row.what}", row.us, report_training.JUDGED, over))
     return lines
 
 

@@ -666,6 +666,29 @@ def test_loops_by_machine(bench):
     assert "Before its first step JAX took up to 0.3 s" in report.markdown(ours)
 
 
+def test_short_tables_show_rows_that_lose(bench):
+    report = bench("report_summary")
+    cases = {"even": (1.0, 0.5), "lost": (1.0, 1.25), "good": (2.0, 1.0)}  # speed-ups, torch.compile's behind ours
+    found = document(
+        *(
+            result(impl, 100 / ratio, ratio, case=case)
+            for case, (ours, compiled) in cases.items()
+            for impl, ratio in (("eager", 1.0), ("fused", ours), ("compiled", compiled))
+        )
+    )
+    _, _, *rows = report.against_others({"layers": found})
+    assert [row.split(" | ")[-1] for row in rows] == ["**2.00x** |", "**1.00x** |", "**0.80x** |"]
+    assert rows[-1].startswith("| layers, worst of 3: 4 rows, 2-2, forward | 100 | 80 |  |  | 100 |")
+    _, _, row = report.over_eager({"here": found})
+    assert row == "| here | 2026-01-02 | float32 | 3 | 1.26x | 1.00x | 2.00x | 2 | 0.85x |"
+    loops = training_document()
+    loops["benchmarks"] += [trained("jax", 20.0, 10.0), trained("vmap", 0.04, 5000.0, members=1024)]
+    loops["benchmarks"][1]["extra_info"]["speedup_over_jax"] = 1.9
+    _, _, *rows = report.against_others({"training": loops})
+    assert rows[0] == "| training, one network: 2-2-1, SGD, batch 4 | 200 | 400 | 20 |  | 10 | **1.90x** |"
+    assert rows[-1] == "| training, `Ensemble` of 1,024: 2-2-1, SGD, batch 4 | 200 |  |  | 0.04 | 0.05 | **0.82x** |"
+
+
 def kernelbench_document():
     shape = [8, *[64] * 12]
     found = document(

@@ -117,17 +117,35 @@ def test_a_broken_link_is_found():
     assert len(links(README)) > 20
 
 
-def test_an_index_page_gets_addresses(monkeypatch):
+@pytest.fixture
+def metadata(monkeypatch):
+    """What setup.py says of the package."""
     given = {}
     monkeypatch.setattr(setuptools, "setup", given.update)
     monkeypatch.chdir(ROOT)
     runpy.run_path("setup.py")
-    description = given["long_description"]
+    return given
+
+
+def test_an_index_page_gets_addresses(metadata):
+    description = metadata["long_description"]
     assert links(description) == []
-    own = re.findall(rf"\]\({re.escape(given['url'])}/(blob|raw)/main/([^)#]+)", description)
+    own = re.findall(rf"\]\({re.escape(metadata['url'])}/(blob|raw)/main/([^)#]+)", description)
     assert len(own) == len(links(README))
     assert all((ROOT / path).exists() for _, path in own)
     assert {kind for kind, path in own if path.endswith(".png")} == {"raw"}
+
+
+def test_files_about_the_project_agree(metadata):
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {metadata['version']}\n" in citation
+    assert f'\nrepository-code: "{metadata["url"]}"\n' in citation
+    assert f"name: {metadata['author']}\n" in citation
+    assert f"\n## {metadata['version']}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert f'\nURL = "{metadata["url"]}"\n' in (ROOT / "docs" / "conf.py").read_text()
+    forms = (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")
+    addresses = {found for form in forms for found in re.findall(r"https:\S+", form.read_text())}
+    assert all(address.startswith(f"{metadata['url']}/") for address in addresses)
 
 
 # --- claims ------------------------------------------------------------------------------------------------
