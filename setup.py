@@ -21,7 +21,7 @@ setup(
     author="The perceptriton authors",
     url=URL,
     project_urls={
-        "Documentation": f"{URL}/blob/main/docs/index.md",
+        "Documentation": f"{URL}/tree/main/docs",
         "Changes": f"{URL}/blob/main/CHANGELOG.md",
         "Issues": f"{URL}/issues",
         "Source": URL,

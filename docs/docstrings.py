@@ -1,35 +1,39 @@
 """Docstrings of this package are plain text with names in backticks. Here they become reStructuredText for Sphinx."""
 
+import inspect
 import re
 
-
-def restructured(lines: list[str]) -> list[str]:
-    """Names in backticks become code, all else is taken as it stands; an indented part stays a part of its own."""
-    text = "\n".join(lines).expandtabs()
-    parts = re.split(r"(`[^`\n]+`)", text)
-    found = [f"`{part}`" if i % 2 else re.sub(r"([*_|\\])", r"\\\1", part) for i, part in enumerate(parts)]
-    # Paragraphs of arguments follow each other line by line: "name: what it is". Each gets a line of its own.
-    paragraphs = []
-    for paragraph in re.split(r"\n\s*\n", "".join(found)):
-        body = re.sub(r"(?m)^[ ]+", "", paragraph)
-        paragraphs.append(re.sub(r"(?m)^((?:\w|\\_|, )+: )", r"| \1", body) if _listed(body) else body)
-    return "\n\n".join(_wrapped(paragraph) for paragraph in paragraphs).split("\n")
+ARGUMENTS = re.compile(r"(?m)(^|(?<=[.;)\]] ))(\w+(?:, \w+)*): ")
 
 
-def _listed(paragraph: str) -> bool:
-    return re.match(r"(?:\w|\\_|, )+: ", paragraph) is not None
+def restructured(lines: list[str], names: set[str]) -> list[str]:
+    """Names in backticks become code, arguments (`names`) that are explained bold; all else is taken as it stands."""
+
+    def bold(found: re.Match) -> str:
+        return f"\x02{found[2]}\x02: " if {*found[2].split(", ")} <= names else found[0]
+
+    parts = re.split(r"(`[^`\n]+`)", "\n".join(lines).expandtabs())
+    text = "".join(
+        f"`{part}`" if i % 2 else re.sub(r"([*_|\\])", r"\\\1", ARGUMENTS.sub(bold, part))
+        for i, part in enumerate(parts)
+    )
+    return "\n\n".join(map(paragraph, re.split(r"\n\s*\n", text))).replace("\x02", "**").split("\n")
 
 
-def _wrapped(paragraph: str) -> str:
-    """Lines that go on with a line of a line block are indented, as reStructuredText wants it."""
-    lines = paragraph.split("\n")
-    if not lines[0].startswith("| "):
-        return paragraph
-    return "\n".join(line if line.startswith("| ") else f"  {line}" for line in lines)
+def paragraph(text: str) -> str:
+    """One paragraph without indentation. Where its lines begin with arguments, each of them begins a line."""
+    lines = [line.strip() for line in text.split("\n")]
+    if not lines[0].startswith("\x02"):
+        return "\n".join(lines)
+    return "\n".join(f"| {line}" if line.startswith("\x02") else f"  {line}" for line in lines)
 
 
 def process(app, what, name, obj, options, lines: list[str]) -> None:
-    lines[:] = restructured(lines)
+    try:
+        names = {*inspect.signature(obj).parameters}
+    except (TypeError, ValueError):
+        names = set()
+    lines[:] = restructured(lines, names)
 
 
 def setup(app) -> dict:
