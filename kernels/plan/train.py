@@ -124,6 +124,7 @@ CALL_US = 1.5  # of torch, whatever it computes
 # Of a layer of one network: its calls, per multiply-add of a product, and per output.
 LAYER_US, LAYER_MAC_US, OUTPUT_US = 4.7, 3e-5, 8e-4
 ARRAY_MAC_US = 2.5e-4  # per multiply-add of an elementwise call over members
+CACHED_NUMBERS, OUT_OF_CACHE = 1 << 19, 2  # from where on such calls wait for memory, and how much longer they take
 SMALL_PRODUCT_MAC_US = 2e-3  # per multiply-add of a stack of products that torch computes itself
 SMALL_PRODUCT_MACS = 400  # from here on the BLAS does, at a price per product and another per multiply-add
 PRODUCT_US, PRODUCT_MAC_US = 0.25, 4e-5
@@ -171,7 +172,9 @@ def loop_us(members: int, batch: int, config: TrainConfig) -> float:
         outputs = OUTPUT_US * batch * sum(n for _, n in layers)
         return LAYER_US * len(layers) + 2 * sum(products) + sum(products[1:]) + outputs
     first = 3 * CALL_US + 3 * PRODUCT_MAC_US * members * macs[0]
-    return first + min(_stack_us(members, batch, config, layers[1:]))
+    arrays, matrices = _stack_us(members, batch, config, layers[1:])
+    numbers = members * (sum((k + 1) * n for k, n in layers) + 2 * batch * sum(config.widths))
+    return first + min(arrays * (OUT_OF_CACHE if numbers > CACHED_NUMBERS else 1), matrices)
 
 
 def _stack_us(members: int, batch: int, config: TrainConfig, layers: list[tuple[int, int]]) -> tuple[float, float]:
