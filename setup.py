@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-# The repository's folders are the packages of the namespace `perceptriton`, which has no folder of its own.
+# The repository's folders are packages inside `perceptriton`, whose own few files are in mlp/_front.
 setup(
     name="perceptriton",
     version="0.1.0",
@@ -12,13 +12,18 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    package_dir={"perceptriton.kernels": "kernels", "perceptriton.mlp": "mlp"},
+    package_dir={"perceptriton": "mlp/_front", "perceptriton.kernels": "kernels", "perceptriton.mlp": "mlp"},
     packages=[
-        ".".join(("perceptriton", *found.parent.parts))
-        for folder in ("kernels", "mlp")
-        for found in sorted(Path(folder).rglob("__init__.py"))
+        "perceptriton",
+        *(
+            ".".join(("perceptriton", *found.parent.parts))
+            for folder in ("kernels", "mlp")
+            for found in sorted(Path(folder).rglob("__init__.py"))
+            if found.parent.name != "_front"
+        ),
     ],
     package_data={
+        "perceptriton": ["py.typed"],
         "perceptriton.kernels": ["py.typed", "tuned/*.json"],
         "perceptriton.mlp": ["py.typed"],
         "perceptriton.mlp.lessons": ["tables/*.json"],
@@ -48,6 +53,7 @@ setup(
             "hypothesis",
             "ruff",
             "basedpyright",
+            "jedi",
             "setuptools>=77",
             "wheel",
         ],

@@ -1,4 +1,4 @@
-"""The command line: `perceptriton lesson NAME`, `doctor`, `build`, `export-hub DIR`; also `python -m perceptriton.mlp`.
+"""The command line: `perceptriton lesson NAME`, `doctor`, `build`, `export-hub DIR`; also `python -m perceptriton`.
 
 Exit codes: 0; 1 where a lesson does not reproduce its table or lacks its data, a file cannot be written, or nothing can
 be compiled; 2 for bad arguments; 130 after an interrupt; 141 when the reader of the output has gone.
@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=summary, description=f"{summary}.", allow_abbrev=False)
 
     parser = _Parser("perceptriton", description="Sigmoid MLPs in fused Triton kernels.", allow_abbrev=False)
+    # A copy on the hub has no version of the package.
+    version = getattr(sys.modules[str(__package__).partition(".")[0]], "__version__", "without a version")
+    parser.add_argument("--version", action="version", version=f"perceptriton {version}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     about = add(commands, "doctor", "what is installed, and which implementation layers take on this machine")
     about.set_defaults(run=_doctor)
