@@ -22,6 +22,7 @@ from . import doctor, hub
 from .lessons import pictures
 from .lessons.catalogue import LESSONS
 from .lessons.lesson import Lesson
+from .lessons.text import View
 
 __all__ = ["main"]
 
@@ -101,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         for count in lesson.counts:
             options = {"choices": count.choices, "default": count.default, "help": f"{count.summary} {default}"}
             one.add_argument(f"--{count.name}", type=_count, metavar="N", **options)
+        if any(count.name == "steps" for count in lesson.counts):
+            one.add_argument("--every", type=_count, metavar="N", help="print the losses of every N-th step")
+        one.add_argument("--timing", action="store_true", help="print how long the ways of computing it take")
         one.add_argument("--device", type=_device, default="cpu", metavar="DEVICE", help=f"cpu or cuda {default}")
         if lesson.plot:
             one.add_argument("--plot", type=_picture, metavar="FILE.png", help=f"write {lesson.picture} here")
@@ -164,7 +168,7 @@ def _lesson(lesson: Lesson, args: argparse.Namespace) -> int:
         result = lesson.run(device=args.device, **counts, **options)
     except ImportError as error:
         return _failed(str(error), 1)
-    print(lesson.report(result))
+    print(lesson.report(result, View(getattr(args, "every", None), args.timing)))
     if lesson.plot and args.plot:
         figure, _ = lesson.plot(result)
         try:

@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import platform
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
@@ -14,7 +13,7 @@ import torch
 
 from ..kernels import devices, explain
 from ..kernels.native import ready
-from .lessons.text import WIDTH
+from .lessons.text import columns, fill
 
 __all__ = ["SHAPES", "has_cuda", "report", "triton_cache"]
 
@@ -57,7 +56,7 @@ def report() -> Iterator[str]:
         label = f"{rows:5}  {'-'.join(map(str, widths)):15}"
         for (impl, reason), names in passes.items():
             start = f"{label:22}  {'all' if len(passes) == 1 else '/'.join(names):17}  {impl:8}  "
-            yield textwrap.fill(reason, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
+            yield fill(reason, start, " " * min(len(start), columns() - 36))
             label = ""
 
 
