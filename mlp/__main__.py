@@ -101,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         one = add(names, lesson.name, lesson.summary)
         for count in lesson.counts:
             options = {"choices": count.choices, "default": count.default, "help": f"{count.summary} {default}"}
-            one.add_argument(f"--{count.name}", type=_count, metavar="N", **options)
+            kind = int if count.choices else _count
+            one.add_argument(f"--{count.name}", type=kind, metavar="N", **options)
         if any(count.name == "steps" for count in lesson.counts):
             one.add_argument("--every", type=_count, metavar="N", help="print the losses of every N-th step")
         one.add_argument("--timing", action="store_true", help="print how long the ways of computing it take")

@@ -199,8 +199,8 @@ def _intro(steps: int) -> str:
         """,
         "The slopes along a way are multiplied; where ways meet, as those from both outputs do in h1, they are added. "
         "The textbook worked this on paper to eight decimals. Beside it: the same formulas in torch (by hand), "
-        "autograd on nn.Linear + nn.Sigmoid (nn), our fused layers (fused), which show no z, and `fit`, which shows the error "
-        "and the new weights.",
+        "autograd on nn.Linear + nn.Sigmoid (nn), our fused layers (fused), which show no z, and `fit`, which shows "
+        "the error and the new weights.",
     )
 
 

@@ -100,15 +100,19 @@ def trajectory_of(
     points: Tensor | None = None,
     expected: list[float] | None = None,
     prediction_band: float = math.nan,
+    compared: int = 1,
 ) -> Trajectory:
     """The Trajectory of these runs through the task. device: as the lesson's caller gave it.
 
     band(loss): how far, relatively, a loss may be from one in the reference. reference: losses by step, by default
-    those of the first run. targets: by default the task's. points: by default the samples.
+    those of the first run at each multiple of `compared`. targets: by default the task's. points: by default the
+    samples.
     """
     by_whom = "by hand" if runs[0].name == HAND else f"over {runs[0].name}"
     against = TEXTBOOK if reference is not None else f"the loop {by_whom}"
-    reference = dict(zip(task.logged, runs[0].losses, strict=True)) if reference is None else reference
+    if reference is None:
+        logged = zip(task.logged, runs[0].losses, strict=True)
+        reference = {step: loss for step, loss in logged if step % compared == 0}
     losses = [reference.get(step) for step in task.logged]
     x, samples = task.x[: task.batch_size], task.x.cpu()
     shapes = [(n, k) for k, n in pairwise(sizes)]
