@@ -107,7 +107,7 @@ def _report(result: Gates, view: View) -> str:
         [
             "p after the last step:",
             *grid(["x1", "x2", *found], answers, 2),
-            fill(f"Answers of four that are right: {right}."),
+            fill(f"Right answers, of four: {right}."),
         ],
         [
             fill(
@@ -117,12 +117,9 @@ def _report(result: Gates, view: View) -> str:
             )
         ],
         [fill(f"Losses of nn, fused and fit differ by up to {largest:.1e} of their size, by rounding.{verdict}")],
-        ["What goes wrong with a network of ten outputs and one target for each sample:"],
-        [
-            "    nn.BCELoss()(nn.Sequential(nn.Linear(2, 10), nn.Sigmoid())(x), y)",
-            "",
-            fill(result.crash, "    ", "    "),
-        ],
+        ["This stops with an error:"],
+        ["    network = nn.Sequential(nn.Linear(2, 10), nn.Sigmoid())", "    nn.BCELoss()(network(x), y)"],
+        [fill(result.crash, "    ", "    ")],
         [
             fill(
                 "Four samples make (4, 10) outputs, and there are (4, 1) targets: nine outputs in ten have nothing to "

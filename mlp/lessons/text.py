@@ -16,7 +16,7 @@ TURNS = (
     "loop (fused), and `fit`, which takes all steps in one call (fit)."
 )
 # What `Run.path` means to somebody who only wants to know what was timed.
-PATHS = {"loop": "Python loop", "general": "Python loop", "torch": "Python loop", "native": "compiled loop"}
+PATHS = {"loop": "Python", "general": "Python", "torch": "Python", "native": "compiled"}
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ def fill(text: str, first: str = "", others: str = "") -> str:
 def page(before: str, formulas: str, after: str) -> str:
     """What a lesson teaches: a paragraph, formulas, a paragraph.
 
-    A line of formulas that is too wide is broken where two spaces or more are.
+    A line of formulas that is too wide is broken where three spaces or more are.
     """
     lines = []
     for line in textwrap.indent(textwrap.dedent(formulas).strip(), "    ").splitlines():
-        parts = [line] if len(line) <= columns() else re.split(r" {2,}", line.strip())
+        parts = [line] if len(line) <= columns() else re.split(r" {3,}", line.strip())
         lines += [line] if parts == [line] else [fill(part, " " * 4, " " * 6) for part in parts]
     return sections([fill(before)], lines, [fill(after)])
 
@@ -125,14 +125,14 @@ def agreement(result: Trajectory, why: str = "the order in which numbers are rou
     # What the others are compared with does not differ from itself.
     for run in result.runs[result.against != TEXTBOOK :]:
         difference, step, _ = result.largest_difference(run)
-        found.append(f"{short_name(run.name)} {difference:.1e} at step {step:,}")
+        found.append(f"{short_name(run.name)}: " + (f"{difference:.1e} at step {step:,}" if difference else "none"))
     compared = [band for band in result.bands if band is not None]
     allowed = " or ".join(f"{band:.0e}" for band in sorted(set(compared)))
     verdict = f" All match {result.against}." if result.matches else ""
     return [
         fill(
             f"Largest difference from {result.against}, as a share of the loss, at {len(compared)} steps: "
-            f"{', '.join(found)}. {why[0].upper()}{why[1:]} can make {allowed}.{verdict}"
+            f"{'; '.join(found)}. {why[0].upper()}{why[1:]} can make up to {allowed}.{verdict}"
         )
     ]
 
@@ -145,11 +145,12 @@ def timing_table(view: View, runs: Sequence[Run]) -> list[str]:
     for run in runs:
         us = f"{run.us_per_step:.1f}" if run.us_per_step >= 1 else f"{run.us_per_step:.4f}"
         speed = f"{run.ratio:.2f}x" if run.ratio < 100 else f"{run.ratio:,.0f}x"
-        rows.append([run.name, PATHS.get(run.path, "GPU kernels"), f"{run.seconds:.2f}", us, speed])
+        rows.append([run.name, PATHS.get(run.path, "GPU"), f"{run.seconds:.2f}", us, speed])
     words = (
-        "seconds: all steps once, with what has to be compiled or loaded for the first. us/step: microseconds for a "
+        "Loops in Python or compiled. seconds: all steps once, with what has to be compiled or loaded for the first. "
     )
-    words += f"step of one network, the median. speed: how many times as fast as {runs[0].name}."
+    words += "us/step: microseconds for a step of one network, the median. speed: how many times as fast as "
+    words += f"{runs[0].name}."
     return [*grid(["", "", "seconds", "us/step", "speed"], rows, 2), fill(words)]
 
 
