@@ -61,7 +61,7 @@ def gates(
     found = {}
     for gate, answers in GATES.items():
         own = replace(task, y=torch.tensor(answers, dtype=torch.float32, device=device)[:, None])
-        runs = race(own, contenders(own, network, ways, calls=1), progress)
+        runs = race(own, contenders(own, network, ways), progress)
         found[gate] = trajectory_of(own, device, sizes, network(MLP), runs, lambda loss: GATES_BAND)
     return Gates(found, _crash())
 
