@@ -323,6 +323,19 @@ def run_doctor(*flags, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("arguments", [["lesson", "worked-step", "--steps", "1"], ["doctor"]], ids=["lesson", "doctor"])
+def test_a_pipe_where_only_ascii_can_be_written(arguments, columns):
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "COLUMNS": str(columns)}
+    command = [sys.executable, "-m", "perceptriton.mlp", *arguments]
+    run = subprocess.run(command, env=os.environ | plain, capture_output=True, timeout=120, check=True)
+    assert run.stderr == b""
+    lines = run.stdout.decode("ascii").splitlines()
+    assert max(len(line) for line in lines if "cache" not in line) <= min(columns, 100)
+    assert max(map(len, lines)) > 50
+
+
+@pytest.mark.slow
 def test_doctor_runs_anywhere_and_imports_neither_triton_nor_matplotlib(tmp_path):
     run = run_doctor("-W", "error", "-X", "importtime", cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0

@@ -28,7 +28,7 @@ from perceptriton.mlp.lessons._worked_step import plot_worked_step
 from perceptriton.mlp.lessons._xor import xor_data
 from perceptriton.mlp.lessons.catalogue import LESSONS
 from perceptriton.mlp.lessons.race import FitCalls, Loop, Task, race
-from perceptriton.mlp.lessons.text import View, grid, shown_rows
+from perceptriton.mlp.lessons.text import View, fill, grid, shown_rows
 
 # The largest difference between nine ways of rounding the same 10,001 steps, relative.
 BAND = 6e-5
@@ -765,6 +765,21 @@ def test_units_of_a_race(monkeypatch):
     assert (a.ratio, b.ratio, c.ratio) == pytest.approx((1, 2, 5))
 
 
+@pytest.mark.parametrize(("us", "wanted"), [(5_000, True), (1_000, False)], ids=["long", "short"])
+def test_a_race_of_more_than_two_seconds_shows_a_bar_from_its_first_turn_on(us, wanted, monkeypatch):
+    now, shown = [0.0], []
+
+    class Noting(racing.Bar):
+        def show(self, done):
+            shown.append((done, self.wanted))
+
+    monkeypatch.setattr(racing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(racing, "Bar", Noting)
+    task = Task(*xor_data(), torch.nn.BCELoss(), lambda p: torch.optim.SGD(p, lr=1.0), 500, 100)
+    race(task, [SlowOnce("a", task, now, us, None)], True)
+    assert shown == [(done, wanted) for done in range(100, 501, 100)]
+
+
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
@@ -992,6 +1007,13 @@ def test_pages_fit_the_terminal(name, request, monkeypatch):
     assert words[60] == words[80] == words[120] == words[40]
     for jargon in ("ran as", "band", "aten", "small: plain"):
         assert jargon not in text
+
+
+def test_words_are_never_cut(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    for before in range(60):
+        words = [*before * "a", "cross-entropy", *before * "b", 70 * "c"]
+        assert fill(" ".join(words)).split() == words
 
 
 def test_pages_show_times_on_request_only(short, chain):
