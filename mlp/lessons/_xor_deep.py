@@ -19,6 +19,7 @@ from .trajectory import Trajectory, trajectory_of
 DEEP_BANDS = (3e-7, 3.4e-2)
 DEEP_PREDICTION_BAND = 0.1  # twice 4.8e-2, the largest in the same runs; the p of one sample moves more than a mean
 PLATEAU = 0.6  # nats
+DROPPED = 0.1  # nats, which a loss has where the drop is over
 EDGE = 0.69  # nats; where the table has no rows, a drop that has begun belongs to its end
 DRAWS = (0, 1, 2)
 
@@ -72,9 +73,12 @@ def _intro(steps: int, draws: int) -> str:
 def _report(result: Trajectory, view: View) -> str:
     # The table's rows are too far apart to show the drop: some more around it, at the steps that were logged.
     losses = result.runs[-1].losses
-    drop = next((i for i, loss in enumerate(losses) if loss < PLATEAU), None)
+    drop = next((i for i, loss in enumerate(losses) if loss < DROPPED), None)
     rows = {*shown_rows(result.steps), *(range(max(0, drop - 4), min(len(losses), drop + 4)) if drop else ())}
-    told = f"The drop is between step {result.steps[drop - 1]:,} and step {result.steps[drop]:,}." if drop else ""
+    told = ""
+    if drop:
+        (before, after), (start, end) = losses[drop - 1 : drop + 1], result.steps[drop - 1 : drop + 1]
+        told = f"The drop, here of fit: from {before:.4f} at step {start:,} to {after:.4f} at step {end:,}."
     return sections(
         loss_table(result, view, rows=sorted(rows)),
         [told] if told else [],
