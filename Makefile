@@ -66,7 +66,7 @@ test-setup: $(READY) ## create .venv with everything that the other targets need
 
 .PHONY: run
 run: $(READY) ## train the XOR lesson, draw xor.png, say what this machine can do
-	$(BIN)/perceptriton lesson xor --plot xor.png
+	$(BIN)/perceptriton lesson xor --timing --plot xor.png
 	$(BIN)/perceptriton doctor
 
 .PHONY: bench
