@@ -153,10 +153,13 @@ def plot_gates(result: Gates) -> tuple[Figure, GatesPicture]:
         if gate in lines:
             axes.axline(*lines[gate], color=INK, linewidth=1.8, label="p = 0.5")
         draw_classes(axes, trajectory, size=11, edge=2)
-        told = (
-            f"{4 * trajectory.accuracy(trajectory.runs[-1]):.0f} of 4 right" if gate in lines else "p = 0.5 everywhere"
+        right = f"{4 * trajectory.accuracy(trajectory.runs[-1]):.0f} of 4 right"
+        axes.set(
+            title=f"{gate}: {right if gate in lines else 'p = 0.5 everywhere'}",
+            xlabel="$x_1$",
+            ylabel="$x_2$",
+            aspect="equal",
         )
-        axes.set(title=f"{gate}: {told}", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
         axes.set(xlim=(-0.5, 1.5), ylim=(-0.5, 1.5), xticks=[-0.5, 0, 0.5, 1, 1.5], yticks=[-0.5, 0, 0.5, 1, 1.5])
     panels[0].legend(loc="center left", facecolor="white", framealpha=0.9, edgecolor="none")
     figure.colorbar(plane, ax=panels, label="p, the output for class 1")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +78,8 @@ def _ways(given: dict, dtype: torch.dtype, device: torch.device | str) -> Iterat
 
     calls = FitCalls(_network(given, dtype, device, MLP), task)
     calls.take(turn=0, turns=1, steps=range(1))
-    after = {"E after": _error(calls.model, task.x[0], task.y[0])}
-    yield Values(
-        calls.name, dtype, {"E": calls.losses[0] / 2} | _numbered("W{} new", *calls.model.parameters()) | after
-    )
+    shown = {"E": calls.losses[0] / 2, "E after": _error(calls.model, task.x[0], task.y[0])}
+    yield Values(calls.name, dtype, shown | _numbered("W{} new", *calls.model.parameters()))
 
 
 def _task(given: dict, dtype: torch.dtype, device: torch.device | str, steps: int) -> Task:
@@ -98,11 +97,15 @@ def _network(given: dict, dtype: torch.dtype, device: torch.device | str, build:
 
 def _by_hand(x: Tensor, target: Tensor, hidden: Tensor, output: Tensor) -> dict[str, float]:
     """x, target (2,), hidden, output (2, 2), whose rows are units: [[W1, W2], [W3, W4]] and [[W5, W6], [W7, W8]]."""
-    z_h = hidden @ x
-    h = 1 / (1 + torch.exp(-z_h))
-    z_o = output @ h
-    o = 1 / (1 + torch.exp(-z_o))
-    error = (target - o) ** 2 / 2
+
+    def forward(hidden: Tensor, output: Tensor) -> tuple[Tensor, ...]:
+        z_h = hidden @ x
+        h = 1 / (1 + torch.exp(-z_h))
+        z_o = output @ h
+        o = 1 / (1 + torch.exp(-z_o))
+        return z_h, h, z_o, o, (target - o) ** 2 / 2
+
+    z_h, h, z_o, o, error = forward(hidden, output)
 
     do, slope_o = o - target, o * (1 - o)  # dE/do, do/dz_o
     doutput = torch.outer(do * slope_o, h)  # dz_o/dW = h
@@ -111,9 +114,8 @@ def _by_hand(x: Tensor, target: Tensor, hidden: Tensor, output: Tensor) -> dict[
     dhidden = torch.outer(dh * slope_h, x)
     factors = _factors(do, parts[:, 0], dh) | _slopes(slope_o, slope_h)
     weights = (hidden - 0.5 * dhidden, output - 0.5 * doutput)
-    o = 1 / (1 + torch.exp(-weights[1] @ (1 / (1 + torch.exp(-weights[0] @ x)))))
-    after = {"E after": ((target - o) ** 2 / 2).sum().item()}
-    return _sums(z_h, z_o) | _named(h, 1 / (1 + torch.exp(-z_o)), error, (dhidden, doutput), weights) | factors | after
+    after = {"E after": forward(*weights)[-1].sum().item()}
+    return _sums(z_h, z_o) | _named(h, o, error, (dhidden, doutput), weights) | factors | after
 
 
 def _by_autograd(x: Tensor, target: Tensor, model: nn.Sequential) -> dict[str, float]:
@@ -257,32 +259,22 @@ def plot_worked_step(result: WorkedStep) -> tuple[Figure, WorkedPicture]:
     axes = figure.subplots()
     places = {name: (4 * "xho".index(name[0]), 3 - 3 * int(name[1] == "2")) for name in units}
     ways = [(f"{before}{j}", f"{after}{i}") for before, after in ("xh", "ho") for i in (1, 2) for j in (1, 2)]
+    middle: dict[str, Any] = {"ha": "center", "va": "center", "color": INK}
     for (start, end), (name, (old, new)) in zip(ways, weights.items(), strict=True):
         (x1, y1), (x2, y2) = places[start], places[end]
-        axes.annotate(
-            "", (x2, y2), (x1, y1), arrowprops={"arrowstyle": "->", "color": "0.6", "shrinkA": 26, "shrinkB": 26}
-        )
-        at = 0.5 if y1 == y2 else 0.27
-        axes.text(
-            x1 + at * (x2 - x1),
-            y1 + at * (y2 - y1),
-            f"{name} = {old:g}\n-> {new:.6f}",
-            ha="center",
-            va="center",
-            color=INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-            fontsize=10,
-        )
+        arrow = {"arrowstyle": "->", "color": "0.6", "shrinkA": 26, "shrinkB": 26}
+        axes.annotate("", (x2, y2), (x1, y1), arrowprops=arrow)
+        # Beside the crossing of the two that are not level.
+        share = 0.5 if y1 == y2 else 0.27
+        at, white = (x1 + share * (x2 - x1), y1 + share * (y2 - y1)), {"fc": "white", "ec": "none", "pad": 1.5}
+        axes.text(*at, f"{name} = {old:g}\n-> {new:.6f}", **middle, bbox=white)
     for name, (x, y) in places.items():
         axes.plot(x, y, "o", markersize=46, mfc=PALE_BLUE, mec=BLUE)
-        axes.text(x, y, f"{name}\n{units[name]:.4g}", ha="center", va="center", color=INK)
+        axes.text(x, y, f"{name}\n{units[name]:.4g}", **middle)
     for i, target in enumerate(result.target):
-        axes.text(8.6, 3 - 3 * i, f"target {target:g}", va="center", color=INK)
-    axes.set(
-        xlim=(-0.7, 9.8),
-        ylim=(-0.7, 3.7),
-        title="One step down: E = {:.8f} before it, {:.8f} after".format(*data.errors),
-    )
+        axes.text(9.1, 3 - 3 * i, f"target {target:g}", **middle)
+    axes.set(xlim=(-0.7, 9.8), ylim=(-0.7, 3.7))
+    axes.set_title("One step down: E = {:.8f} before it, {:.8f} after".format(*data.errors))
     axes.set_axis_off()
     return figure, data
 

@@ -416,9 +416,10 @@ def test_worked_step_shows_all_eight_weights(worked):
     slopes = torch.func.grad(error, argnums=(0, 1))(*tensors)
     new = [w - 0.5 * slope for w, slope in zip(tensors, slopes, strict=True)]
     columns = [torch.cat([t.flatten() for t in part]).tolist() for part in (tensors, slopes, new)]
-    page = page_of("worked-step", worked)
+    page, drawing = page_of("worked-step", worked), LESSONS["worked-step"].intro(steps=1)
     for i, numbers in enumerate(zip(*columns, strict=True), 1):
         assert f"W{i} {' '.join(f'{value:.8f}' for value in numbers)}" in page
+        assert f"W{i} {numbers[0]:.2f}" in drawing
         for way in worked.ways:
             assert way.values[f"W{i} new"] == pytest.approx(numbers[2], abs=1e-7)
     assert f"{error(*new):.8f}" == "0.02323634"
