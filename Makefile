@@ -102,9 +102,23 @@ lint: $(READY) ## ruff, formatting, types of kernels and mlp
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
+# Sphinx writes into .build alone, but for the pages of lessons, which it makes anew. A warning is an error.
+DOCS := .build/docs.ready
+
+$(DOCS): $(READY)
+	@mkdir -p .build
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+.PHONY: docs
+docs: $(DOCS) ## build the pages of docs/ as a site into .build/docs
+	@$(BIN)/python -m sphinx -E -W --keep-going -q -b html -d .build/doctrees docs .build/docs
+	@! grep -rE '<(script|img|link)[^>]* (src|href)="(https?:)?//' --include='*.html' .build/docs # nothing is fetched
+	@echo 'open .build/docs/index.html'
+
 .PHONY: clean
 clean: ## remove everything that make made
-	rm -rf $(VENV) .build build dist *.egg-info .benchmarks .pytest_cache .ruff_cache xor.png
+	rm -rf $(VENV) .build build dist docs/lessons *.egg-info .benchmarks .pytest_cache .ruff_cache xor.png
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # --- tests -------------------------------------------------------------------------------------------------

@@ -1,14 +1,32 @@
+import re
 from pathlib import Path
 
 from setuptools import setup
+
+URL = "https://github.com/perceptriton/perceptriton"
+# An index page shows the README without the repository: its links and pictures get addresses.
+README = re.sub(
+    r"(!?)(\[[^\[\]]*\])\((?!https?:|#)([^)]+)\)",
+    lambda found: f"{found[1]}{found[2]}({URL}/{'raw' if found[1] else 'blob'}/main/{found[3]})",
+    Path("README.md").read_text(encoding="utf-8"),
+)
 
 # The repository's folders are packages inside `perceptriton`, whose own few files are in mlp/_front.
 setup(
     name="perceptriton",
     version="0.1.0",
     description="Sigmoid MLPs in fused Triton kernels for PyTorch",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=README,
     long_description_content_type="text/markdown",
+    author="The perceptriton authors",
+    url=URL,
+    project_urls={
+        "Documentation": f"{URL}/tree/main/docs",
+        "Changes": f"{URL}/blob/main/CHANGELOG.md",
+        "Issues": f"{URL}/issues",
+        "Source": URL,
+    },
+    keywords=["pytorch", "triton", "mlp", "sigmoid", "fused kernels", "ensembles", "training loops", "backpropagation"],
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
@@ -39,6 +57,7 @@ setup(
         "native": ["numba>=0.61"],
         "sklearn": ["scikit-learn>=1.6"],
         "bench": ["jax"],
+        "docs": ["sphinx>=8.1", "myst-parser>=4", "furo>=2025.7"],
         "dev": [
             "matplotlib",
             "tqdm",
@@ -63,7 +82,18 @@ setup(
         "torch_dynamo_backends": ["perceptriton = perceptriton.mlp.backend:perceptriton"],
     },
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Education",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

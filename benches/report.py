@@ -15,6 +15,7 @@ from pathlib import Path
 
 import atomic
 import report_pictures
+import report_summary
 import report_tables
 import report_training
 
@@ -29,6 +30,24 @@ TABLES = {
     ),
     "networks": (report_tables.networks_by_machine, {"Zen 4": "mlp-amd", "Intel": "mlp-intel-amx"}),
     "training": (report_training.loops_by_machine, {"Zen 4": "training-amd", "Intel": "training-intel-amx"}),
+    "kernelbench": (
+        report_summary.kernelbench_by_machine,
+        {"Zen 4": "kernelbench-amd", "Intel": "kernelbench-intel-amx"},
+    ),
+    "means": (
+        report_summary.over_eager,
+        {
+            "layers, Zen 5": "layers-amd-zen-5",
+            "layers, Zen 4": "layers-amd",
+            "layers, Intel": "layers-intel-amx",
+            "networks, Zen 4": "mlp-amd",
+            "networks, Intel": "mlp-intel-amx",
+        },
+    ),
+    "others": (
+        report_summary.against_others,
+        {"training": "training-amd", "layers": "layers-amd", "networks": "mlp-amd"},
+    ),
 }
 HELD = re.compile(r"^(<!-- table (\S+) begin -->\n).*?^(<!-- table \2 end -->\n)", re.MULTILINE | re.DOTALL)
 

@@ -142,9 +142,10 @@ def _steps(document: dict, rows: list[Row], labels: dict[str, str]) -> bytes:
                 continue
             y = place + (i - (len(impls) - 1) / 2) * height
             label = labels[impl] if impl not in axes.get_legend_handles_labels()[1] else None
-            axes.barh(y, row.us[impl], 0.9 * height, color=STYLES[impl][0], label=label, zorder=2)
+            # Points and no bars: a logarithmic axis has no zero at which a bar could begin.
+            axes.plot(row.us[impl], y, STYLES[impl][1][0], color=STYLES[impl][0], label=label, zorder=2)
             ratio = f" ({_times(row.speedup[impl])})" if impl in row.speedup and impl != BASELINE else ""
-            axes.text(row.us[impl] * 1.05, y, f"{_us(row.us[impl])} us{ratio}", va="center", fontsize=8, color=INK)
+            axes.text(row.us[impl] * 1.2, y, f"{_us(row.us[impl])} us{ratio}", va="center", fontsize=8, color=INK)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.set_xlim(low, high * 3)

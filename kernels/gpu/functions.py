@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def sigmoid(z):
     # rsqrt(1 + 2^(-z log2 e))^2 is 1 / (1 + e^-z) in five instructions (tl.sigmoid takes twelve): no division.
-    # It is 0 at -inf and 1 at inf. z log2 e is rounded, so the relative error grows with -z: see the README.
+    # It is 0 at -inf and 1 at inf. z log2 e is rounded, so the relative error grows with -z: see docs/precision.md.
     r = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
     return r * r
 

@@ -52,7 +52,7 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Found]:
     """What the backend does with each linear layer that function(*args, **kwargs) calls, and why.
 
     The call is made once, compiled without an inner compiler. Parts between graph breaks follow each other in the list,
-    which `print(*explain(model, x), sep="\n")` shows.
+    which `print(*explain(model, x), sep="\\n")` shows.
     """
     found: list[Found] = []
 

@@ -1,6 +1,6 @@
 """Chunks of steps: in a loop without autograd, or in an ordinary one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,8 +89,18 @@ class FastJob:
         copies = (self._own(t.detach()).clone(memory_format=torch.contiguous_format) for t in tensors)
         return tuple(copy if self.network.members else copy[None] for copy in copies)
 
-    def run(self, start: int, steps: int, order: SampleOrder | None, log_every: int) -> None:
-        """Takes that many steps, or, where it raises anything, none."""
+    def run(
+        self,
+        start: int,
+        steps: int,
+        order: SampleOrder | None,
+        log_every: int,
+        review: Callable[[int, Tensor], int] | None = None,
+    ) -> None:
+        """Takes that many steps, or, where it raises anything, none.
+
+        review: what `Watch.review` makes of the losses: how many of the steps are to be taken.
+        """
         p = self.network.parameters[0]
         if self.loop is None:
             self.loop = self._set_up(self.samples if order is None else order.batch)
@@ -110,10 +120,20 @@ class FastJob:
             if void is not None and logged:
                 losses.masked_fill_(void[logged.start - start :: log_every], torch.nan)
             losses = losses.cpu()
+            kept = steps if review is None else review(steps, losses)
         except BaseException:
             if schedule is not None:
                 schedule.undo()
             raise
+        if kept < steps:
+            # The model has the parameters from before, and the same steps are the same to the bit.
+            self.loop = None
+            if schedule is not None:
+                schedule.undo()
+            if order is not None:
+                order.rewind(start)
+            self.run(start, kept, order, log_every)
+            return
         with torch.no_grad():
             for own, copy in zip(self.network.parameters, self.parameters, strict=True):
                 write_members(own, copy, self.members)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ensemble import Ensemble
 from ..sequential import runs_only_forward
+from .criteria import LOSSES
 
 Measure = Callable[[Tensor, Tensor], Any]
 
@@ -59,7 +60,7 @@ def _maps(measure: object) -> bool:
     """Whether it is known to compute all members at once as it does each."""
     if isinstance(measure, partial):
         return measure.func is accuracy
-    known = type(measure).__module__ == nn.modules.loss.__name__ and getattr(measure, "reduction", "none") != "none"
+    known = type(measure) in LOSSES and getattr(measure, "reduction", "none") != "none"
     return known and isinstance(measure, nn.Module) and runs_only_forward(measure)
 
 

@@ -65,18 +65,29 @@ class SampleOrder:
         self.samples, self.batch, self.generator = samples, min(batch_size, samples), generator
         self.per_epoch = -(-samples // self.batch)
         self.epochs = -(-steps // self.per_epoch)
-        self.epoch = self._epoch_after(taken)  # of self.row, the last one asked for
+        self.epoch = -1  # of self.row, the last one asked for
         self.row: Tensor
         self.ahead = torch.empty(0, samples, dtype=torch.int32, device="cpu")  # of the epochs after that
         # States of the generator, each with the last epoch that was drawn by then: from these all others follow.
         self.marks: deque[tuple[int, Tensor]] = deque(maxlen=3)
         if states:
-            self._random.set_state(states[0])
-            self._mark(self.epoch - 1)
-            if taken % self.per_epoch:
-                self.row = self.ahead.new_empty(samples)
-                self._draw((self.row,))
-            self._random.set_state(states[1])
+            self._go(taken, *states)
+        self._mark(self.epoch)
+
+    def rewind(self, taken: int) -> None:
+        """As it was after so many steps, of those that have come up since `rows` was called before the last time."""
+        epoch = self._epoch_after(taken)
+        self._go(taken, self._state_after(max(epoch - 1, -1)), self._state_after(epoch))
+
+    def _go(self, taken: int, before: Tensor, now: Tensor) -> None:
+        """before, now: the generator's states, as `states` has them."""
+        self.epoch, self.ahead = self._epoch_after(taken), self.ahead[:0]
+        self._random.set_state(before)
+        self._mark(max(self.epoch - 1, -1))
+        if taken % self.per_epoch:
+            self.row = self.ahead.new_empty(self.samples)
+            self._draw((self.row,))
+        self._random.set_state(now)
         self._mark(self.epoch)
 
     def states(self, taken: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ..ensemble import Ensemble
 from ..history import History
 from .checks import check_arguments, check_numbers, check_resume, check_weight
 from .eligibility import fast_job
-from .jobs import GeneralJob, Job
+from .jobs import FastJob, GeneralJob, Job
 from .measures import Measure
 from .members import PerMember, check_members
 from .pacing import Bar, Interrupts, SampleOrder, chunks, logged_steps
@@ -126,6 +127,9 @@ def fit(
     every = 0 if watch is None else evaluate_every or (steps if order is None else order.per_epoch)
     if resume is not None:
         job.taken, job.rows = first, [resume.loss.view(-1, job.columns)]
+    take, late = job.run, False
+    if watch is not None and isinstance(job, FastJob) and watch.late:
+        take, late = partial(job.run, review=partial(watch.review, every, steps, log_every, job)), True
     bar = Bar(steps, progress, began)
 
     def row(values: Tensor) -> Tensor:
@@ -152,13 +156,13 @@ def fit(
     try:
         # A state made in inference mode could not be updated by the caller's ordinary steps.
         with Interrupts() as interrupts, torch.inference_mode(False):
-            for start, count in chunks(first, steps, every):
+            for start, count in chunks(first, steps, 0 if late else every):
                 if watch is not None and watch.done.all():
                     break
                 if watch is not None and watch.done.any():
                     job.freeze(watch.done)
-                job.run(start, count, order, log_every)
-                if watch is not None and (job.taken == steps or job.taken % every == 0):
+                take(start, count, order, log_every)
+                if watch is not None and not late and (job.taken == steps or job.taken % every == 0):
                     watch.evaluate(job.taken, job.rows, log_every)
                 if checkpoint is not None:
                     checkpoint(history())

@@ -13,6 +13,7 @@ from ..ensemble import Ensemble
 from ..history import History
 from .checks import check_samples
 from .criteria import has_own_targets
+from .jobs import FastJob
 from .measures import Measure, accuracy, each, losses_of
 from .pacing import logged_steps
 
@@ -107,6 +108,22 @@ class Watch:
         if self.stop.patience is not None:
             ends = training & (self.waited >= self.stop.patience)
             self.stopped[ends] = taken
+
+    @property
+    def late(self) -> bool:
+        """Whether what it looks at is there after more steps too: the losses of one network alone."""
+        return self.data is None and not self.best_values and self.members == 1
+
+    def review(self, every: int, last: int, log_every: int, job: FastJob, steps: int, losses: Tensor) -> int:
+        """How many of the job's next steps, whose losses are logged, are to be taken until it is done."""
+        start, end = job.taken, job.taken + steps
+        due = [*range(start - start % every + every, end + 1, every)]
+        for taken in due + [end] * (end == last and end % every > 0):
+            count = len(logged_steps(start, taken - start, log_every))
+            self.evaluate(taken, [*job.rows, losses[:count]], log_every)
+            if self.done.all():
+                return taken - start
+        return steps
 
     def finish(self) -> None:
         """Gives the model the best of its parameters, where they are kept; who was never any good has the last."""

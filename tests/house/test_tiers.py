@@ -85,6 +85,7 @@ def test_the_fast_loop_reaches_every_part():
     assert {name for name in missed if not name.endswith(("compile", "compiled"))} == {
         "test_tilelens",
         "test_distributed",
+        "test_examples",
         "test_cache",
         "test_cuda_cache",
         "test_host",

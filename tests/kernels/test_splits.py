@@ -1,4 +1,4 @@
-"""The kernels' fp32 arithmetic against fp64: errors that the README's section on precision lists, by emulation."""
+"""The kernels' fp32 arithmetic against fp64: errors that docs/precision.md lists, by emulation."""
 
 import functools
 import re
@@ -101,8 +101,8 @@ def test_interpreted_products_are_fp32():
         assert error(k, "ieee") <= 2 * error(k, "torch") + 1e-7
 
 
-def test_readme_lists_these_errors():
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_page_on_precision_lists_these_errors():
+    text = (Path(__file__).parents[2] / "docs" / "precision.md").read_text()
     rows = dict(re.findall(r"^ *\| `?(fp32|tf32x3|bf16x6|bf16x3|tf32)`?[^|]*\|((?:[^|\n]*\|)+)$", text, re.M))
     assert set(rows) == {"fp32", *KINDS}
     for kind, cells in rows.items():
@@ -111,7 +111,7 @@ def test_readme_lists_these_errors():
         for k, number in zip(KS, listed, strict=True):
             found = error(k, "torch" if kind == "fp32" else kind)
             # Another CPU sums in another order.
-            assert found / 2.5 <= number <= 2.5 * found, f"{kind}, K {k}: README {number}, here {found:.1e}"
+            assert found / 2.5 <= number <= 2.5 * found, f"{kind}, K {k}: page {number}, here {found:.1e}"
 
 
 # Relative errors of `exp2` and `rsqrt` before rounding. The documented ones are 2 ulp and 2^-22.9.
@@ -122,8 +122,8 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("functions", FUNCTIONS)
-def test_readme_bounds_the_sigmoid(functions):
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_page_on_precision_bounds_the_sigmoid(functions):
+    text = (Path(__file__).parents[2] / "docs" / "precision.md").read_text()
     (header,) = re.findall(r"^ *\| largest error (.*)\|$", text, re.M)
     (row,) = re.findall(rf"^ *\| {functions} (.*)\|$", text, re.M)
     absolute, *bounds = (2 ** float(power) for power in re.findall(r"2\^(-[\d.]+)", row))

@@ -33,14 +33,19 @@ def expected_failed_checks(estimator):
 @pytest.mark.slow
 @parametrize_with_checks([FusedMLPClassifier(), FusedMLPRegressor()], expected_failed_checks=expected_failed_checks)
 def test_rules_of_scikit_learn(estimator, check, monkeypatch):
-    if check.func is estimator_checks.check_methods_sample_order_invariance:
-        # Which place a sample has in a product decides the order of its sums on some CPUs. The check's own tolerances
-        # are those of float64; these are the rounding of float32, of predictions up to 3.
-        compare = functools.partial(estimator_checks.assert_allclose_dense_sparse, rtol=1e-6)
+    # The checks' own tolerances are those of float64. Which place a sample has in a product decides the order of its
+    # sums on some CPUs, in predictions up to 3; weights and repeated samples round differently in each step.
+    rounding = {
+        estimator_checks.check_methods_sample_order_invariance: 1e-6,
+        estimator_checks.check_sample_weight_equivalence_on_dense_data: 1e-4,
+        estimator_checks.check_sample_weight_equivalence_on_sparse_data: 1e-4,
+    }
+    if bound := rounding.get(check.func):
+        compare = estimator_checks.assert_allclose_dense_sparse
         monkeypatch.setattr(
             estimator_checks,
             "assert_allclose_dense_sparse",
-            lambda x, y, atol, err_msg: compare(x, y, atol=1e-6, err_msg=err_msg),
+            lambda x, y, atol=0, err_msg="": compare(x, y, rtol=bound, atol=bound, err_msg=err_msg),
         )
     check(estimator)
 
@@ -246,8 +251,12 @@ def test_as_accurate_as_scikit_learns_own(name):
     classes = name != "diabetes"
     y = y if classes else (y - y.mean()) / y.std()
     ours, theirs = (FusedMLPClassifier, MLPClassifier) if classes else (FusedMLPRegressor, MLPRegressor)
-    own, other = ours(random_state=0), theirs(activation="logistic", learning_rate_init=0.01, random_state=0)
-    scores = [cross_val_score(make_pipeline(StandardScaler(), e), x, y, cv=5).mean() for e in (own, other)]
+    logistic = {"activation": "logistic", "learning_rate_init": 0.01}
+    scores = []
+    for make in (ours, functools.partial(theirs, **logistic)):
+        # On these noisy targets one seed differs from the next by as much as is allowed.
+        pipelines = [make_pipeline(StandardScaler(), make(random_state=seed)) for seed in range(1 if classes else 4)]
+        scores.append(np.mean([cross_val_score(pipeline, x, y, cv=5).mean() for pipeline in pipelines]))
     assert scores[0] > scores[1] - 0.01
 
 

@@ -11,7 +11,7 @@ from training_cases import chunks_of, make, quick, relative, values
 
 from perceptriton.mlp import MLP, EarlyStopping, Ensemble, fit
 from perceptriton.mlp.ensemble import in_order
-from perceptriton.mlp.training.measures import accuracy
+from perceptriton.mlp.training.measures import accuracy, losses_of
 
 EXACT = 1e-10
 SGD = functools.partial(torch.optim.SGD, lr=0.5, momentum=0.5)
@@ -204,6 +204,21 @@ def test_the_training_loss_may_be_the_one_to_watch(path, every, log_every, monke
                 if waited == 2:
                     break
             assert stopped == taken < 400
+
+
+@pytest.mark.parametrize("criterion", [
+    nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 2.0]).double()), nn.HuberLoss(delta=0.3),
+    nn.MSELoss(reduction="sum"), nn.CrossEntropyLoss(label_smoothing=0.1),
+    nn.SoftMarginLoss(), nn.KLDivLoss(reduction="batchmean"), distance,
+])  # fmt: skip
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_losses_of_members_are_those_of_each(criterion, own):
+    ensemble = Ensemble(3, [3, 2], output_activation="identity", generator=torch.Generator().manual_seed(0)).double()
+    data = torch.Generator().manual_seed(1)
+    x, y = torch.randn(5, 3, generator=data).double(), torch.rand(*[3] * own, 5, 2, generator=data).double()
+    output = ensemble(x).detach()
+    expected = torch.stack([criterion(p, y[i] if own else y) for i, p in enumerate(output)])
+    assert relative([losses_of(ensemble, criterion, output, y, own)], [expected]) <= 1e-14
 
 
 WRONG = {
