@@ -40,6 +40,9 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@# torch first, alone: nothing that comes later may choose another build of it.
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'
+	@# For editors and type checkers, which setuptools' import hook tells nothing.
+	@bash .ci/link .build/links
+	@echo '$(CURDIR)/.build/links' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/perceptriton.pth"
 	@$(BIN)/perceptriton build
 	@touch $@
 
@@ -63,7 +66,7 @@ test-setup: $(READY) ## create .venv with everything that the other targets need
 
 .PHONY: run
 run: $(READY) ## train the XOR lesson, draw xor.png, say what this machine can do
-	$(BIN)/perceptriton lesson xor --plot xor.png
+	$(BIN)/perceptriton lesson xor --timing --plot xor.png
 	$(BIN)/perceptriton doctor
 
 .PHONY: bench
@@ -75,6 +78,7 @@ bench: $(READY) ## time layers, networks, KernelBench and training loops against
 
 .PHONY: cuda
 cuda: ## on a machine with a CUDA device: correctness, then speed (HALF=, PARTS=, OUT=); installs nothing
+	@# make makes 2 of every exit status; that of the script tells a failure (1) from no device (3).
 	@bash .ci/cuda $(HALF)
 
 # What a rented GPU's machine has: the key by which triton finds a kernel counts every file of its own wheel. torch brings

@@ -11,7 +11,7 @@ README = re.sub(
     Path("README.md").read_text(encoding="utf-8"),
 )
 
-# The repository's folders are the packages of the namespace `perceptriton`, which has no folder of its own.
+# The repository's folders are packages inside `perceptriton`, whose own few files are in mlp/_front.
 setup(
     name="perceptriton",
     version="0.1.0",
@@ -30,13 +30,18 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    package_dir={"perceptriton.kernels": "kernels", "perceptriton.mlp": "mlp"},
+    package_dir={"perceptriton": "mlp/_front", "perceptriton.kernels": "kernels", "perceptriton.mlp": "mlp"},
     packages=[
-        ".".join(("perceptriton", *found.parent.parts))
-        for folder in ("kernels", "mlp")
-        for found in sorted(Path(folder).rglob("__init__.py"))
+        "perceptriton",
+        *(
+            ".".join(("perceptriton", *found.parent.parts))
+            for folder in ("kernels", "mlp")
+            for found in sorted(Path(folder).rglob("__init__.py"))
+            if found.parent.name != "_front"
+        ),
     ],
     package_data={
+        "perceptriton": ["py.typed"],
         "perceptriton.kernels": ["py.typed", "tuned/*.json"],
         "perceptriton.mlp": ["py.typed"],
         "perceptriton.mlp.lessons": ["tables/*.json"],
@@ -67,6 +72,7 @@ setup(
             "hypothesis",
             "ruff",
             "basedpyright",
+            "jedi",
             "setuptools>=77",
             "wheel",
         ],

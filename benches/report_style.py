@@ -5,6 +5,9 @@ import io
 # Okabe and Ito's palette, told apart by every kind of colour vision.
 INK, FAINT = "#333333", "#BBBBBB"
 
+# What a CPU is called, by family and model.
+GENERATIONS = {(25, 17): "Zen 4", (26, 2): "Zen 5", (6, 143): "Sapphire Rapids", (6, 207): "Emerald Rapids"}
+
 # A row whose timings scattered more than this (interquartile range over median) is marked.
 NOISY = 0.15
 
@@ -16,8 +19,9 @@ def machine(document: dict) -> str:
         driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
         device = f"{gpu['name']} (compute capability {gpu['capability']}{driver})"
     else:
-        kind = info.get("cpu_kind", "")
-        device = info["cpu"].get("brand_raw", info["machine"])
+        cpu = info["cpu"]
+        kind = GENERATIONS.get((cpu.get("family"), cpu.get("model"))) or info.get("cpu_kind", "")
+        device = cpu.get("brand_raw", info["machine"])
         # "AMD EPYC" alone leaves open which.
         device += f" ({kind})" if " " in kind else ""
         device += f", threads: {info['threads']}"

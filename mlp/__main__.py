@@ -1,4 +1,4 @@
-"""The command line: `perceptriton lesson NAME`, `doctor`, `build`, `export-hub DIR`; also `python -m perceptriton.mlp`.
+"""The command line: `perceptriton lesson NAME`, `doctor`, `build`, `export-hub DIR`; also `python -m perceptriton`.
 
 Exit codes: 0; 1 where a lesson does not reproduce its table or lacks its data, a file cannot be written, or nothing can
 be compiled; 2 for bad arguments; 130 after an interrupt; 141 when the reader of the output has gone.
@@ -22,6 +22,7 @@ from . import doctor, hub
 from .lessons import pictures
 from .lessons.catalogue import LESSONS
 from .lessons.lesson import Lesson
+from .lessons.text import View
 
 __all__ = ["main"]
 
@@ -73,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=summary, description=f"{summary}.", allow_abbrev=False)
 
     parser = _Parser("perceptriton", description="Sigmoid MLPs in fused Triton kernels.", allow_abbrev=False)
+    # A copy on the hub has no version of the package.
+    version = getattr(sys.modules[str(__package__).partition(".")[0]], "__version__", "without a version")
+    parser.add_argument("--version", action="version", version=f"perceptriton {version}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     about = add(commands, "doctor", "what is installed, and which implementation layers take on this machine")
     about.set_defaults(run=_doctor)
@@ -97,7 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         one = add(names, lesson.name, lesson.summary)
         for count in lesson.counts:
             options = {"choices": count.choices, "default": count.default, "help": f"{count.summary} {default}"}
-            one.add_argument(f"--{count.name}", type=_count, metavar="N", **options)
+            kind = int if count.choices else _count
+            one.add_argument(f"--{count.name}", type=kind, metavar="N", **options)
+        if any(count.name == "steps" for count in lesson.counts):
+            one.add_argument("--every", type=_count, metavar="N", help="print the losses of every N-th step")
+        one.add_argument("--timing", action="store_true", help="print how long the ways of computing it take")
         one.add_argument("--device", type=_device, default="cpu", metavar="DEVICE", help=f"cpu or cuda {default}")
         if lesson.plot:
             one.add_argument("--plot", type=_picture, metavar="FILE.png", help=f"write {lesson.picture} here")
@@ -161,7 +169,7 @@ def _lesson(lesson: Lesson, args: argparse.Namespace) -> int:
         result = lesson.run(device=args.device, **counts, **options)
     except ImportError as error:
         return _failed(str(error), 1)
-    print(lesson.report(result))
+    print(lesson.report(result, View(getattr(args, "every", None), args.timing)))
     if lesson.plot and args.plot:
         figure, _ = lesson.plot(result)
         try:

@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import platform
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
@@ -14,7 +13,7 @@ import torch
 
 from ..kernels import devices, explain
 from ..kernels.native import ready
-from .lessons.text import WIDTH
+from .lessons.text import columns, fill
 
 __all__ = ["SHAPES", "has_cuda", "report", "triton_cache"]
 
@@ -41,9 +40,10 @@ def report() -> Iterator[str]:
     """The lines of the report."""
     cuda = has_cuda()
     for name, value in _facts(cuda):
-        yield f"{name:<20}  {value}"
+        # A path stays in one piece, to be copied.
+        yield f"{name:<20}  {value}" if os.sep in value else fill(value, f"{name:<20}  ", " " * 22)
     device = "cuda" if cuda else "cpu"
-    yield f"\nWhich implementation fp32 layers and networks take on {device}, and why:\n"
+    yield "\n" + fill(f"Which implementation fp32 layers and networks take on {device}, and why:") + "\n"
     yield f"{'rows':>5}  {'widths':15}  {'pass':17}  {'runs as':8}  why"
     for rows, *widths in SHAPES:
         shapes = [(n, k) for k, n in pairwise(widths)]
@@ -57,7 +57,10 @@ def report() -> Iterator[str]:
         label = f"{rows:5}  {'-'.join(map(str, widths)):15}"
         for (impl, reason), names in passes.items():
             start = f"{label:22}  {'all' if len(passes) == 1 else '/'.join(names):17}  {impl:8}  "
-            yield textwrap.fill(reason, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
+            if columns() < 80:
+                yield f"{start.rstrip()}\n{fill(reason, ' ' * 24, ' ' * 24)}"
+            else:
+                yield fill(reason, start, " " * len(start))
             label = ""
 
 

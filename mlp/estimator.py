@@ -145,7 +145,12 @@ def r2(output: Tensor, target: Tensor) -> Tensor:
     return torch.where(total == 0, exact, 1 - residual / total).mean()
 
 
-PARAMETERS = """
+class FusedMLPClassifier(ClassifierMixin, _FusedMLP):
+    """A classifier trained by `fit` on the cross entropy, as scikit-learn's MLPClassifier.
+
+    Two classes have one output, the logit of the second; more have an output each, of which `predict_proba` is the
+    softmax. Indicator matrices of several labels (samples, labels) have a logit for each label.
+
     hidden_layer_sizes: int or sequence of ints, the widths of the hidden layers; () for none.
     activation: of the hidden layers: "sigmoid", "tanh", "relu" or "identity".
     solver: "sgd", "adam" or "adamw", the optimizer of torch.optim with that name.
@@ -164,15 +169,7 @@ PARAMETERS = """
 
     Fitted: `model_`, the trained `MLP`, without output activation; `n_iter_`, epochs; `loss_curve_`, the mean loss of
     each epoch's batches, each before its update; `loss_`, the last of these; with early_stopping `validation_scores_`,
-    of each epoch; `n_features_in_`, and `feature_names_in_` where X has names."""
-
-
-class FusedMLPClassifier(ClassifierMixin, _FusedMLP):
-    __doc__ = f"""A classifier trained by `fit` on the cross entropy, as scikit-learn's MLPClassifier.
-
-    Two classes have one output, the logit of the second; more have an output each, of which `predict_proba` is the
-    softmax. Indicator matrices of several labels (samples, labels) have a logit for each label.
-    {PARAMETERS} `classes_`.
+    of each epoch; `n_features_in_`, `classes_`, and `feature_names_in_` where X has names.
     """
 
     _metric = "accuracy"
@@ -234,8 +231,27 @@ class FusedMLPClassifier(ClassifierMixin, _FusedMLP):
 
 
 class FusedMLPRegressor(MultiOutputMixin, RegressorMixin, _FusedMLP):
-    __doc__ = f"""A regressor without output activation, trained by `fit` on the mean squared error (`nn.MSELoss`).
-    {PARAMETERS}
+    """A regressor without output activation, trained by `fit` on the mean squared error (`nn.MSELoss`).
+
+    hidden_layer_sizes: int or sequence of ints, the widths of the hidden layers; () for none.
+    activation: of the hidden layers: "sigmoid", "tanh", "relu" or "identity".
+    solver: "sgd", "adam" or "adamw", the optimizer of torch.optim with that name.
+    learning_rate, weight_decay, momentum: the optimizer's; momentum for "sgd" only.
+    batch_size: samples per step, None for all of them at once.
+    max_iter: epochs, at most.
+    tol, n_iter_no_change: training ends once n_iter_no_change epochs in a row have improved the mean loss of their
+    batches by less than tol; None: never.
+    early_stopping: validation_fraction of the samples is held back, what counts is their score, and the parameters of
+    the best one are kept.
+    device: where torch trains and predicts, "cpu" or "cuda".
+    random_state: int, RandomState or None: what first weights and the order of samples are drawn with.
+
+    Everything is computed in float32, so that inputs should be of order 1: `StandardScaler` in a pipeline. Sparse
+    matrices are made dense.
+
+    Fitted: `model_`, the trained `MLP`, without output activation; `n_iter_`, epochs; `loss_curve_`, the mean loss of
+    each epoch's batches, each before its update; `loss_`, the last of these; with early_stopping `validation_scores_`,
+    of each epoch; `n_features_in_`, and `feature_names_in_` where X has names.
     """
 
     _metric = staticmethod(r2)

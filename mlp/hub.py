@@ -111,6 +111,7 @@ def _package() -> dict[str, bytes]:
         for folder in ("kernels", "mlp")
         for extension in EXTENSIONS
         for path in (root / folder).rglob(f"*.{extension}")
+        if path.parent.name != "_front"  # of a working tree: a copy has a front of its own
     }
     files["__init__.py"] = _exports({"": ["layers"], "kernels": kernels.__all__, "mlp": mlp.__all__})
     files["layers.py"] = _exports({"mlp.hub_layers": hub_layers.__all__})

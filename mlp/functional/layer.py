@@ -64,7 +64,12 @@ def linear_act(
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str | None = None) -> Tensor:
-    """sigmoid(x @ weight.T + bias); see `linear_act`."""
+    """sigmoid(x @ weight.T + bias), differentiable to any order: `linear_act` with the activation "sigmoid".
+
+    x: (..., in_features), any strides. weight: (out_features, in_features). bias: (out_features,) or None. impl: None
+    chooses by shape, "triton" and "torch" are obeyed or refused. Returns (..., out_features), contiguous. dtypes,
+    autocast and errors are those of `linear_act`.
+    """
     return linear_act(x, weight, bias, "sigmoid", impl=impl)
 
 

@@ -27,7 +27,8 @@ def linear_sigmoid_bce(
 
     x: (..., in_features). weight: (out_features, in_features). bias: (out_features,) or None. target:
     (..., out_features), floating, values in [0, 1]. pos_weight: (out_features,) or None. reduction: "mean" and "sum"
-    give a scalar, "none" (..., out_features). See `mlp_sigmoid_bce`, of which this is the case of one layer.
+    give a scalar, "none" (..., out_features). impl: None chooses by shape, "triton" and "torch" are obeyed or refused.
+    See `mlp_sigmoid_bce`, of which this is the case of one layer.
     """
     biases = None if bias is None else (bias,)
     options = {"pos_weight": pos_weight, "reduction": reduction, "impl": impl}
@@ -54,8 +55,10 @@ def mlp_sigmoid_bce(
 
         loss = -(w t log p + (1 - t) log(1 - p)) = (1 - t) z + (1 + (w - 1) t) log(1 + e^-z)
 
-    target: (..., N), floating; soft targets in [0, 1] are fine. pos_weight: (N,), floating or integers, or None.
-    reduction: "mean" over all elements, "sum", or "none" for the shape of target. The rest as for `mlp_act`.
+    x: (..., K_0), any strides. weights: (N_l, K_l) each, with K_{l+1} = N_l. biases: (N_l,) each, or None for none.
+    target: (..., N), floating; soft targets in [0, 1] are fine. activation: of the hidden layers. pos_weight: (N,),
+    floating or integers, or None. reduction: "mean" over all elements, "sum", or "none" for the shape of target.
+    impl: None chooses by shape, "triton" and "torch" are obeyed or refused. dtypes and errors are those of `mlp_act`.
 
     It equals `torch.nn.BCEWithLogitsLoss` of the logits, the dtype of the result included: that of target, fp32 under
     autocast, where `torch.nn.BCELoss` refuses to run on a GPU. `nn.Sigmoid` followed by `nn.BCELoss` differs from both

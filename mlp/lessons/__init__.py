@@ -9,6 +9,7 @@ from ._blobs import BLOBS_BAND, BLOBS_SEED, BLOBS_STEPS, blobs, blobs_data
 from ._by_hand import HAND_BAND, HAND_SEED, HAND_STEPS, SOLVED, ByHand, by_hand, hand_gradients
 from ._chain_rule import ChainRule, chain_rule
 from ._digits import DIGITS_BAND, DIGITS_SEED, DIGITS_SHARE, DIGITS_STEPS, Digits, digits, digits_data
+from ._gates import GATES_STEPS, Gates, gates
 from ._sweep import SWEEP_RATES, SWEEP_SEEDS, SWEEP_STEPS, Sweep, sweep
 from ._worked_step import WORKED_BANDS, WORKED_STEPS, WorkedStep, worked_step
 from ._xor import XOR_BAND, XOR_SEED, XOR_STEPS, xor
@@ -28,6 +29,7 @@ __all__ = [
     "DIGITS_SHARE",
     "DIGITS_STEPS",
     "FUSED",
+    "GATES_STEPS",
     "HAND_BAND",
     "HAND_SEED",
     "HAND_STEPS",
@@ -45,6 +47,7 @@ __all__ = [
     "ByHand",
     "ChainRule",
     "Digits",
+    "Gates",
     "Run",
     "Sweep",
     "Trajectory",
@@ -56,6 +59,7 @@ __all__ = [
     "chain_rule",
     "digits",
     "digits_data",
+    "gates",
     "hand_gradients",
     "sweep",
     "worked_step",

@@ -10,10 +10,24 @@ from torch import Tensor, nn
 
 from ..model import MLP
 from .lesson import Count, Lesson
-from .pictures import INK, Curve, Figure, curve, draw_classes, draw_losses, draw_probability, new_figure, surface
+from .pictures import (
+    BLUE,
+    INK,
+    VERMILION,
+    Curve,
+    Figure,
+    curve,
+    draw_classes,
+    draw_losses,
+    draw_probability,
+    line_of,
+    new_figure,
+    surface,
+    tidy,
+)
 from .problem import WAYS, contenders, network_from_seed, table
 from .race import Task, race
-from .text import TURNS, page
+from .text import TURNS, View, agreement, grid, loss_table, page, prediction_table, sections, short_name, timing_table
 from .trajectory import Trajectory, outputs, trajectory_of
 
 BLOBS_SEED = 2
@@ -74,6 +88,28 @@ def _intro(steps: int) -> str:
     )
 
 
+def _report(result: Trajectory, view: View) -> str:
+    head = [
+        [*(f"{value:.4f}" for value in point), f"{target:g}"]
+        for point, target in zip(result.samples[:5].tolist(), result.targets[:5].tolist(), strict=True)
+    ]
+    models = {"before": result.initial} | {short_name(run.name): run.model for run in result.runs}
+    weights = [
+        [name, *(f"{value:.4f}" for p in model.parameters() for value in p.flatten().tolist())]
+        for name, model in models.items()
+    ]
+    # The textbook prints the first ten losses and the last ten, of which two are known here.
+    ends = sorted({*range(len(result.steps))[:10], *range(len(result.steps))[-10:]})
+    return sections(
+        ["The first five of the hundred points:", *grid(["x1", "x2", "class"], head, 2)],
+        ["Weights before training and after it:", *grid(["", "w1", "w2", "b"], weights)],
+        loss_table(result, view, rows=ends),
+        agreement(result),
+        prediction_table(result),
+        timing_table(view, result.runs),
+    )
+
+
 @dataclass(frozen=True)
 class BlobsPicture(Curve):
     """What `plot_blobs` draws."""
@@ -82,21 +118,40 @@ class BlobsPicture(Curve):
     before: np.ndarray  # (G, G), p of class 1 before training, as in TrainingPicture
     after: np.ndarray  # (G, G), the same after it
     lines: dict[str, np.ndarray]  # "before", "after": (2, 2), two points (x1, x2) of the line p = 0.5
+    z: np.ndarray  # (Z,), and p = sigmoid(z), beside it
+    sigmoid: np.ndarray
+    p: np.ndarray  # (P,), and what an answer p costs where 1 is right and where 0 is
+    costs: dict[int, np.ndarray]
 
 
 def plot_blobs(result: Trajectory) -> tuple[Figure, BlobsPicture]:
-    """The points with the decision line before and after training, and the loss against the step.
+    """The points, the line p = 0.5 before and after training; the sigmoid, what an answer costs, the loss by step.
 
     Raises ImportError if matplotlib is missing.
     """
-    figure = new_figure(14, 4.6)
+    figure = new_figure(14, 9)
     run = result.runs[-1]
     axis = np.linspace(-2, 2, 201)
     models = {"before": result.initial, "after": run.model}
     surfaces = {name: surface(model, axis) for name, model in models.items()}
-    lines = {name: _decision_line(model) for name, model in models.items()}
-    data = BlobsPicture(**curve(result, run), axis=axis, **surfaces, lines=lines)
-    loss_axes, before, after = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
+    lines = {name: line_of(model) for name, model in models.items()}
+    z, p = np.linspace(-6, 6, 121), np.linspace(0.01, 0.99, 99)
+    functions = {"z": z, "sigmoid": 1 / (1 + np.exp(-z)), "p": p, "costs": {1: -np.log(p), 0: -np.log(1 - p)}}
+    data = BlobsPicture(**curve(result, run), axis=axis, **surfaces, lines=lines, **functions)
+    (points, before, after), (sigmoid, cost, loss_axes) = figure.subplots(2, 3)
+    draw_classes(points, result, size=6, edge=0.8)
+    points.set(title="Two blobs of fifty points", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+    points.set(xlim=(-2, 2), ylim=(-2, 2), xticks=range(-2, 3), yticks=range(-2, 3))
+    points.legend(loc="upper right", frameon=False)
+    sigmoid.plot(data.z, data.sigmoid, color=BLUE, linewidth=2, label="sigmoid(z) = 1 / (1 + exp(-z))")
+    sigmoid.set(title="The sigmoid", xlabel="$z = w_1 x_1 + w_2 x_2 + b$", ylabel="p, the output for class 1")
+    for label, colour in ((1, BLUE), (0, VERMILION)):
+        formula = "-ln p" if label else "-ln(1 - p)"
+        cost.plot(data.p, data.costs[label], color=colour, linewidth=2, label=f"{formula}: class {label} is right")
+    cost.set(title="Cross entropy: what an answer costs", xlabel="p, the output for class 1", ylabel="loss (nats)")
+    cost.set(ylim=(0, None))
+    tidy(sigmoid)
+    tidy(cost)
     plane = None
     for axes, name in ((before, "before"), (after, "after")):
         plane = draw_probability(axes, axis, getattr(data, name))
@@ -105,26 +160,18 @@ def plot_blobs(result: Trajectory) -> tuple[Figure, BlobsPicture]:
         star = {"mfc": "white", "mec": INK, "markersize": 15, "label": "test point"}
         axes.plot(*result.points.T.tolist(), "*", **star)
         found = outputs(models[name], result.points).flatten().tolist()
-        for (x1, x2), p in zip(result.points.tolist(), found, strict=True):
+        for (x1, x2), at in zip(result.points.tolist(), found, strict=True):
             outwards = (16 * x1, 30 * x2)
             axes.annotate(
-                f"p = {p:.3f}", (x1, x2), outwards, textcoords="offset points", ha="center", va="center", color=INK
+                f"p = {at:.3f}", (x1, x2), outwards, textcoords="offset points", ha="center", va="center", color=INK
             )
         axes.set(xlim=(-2, 2), ylim=(-2, 2), xticks=range(-2, 3), yticks=range(-2, 3), aspect="equal")
         axes.set(xlabel="$x_1$", ylabel="$x_2$", title=f"The perceptron {name} training")
     before.legend(loc="upper right", facecolor="white", framealpha=0.9, edgecolor="none", fontsize=9)
-    figure.colorbar(plane, ax=after, label="p, the output for class 1")
-    draw_losses(loss_axes, data, run.name, "reference")
+    figure.colorbar(plane, ax=(before, after), label="p, the output for class 1")
+    draw_losses(loss_axes, data, run.name, "textbook")
     loss_axes.set(title="Loss of a 2-1 perceptron on two blobs", yscale="linear", ylim=(0, None))
     return figure, data
-
-
-def _decision_line(model: torch.nn.Module) -> np.ndarray:
-    """(2, 2): two points (x1, x2) with w1 x1 + w2 x2 + b = 0, one length of w apart."""
-    weight, bias = (p.detach().cpu().double().numpy() for p in model.parameters())
-    (w,), (b,) = weight, bias
-    foot = -b * w / (w @ w)  # the line's point nearest to the origin
-    return np.stack([foot, foot + np.array([-w[1], w[0]])])
 
 
 BLOBS = Lesson(
@@ -132,7 +179,8 @@ BLOBS = Lesson(
     summary="a perceptron separates two blobs",
     run=blobs,
     intro=_intro,
+    report=_report,
     counts=(Count("steps", BLOBS_STEPS),),
     plot=plot_blobs,
-    picture="the decision line before and after training, and the loss",
+    picture="the decision line before and after training, the functions and the loss",
 )

@@ -13,7 +13,7 @@ from ..functional import linear_act
 from .lesson import Lesson
 from .problem import draw, table
 from .race import FUSED, HAND
-from .text import fill, page, row
+from .text import View, grid, number, page, sections
 from .values import Result, Values, value_misses
 
 
@@ -114,15 +114,17 @@ def _intro() -> str:
     )
 
 
-def _report(result: ChainRule) -> str:
-    lines = [f"At w = {result.w:g}, x = {result.x:g}, b = {result.b:g}:", ""]
-    lines.append(row(f"  {'':14}", result.reference, 8) + f"{'us':>10}")
-    lines.append(row(f"  {'reference':14}", result.reference.values(), 8, "g"))
-    for way in result.ways:
-        line = row(f"  {way.name:14}", map(way.values.get, result.reference), 8, "g")
-        lines.append(f"{line}{result.us[way.name]:10.1f}")
-    verdict = " All equal the reference." if result.matches else ""
-    return "\n".join([*lines, "", fill("us: microseconds for f and its slopes, median over 20 turns." + verdict)])
+def _report(result: ChainRule, view: View) -> str:
+    rows = [["textbook", *(f"{value:g}" for value in result.reference.values())]]
+    rows += [[way.name, *(number(way.values.get(name), "g") for name in result.reference)] for way in result.ways]
+    times = [["", *(f"{result.us[name]:.1f}" for name in (way.name for way in result.ways))]]
+    timing = ["Microseconds for f and its slopes, the median:", *grid(["", *result.us], times)] if view.timing else []
+    return sections(
+        [f"At w = {result.w:g}, x = {result.x:g}, b = {result.b:g}:"],
+        grid(["", *result.reference], rows),
+        timing,
+        ["All equal the textbook."] * result.matches,
+    )
 
 
 CHAIN_RULE = Lesson(

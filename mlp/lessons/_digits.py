@@ -13,7 +13,7 @@ from .lesson import Count, Lesson
 from .pictures import INK, PALE_BLUE, VERMILION, Figure, new_figure, tidy
 from .problem import contenders, network_from_seed
 from .race import FUSED, NN, Run, Task, check_steps, race
-from .text import TURNS, error_table, fill, how_it_ran, loss_table, page
+from .text import TURNS, View, agreement, fill, grid, loss_table, page, sections, timing_table
 from .trajectory import Trajectory, outputs, trajectory_of
 from .values import Result
 
@@ -125,17 +125,21 @@ def _intro(steps: int) -> str:
     )
 
 
-def _report(result: Digits) -> str:
+def _report(result: Digits, view: View) -> str:
     trajectory, last = result.trajectory, result.trajectory.runs[-1]
     learned, new = f"of {len(trajectory.samples):,} it learned", f"of {len(result.images)} new"
-    lines = ["The loss of the minibatch, before its step:", "", *loss_table(trajectory, head=""), ""]
-    lines += [*error_table(trajectory, "the loop over nn"), "", f"  {'read right':24}  {learned:>20}  {new:>12}"]
-    for run in trajectory.runs:
-        lines.append(f"  {run.name:24}  {result.training_accuracy(run):20.2%}  {result.accuracy(run):12.2%}")
+    rows = [
+        [run.name, f"{result.training_accuracy(run):.2%}", f"{result.accuracy(run):.2%}"] for run in trajectory.runs
+    ]
     read = result.read(last)
     mistakes = Counter((int(result.labels[i]), int(read[i])) for i in result.misread(last))
     told = ", ".join(f"{true} as {wrong}" + f" ({n} times)" * (n > 1) for (true, wrong), n in mistakes.most_common())
-    return "\n".join([*lines, "", fill(f"Misread by {last.name}: {told or 'none'}."), "", *how_it_ran(trajectory)])
+    return sections(
+        ["The loss of the minibatch, before its step:", *loss_table(trajectory, view)],
+        agreement(trajectory),
+        ["Images read right:", *grid(["", learned, new], rows), fill(f"Misread by {last.name}: {told or 'none'}.")],
+        timing_table(view, trajectory.runs),
+    )
 
 
 @dataclass(frozen=True)

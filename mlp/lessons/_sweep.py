@@ -17,7 +17,7 @@ from .lesson import Count, Lesson
 from .pictures import Figure, new_figure
 from .problem import contenders, draw, network_from_seed, table
 from .race import FitCalls, race
-from .text import error_table, fill, loss_table, page, row, shown_rows
+from .text import View, agreement, fill, grid, loss_table, page, sections, shown_rows, timing_table
 from .trajectory import Trajectory, trajectory_of
 from .values import Result
 
@@ -106,20 +106,30 @@ def _intro(steps: int, seeds: int) -> str:
     )
 
 
-def _report(result: Sweep) -> str:
-    seeds = f"Share of {len(result.seeds):,} seeds"
-    lines = [f"{seeds} that have succeeded by a step, in percent; learning rates across:", ""]
-    lines.append(row("    step", result.rates, 7, ".3g"))
-    for i in shown_rows(result.steps):
-        lines.append(row(f"  {result.steps[i]:6}", (100 * result.success[i]).tolist(), 7, ".1f"))
-    best = int(result.success[-1].argmax())
-    words = fill(
-        f"At the end {result.success[-1, best].item():.1%} at a rate of {result.rates[best]:.3g} have succeeded. "
-        "Too small a rate has not got there yet; too large a one jumps into saturation and stays."
+def _report(result: Sweep, view: View) -> str:
+    percent = [(step, (100 * share).tolist()) for step, share in zip(result.steps, result.success, strict=True)]
+    rows = [[str(step), *(f"{p:.1f}" for p in shares)] for step, shares in percent]
+    shown = [rows[i] for i in shown_rows(result.steps, view.every)]
+    best, trajectory = int(result.success[-1].argmax()), result.trajectory
+    return sections(
+        [
+            fill(f"Percent of {len(result.seeds):,} seeds that have learned XOR, by step and by learning rate:"),
+            *grid(["step", *(f"{rate:.3g}" for rate in result.rates)], shown),
+        ],
+        [
+            fill(
+                f"At the end {result.success[-1, best].item():.1%} have, at a rate of {result.rates[best]:.3g}. Too "
+                "small a rate has not got there yet. Too large a one throws the weights so far out that the sigmoids "
+                "are flat, where nothing moves them any more."
+            )
+        ],
+        [
+            f"Seed {result.seeds[0]} at rate 1, alone and among the {result.networks:,}:",
+            *loss_table(trajectory, view),
+        ],
+        agreement(trajectory),
+        timing_table(view, trajectory.runs),
     )
-    alone = f"Seed {result.seeds[0]} at rate 1, alone and among the {result.networks:,}:"
-    trajectory = result.trajectory
-    return "\n".join([*lines, "", words, "", alone, "", *loss_table(trajectory), "", *error_table(trajectory)])
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,11 @@ def _intro(steps: int) -> str:
         "it. A hidden layer of two units bends the plane until one line can.",
         """
         h = sigmoid(W1 x + b1)      p = sigmoid(W2 h + b2)
-        loss = mean of -t ln p - (1 - t) ln(1 - p)      every weight: w <- w - 1 dloss/dw
+        loss = mean of -t ln p - (1 - t) ln(1 - p)      t: the right answer
+        every weight: w <- w - 1 dloss/dw
         """,
         f"{steps:,} steps over all four cases, weights drawn with seed {XOR_SEED}. The losses must be those of "
-        f"the reference table. {TURNS}",
+        f"the textbook's table. {TURNS}",
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .pictures import Figure
-from .text import training_report
+from .text import View, training_report
 from .values import Result
 
 
@@ -27,7 +27,7 @@ class Lesson:
     summary: str
     run: Callable[..., Result]  # takes a device, the counts and, if there are any, whether to show its progress
     intro: Callable[..., str]  # takes the counts and says what the lesson teaches
-    report: Callable[[Any], str] = training_report  # takes the result
+    report: Callable[[Any, View], str] = training_report  # takes the result and what the reader wants to see of it
     counts: tuple[Count, ...] = ()
     plot: Callable[[Any], tuple[Figure, Any]] | None = None  # takes the result; returns the figure and the data in it
     picture: str = "the loss and the decision surface"

@@ -48,7 +48,7 @@ def plot_training(
     reference: Losses | None = None,
     *,
     title: str = "",
-    label: str = "reference",
+    label: str = "textbook",
 ) -> tuple[Figure, TrainingPicture]:
     """The loss of a run against the step with the reference on top, and the network's output over the plane.
 
@@ -98,6 +98,14 @@ def surface(model: torch.nn.Module, axis: np.ndarray) -> np.ndarray:
     """(G, G): the model's output on a grid, as in TrainingPicture."""
     grid = torch.from_numpy(np.stack(np.meshgrid(axis, axis), -1)).flatten(0, 1)
     return outputs(model, grid).float().reshape(len(axis), len(axis)).numpy()
+
+
+def line_of(model: torch.nn.Module) -> np.ndarray:
+    """(2, 2): two points (x1, x2) of a layer 2-1 with w1 x1 + w2 x2 + b = 0, one length of w apart."""
+    weight, bias = (p.detach().cpu().double().numpy() for p in model.parameters())
+    (w,), (b,) = weight, bias
+    foot = -b * w / (w @ w)  # the line's point nearest to the origin
+    return np.stack([foot, foot + np.array([-w[1], w[0]])])
 
 
 def draw_losses(axes, data: Curve, name: str, reference: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ensemble import Ensemble
 from ..training import History, fit
-from ..training.pacing import Bar, synchronize
+from ..training.pacing import PATIENCE_SECONDS, Bar, synchronize
 
 NN, FUSED, HAND = "nn.Linear + nn.Sigmoid", "fused layers", "by hand"
 
@@ -179,7 +179,8 @@ def fit_contenders(model: nn.Module, task: Task, calls: int = FIT_CALLS) -> list
 def race(task: Task, contenders: Sequence[Loop | FitCalls], progress: bool) -> tuple[Run, ...]:
     """Trains them all, in turns, so that whatever slows the machine slows all of them.
 
-    progress: a bar on stderr if that is a terminal, tqdm is installed and it takes longer than two seconds.
+    progress: a bar on stderr, with the time that is left, if that is a terminal, tqdm is installed and it takes longer
+    than two seconds.
     """
     # Turns are equally long, since the time of a short last one would be noise.
     turns = max(1, task.steps // TURN)
@@ -193,6 +194,8 @@ def race(task: Task, contenders: Sequence[Loop | FitCalls], progress: bool) -> t
             for contender in [*(loops if turn % 2 == 0 else reversed(loops)), *calls]:
                 contender.take(turn, turns, range(start, stop))
             if progress:
+                # The first turn tells how long all of them will take; a bar says how long they have still to go.
+                bar.wanted = bar.wanted or (time.perf_counter() - bar.began) * turns > PATIENCE_SECONDS * (turn + 1)
                 bar.show(stop)
     base = contenders[0].clock.us
     runs = []

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import Explanation, MlpExplanation, explain
-from .race import Run, Task
+from .race import HAND, Run, Task
 from .values import Result
 
+TEXTBOOK = "the textbook"
 Losses = Sequence[float | None]  # by logged step; None where there is none
 
 
@@ -30,6 +31,7 @@ class Trajectory(Result):
     sizes: list[int]  # widths of the network
     steps: list[int]  # at which the loss was logged
     reference: list[float | None]  # the loss at that step; None where the table has none
+    against: str  # what the reference is, in words
     bands: list[float | None]  # relative, of each loss in the reference
     initial: nn.Module  # the network before its first step
     runs: tuple[Run, ...]  # the first is what the others are timed against
@@ -60,6 +62,10 @@ class Trajectory(Result):
     def predictions(self, run: Run) -> list[float]:
         """The p of class 1 at each of `points`."""
         return outputs(run.model, self.points).flatten().tolist()
+
+    def predict(self, run: Run, x: Tensor | None = None) -> list[int]:
+        """The class of each of `points`, or of the rows of x: 1 where p is above 0.5, otherwise 0."""
+        return [int(p > 0.5) for p in outputs(run.model, self.points if x is None else x).flatten().tolist()]
 
     def accuracy(self, run: Run) -> float:
         """The share of samples whose p is on the target's side of 0.5."""
@@ -94,13 +100,19 @@ def trajectory_of(
     points: Tensor | None = None,
     expected: list[float] | None = None,
     prediction_band: float = math.nan,
+    compared: int = 1,
 ) -> Trajectory:
     """The Trajectory of these runs through the task. device: as the lesson's caller gave it.
 
     band(loss): how far, relatively, a loss may be from one in the reference. reference: losses by step, by default
-    those of the first run. targets: by default the task's. points: by default the samples.
+    those of the first run at each multiple of `compared`. targets: by default the task's. points: by default the
+    samples.
     """
-    reference = dict(zip(task.logged, runs[0].losses, strict=True)) if reference is None else reference
+    by_whom = "by hand" if runs[0].name == HAND else f"over {runs[0].name}"
+    against = TEXTBOOK if reference is not None else f"the loop {by_whom}"
+    if reference is None:
+        logged = zip(task.logged, runs[0].losses, strict=True)
+        reference = {step: loss for step, loss in logged if step % compared == 0}
     losses = [reference.get(step) for step in task.logged]
     x, samples = task.x[: task.batch_size], task.x.cpu()
     shapes = [(n, k) for k, n in pairwise(sizes)]
@@ -109,6 +121,7 @@ def trajectory_of(
         sizes=sizes,
         steps=list(task.logged),
         reference=losses,
+        against=against,
         bands=[None if loss is None else band(loss) for loss in losses],
         initial=initial,
         runs=runs,

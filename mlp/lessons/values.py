@@ -31,10 +31,10 @@ class Values:
 
 
 def value_misses(reference: dict[str, float], found: Sequence[Values], band: Callable[[Values], float]) -> list[str]:
-    """The values that differ from the reference by more than the band, one phrase for each."""
+    """The values in the reference that differ from the reference by more than the band, one phrase for each."""
     return [
         f"{way.name} in {str(way.dtype).removeprefix('torch.')}: {name} = {value:.10g} and not {reference[name]:.10g}"
         for way in found
         for name, value in way.values.items()
-        if not abs(value - reference[name]) <= band(way)
+        if name in reference and not abs(value - reference[name]) <= band(way)
     ]

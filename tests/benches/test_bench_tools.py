@@ -721,6 +721,17 @@ def test_report_of_kernelbench(bench, tmp_path):
     assert "worst element" not in bench("report_tables").markdown(TINY)
 
 
+@pytest.mark.parametrize(
+    ("family", "model", "kind", "said"),
+    [(25, 17, "AMD", "AMD EPYC (Zen 4)"), (26, 2, None, "AMD EPYC (Zen 5)"), (1, 1, "AMD", "AMD EPYC")],
+)
+def test_machines_are_called_by_their_generation(family, model, kind, said, bench):
+    info = {"cpu": {"brand_raw": "AMD EPYC", "family": family, "model": model}, "threads": 2, "versions": {}}
+    info |= {"machine": "x86_64"} | ({"cpu_kind": kind} if kind else {})
+    found = bench("report_style").machine({"machine_info": info, "datetime": "2026-01-01T00:00:00"})
+    assert found.startswith(f"{said}, threads: 2; ")
+
+
 @pytest.mark.slow
 def test_reports_have_pictures(bench, tmp_path):
     pytest.importorskip("matplotlib")

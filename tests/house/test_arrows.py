@@ -35,6 +35,8 @@ FLOORS = [
     {"mlp"},
     {"mlp.doctor", "mlp.hub"},
     {"mlp.__main__"},
+    {""},  # the package itself, in mlp/_front
+    {"__main__"},
 ]
 
 
@@ -61,7 +63,7 @@ def imported(source, package=""):
 
 def home_of(path):
     folder = ".".join(path.relative_to(ROOT).parent.parts)
-    return f"perceptriton.{folder}" if path in PACKAGE else folder
+    return f"perceptriton.{folder}".removesuffix(".mlp._front") if path in PACKAGE else folder
 
 
 def imports_of(path):
@@ -70,8 +72,7 @@ def imports_of(path):
 
 def dotted(path):
     """The name of a file of the package as a module, of an `__init__.py` that of its folder."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(("perceptriton", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+    return home_of(path) if path.stem == "__init__" else f"{home_of(path)}.{path.stem}"
 
 
 MODULES = {dotted(path) for path in PACKAGE}

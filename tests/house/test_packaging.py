@@ -17,13 +17,14 @@ import torch
 pytestmark = pytest.mark.more
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("kernels", "mlp")
-DATA = ("py.typed", "tuned/*.json", "lessons/tables/*.json")
+VERSION = re.search(r'version="(.*)"', (ROOT / "setup.py").read_text())[1]
+DATA = ("py.typed", "_front/py.typed", "tuned/*.json", "lessons/tables/*.json")
 
 
 def shipped():
     """Every path that a wheel has to hold, metadata aside."""
     return {
-        f"perceptriton/{path.relative_to(ROOT).as_posix()}"
+        f"perceptriton/{path.relative_to(ROOT).as_posix().removeprefix('mlp/_front/')}"
         for package in PACKAGES
         for pattern in ("**/*.py", *DATA)
         for path in (ROOT / package).glob(pattern)
@@ -90,6 +91,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     for kind in (
         "kernels/py.typed",
         "mlp/py.typed",
+        "py.typed",
+        "__init__.py",
+        "__main__.py",
         "kernels/plan/layer.py",
         "kernels/tuned/cpu.json",
         "mlp/layers.py",
@@ -129,6 +133,7 @@ vars(torch.cuda).update(asked)
 """
 USE = """
 import importlib.util
+import os
 import torch
 import perceptriton.kernels, perceptriton.mlp
 from perceptriton.kernels import Device, explain
@@ -141,8 +146,8 @@ for rows in (1, 700):  # a small layer and a large one take different paths
     model.zero_grad()
 chip = Device("cuda", arch=90, units=132, triton=importlib.util.find_spec("triton") is not None)
 result = {
-    "kernels": perceptriton.kernels.__file__,
-    "mlp": perceptriton.mlp.__file__,
+    "kernels": os.path.realpath(perceptriton.kernels.__file__),
+    "mlp": os.path.realpath(perceptriton.mlp.__file__),
     "shape": list(y.shape),
     "gradients": gradients,
     "on a chip": [plan.impl for plan in explain((64, 16), (16, 16), device=chip)],
@@ -191,6 +196,11 @@ def test_editable_install_works_from_anywhere():
     assert_used(python_json(USE), ROOT)
 
 
+def test_links_are_the_package_without_an_install(tmp_path):
+    subprocess.run(["bash", ROOT / ".ci" / "link", tmp_path], check=True)
+    assert_used(python_json(USE, tmp_path), ROOT)
+
+
 def test_works_without_triton(installed):
     # None in sys.modules: `import triton` raises and find_spec finds nothing, as if it were not installed.
     result = python_json(f"import sys\nsys.modules['triton'] = None\n{USE}", installed)
@@ -200,6 +210,8 @@ def test_works_without_triton(installed):
 
 def test_command_line_of_the_installed_package(installed):
     assert "torch" in python(str(installed / "bin" / "perceptriton"), "doctor", path=installed)
+    for command in ([str(installed / "bin" / "perceptriton")], ["-m", "perceptriton"], ["-m", "perceptriton.mlp"]):
+        assert python(*command, "--version", path=installed) == f"perceptriton {VERSION}\n"
 
 
 BACKEND = """

@@ -58,6 +58,7 @@ def test_a_copy_holds_every_file_of_the_package(exported):
         for folder in ("kernels", "mlp")
         for suffix in ("py", "json")
         for path in (root / folder).rglob(f"*.{suffix}")
+        if path.parent.name != "_front"  # that of the installed package: a copy has its own
     }
     assert {"kernels/tuned/cpu.json", "mlp/lessons/tables/blobs_2-1.json", "kernels/gpu/layer.py"} <= set(expected)
     source = files(exported / "torch-ext" / "perceptriton")

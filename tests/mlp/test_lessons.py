@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import math
+import re
 import sys
 import types
 
@@ -21,9 +22,13 @@ from perceptriton.mlp.lessons import race as racing
 from perceptriton.mlp.lessons._blobs import plot_blobs
 from perceptriton.mlp.lessons._by_hand import plot_by_hand
 from perceptriton.mlp.lessons._digits import plot_digits
+from perceptriton.mlp.lessons._gates import GATES, plot_gates
 from perceptriton.mlp.lessons._sweep import plot_sweep
+from perceptriton.mlp.lessons._worked_step import plot_worked_step
 from perceptriton.mlp.lessons._xor import xor_data
+from perceptriton.mlp.lessons.catalogue import LESSONS
 from perceptriton.mlp.lessons.race import FitCalls, Loop, Task, race
+from perceptriton.mlp.lessons.text import View, fill, grid, shown_rows
 
 # The largest difference between nine ways of rounding the same 10,001 steps, relative.
 BAND = 6e-5
@@ -32,7 +37,7 @@ BAND = 6e-5
 PLATEAU_BAND, DROPPED_BAND = 3e-7, 3.4e-2
 DROPPED_PREDICTION_BAND = 0.1  # twice what one sample's came to there
 BLOBS_BAND = 1e-6  # some units in the last place of fp32, which a mean of 100 losses can be off by
-HAND_BAND = 2e-4
+HAND_BAND = 3e-4
 DIGITS_BAND = 1e-5  # four times what seven ways of rounding came to
 FIT = "fit"
 FIT_PATH = "native" if ready.refusal() is None else "torch"
@@ -56,6 +61,8 @@ def once(lesson, *arguments, **options):
 xor, short = once(lessons.xor), once(lessons.xor, 301)
 blobs, by_hand, worked = once(lessons.blobs), once(lessons.by_hand), once(lessons.worked_step, 301)
 sweep = once(lessons.sweep, 2501, seeds=30, rates=(0.1, 1.0, 5.6))
+gates, chain, hand_short = once(lessons.gates, 801), once(lessons.chain_rule), once(lessons.by_hand, 301)
+deep_short = once(lessons.xor_deep, 201, draws=2)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +74,11 @@ def digits(one_thread):
 @pytest.fixture
 def figure():
     return pytest.importorskip("matplotlib.figure").Figure(figsize=(1, 1))
+
+
+def page_of(name, result, **view):
+    """The lesson's page with one space between its words."""
+    return re.sub(" *\n *", "\n", re.sub(" +", " ", LESSONS[name].report(result, View(**view))))
 
 
 def assert_follows(result, run, pairs, band):
@@ -201,6 +213,81 @@ def test_deep_xor_follows_the_table_in_loops(draws, steps, rows):
     assert result.matches
 
 
+def test_the_first_deep_network_of_the_seed_is_drawn_first():
+    result = lessons.xor_deep(1, draws=0, ways=["fused", "fit"])
+    torch.manual_seed(777)
+    layers = [torch.nn.Linear(k, n) for k, n in itertools.pairwise([2, 10, 10, 10, 1])]
+    model = torch.nn.Sequential(*itertools.chain.from_iterable((layer, torch.nn.Sigmoid()) for layer in layers))
+    x, y = xor_data()
+    loss = torch.nn.functional.binary_cross_entropy(model(x), y).item()
+    assert [run.losses for run in result.runs] == [[pytest.approx(loss, rel=PLATEAU_BAND)]] * 2
+    assert result.against == "the loop over fused layers"
+    assert result.matches
+    assert not spoilt(result, FIT, 0, 1.001).matches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draws", [0, 1, 2])
+def test_deep_xor_shows_the_drop(draws):
+    result = lessons.xor_deep(draws=draws, ways=["fit"])
+    losses = result.runs[0].losses
+    drop = next(i for i, loss in enumerate(losses) if loss < 0.1)
+    page = page_of("xor-deep", result)
+    shown = [int(step) for step in re.findall(r"^(\d+) .*0\.\d{8}$", page, re.MULTILINE)]
+    assert {*range(0, 10_001, 1000), *range(100 * drop - 400, 100 * drop + 400, 100)} == set(shown)
+    steps = [f"{losses[i]:.4f} at step {100 * i:,}" for i in (drop - 1, drop)]
+    assert f"from {' to '.join(steps)}." in page
+    assert losses[drop - 1] > 0.4
+
+
+# --- gates -------------------------------------------------------------------------------------------------
+
+
+def test_one_layer_learns_and_and_or_but_not_xor(gates):
+    assert list(gates.trajectories) == ["AND", "OR", "XOR"]
+    x, _ = xor_data()
+    page = page_of("gates", gates)
+    for column, (gate, trajectory) in enumerate(gates.trajectories.items()):
+        operation = {"AND": torch.logical_and, "OR": torch.logical_or, "XOR": torch.logical_xor}[gate]
+        y = operation(*x.T).float()
+        assert trajectory.targets.tolist() == y.tolist() == list(GATES[gate])
+        torch.manual_seed(777)
+        layer = torch.nn.Linear(2, 1)
+        optimizer, losses = torch.optim.SGD(layer.parameters(), lr=1.0), []
+        for _ in range(801):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(layer(x).flatten(), y)
+            losses.append(loss.item())
+            loss.backward()
+            optimizer.step()
+        p = torch.sigmoid(layer(x)).flatten().tolist()
+        for run in trajectory.runs:
+            assert run.losses == pytest.approx(losses[::100], rel=1e-5)
+            assert trajectory.predictions(run) == pytest.approx(p, abs=1e-5)
+            assert (trajectory.accuracy(run) == 1) == (gate != "XOR")
+        rows = re.findall(r"^[01] [01] (\S+) (\S+) (\S+)$", page, re.MULTILINE)
+        assert [float(row[column]) for row in rows] == pytest.approx(p, abs=2e-4)
+    assert losses[-1] == pytest.approx(math.log(2), rel=1e-6)
+    assert p == pytest.approx([0.5] * 4, abs=1e-4)
+    assert gates.matches
+
+
+def test_gates_show_what_torch_says_of_ten_outputs_and_one_target(gates):
+    with pytest.raises(ValueError, match=r"\[4, 1\].*\[4, 10\]") as raised:
+        torch.nn.BCELoss()(torch.full((4, 10), 0.5), torch.ones(4, 1))
+    assert gates.crash == f"ValueError: {raised.value}"
+    assert gates.crash in page_of("gates", gates).replace("\n", " ")
+
+
+def test_gates_that_are_not_what_they_must_be_are_a_miss(gates):
+    trajectory = gates.trajectories
+    for own, other in (("AND", "XOR"), ("XOR", "OR")):
+        wrong = dataclasses.replace(gates, trajectories=trajectory | {own: trajectory[other]}).misses
+        assert [miss.startswith(f"{own}: ") for miss in wrong] == [True] * len(WAYS)
+    spoilt_or = spoilt(trajectory["OR"], FIT, 3, 1.001)
+    assert not dataclasses.replace(gates, trajectories=trajectory | {"OR": spoilt_or}).matches
+
+
 # --- blobs -------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +305,33 @@ def test_blobs_follow_the_table_all_three_ways(blobs):
     for index, factor in ((9, 1 + 3e-6), (990, 1 - 3e-6)):
         assert not spoilt(blobs, FIT, index, factor).matches
     assert spoilt(blobs, FIT, 500, 2).matches  # no row of the table
+
+
+def test_blobs_end_where_plain_torch_does(blobs):
+    x, y = lessons.blobs_data()
+    torch.manual_seed(2)
+    layer = torch.nn.Linear(2, 1)
+    optimizer, losses = torch.optim.SGD(layer.parameters(), lr=0.01), []
+    for _ in range(1000):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(layer(x), y)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+    for run in blobs.runs:
+        assert run.losses[-10:] == pytest.approx(losses[-10:], rel=BLOBS_BAND)
+        found = torch.cat([p.detach().flatten() for p in run.model.parameters()]).tolist()
+        assert found == pytest.approx([*layer.weight[0].tolist(), layer.bias.item()], abs=1e-5)
+        assert blobs.predict(run) == [1, 0]
+        assert blobs.predict(run, blobs.samples) == y.flatten().tolist()
+    page = page_of("blobs", blobs)
+    for line in ("-0.1372 -0.0715 0", "0.0064 0.1533 0", "before 0.1622 -0.1683 0.1939"):
+        assert line in page
+    weights = [*layer.weight[0].tolist(), layer.bias.item()]
+    assert f"fit {' '.join(f'{w:.4f}' for w in weights)}" in page
+    assert re.findall(r"^(\d+) \S+ \S+ \S+ 0\.\d{8}$", page, re.MULTILINE) == [
+        str(step) for step in (*range(10), *range(990, 1000))
+    ]
 
 
 def test_blobs_are_those_of_the_table():
@@ -271,11 +385,14 @@ def test_worked_step_is_that_of_the_table_every_way(worked):
     errors = {"E_o1": WORKED["E"][0], "E_o2": WORKED["E"][1]}
     sums = dict(zip(("z_h1", "z_h2", "z_o1", "z_o2"), [*WORKED["z_hidden"], *WORKED["z_output"]], strict=True))
     gradients = {"dE/dW1": WORKED["dE_dW1"], "dE/dW5": WORKED["dE_dW5"]}
-    weights = {"E": WORKED["E_total"], **{f"W{i} new": WORKED[f"W{i}_new"] for i in range(1, 6)}}
+    weights = {"E": WORKED["E_total"], **{f"W{i} new": WORKED[f"W{i}_new"] for i in range(1, 6)}, "E after": 0.02323634}
+    # As the text has them: on the way to W5, and on the way to W1 through both outputs.
+    factors = {"dE/do1": 0.20944600, "dE_o1/dh1": 0.02243370, "dE_o2/dh1": 0.00997311, "dE/dh1": 0.03240681}
+    slopes = {"do1/dz_o1": 0.23802157, "dh1/dz_h1": 0.24960043}
     shown = {
-        "by hand": sums | outputs | errors | gradients | weights,
-        lessons.NN: sums | outputs | errors | gradients | weights,
-        lessons.FUSED: outputs | errors | gradients | weights,
+        "by hand": sums | outputs | errors | gradients | weights | factors | slopes,
+        lessons.NN: sums | outputs | errors | gradients | weights | factors | slopes,
+        lessons.FUSED: outputs | errors | gradients | weights | factors,
         FIT: weights,
     }
     assert worked.reference == shown["by hand"]
@@ -284,8 +401,29 @@ def test_worked_step_is_that_of_the_table_every_way(worked):
     for way in worked.ways:
         # Half a unit of the eighth decimal; in fp32 a few units in the last place of numbers below 1.
         band = 5.0001e-9 if way.dtype == torch.float64 else 2e-7
-        assert way.values == pytest.approx(shown[way.name], abs=band, rel=0)
+        compared = {name: value for name, value in way.values.items() if name in worked.reference}
+        assert compared == pytest.approx(shown[way.name], abs=band, rel=0)
     assert worked.matches
+
+
+def test_worked_step_shows_all_eight_weights(worked):
+    x, target = (torch.tensor(WORKED[name], dtype=torch.float64) for name in ("x", "target"))
+    tensors = [torch.tensor(WORKED[name], dtype=torch.float64) for name in ("W_hidden", "W_output")]
+
+    def error(hidden, output):
+        return (target - torch.sigmoid(output @ torch.sigmoid(hidden @ x))).square().sum() / 2
+
+    slopes = torch.func.grad(error, argnums=(0, 1))(*tensors)
+    new = [w - 0.5 * slope for w, slope in zip(tensors, slopes, strict=True)]
+    columns = [torch.cat([t.flatten() for t in part]).tolist() for part in (tensors, slopes, new)]
+    page, drawing = page_of("worked-step", worked), LESSONS["worked-step"].intro(steps=1)
+    for i, numbers in enumerate(zip(*columns, strict=True), 1):
+        assert f"W{i} {' '.join(f'{value:.8f}' for value in numbers)}" in page
+        assert f"W{i} {numbers[0]:.2f}" in drawing
+        for way in worked.ways:
+            assert way.values[f"W{i} new"] == pytest.approx(numbers[2], abs=1e-7)
+    assert f"{error(*new):.8f}" == "0.02323634"
+    assert "The error E fell from 0.02397190 to 0.02323634: the step went downhill." in page.replace("\n", " ")
 
 
 @pytest.mark.parametrize("key", ["W_hidden", "W_output"])
@@ -318,7 +456,12 @@ def test_by_hand_converges_and_the_others_follow(by_hand):
         assert_follows(trajectory, run, list(zip(trajectory.steps, hand.losses, strict=True)), HAND_BAND)
         assert trajectory.accuracy(run) == HAND["accuracy"] == 1
     assert by_hand.matches
-    assert list(zip(trajectory.steps, by_hand.textbook, strict=True)) == [tuple(row) for row in HAND["loss"]]
+    assert list(zip(trajectory.steps, by_hand.textbook, strict=True))[:39] == [tuple(row) for row in HAND["loss"]]
+    assert trajectory.steps[-1] == 10_000
+    assert by_hand.textbook[39:] == [None] * 62
+    page = page_of("by-hand", by_hand)
+    for (x1, x2), target, p in zip(trajectory.samples.tolist(), (0, 1, 1, 0), HAND["prediction"], strict=True):
+        assert f"\n{x1:g} {x2:g} {target} {p:.8f} " in page
     assert not dataclasses.replace(by_hand, trajectory=spoilt(trajectory, FIT, 20, 1.001)).matches
 
 
@@ -497,7 +640,8 @@ def test_a_sweep_repeats_to_the_bit():
 
 
 TRAINING = {
-    name: getattr(lessons, name) for name in ("xor", "xor_deep", "blobs", "by_hand", "worked_step", "sweep", "digits")
+    name: getattr(lessons, name)
+    for name in ("gates", "xor", "xor_deep", "blobs", "by_hand", "worked_step", "sweep", "digits")
 }
 
 
@@ -521,7 +665,7 @@ def test_lessons_refuse_no_steps(name, steps):
     [
         (lambda: lessons.xor(1, ways=[]), "ways must be some of nn, fused, fit"),
         (lambda: lessons.xor(1, ways=["eager"]), "ways must be some of nn, fused, fit, not .*eager"),
-        (lambda: lessons.xor_deep(1, draws=3), "draws must be 1 or 2, not 3"),
+        (lambda: lessons.xor_deep(1, draws=3), "draws must be 0, 1 or 2, not 3"),
         (lambda: lessons.sweep(1, seeds=0), "seeds must be at least 1, not 0"),
         (lambda: lessons.sweep(1, seeds=1, rates=(0.5, 2)), "rates must hold 1, .* not only 0.5, 2"),
     ],
@@ -536,6 +680,7 @@ def test_lessons_refuse_what_they_do_not_have(call, message):
 @pytest.mark.parametrize(
     "run",
     [
+        lambda: lessons.gates(801, "cuda"),
         lambda: lessons.chain_rule("cuda"),
         lambda: lessons.worked_step(101, "cuda"),
         lambda: lessons.by_hand(1501, "cuda"),
@@ -545,7 +690,7 @@ def test_lessons_refuse_what_they_do_not_have(call, message):
         lambda: lessons.sweep(1001, "cuda", seeds=100),
         lambda: needs_images("digits") or lessons.digits(device="cuda"),
     ],
-    ids=["chain-rule", "worked-step", "by-hand", "xor", "xor-deep", "blobs", "sweep", "digits"],
+    ids=["gates", "chain-rule", "worked-step", "by-hand", "xor", "xor-deep", "blobs", "sweep", "digits"],
 )
 def test_lessons_on_cuda(run):
     result = run()
@@ -622,6 +767,21 @@ def test_units_of_a_race(monkeypatch):
     assert (a.ratio, b.ratio, c.ratio) == pytest.approx((1, 2, 5))
 
 
+@pytest.mark.parametrize(("us", "wanted"), [(5_000, True), (1_000, False)], ids=["long", "short"])
+def test_a_race_of_more_than_two_seconds_shows_a_bar_from_its_first_turn_on(us, wanted, monkeypatch):
+    now, shown = [0.0], []
+
+    class Noting(racing.Bar):
+        def show(self, done):
+            shown.append((done, self.wanted))
+
+    monkeypatch.setattr(racing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(racing, "Bar", Noting)
+    task = Task(*xor_data(), torch.nn.BCELoss(), lambda p: torch.optim.SGD(p, lr=1.0), 500, 100)
+    race(task, [SlowOnce("a", task, now, us, None)], True)
+    assert shown == [(done, wanted) for done in range(100, 501, 100)]
+
+
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
@@ -658,6 +818,37 @@ def test_xor_picture_shows_the_result(xor):
     assert marked == {"class 0": [[0, 0], [1, 1]], "class 1": [[0, 1], [1, 0]]}
 
 
+def test_gates_picture_shows_lines_where_there_are_any(gates):
+    pytest.importorskip("matplotlib")
+    figure, data = plot_gates(gates)
+    assert list(data.lines) == ["AND", "OR"]
+    for axes, (gate, trajectory) in zip(figure.axes, gates.trajectories.items(), strict=False):
+        model = trajectory.runs[-1].model
+        at = [data.surfaces[gate][50 + 100 * int(x2), 50 + 100 * int(x1)] for x1, x2 in trajectory.samples.tolist()]
+        assert at == pytest.approx(trajectory.predictions(trajectory.runs[-1]), rel=1e-5)
+        marked = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if "class" in line.get_label()}
+        assert len(marked["class 1"]) == sum(GATES[gate])
+        if gate != "XOR":
+            with torch.no_grad():
+                p = model(torch.tensor(data.lines[gate], dtype=torch.float32)).flatten().tolist()
+            assert p == pytest.approx([0.5, 0.5], abs=1e-5)
+        assert axes.get_title() == f"{gate}: " + ("p = 0.5 everywhere" if gate == "XOR" else "4 of 4 right")
+
+
+def test_worked_step_picture_shows_every_weight(worked):
+    pytest.importorskip("matplotlib")
+    figure, data = plot_worked_step(worked)
+    said = [text.get_text() for text in figure.axes[0].texts]
+    given = [w for name in ("W_hidden", "W_output") for row in WORKED[name] for w in row]
+    for i, (name, (old, new)) in enumerate(data.weights.items(), 1):
+        assert (name, old) == (f"W{i}", given[i - 1])
+        assert f"{name} = {old:g}\n-> {new:.6f}" in said
+        assert i > 5 or new == pytest.approx(WORKED[f"W{i}_new"], abs=5.001e-9)
+    for name, value in zip(("h1", "h2", "o1", "o2"), (*WORKED["h"], *WORKED["o"]), strict=True):
+        assert f"{name}\n{value:.4g}" in said
+    assert figure.axes[0].get_title() == "One step down: E = 0.02397190 before it, 0.02323634 after"
+
+
 @pytest.mark.slow
 def test_by_hand_picture_shows_the_loop_by_hand_and_the_textbook(by_hand):
     pytest.importorskip("matplotlib")
@@ -680,8 +871,17 @@ def test_blobs_picture_shows_the_line_before_and_after(blobs):
         assert surface[20, 150] == pytest.approx(corner, rel=1e-5)
     assert data.losses.tolist() == run.losses
     assert data.reference_steps.tolist() == [*range(10), 990, 999]
-    loss_axes, before, after = figure.axes[:3]
+    points, before, after, sigmoid, cost, loss_axes = figure.axes[:6]
     assert loss_axes.get_ylabel().startswith("mean binary cross-entropy")
+    assert [len(line.get_xydata()) for line in points.lines] == [50, 50]
+    (line,) = sigmoid.lines
+    z, p = (torch.tensor(values) for values in line.get_data())
+    torch.testing.assert_close(p, torch.sigmoid(z))
+    for line, target in zip(cost.lines, (1.0, 0.0), strict=True):
+        p, costs = (torch.tensor(values) for values in line.get_data())
+        expected = torch.nn.functional.binary_cross_entropy(p, torch.full_like(p, target), reduction="none")
+        torch.testing.assert_close(costs, expected)
+        assert f"class {target:g} is right" in line.get_label()
     for axes, surface in ((before, data.before), (after, data.after)):
         lines = {line.get_label(): line for line in axes.lines}
         assert [len(lines[f"class {c}"].get_xydata()) for c in (0, 1)] == [50, 50]
@@ -784,3 +984,72 @@ def test_without_matplotlib_the_error_says_what_to_install(short, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"install perceptriton\[cli\]"):
         pictures.plot_training(short)
+
+
+# --- pages -------------------------------------------------------------------------------------------------
+
+# The results that other tests have, or short ones.
+PAGES = {"gates": "gates", "chain-rule": "chain", "worked-step": "worked", "by-hand": "hand_short", "xor": "short"}
+PAGES |= {"xor-deep": "deep_short", "blobs": "blobs", "digits": "digits", "sweep": "sweep"}
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_pages_fit_the_terminal(name, request, monkeypatch):
+    result, lesson = request.getfixturevalue(PAGES[name]), LESSONS[name]
+    counts = {count.name: 1000 + count.default for count in lesson.counts}
+    words = {}
+    for columns in (40, 60, 80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        text = f"{lesson.intro(**counts)}\n\n{lesson.report(result, View(timing=True))}"
+        assert text.isascii()  # as it has to be where LANG is C
+        assert max(map(len, text.splitlines())) <= min(100, max(60, columns))
+        assert not re.search(r"\n\n\n| $", text, re.MULTILINE)
+        words[columns] = set(text.split())
+    # A word that is cut, or lost, would make a word of its own or be missing.
+    assert words[60] == words[80] == words[120] == words[40]
+    for jargon in ("ran as", "band", "aten", "small: plain"):
+        assert jargon not in text
+
+
+def test_words_are_never_cut(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    for before in range(60):
+        words = [*before * "a", "cross-entropy", *before * "b", 70 * "c"]
+        assert fill(" ".join(words)).split() == words
+
+
+def test_pages_show_times_on_request_only(short, chain):
+    for name, result in (("xor", short), ("chain-rule", chain)):
+        timed, untimed = page_of(name, result, timing=True), page_of(name, result)
+        assert re.search(r"us/step|Microseconds", timed)
+        assert not re.search(r"us/step|Microseconds|seconds", untimed)
+
+
+def test_pages_show_the_steps_that_were_asked_for(short, blobs):
+    def steps(name, result, every):
+        return re.findall(r"^(\d+) .*0\.\d{8}$", page_of(name, result, every=every), re.MULTILINE)
+
+    assert steps("xor", short, 200) == ["0", "200", "300"]
+    assert steps("xor", short, 100) == ["0", "100", "200", "300"]
+    assert steps("blobs", blobs, 250) == ["0", "250", "500", "750", "999"]
+
+
+def test_about_a_dozen_rows_are_shown():
+    assert shown_rows(range(0, 1300, 100)) == list(range(13))
+    assert shown_rows(range(0, 1400, 100)) == [0, 10, 13]
+    assert shown_rows(range(0, 10_001, 100)) == list(range(0, 101, 10))
+    assert shown_rows(range(1000)) == [*range(0, 1000, 100), 999]
+
+
+def test_tables_go_on_below_where_they_are_too_wide(monkeypatch):
+    head, body = ["", *"abcdefg"], [["first", *(f"{i / 8:.8f}" for i in range(7))]]
+    monkeypatch.setenv("COLUMNS", "60")
+    assert grid(head, body) == [
+        "                  a           b           c           d",
+        "  first  0.00000000  0.12500000  0.25000000  0.37500000",
+        "",
+        "                  e           f           g",
+        "  first  0.50000000  0.62500000  0.75000000",
+    ]
+    monkeypatch.setenv("COLUMNS", "100")
+    assert len(grid(head, body)) == 2
