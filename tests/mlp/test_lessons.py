@@ -444,7 +444,7 @@ def test_worked_step_trains_on_all_three_ways(worked):
         assert run.losses == pytest.approx(worked.runs[0].losses, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_by_hand_converges_and_the_others_follow(by_hand):
     trajectory = by_hand.trajectory
     hand, *others = trajectory.runs
