@@ -139,8 +139,10 @@ class FastJob:
                 write_members(own, copy, self.members)
             self.state.write(steps, self.first, self.second, self.members)
         self.taken = start + steps
-        self.rows.append(torch.full((len(losses), self.columns), torch.nan, dtype=losses.dtype, device="cpu"))
-        write_members(self.rows[-1].t(), losses.t(), self.members)
+        if self.members is not None:  # the others log no more
+            training, losses = losses, losses.new_full((len(losses), self.columns), torch.nan)
+            losses[:, self.members.cpu()] = training
+        self.rows.append(losses)
 
 
 class GeneralJob:

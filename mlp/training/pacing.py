@@ -68,8 +68,9 @@ class SampleOrder:
         self.epoch = -1  # of self.row, the last one asked for
         self.row: Tensor
         self.ahead = torch.empty(0, samples, dtype=torch.int32, device="cpu")  # of the epochs after that
-        # States of the generator, each with the last epoch that was drawn by then: from these all others follow.
-        self.marks: deque[tuple[int, Tensor]] = deque(maxlen=3)
+        # States of the generator, each with the last epoch that was drawn by then: from these all others follow. A
+        # chunk leaves four, and one that is cut off is undone by those of the chunk before.
+        self.marks: deque[tuple[int, Tensor]] = deque(maxlen=9)
         if states:
             self._go(taken, *states)
         self._mark(self.epoch)
@@ -107,9 +108,7 @@ class SampleOrder:
         drawn = self.ahead[: len(rows) - known]
         self.ahead = self.ahead[len(drawn) :]
         rows[known : known + len(drawn)] = drawn
-        if known + len(drawn) < len(rows):
-            self._mark(first + known + len(drawn) - 1)
-        self._draw(rows[known + len(drawn) :])
+        self._draw_epochs(first + known + len(drawn), rows[known + len(drawn) :])
         self.row, self.epoch = rows[-1], last
         return rows
 
@@ -128,9 +127,8 @@ class SampleOrder:
         """Draws what that many more steps will ask for, if nothing else draws from the generator until they do."""
         count = min(-(-steps // self.per_epoch), self.epochs - 1 - self.epoch)
         if count > 0 and not len(self.ahead):
-            self._mark(self.epoch)
             self.ahead = self.ahead.new_empty(count, self.samples)
-            self._draw(self.ahead)
+            self._draw_epochs(self.epoch + 1, self.ahead)
 
     def close(self) -> None:
         if len(self.ahead):
@@ -155,6 +153,13 @@ class SampleOrder:
     @property
     def _random(self) -> torch.Generator:
         return torch.default_generator if self.generator is None else self.generator
+
+    def _draw_epochs(self, first: int, rows: Tensor) -> None:
+        """Draws the orders of epochs from number `first` on. The last one's beginning is what a History asks for."""
+        for epoch, part in ((first, rows[:-1]), (first + len(rows) - 1, rows[-1:])):
+            if len(part):
+                self._mark(epoch - 1)
+                self._draw(part)
 
     def _draw(self, rows: Iterable[Tensor]) -> None:
         for row in rows:
