@@ -157,16 +157,17 @@ class GeneralJob:
         self.taken = 0
         self.rows: list[Tensor] = []
         self.frozen: list[tuple[Tensor, Tensor]] = []  # what members that are done have, and copies of it
-        self.done = torch.zeros(len(model) if isinstance(model, Ensemble) else 1, dtype=torch.bool, device=x.device)
         many = isinstance(model, Ensemble)
         self.columns, self.samples = (len(model), x.shape[-2]) if many else (1, x.shape[0])
+        self.done = torch.zeros(self.columns, dtype=torch.bool, device=x.device)
         self.own_x, self.own_y = many and x.dim() == 3, many and has_own_targets(criterion, model, x, y)
 
     def freeze(self, done: Tensor) -> None:
         """Trains on, but gives the members that are done, (E,), back what they have now."""
-        if torch.equal(done.to(self.done.device), self.done):
+        done = done.to(self.done.device)
+        if torch.equal(done, self.done):
             return
-        self.done = done.to(self.done.device)
+        self.done = done
         states = [t for entry in self.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
         stacked = [t for t in (*self.model.parameters(), *states) if t.dim() and len(t) == self.columns]
         self.frozen = [(t, t.detach().clone()) for t in stacked]

@@ -207,9 +207,9 @@ def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, own
             raise NotImplementedError(f"impl={impl!r}: {job}")
         if (lr is not None and schedule is None) or (schedule is not None and schedule.of_each_member):
             raise NotImplementedError(f"lr of each member needs a loop without autograd: {job}")
-        for name, given in (("per_member", per_member), ("sample_weight", weight)):
-            if given is not None and (name != "per_member" or given):
-                raise NotImplementedError(f"{name} needs a loop without autograd: {job}")
+        if per_member or weight is not None:
+            name = "per_member" if per_member else "sample_weight"
+            raise NotImplementedError(f"{name} needs a loop without autograd: {job}")
         job = GeneralJob(model, x, y, criterion, optimizer, schedule, job)
     check_numbers(model, x, y, nan)
     return job
