@@ -280,6 +280,7 @@ class TrainPlan:
     networks: int = 1  # per program, or per vector of the CPU
     num_warps: int = 1
     programs: int = 1  # per network, between which each batch is divided
+    missed: float = 0.0  # seconds that compiled loops would save, for which the run alone does not wait
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ def plan_train(
     native: dict[str, Any] = {}
     if device.type == "cpu" and impl in (None, "native"):
         refusal = ready.refusal()
-        native = {"native_refusal": refusal} if refusal else {"steps": steps, "native_seconds": ready.seconds(dtype)}
+        waits = {"steps": steps, "native_seconds": ready.seconds(dtype), "missed": ready.missed}
+        native = {"native_refusal": refusal} if refusal else waits
     plan = planning.train(members, samples, batch_size, config, dtype_name(dtype), described, impl, **native)
     if impl is not None and plan.impl != impl:
         raise NotImplementedError(f"impl={impl!r}: {plan.reason}")
@@ -44,7 +45,8 @@ def plan_train(
 
 
 def training_loop(plan: TrainPlan) -> "type[TorchLoop] | type[NativeLoop]":
-    """The implementation of the plan; the others have the signatures of `TorchLoop`."""
+    """The implementation of the plan, which is to run; the others have the signatures of `TorchLoop`."""
+    ready.missed += plan.missed
     if plan.impl == "native":
         return NativeLoop
     return TorchLoop if plan.impl in ("torch", "graph") else gpu("train").KernelLoop

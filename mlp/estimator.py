@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import plan
+from ..kernels.native import ready
 from .ensemble import Ensemble
 from .training import EarlyStopping, fit
 from .training.measures import Measure
@@ -98,6 +100,8 @@ class _FusedMLP(BaseEstimator):
         options |= {"evaluate_every": per_epoch} if options else {}
         options |= {"criterion": criterion, "optimizer": optimizer, "generator": generator, "log_every": 1}
         options |= {"batch_size": None if batch == samples else batch, "steps": epochs * per_epoch}
+        # One fit is seldom alone, but one of folds and grids: what is on disk is worth reading.
+        ready.missed = max(ready.missed, plan.LOAD_SECONDS)
         history = fit(model, data[0], data[1], sample_weight=data[2] if len(data) > 2 else None, **options)
         losses = history.loss.double().numpy().reshape(-1, per_epoch)
         batches = [batch] * (per_epoch - 1) + [samples - (per_epoch - 1) * batch]
@@ -157,8 +161,8 @@ class FusedMLPClassifier(ClassifierMixin, _FusedMLP):
     learning_rate, weight_decay, momentum: the optimizer's; momentum for "sgd" only.
     batch_size: samples per step, None for all of them at once.
     max_iter: epochs, at most.
-    tol, n_iter_no_change: training ends once n_iter_no_change epochs in a row have improved the mean loss of their
-    batches by less than tol; None: never.
+    tol, n_iter_no_change: training ends once n_iter_no_change epochs in a row have not improved on the least mean loss
+    of the batches of an epoch by tol; None: never.
     early_stopping: validation_fraction of the samples is held back, what counts is their score, and the parameters of
     the best one are kept.
     device: where torch trains and predicts, "cpu" or "cuda".
@@ -239,8 +243,8 @@ class FusedMLPRegressor(MultiOutputMixin, RegressorMixin, _FusedMLP):
     learning_rate, weight_decay, momentum: the optimizer's; momentum for "sgd" only.
     batch_size: samples per step, None for all of them at once.
     max_iter: epochs, at most.
-    tol, n_iter_no_change: training ends once n_iter_no_change epochs in a row have improved the mean loss of their
-    batches by less than tol; None: never.
+    tol, n_iter_no_change: training ends once n_iter_no_change epochs in a row have not improved on the least mean loss
+    of the batches of an epoch by tol; None: never.
     early_stopping: validation_fraction of the samples is held back, what counts is their score, and the parameters of
     the best one are kept.
     device: where torch trains and predicts, "cpu" or "cuda".

@@ -48,7 +48,7 @@ def watched(seed=3, cut=None, members=5):
 
     def run(seed, resume=None):
         ensemble = Ensemble(members, [3, 4, 2], generator=torch.Generator().manual_seed(seed))
-        generator, made = torch.Generator().manual_seed(seed), []
+        generator, made, schedulers = torch.Generator().manual_seed(seed), [], []
 
         def optimizer(parameters):
             made.append(torch.optim.Adam(parameters, lr=0.05))
@@ -60,9 +60,16 @@ def watched(seed=3, cut=None, members=5):
                 own.load_state_dict(saved["optimizer"])
             return own
 
+        def scheduler(own):
+            schedulers.append(torch.optim.lr_scheduler.StepLR(own, 2, 0.9))
+            if resume is not None and len(schedulers) == 2:
+                schedulers[-1].load_state_dict(saved["scheduler"])
+            return schedulers[-1]
+
         def checkpoint(history):
             if history.steps_taken == cut:
                 parts = {"ensemble": ensemble.state_dict(), "optimizer": made[-1].state_dict(), "history": history}
+                parts["scheduler"] = schedulers[-1].state_dict()
                 saved.update(copy.deepcopy(parts))
 
         if resume is not None:
@@ -70,7 +77,7 @@ def watched(seed=3, cut=None, members=5):
         options = {"steps": 60, "batch_size": 4, "log_every": 5, "generator": generator, "criterion": nn.BCELoss()}
         options |= {"validation": (other, targets), "evaluate_every": 2, "metrics": ["accuracy"]}
         options |= {"stop": EarlyStopping(2, keep_best=True), "keep_state": True, "checkpoint": checkpoint}
-        history = fit_sharded(ensemble, x, y, optimizer=share_optimizer, resume=resume, **options)
+        history = fit_sharded(ensemble, x, y, optimizer=share_optimizer, scheduler=scheduler, resume=resume, **options)
         whole = torch.optim.Adam(ensemble.parameters(), lr=0.05)
         whole.load_state_dict(history.state["optimizer"])
         return {
@@ -80,6 +87,7 @@ def watched(seed=3, cut=None, members=5):
             "validation": list(history.validation.values()),
             "stopped": history.stopped,
             "steps": (history.steps, history.evaluated, history.steps_taken),
+            "rate": (whole.param_groups[0]["lr"], history.state["scheduler"]["last_epoch"]),
         }
 
     found = run(seed)

@@ -204,7 +204,7 @@ def interrupt_after(chunks, monkeypatch):
 def chunks_of(*sizes):
     """In place of the chunks by time: these sizes in turn."""
 
-    def chunks(start, steps, every=0):
+    def chunks(start, steps, every=0, most=None):
         turn = 0
         while start < steps:
             count = min(sizes[turn % len(sizes)], steps - start, every - start % every if every else steps)

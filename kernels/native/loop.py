@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import plan as planning
 from ..hyperparameters import COMMON, Hyperparameters
 from ..records import TrainConfig, TrainPlan
+from . import ready
 from .layout import Members, Neurons
-from .ready import loaded
 
 __all__ = ["NativeLoop", "compile_all"]
 
@@ -68,7 +68,7 @@ class NativeLoop:
         own: Hyperparameters = COMMON,
     ) -> None:
         """The arguments are those of `TorchLoop`. `setup_seconds`: compiling, or reading from disk."""
-        began = time.perf_counter()
+        began, ready.missed = time.perf_counter(), 0.0  # whether or not there is a compiler
         with _compiler() as (steps, neurons):
             self.given, self.taken, self.size = (parameters, first, second), taken, min(batch_size, x.shape[1])
             if plan.rows == planning.NEURON_ROWS:
@@ -85,7 +85,7 @@ class NativeLoop:
             # Without a schedule those of every step.
             self.rates = self._of_steps(like.new_zeros(1, 1) if lr is None else lr[None])
             self.run(None, 0, 0, 0, like.new_empty(0, members))
-            loaded.add((like.dtype, plan.rows, plan.networks))
+            ready.loaded.add((like.dtype, plan.rows, plan.networks))
         self.setup_seconds = time.perf_counter() - began
 
     def run(

@@ -22,18 +22,21 @@ def train(
     impl: str | None = None,
     steps: int | None = None,
     native_seconds: tuple[float, ...] = (),
+    missed: float = 0.0,
     native_refusal: str | None = None,
 ) -> TrainPlan:
     """The plan for training `members` networks of one config on `samples` samples each.
 
     batch_size: None for all samples. impl: "lane", "block", "graph" or "native" asks for that one; the plan says
     "torch", and why, where it cannot be had. steps: how many, None for many. native_seconds: until compiled loops with
-    each of the TILES could begin. native_refusal: why there are none.
+    each of the TILES could begin. missed: seconds that they would have saved other runs. native_refusal: why there are
+    none.
     """
     if impl == "native" or (impl is None and device.kind == "cpu" and not device.triton):
         if native_refusal:
             return TrainPlan("torch", native_refusal)
-        return _compiled_loop(members, samples, batch_size, config, dtype, device, impl, steps, native_seconds)
+        waits = native_seconds, missed
+        return _compiled_loop(members, samples, batch_size, config, dtype, device, impl, steps, *waits)
     capturing = device.kind == "cuda" and 0 not in (members, samples, *config.widths)
     if impl == "graph" and not capturing:
         return TrainPlan("torch", f"{device.kind}: only a CUDA device captures graphs")
@@ -66,7 +69,9 @@ def train_prices(
     return prices
 
 
-def _compiled_loop(members, samples, batch_size, config, dtype, device, impl, steps, native_seconds) -> TrainPlan:
+def _compiled_loop(
+    members, samples, batch_size, config, dtype, device, impl, steps, native_seconds, missed
+) -> TrainPlan:
     """Compiled loops, or "torch" and why: where they are too short to wait for them, or too wide to be ahead."""
     if 0 in (members, samples, *config.widths):
         return TrainPlan("torch", EMPTY)
@@ -74,13 +79,14 @@ def _compiled_loop(members, samples, batch_size, config, dtype, device, impl, st
     us, plan = native(members, batch, config, dtype, device)
     if impl == "native" or plan.impl == "torch":
         return plan
-    torch_us = loop_us(members, batch, config)
+    torch_us = loop_us(members, batch, config, batch < samples)
     if us > torch_us:
         return TrainPlan("torch", f"{torch_us:.3g} us a step, and {us:.3g} by compiled loops")
     wait = native_seconds[TILES.index((plan.rows, plan.networks))] if native_seconds else 0.0
     saved = math.inf if steps is None else steps * (torch_us - us) / 1e6
-    if saved < wait:
-        return TrainPlan("torch", f"compiled loops would save {saved:.2g} s, and begin {wait:.2g} s later")
+    if saved + missed < wait:
+        reason = f"compiled loops would save {saved:.2g} s, and begin {wait:.2g} s later"
+        return TrainPlan("torch", reason, missed=saved)
     return plan
 
 
@@ -130,6 +136,7 @@ SMALL_PRODUCT_MACS = 400  # from here on the BLAS does, at a price per product a
 PRODUCT_US, PRODUCT_MAC_US = 0.25, 4e-5
 # Elementwise, beside the products.
 UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7, "rmsprop": 6, "rmsprop_momentum": 7}
+FETCH_CALLS = 6  # of a minibatch, in calls
 
 # Multiply-adds of the one product of a joint update, those that nobody needs included, to which it costs less than
 # several.
@@ -163,14 +170,15 @@ def train_loop(members: int, batch: int, config: TrainConfig, shared: bool, kind
     return LoopPlan("matrices", one_thread, "few members or wide layers: stacks of products")
 
 
-def loop_us(members: int, batch: int, config: TrainConfig) -> float:
-    """About the time of a step of the plain torch loop, if the members see the same samples."""
+def loop_us(members: int, batch: int, config: TrainConfig, fetches: bool) -> float:
+    """About the time of a step of the plain torch loop, if the members see the same samples. fetches: minibatches."""
     layers = list(itertools.pairwise(config.widths))
     macs = [batch * n * k for k, n in layers]
     if members == 1:
         products = [THREADED_US + THREADED_MAC_US * mac if mac >= THREADED_MACS else LAYER_MAC_US * mac for mac in macs]
         outputs = OUTPUT_US * batch * sum(n for _, n in layers)
-        return LAYER_US * len(layers) + 2 * sum(products) + sum(products[1:]) + outputs
+        calls = CALL_US * (UPDATE_CALLS[update_kind(config)] + FETCH_CALLS * fetches)
+        return calls + LAYER_US * len(layers) + 2 * sum(products) + sum(products[1:]) + outputs
     first = 3 * CALL_US + 3 * PRODUCT_MAC_US * members * macs[0]
     arrays, matrices = _stack_us(members, batch, config, layers[1:])
     numbers = members * (sum((k + 1) * n for k, n in layers) + 2 * batch * sum(config.widths))

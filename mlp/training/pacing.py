@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +15,16 @@ CHUNK_SECONDS = 0.2  # of training, after which progress is shown and an interru
 PATIENCE_SECONDS = 2.0  # of training, after which a terminal shows a bar even without progress=True
 
 
-def chunks(start: int, steps: int, every: int = 0) -> Iterator[tuple[int, int]]:
+def chunks(
+    start: int, steps: int, every: int = 0, most: Callable[[int], int] | None = None
+) -> Iterator[tuple[int, int]]:
     """(first step, number of steps) of chunks that take about CHUNK_SECONDS, going by the time the last one took.
 
-    every: after each so many steps a chunk ends; 0: wherever it likes.
+    every: after each so many steps a chunk ends; 0: wherever it likes. most: of the first step, how many there may be.
     """
     count = 1
     while start < steps:
-        count = min(count, steps - start, every - start % every if every else steps)
+        count = min(count, steps - start, every - start % every if every else steps, most(start) if most else steps)
         began = time.perf_counter()
         yield start, count
         start += count

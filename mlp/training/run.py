@@ -100,8 +100,8 @@ def fit(
 
     impl: None chooses; "lane", "block", "graph", "native" and "torch" are obeyed, or refused with NotImplementedError
     and the reason. `History.path` says what ran. Of "native", loops that numba compiles for a CPU, None has only what
-    is fast enough to make up for their start, which `History.setup_seconds` tells; once they are there, short runs take
-    them too.
+    is fast enough to make up for their start, which `History.setup_seconds` tells. Short runs take them once they are
+    there, or once those of this process have lost by torch's loop as much as a start takes.
 
     Steps run in chunks of about 0.2 s, whose size does not change the result. KeyboardInterrupt leaves model and
     optimizer at the end of a chunk, and has the History so far as its `history`. The gradients of all parameters are
@@ -127,9 +127,10 @@ def fit(
     every = 0 if watch is None else evaluate_every or (steps if order is None else order.per_epoch)
     if resume is not None:
         job.taken, job.rows = first, [resume.loss.view(-1, job.columns)]
-    take, late = job.run, False
+    take, most = job.run, None
     if watch is not None and isinstance(job, FastJob) and watch.late:
-        take, late = partial(job.run, review=partial(watch.review, every, steps, log_every, job)), True
+        take = partial(job.run, review=partial(watch.review, every, steps, log_every, job))
+        most = partial(watch.most, every)
     bar = Bar(steps, progress, began)
 
     def row(values: Tensor) -> Tensor:
@@ -156,13 +157,13 @@ def fit(
     try:
         # A state made in inference mode could not be updated by the caller's ordinary steps.
         with Interrupts() as interrupts, torch.inference_mode(False):
-            for start, count in chunks(first, steps, 0 if late else every):
+            for start, count in chunks(first, steps, 0 if most else every, most):
                 if watch is not None and watch.done.all():
                     break
                 if watch is not None and watch.done.any():
                     job.freeze(watch.done)
                 take(start, count, order, log_every)
-                if watch is not None and not late and (job.taken == steps or job.taken % every == 0):
+                if watch is not None and not most and (job.taken == steps or job.taken % every == 0):
                     watch.evaluate(job.taken, job.rows, log_every)
                 if checkpoint is not None:
                     checkpoint(history())

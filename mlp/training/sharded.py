@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..ensemble import Ensemble
 from ..history import History
@@ -34,6 +35,8 @@ def fit_sharded(
     batch_size: int | None = None,
     log_every: int = 0,
     lr: Rates | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    scheduler_interval: str = "epoch",
     per_member: PerMember | None = None,
     sample_weight: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -56,14 +59,15 @@ def fit_sharded(
     members where torch.distributed is not initialized.
 
     optimizer: makes the optimizer of a share from its parameters, as in `lambda p: torch.optim.SGD(p, lr=0.1)`.
-    keep_state: `History.state["optimizer"]` is then the state_dict of one for the whole ensemble. group: the processes,
-    None for all. The other arguments are those of `fit`, for the whole ensemble. `History.seconds` is the time that
-    this process took, waiting for the others included; `History.path` says what ran in it. Where `stop` has ended a
-    share before others, its losses are NaN from then on.
+    scheduler: makes its scheduler from that, as in `lambda o: torch.optim.lr_scheduler.StepLR(o, 10)`.
+    keep_state: `History.state["optimizer"]` is then the state_dict of one for the whole ensemble, and that of its
+    scheduler is beside it, as "scheduler". group: the processes, None for all. The other arguments are those of `fit`,
+    for the whole ensemble. `History.seconds` is the time that this process took, waiting for the others included;
+    `History.path` says what ran in it. Where `stop` has ended a share before others, its losses are NaN from then on.
 
     checkpoint: is called in each process with the History of its share, when the ensemble has the parameters of the
-    share. resume: that History, with the ensemble and, by what `optimizer` makes, the state that this process had then,
-    and as many processes; nothing is taken from rank 0.
+    share. resume: that History, with the ensemble and, by what `optimizer` and `scheduler` make, the state that this
+    process had then, and as many processes; nothing is taken from rank 0.
 
     Raises TypeError for a model that is no Ensemble, and what `fit` raises; RuntimeError where another process failed.
     """
@@ -72,7 +76,8 @@ def fit_sharded(
     began = time.perf_counter()
     # Every rank checks the whole ensemble: after an error on one rank alone, the others would wait for it forever.
     check_watch(ensemble, criterion, validation, evaluate_every, metrics, stop, log_every)
-    whole, own = optimizer(ensemble.parameters()), (lr, None, "step", per_member, sample_weight)
+    whole = optimizer(ensemble.parameters())
+    own = (lr, scheduler and scheduler(whole), scheduler_interval, per_member, sample_weight)
     prepare(ensemble, x, y, criterion, whole, steps, batch_size, log_every, own, generator, nan, impl)
     distributed = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if distributed else (0, 1)
@@ -102,6 +107,7 @@ def fit_sharded(
     mine = slice(0, 1) if idle else shares[rank]
     share = ensemble.subset(mine)
     own_optimizer = optimizer(share.parameters())
+    own_scheduler = scheduler and scheduler(own_optimizer)
 
     def write() -> None:
         for own, part in zip(parameters, share.parameters(), strict=True):
@@ -127,6 +133,8 @@ def fit_sharded(
             batch_size=batch_size,
             log_every=log_every,
             lr=None if idle else share_of(lr, mine, len(ensemble)),
+            scheduler=own_scheduler,
+            scheduler_interval=scheduler_interval,
             per_member=numbers_of(per_member, mine),
             sample_weight=sample_weight if sample_weight is None or sample_weight.dim() < 2 else sample_weight[mine],
             generator=generator,
@@ -144,7 +152,7 @@ def fit_sharded(
         failure = error
     trained = None
     if history is not None:
-        state = own_optimizer.state_dict() if keep_state else None
+        state = (own_optimizer.state_dict(), own_scheduler and own_scheduler.state_dict()) if keep_state else None
         trained = replace(history, state={}), [p.detach().cpu() for p in share.parameters()], state, random.get_state()
     outcomes = everyones(trained)
     if failure is not None:
@@ -156,8 +164,9 @@ def fit_sharded(
         for own, value in zip(parameters, values, strict=True):
             own[part] = value
     random.set_state(outcomes[0][3])
-    joined = _joined([outcome[0] for _, outcome in busy])
-    state = {"optimizer": _joined_state([outcome[2] for _, outcome in busy])} if keep_state else {}
+    histories = [outcome[0] for _, outcome in busy]
+    joined = _joined(histories)
+    state = _joined_state(histories, [outcome[2] for _, outcome in busy]) if keep_state else {}
     ran = {"path": history.path, "reason": history.reason, "setup_seconds": history.setup_seconds}
     return replace(joined, **ran, seconds=time.perf_counter() - began, state=state)
 
@@ -178,16 +187,19 @@ def _joined(histories: Sequence[History]) -> History:
     return replace(longest, loss=torch.cat(losses, 1), validation=validation, stopped=stopped)
 
 
-def _joined_state(states: Sequence[dict]) -> dict:
-    """The state_dict of an optimizer of all members. What is no stack counts steps, of which some took fewer."""
+def _joined_state(histories: Sequence[History], states: Sequence[tuple]) -> dict:
+    """Of an optimizer of all members, and of its scheduler, as the share that trained longest has left them."""
+    latest, scheduler = states[max(range(len(states)), key=lambda rank: histories[rank].steps_taken)]
 
     def join(values: Sequence[Any]) -> Any:
+        """What is no stack counts steps, of which some shares took fewer."""
         if isinstance(values[0], Tensor) and values[0].dim():
             return torch.cat([value.cpu() for value in values])
         return max(values)
 
     state = {
-        i: {name: join([other["state"][i][name] for other in states]) for name in entry}
-        for i, entry in states[0]["state"].items()
+        i: {name: join([own["state"][i][name] for own, _ in states]) for name in entry}
+        for i, entry in latest["state"].items()
     }
-    return {"state": state, "param_groups": states[0]["param_groups"]}
+    optimizer = {"state": state, "param_groups": latest["param_groups"]}
+    return {"optimizer": optimizer} | ({} if scheduler is None else {"scheduler": scheduler})

@@ -1,5 +1,6 @@
 """What `fit` looks at between steps: losses and metrics on other data, and whether they tell it to stop."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ class EarlyStopping:
     """Stops `fit` once a value has not improved for `patience` evaluations in a row.
 
     patience: None stops never, which leaves keep_best. threshold: by how much, absolutely, a value must be better than
-    the best so far to count as better; NaN never is. metric: "loss" on the validation data, or the name of one of
-    `fit`'s metrics; "training_loss" needs no other data: the mean of the losses logged since the last evaluation.
+    the best so far to count as improved, as in scikit-learn; NaN never is. metric: "loss" on the validation data, or
+    the name of one of `fit`'s metrics; "training_loss" needs no other data: the mean of the losses logged since the
+    last evaluation.
     maximize: whether more is better; None: as is usual, which is less for losses and more for "accuracy". keep_best: at
     the end of `fit` the model has the parameters, and buffers, of its best evaluation, not the last ones.
 
@@ -98,21 +100,32 @@ class Watch:
             rows.append(values[name])
         if self.stop is None:
             return
-        value = self.stop.sign * values[self.stop.metric].double()
-        training = self.stopped < 0
-        better = training & (value < self.best - self.stop.threshold)
-        self.best[better] = value[better]
-        self.waited[training] += 1
-        self.waited[better] = 0
-        _copy(self.best_values, self.kept, better)
+        # numpy's calls are the shorter ones, which counts where an epoch takes as long as a few of them.
+        value = self.stop.sign * values[self.stop.metric].double().numpy()
+        best, waited, stopped = (t.numpy() for t in (self.best, self.waited, self.stopped))
+        training = stopped < 0
+        waited[training] += 1
+        waited[training & (value < best - self.stop.threshold)] = 0
+        better = training & (value < best)
+        best[better] = value[better]
+        _copy(self.best_values, self.kept, torch.from_numpy(better))
         if self.stop.patience is not None:
-            ends = training & (self.waited >= self.stop.patience)
-            self.stopped[ends] = taken
+            stopped[training & (waited >= self.stop.patience)] = taken
 
     @property
     def late(self) -> bool:
         """Whether what it looks at is there after more steps too: the losses of one network alone."""
         return self.data is None and not self.best_values and self.members == 1
+
+    def most(self, every: int, taken: int) -> int:
+        """How many steps to take before a review: no more than there surely are, or an eighth of those taken.
+
+        What goes beyond the end is taken for nothing, and what comes before it twice.
+        """
+        patience = None if self.stop is None else self.stop.patience
+        if patience is None:
+            return sys.maxsize
+        return max((patience - int(self.waited)) * every - taken % every, taken // 8)
 
     def review(self, every: int, last: int, log_every: int, job: FastJob, steps: int, losses: Tensor) -> int:
         """How many of the job's next steps, whose losses are logged, are to be taken until it is done."""

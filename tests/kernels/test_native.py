@@ -373,6 +373,22 @@ def test_a_short_run_does_not_wait_for_compiled_loops():
     assert chosen(config=TrainConfig((2, 0, 1)), impl="native").impl == "torch"
 
 
+def test_short_runs_together_are_worth_a_wait(monkeypatch):
+    monkeypatch.setattr(ready, "seconds", SECONDS)
+    monkeypatch.setattr(ready, "_wait", lambda rows: 0.05)
+    monkeypatch.setattr(ready, "missed", 0.0)
+    monkeypatch.setattr(ready, "loaded", set())
+    model, x, y = make((2, 3, 1), "tanh", "sigmoid", True, 4)
+    own, paths = torch.optim.SGD(model.parameters(), 0.1), []
+    while "native" not in paths:
+        assert len(paths) < 20
+        paths.append(fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=1000).path)
+    later = plan_train(1, 4, None, TrainConfig((2, 3, 1)), x.dtype, x.device, steps=1000)
+    assert len(paths) > 2
+    assert ready.missed == later.missed == 0.0
+    assert later.impl == "native"
+
+
 def test_without_numba(monkeypatch):
     monkeypatch.setattr(ready, "refusal", lambda: "no numba")
     assert plan_train(1, 4, None, XOR, torch.float32, torch.device("cpu")) == TrainPlan("torch", "no numba")

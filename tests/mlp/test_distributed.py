@@ -72,6 +72,7 @@ def test_two_processes_stop_as_one(ranks):
     alone = [gloo_sweep.watched(), gloo_sweep.watched(cut=4), gloo_sweep.watched(members=1)]
     stopped = alone[0]["stopped"].tolist()
     assert len({*stopped}) > 1
+    assert alone[0]["rate"][0] < 0.05
     # A cut run goes on to the bit, whoever trains what.
     for results in (alone, *(found["watched"] for found in ranks)):
         assert all(map(torch.equal, results[0]["parameters"], results[1]["parameters"]))
@@ -79,6 +80,7 @@ def test_two_processes_stop_as_one(ranks):
         for found, expected in zip(results, alone, strict=True):
             assert torch.equal(found["stopped"], expected["stopped"])
             assert found["steps"] == expected["steps"]
+            assert found["rate"] == expected["rate"]
             for name in ("parameters", "state", "validation"):
                 assert relative(found[name], expected[name]) < 1e-5
             for one, other in zip(found["loss"].t(), expected["loss"].t(), strict=True):

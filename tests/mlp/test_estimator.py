@@ -217,7 +217,7 @@ def test_training_ends_where_the_loss_no_longer_falls():
     best, waited = np.inf, 0
     for loss in curve:
         assert waited < 5
-        best, waited = (loss, 0) if loss < best - 1e-3 else (best, waited + 1)
+        best, waited = min(loss, best), 0 if loss < best - 1e-3 else waited + 1
     assert waited == 5
 
 

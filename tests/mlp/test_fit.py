@@ -886,7 +886,7 @@ def test_progress(terminal, progress, seconds_per_chunk, shown, monkeypatch):
 
     now = [0.0]
 
-    def chunks(start, steps, every):
+    def chunks(start, steps, every, most):
         for start in range(0, steps, 10):
             now[0] += seconds_per_chunk
             yield start, 10

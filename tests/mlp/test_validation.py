@@ -107,11 +107,13 @@ def test_each_member_stops_as_it_would_alone(criterion, own, keep_best):
     assert history.steps_taken == max(s if s >= 0 else 60 for s in history.stopped.tolist())
 
 
-def test_the_best_parameters_are_those_of_the_best_evaluation():
+@pytest.mark.parametrize("threshold", [0.0, 1.0])  # by which nothing is better than another: best it is all the same
+def test_the_best_parameters_are_those_of_the_best_evaluation(threshold):
     model, x, y, x_other, y_other = problem(11)
     twin, options = copy.deepcopy(model), {"criterion": nn.BCELoss(), "steps": 80, "evaluate_every": 8}
     options["validation"] = (x_other, y_other)
-    kept = fit(model, x, y, optimizer=SGD(model.parameters()), stop=EarlyStopping(None, keep_best=True), **options)
+    stop = EarlyStopping(None, threshold, keep_best=True)
+    kept = fit(model, x, y, optimizer=SGD(model.parameters()), stop=stop, **options)
     losses = kept.validation["loss"]
     best = int(losses.argmin())
     assert 0 < best < len(losses) - 1
@@ -199,7 +201,7 @@ def test_the_training_loss_may_be_the_one_to_watch(path, every, log_every, monke
             for taken in history.evaluated:
                 chosen = [since <= step < taken for step in history.steps]
                 mean = history.loss.view(len(history.steps), -1)[chosen, member].mean().item()
-                best, waited = (mean, 0) if mean < best - 0.02 else (best, waited + 1)
+                best, waited = min(mean, best), 0 if mean < best - 0.02 else waited + 1
                 since = taken
                 if waited == 2:
                     break
