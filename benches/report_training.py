@@ -95,18 +95,28 @@ def markdown(document: dict) -> str:
 
 
 def loops_by_machine(documents: dict[str, dict]) -> list[str]:
-    """The first machine's times and speed-ups, those over JAX and of vmap, and the speed-ups of the other machines."""
-    (rows, labels), *others = (read(document) for document in documents.values())
+    """The first machine's times and speed-ups, those over JAX and of vmap; of other machines the speed-ups of `fit`."""
+    (first, labels), *others = (read(document) for document in documents.values())
     header = ["network", "networks", labels[BASELINE], "`fit`", "speed-up", "over JAX", labels["vmap"]]
+    for name in list(documents)[1:]:
+        header += [f"{name}: speed-up", "over JAX"]
+    cases = {row.case: row for rows in (*(rows for rows, _ in reversed(others)), first) for row in rows}
+    order = dict.fromkeys(row.case for rows in (first, *(rows for rows, _ in others)) for row in rows)
+
+    def ratios(row: Row | None) -> list[str]:
+        over_jax = None if row is None else row.over_jax
+        return ["" if row is None else _times(row.speedup[JUDGED]), f"**{_times(over_jax)}**" if over_jax else ""]
+
     lines = []
-    for row in rows:
-        same = [next((own for own in there if own.case == row.case), None) for there, _ in others]
-        cells = [row.what, f"{row.members:,} (ensemble)" if row.members else "1", _us(row.us[BASELINE])]
-        cells += [_us(row.us[JUDGED]), _times(row.speedup[JUDGED])]
-        cells += ["" if row.over_jax is None else f"**{_times(row.over_jax)}**"]
-        cells += [_times(row.speedup["vmap"]) if "vmap" in row.speedup else ""]
-        lines.append([*cells, *("" if own is None else _times(own.speedup[JUDGED]) for own in same)])
-    return table([*header, *list(documents)[1:]], 1, lines)
+    for case in order:
+        own, *same = (
+            next((row for row in rows if row.case == case), None) for rows in (first, *(rows for rows, _ in others))
+        )
+        cells = [cases[case].what, f"{cases[case].members:,} (ensemble)" if cases[case].members else "1"]
+        cells += ["", ""] if own is None else [_us(own.us[BASELINE]), _us(own.us[JUDGED])]
+        cells += [*ratios(own), _times(own.speedup["vmap"]) if own and "vmap" in own.speedup else ""]
+        lines.append(cells + [ratio for row in same for ratio in ratios(row)])
+    return table(header, 1, lines)
 
 
 def pictures(document: dict) -> dict[str, bytes]:

@@ -658,11 +658,13 @@ def test_loops_by_machine(bench):
     jax = trained("jax", 20.0, 10.0, first_call_seconds=0.26)
     ours["benchmarks"] += [jax, trained("vmap", 2.0, 100.0, members=1024)]
     ours["benchmarks"][1]["extra_info"]["speedup_over_jax"] = 2.0
-    del others["benchmarks"][-3:]  # a case that the other machine has not seen
+    seen_elsewhere = [trained("eager", 30.0, 1.0, members=9), trained("fit", 0.5, 60.0, members=9)]
+    others["benchmarks"][-3:] = seen_elsewhere  # and a case that the other machine has not seen
     header, _, *rows = report.loops_by_machine({"ours": ours, "others": others})
-    assert header == "| network | networks | EAGER | `fit` | speed-up | over JAX | VMAP | others |"
-    assert rows[0].endswith("| 20x | **2.00x** |  | 20x |")
-    assert rows[-1].endswith("| 4,096x |  | 100x |  |")
+    assert header == "| network | networks | EAGER | `fit` | speed-up | over JAX | VMAP | others: speed-up | over JAX |"
+    assert rows[0].endswith("| 20x | **2.00x** |  | 20x |  |")
+    assert rows[-2].endswith("| 4,096x |  | 100x |  |  |")
+    assert rows[-1].endswith("| 9 (ensemble) |  |  |  |  |  | 60x |  |")
     assert "Before its first step JAX took up to 0.3 s" in report.markdown(ours)
 
 
