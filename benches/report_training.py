@@ -123,7 +123,8 @@ def pictures(document: dict) -> dict[str, bytes]:
     """PNG images by name: the time of a step by implementation, and net-steps per second against ensemble size."""
     rows, labels = read(document)
     single, many = [row for row in rows if row.members is None], [row for row in rows if row.members]
-    many = [row for row in many if row.what == many[0].what]  # a line joins what differs in size alone
+    # A line joins what differs in size alone, as cases of one name and other numbers do.
+    many = [row for row in many if row.case.rpartition("-")[0] == many[0].case.rpartition("-")[0]]
     found = {}
     if single:
         found["step"] = _steps(document, single, labels)
