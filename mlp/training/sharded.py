@@ -155,6 +155,10 @@ def fit_sharded(
         state = (own_optimizer.state_dict(), own_scheduler and own_scheduler.state_dict()) if keep_state else None
         trained = replace(history, state={}), [p.detach().cpu() for p in share.parameters()], state, random.get_state()
     outcomes = everyones(trained)
+    if ranks > 1:
+        # A thread of gloo's needs Python's lock to let go of what was gathered. If it had to wait until the interpreter
+        # ends, it would abort the process: while this one sleeps, it gets the lock.
+        time.sleep(0.02)
     if failure is not None:
         raise failure
     if None in outcomes or history is None:

@@ -49,11 +49,7 @@ def test_a_sweep_finds_rates_that_learn():
 @pytest.mark.more
 def test_a_sweep_under_torchrun():
     run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLES / "sweep.py"))
-    for _ in range(3):
-        done = subprocess.run([sys.executable, *run], capture_output=True, text=True, timeout=120, check=False)
-        # About one run in twelve is aborted by a thread of torch's while the interpreter ends, with all work done.
-        if "terminate called without an active exception" not in done.stderr:
-            break
+    done = subprocess.run([sys.executable, *run], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     solved = [int(number) for number in re.findall(r"(\d+) of 50 seeds", done.stdout)]
     assert solved == example("sweep")()
