@@ -72,6 +72,7 @@ setup(
             "hypothesis",
             "ruff",
             "basedpyright",
+            "mypy",
             "jedi",
             "setuptools>=77",
             "wheel",

@@ -102,6 +102,27 @@ def test_type_checkers_see_it(links, tmp_path):
         assert re.fullmatch(f'Type of ".*" is "{kind}"', message), message
 
 
+@pytest.mark.more
+def test_mypy_sees_it(links, tmp_path):
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    (tmp_path / "user.py").write_text(USER)
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file=",
+        "--follow-imports=silent",
+        "--no-error-summary",
+        "user.py",
+    ]
+    environment = os.environ | {"MYPYPATH": str(links)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    *types, error = run.stdout.splitlines()
+    for kind, message in zip(re.findall(r"  # (.*)", USER), types, strict=True):
+        assert re.search(rf"note: Revealed type is .*\b{kind.rpartition(' ')[2]}\b", message), message
+    assert error.endswith('error: Module has no attribute "no_such_name"  [attr-defined]')
+
+
 def test_docstrings_name_every_argument():
     # As they stand in the sources, since hovers run nothing that would put them together.
     def nodes(file):
