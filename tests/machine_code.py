@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What compilers are known to have made of kernels like ours, looked for in what they made of ours.
 
 Each function takes a compiler's text and counts, or lists, places that would compute wrong numbers.
@@ -15,12 +16,15 @@ def dangerous_dots(ttgir):
     """Dots whose left operand is the transpose, in registers, of something that came from another dot.
 
     On Hopper they were reported to compute wrong numbers (flash-linear-attention #640). Between the transpose and the
-    dot there may be conversions, arithmetic and a round trip through shared memory.
+    dot there may be conversions, arithmetic and a round trip through shared memory. Dots whose result is laid out in
+    blocks are for FMA units, whose instructions read their operands when they are issued.
     """
-    definitions = {}
+    definitions, on_tensor_cores = {}, []
     for line in ttgir.splitlines():
         if found := re.match(r'\s*(%\w+)(?::\d+)? = "?([\w.]+)"?(.*)', line):
             definitions[found[1]] = (found[2], re.findall(r"%\w+", found[3]))
+            if found[2] in DOTS and not re.search(r"-> tensor<[^>]*#blocked", line):
+                on_tensor_cores.append(found[1])
 
     def reaches(value, stops, goal, seen):
         """Whether following operands back from `value`, not past `stops`, arrives at an op that is a goal."""
@@ -38,11 +42,8 @@ def dangerous_dots(ttgir):
     def transposed_dot(op, operands):
         return op == "tt.trans" and any(reaches(operand, ("tt.load",), from_dot, set()) for operand in operands)
 
-    return [
-        value
-        for value, (op, operands) in definitions.items()
-        if op in DOTS and operands and reaches(operands[0], (*DOTS, "tt.load"), transposed_dot, set())
-    ]
+    lefts = ((value, operands[0]) for value in on_tensor_cores if (operands := definitions[value][1]))
+    return [value for value, left in lefts if reaches(left, (*DOTS, "tt.load"), transposed_dot, set())]
 
 
 # --- bounds of nested loops -------------------------------------------------------------------------------------------

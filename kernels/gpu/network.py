@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launchers of whole networks: shapes as in `network_kernels.py`, a launch for each segment of a plan."""
 
 # The types do not say that all parts of a head are there, or none.
@@ -12,7 +13,7 @@ import triton
 from torch import Tensor
 
 from ..plan import mlp_columns, mlp_slots
-from ..records import MlpPlan, NeedsGrad
+from ..records import MlpPlan, MlpTile, NeedsGrad
 from .functions import ACTIVATIONS, UNBOUNDED
 from .launch import INTERPRETED, Launch, OptionalTensors, Tensors, aligned, fresh, part_of
 from .layer import sum_slots_call
@@ -131,6 +132,21 @@ def mlp_fwd_call(
     return call
 
 
+def _sum_rows(tile: MlpTile, n: int, on_fma: bool) -> int:
+    """How many rows of dz the threads of a program hold at once, with n padded neurons, as triton lays products out.
+
+    Tensor cores give a warp 8 rows, and warps share the longer side of a product, rows or neurons. On FMA units a
+    thread has a square of numbers, a warp takes neurons first, and warps share rows.
+    """
+    if on_fma:
+        numbers = tile.block_m * n // (32 * tile.num_warps)  # of a thread
+        side = 4 if numbers >= 16 else 2 if numbers >= 4 else 1
+        rows = max(32 * side * side // n, side) * tile.num_warps
+    else:
+        rows = 8 * tile.num_warps if tile.block_m > n else 8
+    return min(tile.block_m, rows)
+
+
 def mlp_bwd(
     dy: Tensor,
     x: Tensor,
@@ -173,6 +189,7 @@ def mlp_bwd_call(
     summed = reduction in ("mean", "sum")
     scale = 1.0 / target.numel() if reduction == "mean" else 1.0
     columns, dtype, device = mlp_columns(widths), x.dtype, x.device
+    on_fma = dtype == torch.float32 and plan.precision == "ieee"
     at_weights, at_biases, size = mlp_slots(widths, wanted)
     # Layers below the first one whose gradients are wanted need no dz.
     lowest = next((l for l in range(count) if wanted[0] or wanted[1][l] or wanted[2][l]), count)
@@ -189,6 +206,7 @@ def mlp_bwd_call(
         # Offsets begin at the segment's first gradient, so that equal segments share one compiled kernel.
         at = at_weights[layers] + at_biases[layers]
         base = min((a for a in at if a >= 0), default=-1)
+        own_widths = padded(widths[segment.first : segment.last + 1])
         launch = Launch(
             mlp_bwd_kernel,
             (programs,),
@@ -212,18 +230,22 @@ def mlp_bwd_call(
             OUTPUT=ACTIVATIONS[output if last else hidden][0],
             OUTPUT_BACKWARD=ACTIVATIONS[output if last else hidden][1],
             WIDTHS=widths[segment.first : segment.last + 1],
-            PADDED=padded(widths[segment.first : segment.last + 1]),
+            PADDED=own_widths,
             COLUMNS=(columns[segment.first], columns[segment.last]),
             DWEIGHT_AT=tuple(a - base if a >= 0 else -1 for a in at_weights[layers]),
             DBIAS_AT=tuple(a - base if a >= 0 else -1 for a in at_biases[layers]),
             FIRST=max(lowest - segment.first, 0),
             SCALE_DX=segment.first == 0,
             PRECISION=plan.precision,
+            ON_FMA=on_fma,
             WIDEN=INTERPRETED,
             BLOCK_M=tile.block_m,
+            SUM_ROWS=tuple([_sum_rows(tile, n, on_fma) for n in own_widths[1:]]),
             STAGES=tile.num_stages,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            # Unasked, the assembler takes few enough for one more program, spills, and loads operands one by one.
+            maxnreg=255 if on_fma else None,
             enable_fp_fusion=True,
         )
         need_dx = wanted[0] or lowest < segment.first

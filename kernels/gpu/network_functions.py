@@ -1,4 +1,5 @@
-"""Device functions of whole networks: padded layers, and the cross entropy from logits."""
+# SPDX-License-Identifier: Apache-2.0
+"""Device functions of whole networks: padded layers, products and sums over rows, the cross entropy from logits."""
 
 # triton's types know neither launch options nor tl.range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
@@ -62,6 +63,33 @@ def clear_gap(ptr, SIZE: tl.constexpr):
     if GAP > 0:
         offs = tl.arange(0, 8)
         tl.store(ptr + SIZE + offs, tl.zeros((8,), ptr.dtype.element_ty), mask=offs < GAP)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, ON_FMA: tl.constexpr):
+    """a @ b, added to acc where that is not None.
+
+    FMA units read both operands from shared memory, as they were stored: of the right one the threads of a warp take a
+    column each, which meet in the banks where columns lie in one piece; of the left one they share a few rows. As the
+    right operand h would lie well for z and badly for dweight, eight to sixteen columns in a bank. So that it is a left
+    one in both, these units compute the transpose, b.T @ a.T.
+    """
+    if ON_FMA:
+        a, b = tl.trans(b), tl.trans(a)
+        if acc is not None:
+            acc = tl.trans(acc)
+    c = tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.trans(c) if ON_FMA else c
+
+
+@triton.jit
+def sum_rows(dz, ROWS: tl.constexpr):
+    """dz [N, BLOCK_M] summed to [N, ROWS / 2]: neighbours, and what lies ROWS apart.
+
+    These lie in one thread's registers; for sums over all rows warps would meet, at three barriers.
+    """
+    parts = tl.reshape(dz, (dz.shape[0], dz.shape[1] // ROWS, ROWS // 2, 2))
+    return tl.sum(tl.sum(parts, axis=3), axis=1)
 
 
 @triton.jit

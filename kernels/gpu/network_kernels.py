@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A whole narrow MLP in one kernel, forward and backward, with an optional binary cross-entropy head.
 
 Layer l = 0 .. L-1 takes K_l = widths[l] to N_l = widths[l + 1] features, every width at most 128:
@@ -11,8 +12,8 @@ as it is between layers that run one by one. Activations stay in registers; only
 Padding: every width is rounded up to a power of two of at least 16. A padded neuron of a sigmoid layer puts out 0.5,
 but the weights that read it are padded with 0, so it reaches nothing; going back, its dz is 0 for the same reason.
 
-The backward kernel works on transposed activations, [width, rows], so that no product takes as its left operand the
-transpose of something that itself came from a product, which was reported to go wrong on Hopper (`layer_kernels.py`).
+The backward kernel works on transposed activations, [width, rows], so that tensor cores never take as a left operand
+the transpose of what itself came from a product, which was reported to go wrong on Hopper (`layer_kernels.py`).
 """
 
 # triton's types know neither launch options nor tl.range.
@@ -31,6 +32,8 @@ from .network_functions import (
     load_block,
     load_weight,
     load_weight_t,
+    product,
+    sum_rows,
 )
 
 
@@ -166,8 +169,10 @@ def mlp_bwd_kernel(
     FIRST: tl.constexpr,  # the first layer of which anything is wanted
     SCALE_DX: tl.constexpr,  # dx is multiplied too, not only the gradients of parameters
     PRECISION: tl.constexpr,
+    ON_FMA: tl.constexpr,  # products run on FMA units, not on tensor cores
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SUM_ROWS: tl.constexpr,  # one per layer, see `sum_rows`
     STAGES: tl.constexpr,
 ):
     """Each program walks row tiles: forward from x again, then dz back through the layers, all in registers.
@@ -178,13 +183,19 @@ def mlp_bwd_kernel(
     """
     LAYERS: tl.constexpr = len(weight_ptrs)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    one = stride_of_weight(1, tl.minimum(M, 0), DTYPE, PRECISION)
     weights = ()
+    weights_back = ()
     biases = ()
     # The sums begin with the last layer, in the order in which the backward loop visits the layers.
     dweights = ()
     dbiases = ()
     for l in tl.static_range(LAYERS):
         w = load_weight(weight_ptrs[l], WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l])
+        weights_back = weights_back + (operand(w.to(DTYPE), PRECISION, WIDEN),)
+        if ON_FMA:
+            # Both ways a weight is what `product` reads column by column, so there are two, each in its order.
+            w = tl.trans(load_weight_t(weight_ptrs[l], one, WIDTHS[l + 1], WIDTHS[l], PADDED[l + 1], PADDED[l]))
         weights = weights + (operand(w.to(DTYPE), PRECISION, WIDEN),)
         if bias_ptrs is not None:
             biases = biases + (load_bias(bias_ptrs[l], WIDTHS[l + 1], PADDED[l + 1]),)
@@ -195,16 +206,14 @@ def mlp_bwd_kernel(
         else:
             dweights = dweights + (tl.full((), 0.0, tl.float32),)
         if DBIAS_AT[l] >= 0:
-            dbiases = dbiases + (tl.zeros((tl.constexpr(PADDED[l + 1]),), tl.float32),)
+            dbiases = dbiases + (tl.zeros((tl.constexpr(PADDED[l + 1]), tl.constexpr(SUM_ROWS[l] // 2)), tl.float32),)
         else:
             dbiases = dbiases + (tl.full((), 0.0, tl.float32),)
     offs_k = tl.arange(0, PADDED[0])
     mask_k = offs_k < COLUMNS[0]
     offs_n = tl.arange(0, PADDED[LAYERS])
     mask_n = offs_n < COLUMNS[1]
-    factor = 1.0
-    if factor_ptr is not None:
-        factor = tl.load(factor_ptr).to(tl.float32) * scale
+    factor = 1.0 if factor_ptr is None else tl.load(factor_ptr).to(tl.float32) * scale
     pos_weight = 1.0
     if pos_weight_ptr is not None:
         pos_weight = tl.load(pos_weight_ptr + offs_n.to(tl.int64) * stride_p, mask=mask_n, other=1.0).to(tl.float32)[
@@ -216,18 +225,18 @@ def mlp_bwd_kernel(
         offs_m = start + rows
         mask_m = offs_m < M
         xt = load_block(x_ptr, offs_k.to(tl.int64), offs_m, stride_xk, stride_xm, mask_k, mask_m)
+        # Loaded now, it is there when the last layer is; loaded after z, it would bring dz from z's layout into its.
+        if dy_ptr is not None:
+            dy = load_block(dy_ptr, offs_n.to(tl.int64), offs_m, stride_dyn, stride_dym, mask_n, mask_m).to(tl.float32)
         # Activations are rounded as in memory. TF32 rounds operands further, which derivatives must not see.
         hs = (operand(xt.to(DTYPE), "ieee", WIDEN),)  # [PADDED[l], BLOCK_M] each
         for l in tl.static_range(LAYERS):
-            z = tl.dot(weights[l], rounded(hs[l], PRECISION), input_precision=PRECISION)  # [PADDED[l + 1], BLOCK_M]
+            z = product(weights[l], rounded(hs[l], PRECISION), None, PRECISION, ON_FMA)  # [PADDED[l + 1], BLOCK_M]
             if bias_ptrs is not None:
                 z += biases[l][:, None]
             if l + 1 < LAYERS:
                 hs = hs + (operand(HIDDEN(z).to(DTYPE), "ieee", WIDEN),)
         mask_nm = mask_n[:, None] & mask_m[None, :]
-        if dy_ptr is not None:
-            dy = load_block(dy_ptr, offs_n.to(tl.int64), offs_m, stride_dyn, stride_dym, mask_n, mask_m)
-            dy = dy.to(tl.float32)
         if target_ptr is not None:
             t = load_block(target_ptr, offs_n.to(tl.int64), offs_m, stride_tn, stride_tm, mask_n, mask_m)
             dz = tl.where(mask_nm, bce_with_logits_dz(z, t.to(tl.float32), pos_weight), 0.0)
@@ -241,14 +250,13 @@ def mlp_bwd_kernel(
             dw = dweights[LAYERS - 1 - l]
             db = dbiases[LAYERS - 1 - l]
             if DBIAS_AT[l] >= 0:
-                db += tl.sum(dz, axis=1)
+                db += sum_rows(dz, SUM_ROWS[l])
             if l >= FIRST:
                 dzr = operand(dz.to(DTYPE), PRECISION, WIDEN)  # [PADDED[l + 1], BLOCK_M]
                 if DWEIGHT_AT[l] >= 0:
-                    ht = tl.trans(rounded(hs[l], PRECISION))
-                    dw = tl.dot(dzr, ht, dw, input_precision=PRECISION)
+                    dw = product(dzr, tl.trans(rounded(hs[l], PRECISION)), dw, PRECISION, ON_FMA)
                 if l > FIRST or dx_ptr is not None:
-                    dz = tl.dot(tl.trans(weights[l]), dzr, input_precision=PRECISION)  # dh, [PADDED[l], BLOCK_M]
+                    dz = product(tl.trans(weights_back[l]), dzr, None, PRECISION, ON_FMA)  # dh, [PADDED[l], BLOCK_M]
                     if l > 0:
                         dz = HIDDEN_BACKWARD(dz, hs[l].to(tl.float32))
             new_dweights = new_dweights + (dw,)
@@ -278,7 +286,7 @@ def mlp_bwd_kernel(
             if DBIAS_AT[l] >= 0:
                 tl.store(
                     slot + DBIAS_AT[l] + out,
-                    (dbiases[LAYERS - 1 - l] * factor).to(slots_ptr.dtype.element_ty),
+                    (tl.sum(dbiases[LAYERS - 1 - l], axis=1) * factor).to(slots_ptr.dtype.element_ty),
                     mask=out < WIDTHS[l + 1],
                 )
                 clear_gap(slot + DBIAS_AT[l], WIDTHS[l + 1])
