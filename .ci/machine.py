@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the machine is, in machine.json, after one kernel has run: versions, the compiler, what calls cost the host.
 
 usage: python .ci/machine.py FOLDER [--dry-run]      exit status 1 if the kernel's result is wrong

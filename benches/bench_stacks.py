@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The suites "layers", "mlp", "kernelbench": every contender on every case, checked against fp64 before it is timed.
 
 usage: pytest benches/bench_stacks.py [--suite NAME] [--benchmark-json=FILE] [-k EXPRESSION] [--suite-quick] ...

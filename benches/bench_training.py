@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole training loops: what a step of one network costs, by every means, checked before it is timed.
 
 usage: pytest benches/bench_training.py [--benchmark-json=FILE] [-k EXPRESSION] [--suite-quick] ...

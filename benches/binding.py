@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Importing this binds OpenMP's threads to cores, if torch comes later: OpenMP reads its settings once, with torch.
 
 Unbound threads wander between cores, and one run of the same product then takes anything from 1x to 2x of another.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options, OpenMP binding and machine information of the benchmarks."""
 
 import importlib.metadata

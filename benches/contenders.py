@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who is timed: the same layers by different means, each checked against fp64 before it may be timed."""
 
 import contextlib

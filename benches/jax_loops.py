@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training loops by JAX on a CPU: all steps in one jitted `fori_loop`, for ensembles the vmap of one network's step."""
 
 import time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns the benchmarks' JSON into tables in Markdown and pictures.
 
 usage: python benches/report.py FILE.json [--out DIR]    table and pictures of one run

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures of the suites of bench_stacks.py."""
 
 from report_style import FAINT, INK, machine, new_figure, png

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How reports look: what they call a machine, tables in Markdown, figures and their colours."""
 
 import io

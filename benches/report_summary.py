@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Short tables over several suites: against what people would use instead, and what all rows come to."""
 
 import statistics

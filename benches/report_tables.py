@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of the suites of bench_stacks.py: one of a run, and those of several machines side by side."""
 
 import itertools

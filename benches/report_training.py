@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables and the pictures of the suite "training"."""
 
 from dataclasses import dataclass, field

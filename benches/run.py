@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the benchmark suite in a process of its own and writes JSON, table and pictures when it has ended.
 
 usage: python benches/run.py [--suite layers|mlp|kernelbench|training] [--out DIR] [--cases SUBSTRING] [--quick] ...

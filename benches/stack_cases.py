@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the suites of bench_stacks.py time: shapes with their reasons, and the arithmetic and traffic that each needs.
 
 A case is a stack of linear + sigmoid layers over `rows` rows; most are one layer. With M rows and a layer from K

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times contenders against each other, and measures what the machine can do at best.
 
 A machine's speed drifts by more than the differences worth knowing. So contenders are never timed one after the

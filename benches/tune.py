@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the tables under kernels/tuned.
 
 usage: python benches/tune.py {layers,networks,wide,measure,launches,host,cpu} [--help] [options of that tuner]

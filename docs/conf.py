@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The site of docs/: Sphinx with MyST and Furo, built by `make docs`. Nothing in it is fetched while it is read."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Docstrings of this package are plain text with names in backticks. Here they become reStructuredText for Sphinx."""
 
 import inspect

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A page for each lesson, from the words that `perceptriton lesson NAME` prints. Git ignores what this writes."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arithmetic on tensors: fused linear + activation in Triton, in plain torch, and the choice between them."""
 
 from . import registration as registration  # registers the ops that torch.compile calls

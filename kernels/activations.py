@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The activations: one record each, in plain torch.
 
 Every derivative here is a function of the *output* y, never of the pre-activation z, so a layer saves one

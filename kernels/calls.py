@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was decided for a call, found again by all that it was decided from."""
 
 from collections.abc import Callable, Sequence

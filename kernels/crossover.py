@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Below which sizes torch's own calls win: what plans, layers and networks ask before anything of ours runs.
 
 Numbers and names alone, as in `plan`: no tensor, no device.

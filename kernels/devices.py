@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is known of devices: probing, precision, and the modules that hold kernels for GPUs."""
 
 import dataclasses

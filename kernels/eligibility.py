@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What keeps a call from the kernels: dtype, layout, shapes, modes. A refusal is a reason in words, or None."""
 
 import math

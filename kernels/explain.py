@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation a layer or a network takes at which shape, and why."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What members of a stack of networks may have of their own, and the factor of a loss."""
 
 from dataclasses import dataclass, fields

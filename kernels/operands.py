@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operands as the kernels read them: two-dimensional, dense where that is asked, their values in memory."""
 
 import math

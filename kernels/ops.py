@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The door to the kernels: flattens leading dimensions, makes plans, runs what was chosen.
 
 Below it nothing is checked again. Layers ask `eligibility` first, which names what keeps a call from the kernels.

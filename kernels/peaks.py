@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak rates of chips by their vendor's data sheets, which `explain` models plans by."""
 
 from dataclasses import dataclass

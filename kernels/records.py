@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What passes between the parts: devices, tiles, plans, and what a training loop does."""
 
 from collections.abc import Sequence
@@ -214,9 +215,8 @@ class MlpPlan:
 
     `impl` is "fused" (each segment is one kernel, inside which activations never leave the chip; forward in the order
     of `segments`, backward in reverse, with one number of programs), "stack" (wide layers as one autograd node, by
-    kernels in which a layer's dz comes out of the product of the layer above), "layers" (not as a whole: layer by
-    layer), or on a CPU "aten" (plain torch operations under autograd) and "explicit" (`reference.py`, one autograd
-    node).
+    kernels where dz comes out of the product of the layer above), "layers" (not as a whole: layer by layer), or on a
+    CPU "aten" (plain torch operations under autograd) and "explicit" (`reference.py`, one autograd node).
     """
 
     impl: str

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """y = act(x @ weight.T + bias) and its backward in plain torch: the definition of correct, and the CPU path.
 
 Shapes: x (M, K), weight (N, K), bias (N,), y and dy (M, N). With dz = dy * act'(y):

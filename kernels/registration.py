@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ops that torch.compile calls, registered with torch.library. Autograd hears of them in `mlp`."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which calls are so small that plain torch operations cost least: what doors ask before anything is planned."""
 
 import functools

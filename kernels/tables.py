@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables under `tuned/`, read and checked. One that no plan could use is ignored with a warning."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The door to whole training loops: which implementation trains, and where it is."""
 
 from typing import Any

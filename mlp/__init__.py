@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sigmoid MLPs in fused kernels: drop-in layers, whole networks, whole training loops, the classic lessons."""
 
 from .capturing import warmup

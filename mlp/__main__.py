@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: `perceptriton lesson NAME`, `doctor`, `build`, `export-hub DIR`; also `python -m perceptriton`.
 
 Exit codes: 0; 1 where a lesson does not reproduce its table or lacks its data, a file cannot be written, or nothing can

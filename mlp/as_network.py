@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which modules are plain networks of linear layers and activations: those that can be trained without autograd."""
 
 from collections.abc import Sequence

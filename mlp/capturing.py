@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a CUDA graph needs of the calls that it is going to capture."""
 
 import contextlib

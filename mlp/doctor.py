@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `perceptriton doctor` prints: what is installed, and which implementation layers take on this machine."""
 
 import importlib.metadata

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many networks of one shape, stacked."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """scikit-learn estimators over `MLP` and `fit`: `from perceptriton.mlp.estimator import FusedMLPClassifier`.
 
 The rest of the package does not import this file: it needs the extra `sklearn`.

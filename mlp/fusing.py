@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fuse_`: Sequentials that exist already run fused, their modules staying what they are."""
 
 from collections.abc import Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a training loop leaves to look at, and to go on from."""
 
 import csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes this package as the kernel hub of the package `kernels` loads it.
 
 What is installed is copied, file by file: kernels/ and mlp/ stay side by side, so that their relative imports hold. The

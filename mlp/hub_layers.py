@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers as the kernel hub takes them: a `forward` that runs on the parameters of the module whose own it replaces."""
 
 from torch import Tensor, nn

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers: `nn.Linear` with the activation in the same kernel."""
 
 from typing import ClassVar

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What fusing does for a model: which of its layers run fused, by which path, and how long the model takes."""
 
 import copy

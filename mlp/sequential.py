@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An `nn.Sequential` that pairs linear layers and activations when it is called, and runs those in a row as one."""
 
 import copyreg
@@ -9,10 +10,7 @@ from typing import ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled, nn
-from torch._C import (
-    _get_tracing_state,  # pyright: ignore[reportAttributeAccessIssue]
-    _len_torch_function_stack,
-)
+from torch._C import _get_tracing_state, _len_torch_function_stack  # pyright: ignore[reportAttributeAccessIssue]
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cases that every op is tested with, each with its reason, and the yardstick that they are measured by."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the compile-only tests share: cases compiled ahead of time in all cores, and tables of what came out.
 
 `compiled/<triton's version>.json` has a row for each kernel that the cases compile. Tests read the row: a run compiles

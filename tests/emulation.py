@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels' arithmetic in torch on a CPU, as far as triton's interpreter does not have it: what it costs in accuracy.
 
 First fp32 products as tensor cores compute them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each process of `test_distributed.py` runs: python gloo_composition.py RANK RANKS STORE OUT."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sweeps that each process of `test_distributed.py` takes its share of."""
 
 import copy

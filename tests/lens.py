@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """tilelens (triton-viz until its version 3.0) with what these kernels need, from outside.
 
 Its sanitizer asks a solver whether an access can leave its tensor; its race detector records accesses and asks nothing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The networks, losses and optimizers that whole training loops are tested with, and the loop that they must equal."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Watches what kernels touch under triton's interpreter, which reads and writes wherever it is told to.
 
 Found are addresses outside the tensors that a launch was given, views taken as they are; two programs of a launch of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is asked of the compiler before a chip has shown anything: by the tests, by the benchmarks, of every family."""
 
 import contextlib

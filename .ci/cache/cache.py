@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels for a rented GPU, compiled where there is none: an archive of cubins for triton's own cache.
 
 usage: python .ci/cache/cache.py fill ARCHIVE [--tests MARKERS] [--suites NAMES] [--processes N]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An H200 that is not there: what asks for its kernels gets past triton's compiler, to a driver that does nothing.
 
 Everything else is as on a chip: plans, autograd, triton's search of the version for a launch, its launchers in C.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A CUDA driver that does nothing and says that all went well: what triton calls between its compiler and a launch.
 #include "cuda.h"
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tuners share: the search for tiles that compile clean, and the one writer of all tables.
 
 A tuner of tiles yields cells, lists of candidates in order of preference. Of each cell the first candidate is taken

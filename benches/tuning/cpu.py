@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures torch's two CPU matrix libraries against each other and fits the thresholds that plans read.
 
 usage: python benches/tune.py cpu [--quick] [--dtypes float32,bfloat16] [--out kernels/tuned/cpu.json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times what eager calls ask of the host, for HOST in kernels/crossover.py; needs gcc, triton and no GPU.
 
 Ours run as on an H200 down to a driver that does nothing (.ci/cache/libcuda.c), with tensors on the CPU in the place of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures from how many bytes on eager calls of our kernels beat those of torch, for kernels/tuned/launches.json.
 
 Below that a GPU is done before the host has asked for the next call, and torch's calls may take the host less time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Picks the tiles of the kernels that hold a layer's whole weight on chip, for kernels/tuned/gpu_tiles.json.
 
 For each chip, op, kind of product, alignment and padded weight size, candidates go from most rows to fewest: fewer

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures on a GPU which wide layers the TMA kernel computes faster than the library, for kernels/tuned/wide.json.
 
 For each kind of product and shape, every candidate tile of the chip is first checked against fp64, by the yardstick of

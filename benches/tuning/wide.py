@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Picks the candidates among the tiles of the TMA kernels for wide layers, for kernels/tuned/wide.json.
 
 Every tile of TRIED is compiled for its chip as each kind of product that it is tried for: forward with the longest

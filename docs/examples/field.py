@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A neural field: a small network becomes an image, given as brightness at places. A few seconds on a CPU."""
 
 import math

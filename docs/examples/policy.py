@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A policy that learns to balance a pole, with environment and policy gradient written out. A few seconds on a CPU."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recommender whose layers the compiler backend fuses: the model is plain torch. Some seconds on a CPU."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sweep over seeds and learning rates, shared by the processes of `torchrun`.
 
 torchrun --standalone --nproc-per-node 2 docs/examples/sweep.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a kernel costs on a chip that is not at hand: compiled ahead of time, read from the machine code.
 
 Used by the tests that gate register spills and by the tool that picks tiles. Needs triton, but no driver.

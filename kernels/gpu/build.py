@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels of a network compiled ahead of its first call, into triton's cache, on as many processes as there are.
 
 What a launch would compile is what triton itself makes of the launch: the launchers run on tensors without memory, up

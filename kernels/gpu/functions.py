@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Device functions that the kernels share: each activation as a pair (y from z, dz from dy and y), and operands."""
 
 import triton

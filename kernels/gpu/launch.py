@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How kernels are launched: on their tensors' device, past triton's search of the compiled version, and in captures."""
 
 import contextlib

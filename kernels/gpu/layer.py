@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launchers of the kernels for one layer: shapes as in `layer_kernels.py`, any strides in, fresh tensors out."""
 
 from collections.abc import Callable

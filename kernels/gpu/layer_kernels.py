@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """y = act(x @ weight.T + bias) and its backward in Triton: the kernels and their launchers.
 
 Shapes: x (M, K), weight (N, K), bias (N,), y and dy (M, N). Any strides in; fresh contiguous tensors out. All

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole training loops in one launch, or one per step: a small MLP's training, for one network or for many.
 
 A network has layers l = 0 .. L-1 from K_l = widths[l] to N_l = widths[l + 1] features, h_0 = x:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The block kernel: one network per program, its weights in padded tiles. See `train.py`."""
 # triton's types know neither launch options nor tl.range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false

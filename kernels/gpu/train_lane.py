@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lane kernel: one network per lane of a warp, all of it in registers. See `train.py`."""
 
 # triton's types know neither launch options nor tl.range.

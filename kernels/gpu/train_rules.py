@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step of training does: losses, optimizers, the update of a parameter, and where segments begin and end.
 
 A loss is a function of one output and of what it needs beside that: sums over all outputs of its sample, or its own

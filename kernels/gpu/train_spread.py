@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The block kernel for large batches: several programs for one network, one step per launch. See `train.py`."""
 
 # triton's types know neither launch options nor tl.range.

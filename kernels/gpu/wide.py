@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launchers of the products whose tiles travel by TMA, and the backward pass of a network of wide layers."""
 
 # pyright: reportCallIssue=false

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wide layers by persistent products whose tiles travel by TMA, and networks of them.
 
     forward    y = act(x @ weight.T + bias)                             x (M, K), weight (N, K), bias (N,), y (M, N)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole training loops in plain torch: forward, backward and update written out, without autograd.
 
 The CPU implementation, and the definition of correct for the training kernels. All buffers are made once; a step

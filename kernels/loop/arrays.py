@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stacks of networks of which every single parameter is an array over the members."""
 
 from functools import partial

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the numbers of a network lie, and the buffers and calls of a step on a batch of one size."""
 
 import itertools

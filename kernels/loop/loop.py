@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run of training steps: what it is made of is chosen by a plan."""
 
 import itertools

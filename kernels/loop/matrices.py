@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Networks whose layers are matrices, or stacks of them."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizers: their state, and the calls that update it and the parameters."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole training loops on a CPU in machine code, compiled by numba, which nothing outside of this folder imports.
 
 A vector of the machine holds the same number of several networks, or of several samples of one network: `Tile` says of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiled functions on disk: where numba puts them, and safe from damaged files, full disks and old sources."""
 
 import functools

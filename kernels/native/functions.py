@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Activations on vectors, forward and backward, by their numbers: indices into ACTIVATIONS."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where compiled loops have their numbers: parameters, samples, and what they work in, block by block."""
 
 import itertools

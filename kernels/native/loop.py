@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run of training steps in compiled code: what lies where, and which thread trains what."""
 
 import itertools

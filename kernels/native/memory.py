@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vectors in arrays and out of them, and what a tile's members and samples have."""
 
 from llvmlite import ir

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps of training of one network, compiled: the neurons of a layer lie side by side, several samples at a time.
 
 Where a network has as many neurons as a vector has lanes, this computes each product as a library would, without its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizers, compiled: the update of parameters, sixteen at a time, by the numbers of a step.
 
 An update takes a row of numbers, one of each member of a block of LANES networks, or sixteen of one network.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What must happen before compiled loops can run, told without importing numba."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps of training, compiled: forward, backward and update of the networks that lie side by side in a vector.
 
 One source serves all widths and both tiles: several networks, a few samples of each at a time, or several samples of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vectors of constant length for numba: every operation is one of LLVM's on <n x float> or <n x double>.
 
 Loops over lanes would leave it to the compiler to see that arrays do not overlap, and it gives up on the exponential.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation an op takes for given shapes, dtype and device, with which tile, and why.
 
 Pure functions of numbers and names: no torch, no triton, no device is touched. The tables under `tuned/` are data.

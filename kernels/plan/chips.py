@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is asked of every chip and dtype: whether the kernels run there, and which tables speak for it."""
 
 from ..records import DTYPES, EMPTY, Device

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers and networks on a CPU: plain torch operations, or products by the faster of torch's two libraries."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One layer: whole weight on chip, tiles of the output, or the library."""
 
 import functools

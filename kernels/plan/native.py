@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiled loops on a CPU: what they take at a time, what a step of theirs costs, and what it costs to have them."""
 
 import itertools

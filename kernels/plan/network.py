@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole networks: on chip in as few segments as registers allow, as a stack of wide layers, or layer by layer."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a plan can reach at best: flops, bytes and special functions at a chip's peak rates."""
 
 import itertools

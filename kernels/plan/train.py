@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole training loops: one launch by lane or by block, replayed graphs, compiled loops on a CPU, or plain torch."""
 
 import dataclasses

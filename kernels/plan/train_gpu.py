@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole training loops on a GPU: what a step costs by each of the ways there are, in microseconds.
 
 No GPU has confirmed these prices. They decide between ways whose prices differ by factors.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products of wide layers, whose tiles travel by TMA: measured tiles where there are some, likely ones elsewhere."""
 
 import fnmatch

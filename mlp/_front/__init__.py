@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sigmoid MLPs in fused Triton kernels for PyTorch: the names of `perceptriton.mlp`, imported when asked for.
 
 This folder is the package `perceptriton` itself, in which `kernels` and `mlp` lie: setup.py says so.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m perceptriton`: the command line."""
 
 import sys

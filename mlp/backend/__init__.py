@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`torch.compile(model, backend="perceptriton")`: fused layers and networks in any model, Inductor for all the rest.
 
 Dynamo captures what a model calls, and guards it. In that graph a linear layer becomes one op with the sigmoid, tanh or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Registered ops in the place of layers and networks in a captured graph."""
 
 import operator

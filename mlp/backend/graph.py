@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear layers in a graph that Dynamo has captured, the chains that they form, and what forbids to join them."""
 
 import inspect

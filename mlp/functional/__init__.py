@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Differentiable functions over the kernels."""
 
 from .layer import linear_act, linear_sigmoid

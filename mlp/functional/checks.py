@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Errors at the door: what does not fit together, with the name of the argument and both values."""
 
 from collections.abc import Sequence

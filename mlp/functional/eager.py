@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Networks in torch's own operations, and the dtypes and circumstances under which those run."""
 
 import torch

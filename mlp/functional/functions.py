@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The nodes that autograd sees: a layer, a network, a network that ends in a loss."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One layer as a function of tensors."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The binary cross entropy of layers and networks that end in a sigmoid."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What torch.compile traces: registered ops with autograd formulas, where they win, and else plain operations."""
 
 from functools import partial

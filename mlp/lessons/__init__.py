@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The classic lessons: small networks on small data, beside the tables that they have to reproduce.
 
 A lesson is one function that computes or trains, and returns all there is to show; it prints nothing. Its result has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lesson that writes backpropagation out and trains by it."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lesson of the slopes of f = w x + b."""
 
 import statistics

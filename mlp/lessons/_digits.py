@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lesson that learns to read handwritten digits, in minibatches, and is tested on digits that it has not seen."""
 
 from collections import Counter

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lesson in which one layer learns AND and OR and cannot learn XOR."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lesson that trains thousands of networks at once."""
 
 from collections.abc import Sequence

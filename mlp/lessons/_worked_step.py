@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lesson of one step of backpropagation, worked on paper."""
 
 from collections.abc import Iterable, Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lesson in which a small network learns exclusive or."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lesson in which a deep network learns exclusive or, late."""
 
 from collections.abc import Sequence

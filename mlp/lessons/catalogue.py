@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lessons in the order in which they are listed."""
 
 from ._blobs import BLOBS

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a lesson is to the command line."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the pictures of several lessons have in common; matplotlib is imported on first use."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the lessons that train begin with: their tables, their networks and the ways in which these train."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training one task several ways at once: in turns, with a clock."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the pages of several lessons have in common, as lines of text, no wider than the terminal."""
 
 import re

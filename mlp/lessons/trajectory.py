@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The losses of every contender, step by step, beside those of a reference."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results that can be held against a reference, and named quantities, which several ways of computing arrive at."""
 
 from abc import ABC, abstractmethod

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole training loops: in one call, without autograd where a network's steps can be written out, and by many ranks."""
 
 from ..history import History

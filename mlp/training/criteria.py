@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a criterion of torch's asks of a training loop: its loss, and targets that its options are folded into."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What may be trained without autograd: the loop's record, or in its place the reason why there is none."""
 
 from typing import Any

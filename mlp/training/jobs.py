@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chunks of steps: in a loop without autograd, or in an ordinary one."""
 
 from collections.abc import Callable, Sequence

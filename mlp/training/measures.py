@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses and metrics of networks one by one, whatever function computes them."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The numbers that `fit` is given for each member in the place of the optimizer's own."""
 
 from collections.abc import Callable, Iterator, Mapping

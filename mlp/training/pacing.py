@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chunks of steps, the order of the samples, interrupts and progress."""
 
 import signal

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The learning rates that `fit` is given in the place of the optimizer's own."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sweep over ranks: each trains its share of the members."""
 
 import time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state that an optimizer of torch keeps, taken over and handed back."""
 
 from collections.abc import Sequence

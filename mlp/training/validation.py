@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `fit` looks at between steps: losses and metrics on other data, and whether they tell it to stop."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmarks' own tools: formulas, timer, check before timing, fit of thresholds, report, driver.
 
 Modules of benches/ are imported by name at run time only: the two folders know nothing of each other.

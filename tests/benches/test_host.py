@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What calls ask of the host, on a driver that does nothing: that kernels are launched, how often, and for whom."""
 
 import importlib.util

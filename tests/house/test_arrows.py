@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arrows between the parts, and habits of the package's code, read from the syntax trees of its files."""
 
 import ast

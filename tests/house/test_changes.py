@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is compiled of kernels that have changed is run again, and of no others."""
 
 import json

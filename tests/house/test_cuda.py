@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`.ci/cuda` where there is no GPU: what it is told, in which order tests run, what is not reached, a rehearsal."""
 
 import json

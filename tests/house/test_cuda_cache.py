@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels that are compiled where no GPU is: what `.ci/cache/cache.py` packs, another process launches at once."""
 
 import importlib.util

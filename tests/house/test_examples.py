@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The programs of docs/examples run, and learn what they set out to learn."""
 
 import re

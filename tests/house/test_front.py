@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The package `perceptriton` itself, in mlp/_front: its names, its version, and what editors are told of them."""
 
 import ast

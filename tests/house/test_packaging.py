@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The package as others get it: what the wheel holds, and what importing it does, from outside the repository."""
 
 import importlib.metadata
@@ -79,6 +80,15 @@ def installed(wheel):
 
 
 # --- what is in it -----------------------------------------------------------------------------------------
+
+
+def test_sources_name_their_license():
+    license = re.search(r'license="(.*)"', (ROOT / "setup.py").read_text())[1]
+    folders = (ROOT / name for name in (".ci", "benches", "docs", "kernels", "mlp", "tests"))
+    sources = [ROOT / "setup.py", *(path for folder in folders for path in folder.rglob("*.py"))]
+    line = f"# SPDX-License-Identifier: {license}\n"
+    assert len(sources) > 200
+    assert [path for path in sources if not path.read_text().startswith(line)] == []
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every test is run by a target of CI. Markers, which pyproject.toml lists, say which; recipes of the Makefile ask."""
 
 import ast

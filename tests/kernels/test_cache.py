@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton's cache of compiled kernels: cold for several processes at once, where it cannot be made, and full."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was decided for one call is found for those that are like it, and for no other."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a CUDA graph needs, as far as it can be shown without a GPU; `test_gpu.py` captures."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compile-only: every tile that a plan can pick, compiled ahead of time for its chip, with gates on the machine code.
 
 No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource table is printed with -rA or -s.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What names a compilation, and the table that keeps what came out of it: see compiling.py."""
 
 import importlib.util

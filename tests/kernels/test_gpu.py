@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What torch does with a GPU around a model: graphs, streams, devices, traces."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The captured training step, on a CPU: a graph that records what a step launches, its numbers frozen, and replays.
 
 Scalars are frozen and nothing runs while it is captured, as in a CUDA graph, so a step that hides a changing number in

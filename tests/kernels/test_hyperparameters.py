@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers of each member and step, and the cross entropy, in the loops of the CPU: against torch.optim in fp64."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kernel against fp64: on a GPU, or on the CPU in triton's interpreter."""
 
 import dataclasses

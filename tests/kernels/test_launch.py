@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The short way to a kernel that has been launched before: what goes over it, and that it leads to the right version.
 
 Nothing runs here. Triton binds the arguments of each launch as it would for a GPU and says which version it would take.

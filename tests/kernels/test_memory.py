@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What watches the kernels' memory finds what it is there for; `make sanitize` runs every kernel under it.
 
 What tilelens (formerly triton-viz) does by a solver, at one small launch of each kernel (test_tilelens.py), this

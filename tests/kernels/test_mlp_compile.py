@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compile-only: every tile that a plan for a whole network can pick, compiled ahead of time for its chip, with gates.
 
 No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource table is printed with -rA or -s.

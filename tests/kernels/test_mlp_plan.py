@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans for whole networks: which segments, what they move, and why not."""
 
 import itertools

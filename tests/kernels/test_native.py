@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiled loops against the plain torch loop, which is the definition of correct, and against ordinary loops."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plans: pure functions of shapes, checked without a device."""
 
 import itertools

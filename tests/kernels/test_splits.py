@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels' fp32 arithmetic against fp64: errors that docs/precision.md lists, by emulation."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged tables of tuned tiles: ignored with a warning that names the file, and never evaluated."""
 
 import json

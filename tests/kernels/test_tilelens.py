@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """tilelens (triton-viz until its version 3.0) over every kernel: no stray access, no race; planted ones are found.
 
 A second opinion on tests/watching.py, by a solver instead of by addresses. `make sanitize` runs it: tilelens is no part

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loops in one launch against torch.optim in fp64: on a GPU, or on the CPU in triton's interpreter."""
 
 import dataclasses

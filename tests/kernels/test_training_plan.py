@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans for whole training loops: which kernel, which tile, and why not."""
 
 import dataclasses

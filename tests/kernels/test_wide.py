@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The product whose tiles travel by TMA against fp64: on a GPU with TMA, or in triton's interpreter."""
 
 import dataclasses

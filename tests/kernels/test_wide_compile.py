@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compile-only: every tile of the TMA product that `kernels/tuned/wide.json` ships, compiled for its chip.
 
 No GPU and no driver is needed. `--cubins DIR` keeps the cubins; the resource table is printed with -rA or -s.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.compile(model, backend="perceptriton") on code that was not written for it, and on what it must leave alone."""
 
 import collections

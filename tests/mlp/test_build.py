@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`perceptriton build --sizes`: what it refuses, what it says, and that launches find what it has compiled."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints are data: they load with weights_only, hold no more than the model, and training goes on from them."""
 
 import io

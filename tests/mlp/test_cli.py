@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: what it prints, what it refuses, and its exit codes."""
 
 import dataclasses

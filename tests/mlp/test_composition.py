@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What torch builds around models: around ours it computes what it does around the nn models that ours stand for."""
 
 import collections

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Criteria of `fit` with all their options: against the loop that everyone writes, in fp64, on every fast path."""
 
 import copy

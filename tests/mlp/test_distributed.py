@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models of ours under DDP, FSDP2 and tensor parallelism: two processes train as one process trains the nn model."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ensembles: stacked networks that train as each of them would alone."""
 
 import copy

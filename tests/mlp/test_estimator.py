@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scikit-learn estimators: scikit-learn's own checks, and that they are `MLP` and `fit` and nothing else."""
 
 import functools

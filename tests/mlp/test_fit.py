@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fit trains as the loop that everyone writes, whatever runs underneath."""
 
 import contextlib

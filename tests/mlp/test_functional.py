@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_act without kernels: the paths that a CPU takes, autograd, and what torch builds on top of both."""
 
 import contextlib

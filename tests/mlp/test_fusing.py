@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fuse_ and unfuse_: what is found, what is left alone and why, and that nobody who holds the model notices."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The doors under random arguments: what torch answers to the plain formula, or a TypeError or ValueError.
 
 Every run draws the same cases; FUZZ_SEED=n draws others, FUZZ_BUDGET=1 all of them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What fit returns: a table, a file, a picture."""
 
 import copy

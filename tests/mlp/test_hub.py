@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The export for the kernel hub: what it writes, and that the hub's loader makes of it what is installed."""
 
 import errno

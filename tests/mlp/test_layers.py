@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers and networks as replacements of nn.Linear and nn.Sequential: construction, state, hooks, surgery."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lessons reproduce their tables, and their pictures show what was computed."""
 
 import dataclasses

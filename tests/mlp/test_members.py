@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers of each member that `fit` is given: against ordinary loops, each with an optimizer that has its numbers."""
 
 import random

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models as people write them, fused in the middle of their training: nobody can tell."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """mlp_act, the fused cross entropy and MLP: every path of a whole network, autograd, and what torch builds on top."""
 
 import functools

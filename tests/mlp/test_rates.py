@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Learning rates that `fit` is given for each step: against the loop that everyone writes."""
 
 import copy

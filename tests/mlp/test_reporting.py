@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """report: every Linear with what became of it, the paths, the times, and a model that is what it was."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run that was cut off and goes on ends to the bit as one that was not."""
 
 import copy

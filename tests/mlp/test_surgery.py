@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models that are changed after they were fused: what they compute is what the same changes make of plain torch."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What torch.compile traces of layers and networks: registered ops, their autograd formulas, and when they are used."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What fit sees on data that it does not train on, and when that ends the training."""
 
 import copy

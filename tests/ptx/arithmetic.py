@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers of the PTX ISA as arrays of numpy: what types mean, how they round, and functions that numpy lacks.
 
 A register is an array of unsigned integers, or of bools, with an element for each thread or one for all of them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PTX by hand, for what triton does not compile: threads of a warp that part, a warp for itself, and faults."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which kernels have changed since all that this triton compiles of them passed, on this machine or another.
 
 `python tests/ptx/changes.py` writes down that they have passed as they are: the last step of `make test-compiled-all`.

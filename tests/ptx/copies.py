@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies of 4 to 16 bytes a thread that run beside the threads: cp.async.
 
 PTX ISA, "Data Movement and Conversion Instructions: Non-bulk copy". Data arrive when their group is waited for and not

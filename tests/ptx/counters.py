@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an access costs a chip beside what it must: sectors of global memory, wavefronts of shared memory."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A driver of triton for a chip that is absent: what it launches runs here, on the memory of CPU tensors."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Groups of asynchronous operations, which threads commit and wait for: those of cp.async, of bulk copies, of wgmma."""
 
 import numpy as np

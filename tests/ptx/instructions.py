@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Instructions that work on each thread by itself, by the sections of the PTX ISA."""
 
 import numpy as np

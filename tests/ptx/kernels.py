@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels that the tests of the emulator compile. Each does something that the project's own kernels do too."""
 
 import triton

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A launch: batches of CTAs whose threads run together, block by block.
 
 Threads that have branched apart run under masks, those at the lowest address first, until they meet again. A CTA waits

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Global, shared and parameter memory: "Data Movement and Conversion Instructions: ld, st", and their checks."""
 
 from types import SimpleNamespace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data Movement and Conversion Instructions that work on registers: mov, cvt, cvta, and hints of no effect."""
 
 import numpy as np

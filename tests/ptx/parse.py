@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text of a PTX module with one entry, as registers, parameters and basic blocks (PTX ISA, "Syntax")."""
 
 import functools

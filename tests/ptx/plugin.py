@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`pytest --compiled-for sm_90`: kernel tests, as they are, with what triton compiles for a chip that is not here."""
 
 import os

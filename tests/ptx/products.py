@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Matrices that a warp loads, stores and multiplies: "Warp-Level Matrix Instructions" of the PTX ISA.
 
 A product is exact and rounded once, where a chip's tensor cores cut off some low bits.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared-memory races of one CTA, found by vector clocks of its warps and of its copy engine.
 
 An access races with an earlier one, of which at least one writes, if no barrier, mbarrier or wait orders them (PTX ISA,

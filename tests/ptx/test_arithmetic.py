@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Integers and bits, instruction by instruction, against Python's own numbers."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the emulator computes is right: compiled kernels against fp64."""
 
 import os

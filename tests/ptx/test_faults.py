@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every barrier, wait, fence, arrival and mask of two products is deleted, one at a time: the emulator must notice.
 
 Noticed is what it reports, or what makes the result wrong. What may be missing is listed with the reason.

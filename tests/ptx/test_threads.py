@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Threads by hand: code in which they part and wait for each other, and what no program may do."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every tile that a plan can pick, as compiled code against fp64: `make test-compiled-all`."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What compiled kernels move, against the least that the plans' formulas say, and how well their accesses lie.
 
 `traffic.json` has, for each case, the bytes that its kernels ask for over the formula's, and for each kernel the

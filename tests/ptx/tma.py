@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies of boxes of a tensor by TMA, the mbarriers that they arrive at, and fences of the proxy that they use.
 
 PTX ISA, "Data Movement and Conversion Instructions: cp.async.bulk" and "Parallel Synchronization and Communication

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Instructions as functions of a batch of threads: where operands come from, and where results go.
 
 Each module of instructions registers, by the first word of an instruction, what makes that function. It takes the

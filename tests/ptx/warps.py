@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Instructions that exchange values inside a warp: "Parallel Synchronization and Communication Instructions"."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products of warpgroups: "Asynchronous Warpgroup Level Matrix Instructions".
 
 They run when they are waited for. Until then their accumulators hold NaN, and what they read is being read.
