@@ -46,10 +46,10 @@ NETS = {
     "xor-deep": (2, 10, 10, 10, 1),
     "digits": (32, 64, 5),
     "one-layer": (31, 10),
-    "one-wide-layer": (128, 128),
+    "one-wide-layer": (128, 64),
     "policy": (31, 64, 64, 2),
     "funnel": (36, 64, 9, 1),
-    "wide": (100, 128, 64),
+    "wide": (20, 128, 16),  # in fp32 the backward kernel keeps each weight twice, in 99 KB on some chips
     "exact-deep": (16, 16, 16, 16, 16, 16, 16, 16, 16),
     "ragged-deep": (7, 33, 20, 16, 3, 9, 17, 2, 40),  # every mask is false somewhere, wide and narrow alternate
 }
@@ -197,7 +197,7 @@ def test_forward_segments_need_not_be_those_of_backward():
 
 
 def test_weights_loaded_for_every_tile():
-    net = Net((100, 128, 64))
+    net = Net(NETS["wide"])
     check(net, net.run(fused(2), forward=fused(2, resident=False)))
 
 
