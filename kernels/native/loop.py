@@ -69,7 +69,9 @@ class NativeLoop:
         own: Hyperparameters = COMMON,
     ) -> None:
         """The arguments are those of `TorchLoop`. `setup_seconds`: compiling, or reading from disk."""
-        began, ready.missed = time.perf_counter(), 0.0  # whether or not there is a compiler
+        began, kind = time.perf_counter(), (parameters[0].dtype, plan.rows, plan.networks)
+        if kind not in ready.loaded:
+            ready.missed = 0.0  # whether or not there is a compiler
         with _compiler() as (steps, neurons):
             self.given, self.taken, self.size = (parameters, first, second), taken, min(batch_size, x.shape[1])
             if plan.rows == planning.NEURON_ROWS:
@@ -86,7 +88,7 @@ class NativeLoop:
             # Without a schedule those of every step.
             self.rates = self._of_steps(like.new_zeros(1, 1) if lr is None else lr[None])
             self.run(None, 0, 0, 0, like.new_empty(0, members))
-            ready.loaded.add((like.dtype, plan.rows, plan.networks))
+            ready.loaded.add(kind)
         self.setup_seconds = time.perf_counter() - began
 
     def run(
