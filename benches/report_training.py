@@ -97,26 +97,25 @@ def markdown(document: dict) -> str:
 
 def loops_by_machine(documents: dict[str, dict]) -> list[str]:
     """The first machine's times and speed-ups, those over JAX and of vmap; of other machines the speed-ups of `fit`."""
-    (first, labels), *others = (read(document) for document in documents.values())
+    found = [read(document) for document in documents.values()]
+    labels, machines = found[0][1], [{row.case: row for row in rows} for rows, _ in found]
     header = ["network", "networks", labels[BASELINE], "`fit`", "speed-up", "over JAX", labels["vmap"]]
     for name in list(documents)[1:]:
         header += [f"{name}: speed-up", "over JAX"]
-    cases = {row.case: row for rows in (*(rows for rows, _ in reversed(others)), first) for row in rows}
-    order = dict.fromkeys(row.case for rows in (first, *(rows for rows, _ in others)) for row in rows)
 
     def ratios(row: Row | None) -> list[str]:
-        over_jax = None if row is None else row.over_jax
-        return ["" if row is None else _times(row.speedup[JUDGED]), f"**{_times(over_jax)}**" if over_jax else ""]
+        if row is None:
+            return ["", ""]
+        return [_times(row.speedup[JUDGED]), f"**{_times(row.over_jax)}**" if row.over_jax else ""]
 
     lines = []
-    for case in order:
-        own, *same = (
-            next((row for row in rows if row.case == case), None) for rows in (first, *(rows for rows, _ in others))
-        )
-        cells = [cases[case].what, f"{cases[case].members:,} (ensemble)" if cases[case].members else "1"]
-        cells += ["", ""] if own is None else [_us(own.us[BASELINE]), _us(own.us[JUDGED])]
+    for case in dict.fromkeys(case for rows in machines for case in rows):
+        own, *others = (rows.get(case) for rows in machines)
+        row = next(rows[case] for rows in machines if case in rows)
+        cells = [row.what, f"{row.members:,} (ensemble)" if row.members else "1"]
+        cells += [_us(own.us[BASELINE]), _us(own.us[JUDGED])] if own else ["", ""]
         cells += [*ratios(own), _times(own.speedup["vmap"]) if own and "vmap" in own.speedup else ""]
-        lines.append(cells + [ratio for row in same for ratio in ratios(row)])
+        lines.append(cells + [ratio for other in others for ratio in ratios(other)])
     return table(header, 1, lines)
 
 
