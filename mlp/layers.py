@@ -4,10 +4,16 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _get_tracing_state  # pyright: ignore[reportAttributeAccessIssue]
+from torch.compiler import is_dynamo_compiling
 
+from ..kernels import small
+from ..kernels.activations import ACTIVATIONS
 from .functional import linear_act, linear_sigmoid_bce
 from .functional.checks import REDUCTIONS
+from .functional.eager import ERRORS
 
 
 class LinearAct(nn.Linear):
@@ -21,6 +27,23 @@ class LinearAct(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) -> (..., out_features); see `linear_act`."""
+        if not is_dynamo_compiling() and _get_tracing_state() is None:
+            # What `linear_act` does first is written out, since calls are what a tiny layer costs on a CPU.
+            try:
+                own = self.__dict__
+                parameters, widths = own["_parameters"], (self.in_features, self.out_features)
+                if (
+                    input.is_cpu
+                    and input.numel() < small.few_elements(widths, input.dtype, is_grad_enabled())
+                    # Attributes of an instance, or of a class of somebody's, hide the parameters.
+                    and type(self) in NAMES
+                    and "weight" not in own
+                    and "bias" not in own
+                    and (weight := parameters["weight"]).is_cpu
+                ):
+                    return ACTIVATIONS[self.activation].forward(F.linear(input, weight, parameters["bias"]))
+            except ERRORS:
+                pass  # `linear_act` raises it again and names its own arguments, or knows what to do
         return linear_act(input, self.weight, self.bias, self.activation)
 
 

@@ -74,6 +74,33 @@ def test_layer_with_a_parametrization(size):
     assert_same(fused, nn.Sequential(linear, nn.Sigmoid()), torch.randn(7, 5))
 
 
+def _hide_weight(layer):
+    squared = property(lambda self: self._parameters["weight"] ** 2)
+    layer.__class__ = type("Squared", (LinearSigmoid,), {"weight": squared})
+
+
+def _hide_bias(layer):
+    layer.__dict__["bias"] = torch.full((3,), 0.25)
+
+
+def _plain_weight(layer):
+    del layer.weight
+    layer.weight = torch.randn(3, 5)
+
+
+def _other_activation(layer):
+    layer.activation = "tanh"
+
+
+@pytest.mark.parametrize("change", [_hide_weight, _hide_bias, _plain_weight, _other_activation])
+def test_layer_reads_its_attributes(change, size):
+    layer = LinearSigmoid(5, 3)
+    change(layer)
+    x = torch.randn(7, 5)
+    z = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), torch.tanh(z) if change is _other_activation else torch.sigmoid(z))
+
+
 # --- networks -----------------------------------------------------------------------------------------------------
 
 NETWORKS = {
