@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import plan
 from ..kernels.native import ready
 from .ensemble import Ensemble
 from .training import EarlyStopping, fit
@@ -101,8 +100,7 @@ class _FusedMLP(BaseEstimator):
         options |= {"evaluate_every": per_epoch} if options else {}
         options |= {"criterion": criterion, "optimizer": optimizer, "generator": generator, "log_every": 1}
         options |= {"batch_size": None if batch == samples else batch, "steps": epochs * per_epoch}
-        # One fit is seldom alone, but one of folds and grids: what is on disk is worth reading.
-        ready.missed = max(ready.missed, plan.LOAD_SECONDS)
+        ready.load_what_is_on_disk()  # one fit is seldom alone, but one of folds and grids
         history = fit(model, data[0], data[1], sample_weight=data[2] if len(data) > 2 else None, **options)
         losses = history.loss.double().numpy().reshape(-1, per_epoch)
         batches = [batch] * (per_epoch - 1) + [samples - (per_epoch - 1) * batch]
