@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
+from .devices import undisturbed
 from .records import MlpPlan, NeedsGrad, Plan, Wanted
 
 OptionalTensors = Sequence[Tensor | None]
@@ -30,6 +31,10 @@ def onednn_linear():
     strided bias as if it were dense, refuses matrices whose elements may share memory, its relu drops NaN, and it takes
     fp32 and bf16 only: callers see to that.
     """
+    return undisturbed(_tried_onednn_linear)
+
+
+def _tried_onednn_linear():
     try:
         linear = torch.ops.mkldnn._linear_pointwise.default
         # The trial names its device and dtype, because a process may have set other defaults.

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fuse_`: Sequentials that exist already run fused, their modules staying what they are."""
 
+import copyreg
+import functools
+import types
 from collections.abc import Iterator
 from itertools import dropwhile
+from typing import Any
 
 import torch
 from torch import nn
 
 from .layers import NAMES, LinearAct
 from .model import MLP
-from .sequential import Chain, FusedSequential, chains, fused_class, runs_only_forward
+from .sequential import Chain, FusedSequential, chains, runs_only_forward
 
 __all__ = ["fuse_", "unfuse_"]
 
@@ -32,11 +36,14 @@ def fuse_(model: nn.Module, refused: dict[str, str] | None = None) -> list[str]:
     Raises TypeError if the model is no nn.Module.
     """
     _check(model)
-    names: list[str] = []
+    found = {}
     for name, module in model.named_modules():
-        if not isinstance(module, FusedSequential) and _is_sequential(module) and (found := _in_pairs(name, module)):
-            module.__class__ = fused_class(type(module))
-            names += found
+        if not isinstance(module, FusedSequential) and _is_sequential(module) and (pairs := _in_pairs(name, module)):
+            found[module] = fused_class(type(module)), pairs
+    # All classes are made before the first is given away: a metaclass of somebody's may raise.
+    for module, (kind, _) in found.items():
+        module.__class__ = kind
+    names = [name for _, pairs in found.values() for name in pairs]
     if refused is not None:
         refused |= {name: reason for name, reason in linears(model) if reason}
     return names
@@ -128,3 +135,27 @@ def _reason(model: nn.Module, name: str, child: str) -> str:
         if not runs_only_forward(module):
             return f"{what} has hooks"
     return "its weight is no parameter, or its class was patched"
+
+
+@functools.cache
+def fused_class(kind: type[nn.Sequential]) -> type[FusedSequential]:
+    """The subclass of a class of `nn.Sequential`s that has the `forward` of `FusedSequential`."""
+    if kind is nn.Sequential:
+        return FusedSequential
+    body = {"_fused_from": kind, "__module__": kind.__module__, "__reduce_ex__": _reduce_ex}
+    return types.new_class(f"Fused{kind.__name__}", (FusedSequential, kind), {}, lambda own: own.update(body))
+
+
+def _reduce_ex(module: FusedSequential, protocol: int) -> str | tuple:
+    # No file has a class that was made here, so copies and pickles name the one that it was made of.
+    reduced: Any = super(FusedSequential, module).__reduce_ex__(max(protocol, 2))  # older ones name the class itself
+    makers: Any = copyreg
+    if isinstance(reduced, str) or reduced[0] not in (makers.__newobj__, makers.__newobj_ex__):
+        return reduced
+    _, *given = reduced[1]
+    arguments, options = given if reduced[0] is makers.__newobj_ex__ else (given, {})
+    return functools.partial(_new_fused, module._fused_from, *arguments, **options), (), *reduced[2:]
+
+
+def _new_fused(kind: type[nn.Sequential], *arguments, **options) -> nn.Sequential:
+    return kind.__new__(fused_class(kind), *arguments, **options)

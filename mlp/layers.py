@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled, nn
 from torch._C import _get_tracing_state  # pyright: ignore[reportAttributeAccessIssue]
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from ..kernels import small
 from ..kernels.activations import ACTIVATIONS
+from ..kernels.eligibility import PLAIN
 from .functional import linear_act, linear_sigmoid_bce
-from .functional.checks import REDUCTIONS
+from .functional.checks import REDUCTIONS, check_layer
 from .functional.eager import ERRORS
 
 
@@ -27,23 +28,29 @@ class LinearAct(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) -> (..., out_features); see `linear_act`."""
-        if not is_dynamo_compiling() and _get_tracing_state() is None:
-            # What `linear_act` does first is written out, since calls are what a tiny layer costs on a CPU.
+        # What `linear_act` does first is written out for plain tensors: calls are what a tiny layer costs on a CPU.
+        own = self.__dict__
+        parameters, widths = own["_parameters"], (self.in_features, self.out_features)
+        if (
+            not is_compiling()
+            and type(input) in PLAIN
+            and input.is_cpu
+            and _get_tracing_state() is None
+            # Attributes of an instance, or of a class of somebody's, hide the parameters.
+            and type(self) in NAMES
+            and "weight" not in own
+            and "bias" not in own
+            and "bias" in parameters
+            and type(weight := parameters.get("weight")) in PLAIN
+            and weight.is_cpu
+            and input.numel() < small.few_elements(widths, input.dtype, is_grad_enabled())
+            and self.activation in ACTIVATIONS
+        ):
             try:
-                own = self.__dict__
-                parameters, widths = own["_parameters"], (self.in_features, self.out_features)
-                if (
-                    input.is_cpu
-                    and input.numel() < small.few_elements(widths, input.dtype, is_grad_enabled())
-                    # Attributes of an instance, or of a class of somebody's, hide the parameters.
-                    and type(self) in NAMES
-                    and "weight" not in own
-                    and "bias" not in own
-                    and (weight := parameters["weight"]).is_cpu
-                ):
-                    return ACTIVATIONS[self.activation].forward(F.linear(input, weight, parameters["bias"]))
+                return ACTIVATIONS[self.activation].forward(F.linear(input, weight, parameters["bias"]))
             except ERRORS:
-                pass  # `linear_act` raises it again and names its own arguments, or knows what to do
+                check_layer(input, weight, parameters["bias"], self.activation, None)
+                raise
         return linear_act(input, self.weight, self.bias, self.activation)
 
 

@@ -48,7 +48,7 @@ class MLP(FusedSequential):
         if output_activation is None:
             output_activation = activation
         for argument, name in (("activation", activation), ("output_activation", output_activation)):
-            if name not in MODULES:
+            if not isinstance(name, str) or name not in MODULES:
                 raise ValueError(f"{argument} must be one of {', '.join(MODULES)}, not {name!r}")
         names = [activation] * (len(widths) - 2) + [output_activation]
         modules: list[nn.Module] = []

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An `nn.Sequential` that pairs linear layers and activations when it is called, and runs those in a row as one."""
 
-import copyreg
-import functools
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import ClassVar, cast
@@ -17,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..kernels import eligibility, small
 from ..kernels.activations import ACTIVATIONS
 from .functional import linear_act, mlp_act
+from .functional.checks import check_layer
 from .functional.eager import ERRORS, product_dtype
 from .layers import NAMES
 
@@ -111,49 +109,15 @@ class Chain:
 
     def run(self, input: Tensor) -> Tensor:
         """What calling the modules in turn computes."""
-        called = False
-        try:
+        if type(input) in eligibility.PLAIN and self.paired and nn.Module.__call__ is _CALL:
             if on_cpu := input.is_cpu:
                 few = input.numel() < small.few_elements(self.widths, input.dtype, is_grad_enabled())
             else:
                 few = small.prefers_torch(input, self.widths)
             for kind, forward in self.forwards:
                 few = few and kind.forward is forward
-            if few and self.paired and nn.Module.__call__ is _CALL and not _has_any_global_hook():
-                # Written out, as `is_plain` and a layer have it, since calls are what a tiny network costs.
-                y = input
-                for layer, kind, size, behind, kind2, size2, activation in self.pairs:
-                    own, own2, parameters = layer.__dict__, behind.__dict__, layer._parameters
-                    if (
-                        own["_forward_hooks"]
-                        or own["_forward_pre_hooks"]
-                        or own["_backward_hooks"]
-                        or own["_backward_pre_hooks"]
-                        or len(own) != size
-                        or type(layer) is not kind
-                        or own2["_forward_hooks"]
-                        or own2["_forward_pre_hooks"]
-                        or own2["_backward_hooks"]
-                        or own2["_backward_pre_hooks"]
-                        or len(own2) != size2
-                        or type(behind) is not kind2
-                        or "weight" not in parameters
-                        or "bias" not in parameters
-                    ):
-                        called = True
-                        y = layer(y) if behind is layer else behind(layer(y))
-                        continue
-                    weight = parameters["weight"]
-                    # torch misses a weight on the meta device; the layer has an error for it.
-                    if not (weight.is_cpu if on_cpu else weight.device == y.device):
-                        raise ValueError(f"weight is on {weight.device}, but x on {y.device}")
-                    y = F.linear(y, weight, parameters["bias"])
-                    if activation is not None:
-                        y = activation(y)
-                return y
-        except ERRORS:
-            if called:  # what a hook has seen or raised is not tried again
-                raise
+            if few and not _has_any_global_hook():
+                return self._run_few(input, on_cpu)
         # Subclasses, what is no tensor (torch.fx records with symbols) and modes have a say in the functions that are
         # called, a nested tensor has no shape to plan with, and who has patched the call of all modules sees every one.
         if (
@@ -165,6 +129,50 @@ class Chain:
             return run(self.modules, input)
         return self.fused(input)
 
+    def _run_few(self, x: Tensor, on_cpu: bool) -> Tensor:
+        # Written out, as `is_plain` and a layer have it, since calls are what a tiny network costs.
+        called = False
+        y = x
+        try:
+            for layer, kind, size, behind, kind2, size2, activation in self.pairs:
+                own, own2, parameters = layer.__dict__, behind.__dict__, layer._parameters
+                if (
+                    own["_forward_hooks"]
+                    or own["_forward_pre_hooks"]
+                    or own["_backward_hooks"]
+                    or own["_backward_pre_hooks"]
+                    or len(own) != size
+                    or type(layer) is not kind
+                    or own2["_forward_hooks"]
+                    or own2["_forward_pre_hooks"]
+                    or own2["_backward_hooks"]
+                    or own2["_backward_pre_hooks"]
+                    or len(own2) != size2
+                    or type(behind) is not kind2
+                    or "bias" not in parameters
+                    or type(weight := parameters.get("weight")) not in eligibility.PLAIN
+                ):
+                    called = True
+                    y = layer(y) if behind is layer else behind(layer(y))
+                    continue
+                # torch misses a weight on the meta device; the layer has an error for it.
+                if not (weight.is_cpu if on_cpu else weight.device == y.device):
+                    raise ValueError(f"weight is on {weight.device}, but x on {y.device}")
+                y = F.linear(y, weight, parameters["bias"])
+                if activation is not None:
+                    y = activation(y)
+            return y
+        except ERRORS:
+            if not called:
+                self._check(x)
+            raise  # what does fit has raised something else, which is not tried again
+
+    def _check(self, x: Tensor) -> None:
+        """Raises the error that names what does not fit together, if anything does not."""
+        for layer, name in zip(self.layers, self.activations, strict=True) if self.parameters() else ():
+            check_layer(x, layer.weight, layer.bias, name, None)
+            x = x.new_empty(0, layer.weight.shape[0])
+
     def fused(self, x: Tensor) -> Tensor:
         """The same by the functions of the package, as a whole if all layers have a bias or none has."""
         if (found := self.parameters()) is None:
@@ -175,7 +183,10 @@ class Chain:
             try:
                 return mlp_act(x, weights, given or None, self.activations[0], self.activations[-1])
             except (TypeError, ValueError):
-                pass  # the layer that is called next raises it again and names its own arguments
+                if weights[-1].dim() == 1:
+                    return run(self.modules, x)  # torch has a product with a vector
+                self._check(x)  # the layer's error names its own arguments
+                raise
         for weight, bias, activation in zip(weights, biases, self.activations, strict=True):
             x = linear_act(x, weight, bias, activation)
         return x
@@ -275,24 +286,3 @@ def steps_of(module: FusedSequential) -> list[Chain | nn.Module]:
         if all(type(step).__eq__ is object.__eq__ for step in alone):
             module.__dict__["_fused_plan"] = planned
     return planned[3]
-
-
-@functools.cache
-def fused_class(kind: type[nn.Sequential]) -> type[FusedSequential]:
-    """The subclass of a class of `nn.Sequential`s that has the `forward` of `FusedSequential`."""
-    if kind is nn.Sequential:
-        return FusedSequential
-    body = {"_fused_from": kind, "__module__": kind.__module__, "__reduce_ex__": _reduce_ex}
-    return types.new_class(f"Fused{kind.__name__}", (FusedSequential, kind), {}, lambda own: own.update(body))
-
-
-def _reduce_ex(module: FusedSequential, protocol: int) -> str | tuple:
-    # No file has a class that was made here, so copies and pickles name the one that it was made of.
-    reduced = super(FusedSequential, module).__reduce_ex__(protocol)
-    if isinstance(reduced, str) or reduced[0] is not copyreg.__newobj__:  # pyright: ignore[reportAttributeAccessIssue]
-        return reduced
-    return _new_fused, (module._fused_from, *reduced[1][1:]), *reduced[2:]
-
-
-def _new_fused(kind: type[nn.Sequential], *arguments) -> nn.Sequential:
-    return kind.__new__(fused_class(kind), *arguments)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import undisturbed
 from ..hyperparameters import COMMON, Hyperparameters
 from ..records import TrainConfig
 from .layout import Batch, Call, Layout, Storage
@@ -23,6 +24,10 @@ def _fused_adam() -> dict[str, Callable]:
 
     The functions are private, so they are tried once, on the first step from w = 1 with a gradient of 1.
     """
+    return undisturbed(_tried_fused_adam)
+
+
+def _tried_fused_adam() -> dict[str, Callable]:
     try:
         names = {"adam": "_fused_adam_", "adamw": "_fused_adamw_"}
         functions = {optimizer: getattr(torch, name) for optimizer, name in names.items()}

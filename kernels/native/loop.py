@@ -170,7 +170,8 @@ class NativeLoop:
             self.powers = torch.stack(powers).repeat(layout.blocks, 1)
         optimizer = config.optimizer
         if optimizer == "sgd":
-            optimizer = "nesterov" if config.nesterov else "momentum" if config.momentum else "plain"
+            # Without momentum there is no state, whatever nesterov says.
+            optimizer = "plain" if not config.momentum else "nesterov" if config.nesterov else "momentum"
         elif optimizer == "rmsprop" and config.momentum:
             optimizer = "rmsprop_momentum"
         self.kinds = (

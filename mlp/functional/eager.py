@@ -41,18 +41,21 @@ def product_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
 def is_for_torch(error: Exception, x, weights, activations, impl) -> bool:
     """Whether torch's own operations take a call that failed with this error, one of ERRORS.
 
-    They do while torch.fx traces: x is a symbol then, without a shape to plan with or to check. They do where weights
-    are of a class that answers nothing but some of torch's functions, as those of per-sample gradients. They do too
-    while a CUDA graph is captured whose kernels are not compiled, if an eager call of this size launches none: whoever
-    has warmed up on the default stream has done all that `torch.nn` asks for.
+    They do while torch.fx traces: x is a symbol then, without a shape to plan with or to check. They do for a nested x,
+    which has no shape, and for a layer whose weight is a vector. They do where weights are of a class that answers
+    nothing but some of torch's functions, as those of per-sample gradients. They do too while a CUDA graph is captured
+    whose kernels are not compiled, if an eager call of this size launches none: whoever has warmed up on the default
+    stream has done all that `torch.nn` asks for.
     """
+    if impl not in IMPLS or not all(isinstance(act, str) and act in ACTIVATIONS for act in activations):
+        return False
     if isinstance(x, torch.fx.Proxy):
-        if impl not in IMPLS or not all(act in ACTIVATIONS for act in activations):
-            return False
         if impl == "triton":
             raise NotImplementedError('impl="triton": torch.fx is tracing') from None
         return True
-    if impl != "triton" and isinstance(error, RuntimeError) and any(map(_has_own_rules, weights)):
+    if impl != "triton" and (getattr(x, "is_nested", False) or any(map(_answers_nothing, weights))):
+        return True
+    if impl != "triton" and isinstance(weights, tuple) and len(weights) == 1 and getattr(weights[0], "ndim", 2) == 1:
         return True
     if not isinstance(error, NotCompiledError) or impl is not None:
         return False
@@ -60,5 +63,10 @@ def is_for_torch(error: Exception, x, weights, activations, impl) -> bool:
     return small.is_small(x, widths)
 
 
-def _has_own_rules(weight: object) -> bool:
-    return isinstance(weight, Tensor) and type(weight) not in PLAIN
+def _answers_nothing(weight: object) -> bool:
+    if not isinstance(weight, Tensor) or type(weight) in PLAIN:
+        return False
+    try:
+        return weight.is_cpu and weight.stride() is None
+    except RuntimeError:
+        return True

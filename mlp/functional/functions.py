@@ -54,6 +54,7 @@ def linear_act_backward(*arguments):
 def save_layer(ctx, inputs, output: Tensor) -> None:
     """Keeps what `layer_bwd` needs of a layer, no more than the wanted gradients need."""
     x, weight, _, activation, impl = inputs
+    ctx.set_materialize_grads(False)  # where no gradient comes none goes on, and no zeros that an optimizer would take
     need_dx, need_dweight, _ = ctx.needs_input_grad[:3]
     ctx.save_for_backward(
         x if need_dweight else None, weight if need_dx else None, None if activation == "identity" else output
@@ -61,8 +62,10 @@ def save_layer(ctx, inputs, output: Tensor) -> None:
     ctx.activation, ctx.impl = activation, impl
 
 
-def layer_bwd(ctx, dy: Tensor, backward):
+def layer_bwd(ctx, dy: Tensor | None, backward):
     """The gradients of a layer's arguments, where that will do by `backward`, called as `ops.linear_act_bwd` is."""
+    if dy is None:
+        return (None,) * 5
     x, weight, y = ctx.saved_tensors
     if y is None:
         y = dy  # the derivative of the identity reads nothing but y's shape
@@ -131,6 +134,7 @@ class FusedMlpFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, options, *parameters):
+        ctx.set_materialize_grads(False)
         _, _, call, _, layers = ctx.options = options
         y, saved = call(x, *split_parameters(parameters, layers))
         ctx.save_for_backward(x, *parameters, *saved)
@@ -138,6 +142,8 @@ class FusedMlpFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         hidden, output, _, plan, layers = ctx.options
         # Read once: activation checkpointing gives the tensors away at the first reading.
         needs, tensors = ctx.needs_input_grad, ctx.saved_tensors
@@ -179,6 +185,7 @@ class MlpBceFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, target, pos_weight, reduction, dtype, hidden, plans, layers, *parameters):
+        ctx.set_materialize_grads(False)
         ctx.reduction, ctx.hidden, ctx.plan, ctx.layers = reduction, hidden, plans.backward, layers
         weights, biases = split_parameters(parameters, layers)
         options = (hidden, "identity", plans.forward, plans.backward.boundaries, (target, pos_weight, reduction, dtype))
@@ -188,6 +195,8 @@ class MlpBceFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if dloss is None:
+            return (None,) * len(ctx.needs_input_grad)
         # Read once, as above.
         inputs, (target, pos_weight, *saved), wanted = _split(ctx.needs_input_grad, ctx.saved_tensors, 8)
         head = (target, pos_weight, ctx.reduction)

@@ -46,7 +46,7 @@ def linear_act(
             # Under torch.jit sizes are tensors: a choice by them would warn, and would hold for the next sizes too.
             return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         # The devices are compared because torch's product takes a weight on the meta device and reads foreign memory.
-        if impl is None and x.is_cpu and weight.is_cpu:
+        if impl is None and x.is_cpu and weight.is_cpu and type(x) in eligibility.PLAIN:
             n, k = weight.shape
             if x.numel() < small.few_elements((k, n), x.dtype, is_grad_enabled()):
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
@@ -90,8 +90,10 @@ def _planned(x, weight, bias, activation, impl):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     wants_grad = is_grad_enabled() and any([t.requires_grad for t in (x, weight, bias) if t is not None])
     if wants_grad and impl is None and x.is_cpu and small.trains_plainly(x, weight):
-        # The activation overwrites z: autograd keeps only y, and a new large tensor costs more than the sigmoid.
-        return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias))
+        # The activation overwrites z: autograd keeps only y, and a new large tensor costs more than the sigmoid. Of
+        # other than matrices z is a view, through which autograd would have to go a long way.
+        act = ACTIVATIONS[activation]
+        return (act.forward_ if x.dim() == 2 else act.forward)(F.linear(x, weight, bias))
     call = ops.linear_act_fwd_call(x, weight, bias, activation, impl)
     if wants_grad:
         y = LinearActFunction.apply(x, weight, bias, activation, impl, call)

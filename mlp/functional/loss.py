@@ -36,7 +36,10 @@ def linear_sigmoid_bce(
     try:
         return mlp_sigmoid_bce(x, (weight,), biases, target, **options)
     except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("weights[0]", "weight").replace("biases[0]", "bias")) from None
+        message = str(error).replace("weights[0]", "weight").replace("biases[0]", "bias")
+        if message == str(error):
+            raise
+        raise type(error)(message) from None
 
 
 def mlp_sigmoid_bce(

@@ -28,6 +28,10 @@ def _save_mlp(ctx, inputs, output):
 
 def _mlp_bwd(ctx, dy, _):
     need_dx, need_dweights, need_dbiases, *_ = ctx.needs_input_grad
+    # torch takes an empty list for one of tensors, and wants a list back.
+    options = (None, None, None if ctx.save else [], None, *(None,) * 2 * len(ctx.head))
+    if dy is None:
+        return None, [None] * len(need_dweights), [None] * len(need_dbiases), *options
     wanted = (need_dx, *need_dweights, *need_dbiases)
     tensors, first = ctx.saved_tensors, len(wanted) + len(ctx.head)  # of a loss, as many tensors as options
     inputs, head, saved = tensors[: len(wanted)], (*tensors[len(wanted) : first], *ctx.head), tensors[first:]
@@ -45,8 +49,6 @@ def _mlp_bwd(ctx, dy, _):
 
     in_torch = partial(torch_network, hidden=ctx.hidden, output=ctx.output, head=head[:3])
     dx, *others = network_bwd(dy, inputs, ctx.layers, wanted, fused, in_torch)
-    # torch takes an empty list for one of tensors, and wants a list back.
-    options = (None, None, None if ctx.save else [], None, *(None for _ in head))
     return dx, others[: ctx.layers], others[ctx.layers :], *options
 
 

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from cases import relative_error, same_bits
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -496,3 +498,63 @@ def test_loader_workers_after_a_fork(name, size):
     assert len(found) == ROWS
     for index, actual in enumerate(found):
         torch.testing.assert_close(tuple(actual), twins[index])
+
+
+# --- what is raised, and what does not come -----------------------------------------------------------------------
+
+
+class Once:
+    """Raises at its first call, and then no more, as what interrupts a process does."""
+
+    def __init__(self, error):
+        self.error, self.calls = error, 0
+
+    def __call__(self, *_):
+        self.calls += 1
+        if self.calls == 1:
+            raise self.error
+
+
+class Raising(TorchDispatchMode):
+    def __init__(self, error):
+        super().__init__()
+        self.once = Once(error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.new_empty.default:  # a shape that is looked at
+            self.once()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, TypeError, KeyError, AttributeError])
+@every_model
+def test_an_error_from_elsewhere_comes_through(name, error, size):
+    """As a signal's handler raises it, that of DataLoader for one, or a mode or a hook: the call is not repeated."""
+    model, _, x = pair(name)
+    with pytest.raises(error, match="time is up"), Raising(error("time is up")) as mode:
+        model(x)
+    assert mode.once.calls == 1
+    pack = Once(error("time is up"))
+    with pytest.raises(error, match="time is up"), saved_tensors_hooks(pack, lambda packed: packed):
+        model(x)
+    assert pack.calls == 1
+
+
+class NoGradient(torch.autograd.Function):
+    """Passes no gradient on."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None
+
+
+@every_model
+def test_no_gradient_stays_none(name, size):
+    model, _, x = pair(name)
+    NoGradient.apply(model(x.requires_grad_())).sum().backward()
+    assert x.grad is None
+    assert all(p.grad is None for p in model.parameters())

@@ -457,6 +457,19 @@ def test_defaults_of_the_process_do_not_matter(path, setting):
         assert had_onednn is (reference.onednn_linear() is not None)
 
 
+@pytest.mark.parametrize(
+    "around", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode, FakeTensorMode]
+)
+def test_the_first_call_decides_nothing_for_the_next(around):
+    found = []
+    for circumstances in (contextlib.nullcontext, around):
+        reference.onednn_linear.cache_clear()
+        with circumstances():
+            found.append(reference.onednn_linear())
+    reference.onednn_linear.cache_clear()
+    assert found[0] is found[1]
+
+
 # --- errors -------------------------------------------------------------------------------------------------------
 
 X, W, B = torch.ones(4, 3), torch.ones(2, 3), torch.ones(2)

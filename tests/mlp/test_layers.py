@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from perceptriton.kernels import explain
+from perceptriton.kernels import explain, small
 from perceptriton.mlp import MLP, Ensemble, LinearReLU, LinearSigmoid, LinearTanh
 
 LAYERS = {LinearSigmoid: nn.Sigmoid, LinearTanh: nn.Tanh, LinearReLU: nn.ReLU}
@@ -99,6 +99,27 @@ def test_layer_reads_its_attributes(change, size):
     x = torch.randn(7, 5)
     z = nn.functional.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(layer(x), torch.tanh(z) if change is _other_activation else torch.sigmoid(z))
+
+
+@pytest.mark.parametrize("rows", [3, 4096])
+@pytest.mark.parametrize("make", [lambda: LinearSigmoid(4, 512), lambda: MLP([4, 8, 512])])
+def test_a_vector_is_a_weight_too(make, rows):
+    model = make()
+    layer = model if isinstance(model, LinearSigmoid) else model[2]
+    layer.weight, layer.bias = nn.Parameter(torch.randn(layer.in_features)), None
+    x = torch.randn(rows, 4)
+    h = x if layer is model else model[:2](x)
+    torch.testing.assert_close(model(x), torch.sigmoid(nn.functional.linear(h, layer.weight)))
+
+
+@pytest.mark.parametrize("leading", [(5000,), (4, 2048), (2, 3, 512)], ids=str)
+def test_outputs_are_no_views(leading, monkeypatch):
+    """Nor where the activation overwrites what the product has left."""
+    monkeypatch.setattr(small, "few_elements", lambda *_: 0)
+    monkeypatch.setattr(small, "trains_plainly", lambda *_: True)
+    y = LinearSigmoid(2, 512)(torch.randn(*leading, 2))
+    assert not y._is_view()
+    y.detach_()
 
 
 # --- networks -----------------------------------------------------------------------------------------------------

@@ -801,3 +801,48 @@ def test_random_trees(size):
                     torch.manual_seed(seed)
                     change(own.choice(sequentials(net)), own)
             done.append(getattr(change, "__name__", "pickle"))
+
+
+class Built(nn.Sequential):
+    """Made by its keywords, which copies need too."""
+
+    def __new__(cls, *modules, name):
+        made = super().__new__(cls)
+        made.__dict__["name"] = name
+        return made
+
+    def __init__(self, *modules, name):
+        super().__init__(*modules)
+
+    def __getnewargs_ex__(self):
+        return (), {"name": self.name}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("kind", ["sequential", "subclass", "built"])
+def test_pickles_of_every_protocol(kind, protocol):
+    makers = {"sequential": nn.Sequential, "subclass": lambda *_: Tower(), "built": functools.partial(Built, name="a")}
+    model = fused(makers[kind](nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 2), nn.Sigmoid()))
+    copied = pickle.loads(pickle.dumps(model, protocol))
+    x = torch.randn(3, model[0].in_features)
+    assert type(copied) is type(model)
+    assert torch.equal(copied(x), model(x))
+    assert getattr(copied, "name", None) == getattr(model, "name", None)
+
+
+def test_an_error_of_a_class_fuses_nothing():
+    class Wants(type(nn.Sequential)):
+        def __new__(cls, name, bases, body, *, title):
+            return super().__new__(cls, name, bases, body)
+
+        def __init__(cls, name, bases, body, *, title):
+            super().__init__(name, bases, body)
+
+    class Odd(nn.Sequential, metaclass=Wants, title="odd"):
+        pass
+
+    parts = [kind(nn.Linear(4, 4), nn.Sigmoid()) for kind in (nn.Sequential, Odd)]
+    model = nn.ModuleList(parts)
+    with pytest.raises(TypeError, match="title"):
+        fuse_(model)
+    assert [type(part) for part in parts] == [nn.Sequential, Odd]
