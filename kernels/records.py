@@ -17,14 +17,28 @@ SPLITS = ("tf32x3", "bf16x6", "bf16x3")
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan needs to know of a device."""
+    """What a plan needs to know of a device.
 
-    kind: str  # "cpu", "cuda", "ROCm", or any other torch device type
-    arch: int = 0  # CUDA compute capability, as 10 * major + minor
-    units: int = 1  # CUDA streaming multiprocessors
-    vendor: str = ""  # CPU: what `devices.cpu_kind` says
-    triton: bool = False  # kernels can be launched here
-    name: str = ""  # CUDA: as the driver tells it; tables of measurements go by it
+    kind: "cpu", "cuda", "ROCm", or any other torch device type. arch: of a CUDA device the compute capability, as
+    10 * major + minor: 90 for 9.0. units: its streaming multiprocessors. vendor: of a CPU, "AMD", "AMD Zen 5", "Intel"
+    or "Intel AMX". triton: whether kernels can be launched there. name: of a CUDA device, as its driver tells it; by
+    that, tables of measurements are found.
+
+    Raises TypeError for an arch that is no int, ValueError for one below 10 of a CUDA device.
+    """
+
+    kind: str
+    arch: int = 0
+    units: int = 1
+    vendor: str = ""
+    triton: bool = False
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.arch, int):
+            raise TypeError(f"arch must be an int, 10 * major + minor, not {self.arch!r}")
+        if self.kind == "cuda" and self.triton and self.arch < 10:
+            raise ValueError(f"arch must be 10 * major + minor, at least 10, not {self.arch}")
 
 
 @dataclass(frozen=True)

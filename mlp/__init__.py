@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sigmoid MLPs in fused kernels: drop-in layers, whole networks, whole training loops, the classic lessons."""
+"""Sigmoid, tanh and relu MLPs in fused kernels: drop-in layers, networks, training loops, the classic lessons."""
 
 from .capturing import warmup
 from .ensemble import Ensemble

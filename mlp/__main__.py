@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     def add(commands, name: str, summary: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=summary, description=f"{summary}.", allow_abbrev=False)
 
-    parser = _Parser("perceptriton", description="Sigmoid MLPs in fused Triton kernels.", allow_abbrev=False)
+    parser = _Parser(
+        "perceptriton", description="Sigmoid, tanh and relu MLPs in fused Triton kernels.", allow_abbrev=False
+    )
     # A copy on the hub has no version of the package.
     version = getattr(sys.modules[str(__package__).partition(".")[0]], "__version__", "without a version")
     parser.add_argument("--version", action="version", version=f"perceptriton {version}")

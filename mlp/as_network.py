@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.reference import shares_nothing
+from .layers import NAMES
 from .model import MLP
 from .sequential import Chain, FusedSequential, chains, runs_only_forward
 
@@ -38,7 +39,9 @@ def as_network(model: nn.Module) -> Network | str:
         return "the model has no layers"
     # An identity behind the last module changes nothing, and makes a layer that stands alone a chain.
     steps = chains([*model, nn.Identity()], seen=True)
-    if found := next((step for step in steps if not isinstance(step, Chain)), None):
+    if others := [step for step in steps if not isinstance(step, Chain)]:
+        # A Linear that is left over is so because of its neighbour.
+        found = next((step for step in others if type(step) not in NAMES), others[0])
         return f"{type(found).__name__} is not part of a chain of linear layers and activations"
     chain, *others = cast("list[Chain]", steps)
     if others:

@@ -19,8 +19,11 @@ def warmup(function: Callable[..., Tensor], *inputs: Tensor) -> None:
     stream, which captures keep away from, is left alone here too. No `.grad` changes; what else a call changes, as
     random numbers and running statistics, does.
 
-    Raises TypeError if the function returns no tensor.
+    Raises TypeError if an input is no tensor, and if the function returns none.
     """
+    for i, tensor in enumerate(inputs):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"inputs[{i}] must be a Tensor, not {type(tensor).__name__}")
     tensors = [*inputs, *function.parameters()] if isinstance(function, nn.Module) else inputs
     with torch.enable_grad(), _side_streams({tensor.device.index for tensor in tensors if tensor.is_cuda}):
         y = function(*inputs)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many networks of one shape, stacked."""
 
+import bisect
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -138,13 +139,18 @@ class Ensemble(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """input (B, sizes[0]), which all members see, or (E, B, sizes[0]) -> (E, B, sizes[-1]).
 
-        Differentiable to any order. Raises ValueError for other shapes.
+        Differentiable to any order. Raises TypeError for what is no Tensor, ValueError for other shapes and, without
+        autocast, for another dtype than that of the parameters.
         """
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a Tensor, not {type(input).__name__}")
         members = len(self)
         fits = input.dim() == 2 or (input.dim() == 3 and input.shape[0] == members)
         if not fits or input.shape[-1] != self.sizes[0]:
             k = self.sizes[0]
             raise ValueError(f"input {tuple(input.shape)} is neither (B, {k}) nor ({members}, B, {k})")
+        if input.dtype != self.weights[0].dtype and not torch.is_autocast_enabled(input.device.type):
+            raise ValueError(f"input is {input.dtype}, but the parameters {self.weights[0].dtype}")
         y = input if input.dim() == 3 else input.expand(members, *input.shape)
         for l, weight in enumerate(self.weights):
             z = torch.baddbmm(self.biases[l][:, None], y, weight.mT) if len(self.biases) else torch.bmm(y, weight.mT)
@@ -204,13 +210,16 @@ class Ensemble(nn.Module):
     def best(self, losses: Tensor | History, k: int = 1) -> list[int]:
         """The indices of the k members with the lowest losses, the lowest first; equal ones in order, NaN last.
 
-        losses: (E,), or the `History` of this ensemble's `fit`: its last evaluation or, without any, its last log.
+        losses: (E,), or the `History` of this ensemble's `fit`: its last evaluation or, without any, its last log; of
+        members that keep_best gave their best parameters back, the evaluation or the log of those.
 
         Raises ValueError for losses of another length, a History that logged nothing, and k outside [1, E], TypeError
         for a k that is no int.
         """
         if isinstance(losses, History):
-            losses = losses.validation.get("loss", losses.loss)[-1:].squeeze(0)
+            losses = _held(losses)
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"losses must be a Tensor or a History, not {type(losses).__name__}")
         if losses.shape != (len(self),):
             raise ValueError(f"losses {tuple(losses.shape)} are not one for each of {len(self)} members")
         if not isinstance(k, Integral) or isinstance(k, bool):
@@ -222,6 +231,17 @@ class Ensemble(nn.Module):
     def extra_repr(self) -> str:
         names = f"activation={self.activation!r}, output_activation={self.output_activation!r}"
         return f"{len(self)}, {list(self.sizes)}, {names}, bias={len(self.biases) > 0}"
+
+
+def _held(history: History) -> Tensor:
+    """(E,) of what the members hold."""
+    at, rows = history.evaluated, history.validation.get("loss")
+    if rows is None:
+        at, rows = [step + 1 for step in history.steps], history.loss
+    if history.kept is None or not len(rows):
+        return rows[-1:].squeeze(0)
+    index = [max(bisect.bisect(at, steps) - 1, 0) for steps in history.kept.flatten().tolist()]
+    return rows[index, range(len(index))]
 
 
 def in_order(ensemble: Ensemble) -> list[nn.Parameter]:

@@ -4,9 +4,11 @@
 The rest of the package does not import this file: it needs the extra `sklearn`.
 """
 
+import functools
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,6 +42,22 @@ except ImportError as error:
 __all__ = ["FusedMLPClassifier", "FusedMLPRegressor"]
 
 SOLVERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def _whole(method):
+    """A fit that is refused leaves the estimator as it was, what scikit-learn's checks have set included."""
+
+    @functools.wraps(method)
+    def fit(self, *arguments, **options):
+        before = dict(vars(self))
+        try:
+            return method(self, *arguments, **options)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    return fit
 
 
 @dataclass(eq=False, repr=False)  # scikit-learn has a repr of its own, and estimators are equal to themselves alone
@@ -80,11 +98,17 @@ class _FusedMLP(BaseEstimator):
 
     def _train(self, X, targets, outputs: int, criterion: nn.Module, sample_weight, more: bool) -> None:
         """X (samples, features), targets (samples, outputs) or class ids (samples,). more: one epoch after others."""
+        self._check()
         run = self._run if more and hasattr(self, "_run") else self._start(X.shape[1], outputs)
         model, optimizer, generator = run
-        data = [self._tensor(X), torch.tensor(targets, device=self.device)]
         if sample_weight is not None:
-            data.append(self._tensor(_check_sample_weight(sample_weight, X, dtype=np.float32)))
+            sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float32, ensure_non_negative=True)
+            if not (there := sample_weight > 0).any():
+                raise ValueError("sample_weight is 0 for all samples")
+            # A sample without weight is none. A batch of such samples alone would have a loss of NaN.
+            X, targets, sample_weight = X[there], targets[there], sample_weight[there]
+        data = [self._tensor(X), torch.tensor(targets, device=self.device)]
+        data += [] if sample_weight is None else [self._tensor(sample_weight)]
         n = self.n_iter_no_change
         patience, options = None if n is None else _count("n_iter_no_change", n), dict[str, Any]()
         if self.early_stopping and not more:
@@ -102,13 +126,27 @@ class _FusedMLP(BaseEstimator):
         options |= {"batch_size": None if batch == samples else batch, "steps": epochs * per_epoch}
         ready.load_what_is_on_disk()  # one fit is seldom alone, but one of folds and grids
         history = fit(model, data[0], data[1], sample_weight=data[2] if len(data) > 2 else None, **options)
+        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            rate = self.learning_rate
+            raise ValueError(f"the parameters are not finite any more: scale X, or lower learning_rate={rate}")
         losses = history.loss.double().numpy().reshape(-1, per_epoch)
         batches = [batch] * (per_epoch - 1) + [samples - (per_epoch - 1) * batch]
         curve = np.average(losses, axis=1, weights=batches).tolist()
         self.loss_curve_ = [*self.loss_curve_, *curve] if more and hasattr(self, "_run") else curve
         self._run, self.model_, self.n_iter_, self.loss_ = run, model, len(self.loss_curve_), curve[-1]
+        vars(self).pop("validation_scores_", None)
         if self.early_stopping and not more:
             self.validation_scores_ = history.validation[name_of(self._metric)].tolist()
+
+    def _check(self) -> None:
+        """Raises TypeError and ValueError for numbers that torch or `fit` would name otherwise."""
+        least = {"learning_rate": 0, "momentum": 0, "weight_decay": 0, "tol": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a number, not {value!r}")
+            if not float(value) >= bound:
+                raise ValueError(f"{name} must be at least {bound}, not {value!r}")
 
     def _parts(self, targets, generator: torch.Generator) -> list:
         """The indices that are held back, with as many of each class as there are in all, and the others."""
@@ -177,10 +215,12 @@ class FusedMLPClassifier(ClassifierMixin, _FusedMLP):
 
     _metric = "accuracy"
 
+    @_whole
     def fit(self, X, y, sample_weight=None):
         """X (samples, features), y (samples,) of labels or (samples, labels) of 0 and 1; sample_weight (samples,)."""
         return self._fit(X, y, sample_weight)
 
+    @_whole
     def partial_fit(self, X, y, sample_weight=None, classes=None):
         """One epoch more, the first call's included. classes: all labels that there are, which that call needs."""
         if not hasattr(self, "model_") and classes is None:
@@ -189,12 +229,18 @@ class FusedMLPClassifier(ClassifierMixin, _FusedMLP):
 
     def _fit(self, X, y, sample_weight, classes=None, more=False):
         first = not more or not hasattr(self, "model_")
+        y = y.toarray() if issparse(y) else y
         X, y = validate_data(self, X, y, dtype="float32", accept_sparse="csr", multi_output=True, reset=first)
         check_classification_targets(y)
         multilabel = type_of_target(y) == "multilabel-indicator"
+        if not first and multilabel != self._multilabel:
+            kinds = "an indicator matrix of several labels", "one label of each sample"
+            raise ValueError(f"y must be {kinds[multilabel]}, as in the calls before, not {kinds[not multilabel]}")
         y = y if multilabel else column_or_1d(y, warn=True)
         labels = y if classes is None or multilabel else classes
         known = LabelBinarizer().fit(labels).classes_ if first else self.classes_
+        if not first and classes is not None and not np.array_equal(np.unique(classes), known):
+            raise ValueError(f"classes must be {known}, as in the first call, not {classes}")
         if len(known) < 2 and not multilabel:
             raise ValueError(f"y must hold at least two classes, not one class only: {known[0]!r}")
         if not multilabel and (strange := np.setdiff1d(y, known)).size:
@@ -204,7 +250,6 @@ class FusedMLPClassifier(ClassifierMixin, _FusedMLP):
         targets = targets.astype(np.int64) if several else targets.reshape(len(targets), -1).astype(np.float32)
         criterion = nn.CrossEntropyLoss() if several else nn.BCEWithLogitsLoss()
         self._train(X, targets, len(known) if several else targets.shape[1], criterion, sample_weight, more)
-        # Set last, so that a refused fit leaves what the one before has set.
         self._multilabel, self.classes_ = multilabel, known
         return self
 
@@ -259,10 +304,12 @@ class FusedMLPRegressor(MultiOutputMixin, RegressorMixin, _FusedMLP):
 
     _metric = staticmethod(r2)
 
+    @_whole
     def fit(self, X, y, sample_weight=None):
         """X (samples, features), y (samples,) or (samples, outputs), of order 1 as X; sample_weight (samples,)."""
         return self._fit(X, y, sample_weight)
 
+    @_whole
     def partial_fit(self, X, y, sample_weight=None):
         """One epoch more, the first call's included."""
         return self._fit(X, y, sample_weight, more=True)

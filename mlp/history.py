@@ -21,19 +21,33 @@ class History:
     """What `fit` returns. Iterating gives the rows of its table, so `pandas.DataFrame(history)` is that table.
 
     `torch.save` writes it, and `torch.load` reads it with weights_only=True too.
+
+    steps: at which the loss was logged, counted from 0 in each call of fit. loss: before the update of each of these
+    steps, (rows,), of an Ensemble (rows, E), on the CPU.
+    seconds: of the whole call. setup_seconds: of these, until compiled loops were compiled or read from disk.
+    path: which implementation ran, "lane", "block", "graph", "native" or "torch", or "general", an ordinary loop.
+    reason: why that one.
+    steps_taken: updates that the model has seen, fewer than were asked for after an interrupt or a stop.
+    evaluated: how many steps had been taken at each evaluation. validation: "loss" and each metric by its name, each
+    (evaluations,), of an Ensemble (evaluations, E).
+    stopped: steps that had been taken when `stop` ended the training, -1 where it did not, (), of an Ensemble (E,),
+    int64; None without `stop`. kept: in the same form, steps after which the parameters were those that keep_best has
+    given back; None where it has given back none.
+    state: what `fit(resume=...)` needs besides.
     """
 
-    steps: list[int]  # at which the loss was logged, counted from 0 in each call of fit
-    loss: Tensor  # before the update of that step: (rows,), of an Ensemble (rows, E), on the CPU
-    seconds: float  # of the whole call of fit
-    path: str  # which implementation ran: "lane", "block", "graph", "native", "torch"; "general": an ordinary loop
-    setup_seconds: float = 0.0  # of these: until compiled loops were compiled, or read from disk
-    reason: str = ""  # why that implementation ran
-    steps_taken: int = 0  # updates that the model has seen, fewer than were asked for after an interrupt or a stop
-    evaluated: list[int] = field(default_factory=list)  # how many steps had been taken at each evaluation
-    validation: dict[str, Tensor] = field(default_factory=dict)  # "loss" and each metric, of each evaluation as `loss`
-    stopped: Tensor | None = None  # steps that had been taken when `stop` ended it, -1: never; () or (E,), int64
-    state: dict[str, Any] = field(default_factory=dict, repr=False)  # what `fit(resume=...)` needs besides
+    steps: list[int]
+    loss: Tensor
+    seconds: float
+    path: str
+    setup_seconds: float = 0.0
+    reason: str = ""
+    steps_taken: int = 0
+    evaluated: list[int] = field(default_factory=list)
+    validation: dict[str, Tensor] = field(default_factory=dict)
+    stopped: Tensor | None = None
+    kept: Tensor | None = None
+    state: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def to_dict(self, wide: bool = False) -> dict[str, list]:
         """The table by columns: "step", "loss", "validation_loss", and "validation_" with the name of each metric.

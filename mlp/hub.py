@@ -50,8 +50,8 @@ library_name: kernels
 license: {LICENSE.lower()}
 ---
 
-Sigmoid MLPs in fused Triton kernels for PyTorch: layers, whole networks and whole training loops. Needs Python 3.10 and
-torch 2.11, or newer. Without a GPU it runs in plain torch.
+Sigmoid, tanh and relu MLPs in fused Triton kernels for PyTorch: layers, whole networks and whole training loops. Needs
+Python 3.10 and torch 2.11, or newer. Without a GPU it runs in plain torch.
 
 ```python
 from kernels import get_kernel

@@ -99,6 +99,8 @@ class LinearSigmoidBCELoss(nn.Linear):
     ) -> None:
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
+        if pos_weight is not None and not isinstance(pos_weight, Tensor):
+            raise TypeError(f"pos_weight must be a Tensor or None, not {type(pos_weight).__name__}")
         super().__init__(in_features, out_features, bias, device, dtype)
         self.register_buffer("pos_weight", pos_weight, persistent=False)
         self.reduction = reduction

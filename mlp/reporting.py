@@ -32,8 +32,10 @@ def report(model: nn.Module, example: Tensor | tuple) -> None:
     with the gradients of all parameters where the output has any: medians. A bar on stderr shows progress if that is
     a terminal, tqdm is installed and it takes longer than two seconds.
 
-    Raises TypeError if the model is no nn.Module, and what a call of the model raises.
+    Raises TypeError if the model is no nn.Module or the example neither of these, and what a call of the model raises.
     """
+    if not isinstance(example, Tensor | tuple):
+        raise TypeError(f"example must be a Tensor or a tuple of arguments, not {type(example).__name__}")
     for line in _lines(model, example if isinstance(example, tuple) else (example,)):
         print(line)
 

@@ -41,7 +41,7 @@ def train(
     capturing = device.kind == "cuda" and 0 not in (members, samples, *config.widths)
     if impl == "graph" and not capturing:
         return TrainPlan("torch", f"{device.kind}: only a CUDA device captures graphs")
-    refused = _kernel_refusal(members, samples, config, dtype, device)
+    refused = None if impl == "torch" else _kernel_refusal(members, samples, config, dtype, device)
     if impl == "torch" or (refused and (impl in ("lane", "block") or not capturing)):
         return TrainPlan("torch", refused or 'impl="torch"')
     options = _gpu_options(members, samples, batch_size, config, dtype, device, refused)

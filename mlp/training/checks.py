@@ -27,6 +27,8 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
             raise TypeError(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")
     if not callable(criterion):
         raise TypeError(f"criterion must be callable, not {type(criterion).__name__}")
+    if isinstance(criterion, type):
+        raise TypeError(f"criterion must be a {criterion.__name__}(), not the class {criterion.__name__} itself")
     if lr is not None and not isinstance(lr, Tensor) and not callable(lr):
         raise TypeError(f"lr must be a Tensor or a function of the step, not {type(lr).__name__}")
     counts = {"steps": (steps, 0), "log_every": (log_every, 0)}
@@ -50,7 +52,7 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
         check_rates(lr, model, optimizer, steps)
 
 
-def check_numbers(model: nn.Module, x: Tensor, y: Tensor, nan: str) -> None:
+def check_numbers(model: nn.Module, x: Tensor, y: Tensor, nan: str, whose: str = "") -> None:
     """Raises ValueError for NaN that all members share, unless it is to be propagated."""
     if nan not in ("raise", "propagate"):
         raise ValueError(f'nan must be "raise" or "propagate", not {nan!r}')
@@ -60,7 +62,7 @@ def check_numbers(model: nn.Module, x: Tensor, y: Tensor, nan: str) -> None:
             rows = tensor.detach().isnan().flatten(1).any(1) if tensor.dim() > 1 else tensor.detach().isnan()
             if bool(rows.any()):
                 row = int(rows.nonzero()[0])
-                raise ValueError(f'{name} is NaN, first in row {row} of {len(rows)}; nan="propagate" trains on it')
+                raise ValueError(f'{whose}{name} is NaN, first in row {row} of {len(rows)}; nan="propagate" takes it')
 
 
 def check_resume(resume: object, job: Job, steps: int, batch_size: int | None, log_every: int) -> None:
@@ -112,6 +114,8 @@ def check_weight(weight: Tensor | None, model: nn.Module, x: Tensor) -> None:
         raise ValueError(f"sample_weight is on {weight.device}, but x on {x.device}")
     if not bool(((weight >= 0) & weight.isfinite()).all()):
         raise ValueError(f"sample_weight must be finite and not negative, not in [{weight.min()}, {weight.max()}]")
+    if not bool((weight > 0).any(-1).all()):
+        raise ValueError("sample_weight is 0 for all samples")
 
 
 def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, classes: bool, whose: str) -> None:
@@ -123,19 +127,19 @@ def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, classes: bool, whose:
             raise ValueError(f"{whose}{name} {tuple(tensor.shape)} is neither {forms}")
 
 
-def check_data(network: Network, config: TrainConfig, x: Tensor, y: Tensor) -> None:
+def check_data(network: Network, config: TrainConfig, x: Tensor, y: Tensor, whose: str = "") -> None:
     """Raises ValueError for data that would fail inside the loop, or be broadcast there."""
     p = network.parameters[0]
     for name, tensor, width in (("x", x, network.widths[0]), ("y", y, network.widths[-1])):
         if tensor.shape[-1] != width or (network.members is None and tensor.dim() != 2):
-            raise ValueError(f"{name} {tuple(tensor.shape)} is not ({x.shape[0]}, {width})")
+            raise ValueError(f"{whose}{name} {tuple(tensor.shape)} is not ({x.shape[0]}, {width})")
         # torch promotes y to the dtype of the output, or says that it cannot: MSELoss from any dtype, others from
         # floating ones.
         wide = config.loss in ("bce_logits", "cross_entropy") and y.is_floating_point()
         promoted = tensor is y and (config.loss in ("mse", "smooth_l1") or wide)
         if tensor.dtype != p.dtype and not promoted:
-            raise ValueError(f"{name} is {tensor.dtype}, but the model's parameters {p.dtype}")
+            raise ValueError(f"{whose}{name} is {tensor.dtype}, but the model's parameters {p.dtype}")
         if tensor.device != p.device:
-            raise ValueError(f"{name} is on {tensor.device}, but the model on {p.device}")
+            raise ValueError(f"{whose}{name} is on {tensor.device}, but the model on {p.device}")
     if config.loss == "bce" and bool(((y < 0) | (y > 1)).any()):
-        raise ValueError(f"y must lie in [0, 1] for BCELoss, not in [{y.min().item()}, {y.max().item()}]")
+        raise ValueError(f"{whose}y must lie in [0, 1] for BCELoss, not in [{y.min().item()}, {y.max().item()}]")

@@ -33,7 +33,7 @@ class Means:
     """Factors of losses that are means over what samples count: for each step, 1 / the sum of its batch's counts."""
 
     def __init__(self, counts: Tensor, kept: Tensor) -> None:
-        """counts, kept: (E or 1, samples): what a sample counts, and whether it is not ignored."""
+        """counts, kept: both (E, samples) or both (1, samples): what a sample counts, and whether it is not ignored."""
         # The last row is for the places that the last batch of an epoch leaves empty.
         self.table = F.pad(torch.cat([counts, kept.to(counts)]).T, (0, 0, 0, 1))
 
@@ -152,7 +152,8 @@ def folded(
         return config, y, None
     counts = counts * (1 if config.loss == "cross_entropy" else config.widths[-1])
     if batch_size is not None:
-        return replace(config, reduction="given"), y, Means(torch.atleast_2d(counts), torch.atleast_2d(kept))
+        both = torch.broadcast_tensors(torch.atleast_2d(counts), torch.atleast_2d(kept))
+        return replace(config, reduction="given"), y, Means(*both)
     if not bool(kept.any(-1).all()):
         return "all samples are ignored"
     scale = 1 / counts.sum(-1)[..., None, None]

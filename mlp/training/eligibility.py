@@ -45,9 +45,7 @@ def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl, per
     if network.members is None and x.dim() != 2:
         return f"x {tuple(x.shape)} is not (samples, {network.widths[0]})"
     ids = None
-    if loss["loss"] == "cross_entropy" and (
-        y.dim() == 1 if network.members is None else has_class_ids(criterion, model, x, y)
-    ):
+    if loss["loss"] == "cross_entropy" and _are_ids(model, criterion, x, y):
         ids, y = y, probabilities(criterion, y, network.widths[-1], p.dtype)
         if isinstance(y, str):
             return y
@@ -70,6 +68,20 @@ def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl, per
     elif isinstance(lr, Tensor):
         lr = lr.detach().to(p.device, p.dtype)
     return FastJob(network, config, state, x, y, means, lr, batch_size, steps, impl)
+
+
+def check_validation(job: FastJob, model: nn.Module, criterion: Any, x: Tensor, y: Tensor) -> None:
+    """Raises ValueError for validation data on which the first evaluation would fail, or be broadcast."""
+    network, config, target = job.network, job.config, y
+    if config.loss == "cross_entropy" and _are_ids(model, criterion, x, y):
+        target = probabilities(criterion, y, network.widths[-1], network.parameters[0].dtype)
+    if isinstance(target, str):
+        raise ValueError(f"validation's {target}")
+    check_data(network, config, x, target, "validation's ")
+
+
+def _are_ids(model: nn.Module, criterion: Any, x: Tensor, y: Tensor) -> bool:
+    return has_class_ids(criterion, model, x, y) if isinstance(model, Ensemble) else y.dim() == 1
 
 
 def _network(model: nn.Module) -> Network | str:

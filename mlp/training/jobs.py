@@ -50,8 +50,9 @@ class FastJob:
         if not torch.equal(done, self.done):
             self.done, self.members = done, done.logical_not().nonzero().squeeze(1).to(self.x.device)
             # What would be chosen now may depend on what else this process has run, but results must not.
-            self.impl = self.path
+            self.impl, reason = self.path, self.reason
             self._choose(len(self.members), None)
+            self.reason = reason
 
     def _choose(self, networks: int, steps: int | None) -> None:
         p, self.loop = self.network.parameters[0], None
@@ -162,6 +163,16 @@ class GeneralJob:
         self.columns, self.samples = (len(model), x.shape[-2]) if many else (1, x.shape[0])
         self.done = torch.zeros(self.columns, dtype=torch.bool, device=x.device)
         self.own_x, self.own_y = many and x.dim() == 3, many and has_own_targets(criterion, model, x, y)
+
+    def random(self) -> list[Tensor]:
+        """The states of the generators that a model may draw from, as Dropout does."""
+        states = [torch.get_rng_state()]
+        return [*states, torch.cuda.get_rng_state(self.x.device)] if self.x.is_cuda else states
+
+    def set_random(self, states: Sequence[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self.x.is_cuda:
+            torch.cuda.set_rng_state(states[1], self.x.device)
 
     def freeze(self, done: Tensor) -> None:
         """Trains on, but gives the members that are done, (E,), back what they have now."""

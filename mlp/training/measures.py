@@ -49,7 +49,8 @@ def accuracy(criterion: object, output: Tensor, target: Tensor) -> Tensor:
     on the right side of 1/2, or of a logit of 0.
     """
     if target.dim() < output.dim():
-        counted = target != getattr(criterion, "ignore_index", None)
+        ignored = getattr(criterion, "ignore_index", None)
+        counted = torch.ones_like(target, dtype=torch.bool) if ignored is None else target != ignored
         return ((output.argmax(-1) == target) & counted).sum() / counted.sum()
     if output.shape[-1] == 1 or isinstance(criterion, (nn.BCELoss, nn.BCEWithLogitsLoss)):
         border = 0.0 if isinstance(criterion, nn.BCEWithLogitsLoss) else 0.5

@@ -21,6 +21,7 @@ class Schedule:
     def __init__(self, given: Rates, members: int) -> None:
         """given: (steps, 1), (steps, members) or a function of the step."""
         self.given, self.members = given, members
+        self.first, self.values = 0, []  # what the function returned for the steps asked for last: it is asked but once
 
     def undo(self) -> None:
         """Takes back what `rows` has changed last, for steps that were not taken."""
@@ -34,7 +35,10 @@ class Schedule:
         """(steps, 1 or members), on any device. Raises what a function deserves for what it returns."""
         if isinstance(self.given, Tensor):
             return self.given.detach()[start : start + steps]
-        values = list(map(self.given, range(start, start + steps)))
+        known = self.values[start - self.first :] if start >= self.first else []
+        # No map, which would take a StopIteration of the function for the end of the steps.
+        self.first, self.values = start, known + [self.given(step) for step in range(start + len(known), start + steps)]
+        values = self.values[:steps]
         if set(map(type, values)) == {float}:  # all at once: a step may take less time than to look at its rate
             rows = torch.tensor(values, dtype=torch.float64, device="cpu")[:, None]
         else:
@@ -68,21 +72,28 @@ class Scheduled(Schedule):
 
     def rows(self, start: int, steps: int) -> Tensor:
         optimizer = self.scheduler.optimizer
-        self.before = copy.deepcopy(self.scheduler.state_dict()), [group["lr"] for group in optimizer.param_groups]
         (group,) = optimizer.param_groups
+        self.before = copy.deepcopy((self.scheduler.state_dict(), group["lr"]))
         rates = []
         # The scheduler's first step warns where the optimizer has taken none, which it will have done in a moment.
         optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
-        for step in range(start + 1, start + steps + 1):
-            rates.append(float(group["lr"]))
-            if step % self.every == 0:
-                self.scheduler.step()
+        try:
+            for step in range(start + 1, start + steps + 1):
+                rates.append(float(group["lr"]))
+                if step % self.every == 0:
+                    self.scheduler.step()
+        except BaseException:
+            self.undo()
+            raise
         return torch.tensor(rates, dtype=torch.float64, device="cpu")[:, None]
 
     def undo(self) -> None:
-        state, rates = self.before
+        state, rate = copy.deepcopy(self.before)
         self.scheduler.load_state_dict(state)
-        for group, rate in zip(self.scheduler.optimizer.param_groups, rates, strict=True):
+        (group,) = self.scheduler.optimizer.param_groups
+        if isinstance(rate, Tensor):  # which schedulers write over, and others may hold
+            group["lr"].copy_(rate)
+        else:
             group["lr"] = rate
 
 

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..ensemble import Ensemble
 from ..history import History
 from .checks import check_arguments, check_numbers, check_resume, check_weight
-from .eligibility import fast_job
+from .eligibility import check_validation, fast_job
 from .jobs import FastJob, GeneralJob, Job
 from .measures import Measure
 from .members import PerMember, check_members
@@ -87,7 +87,8 @@ def fit(
 
     checkpoint: is called after each chunk with the History so far, when model and optimizer are what it says. resume: a
     History of the same call that was interrupted, with model, optimizer and scheduler as they were then: the run goes
-    on inside its epoch, and ends to the bit as one that was not interrupted. The generator is set to what it was.
+    on inside its epoch, and ends to the bit as one that was not interrupted. The generator is set to what it was, and
+    in an ordinary loop torch's own too, which Dropout draws from.
 
     nan: "raise" refuses samples and targets that are NaN and that all members share; "propagate" trains on them. A
     member's own make that member NaN.
@@ -113,21 +114,32 @@ def fit(
     """
     began = time.perf_counter()
     check_watch(model, criterion, validation, evaluate_every, metrics, stop, log_every)
+    if checkpoint is not None and not callable(checkpoint):
+        raise TypeError(f"checkpoint must be a function of a History, not {type(checkpoint).__name__}")
     own = (lr, scheduler, scheduler_interval, per_member, sample_weight)
     if isinstance(resume, History) and resume.path != "general" and impl is None:
         impl = resume.path  # one that rounds otherwise may be faster by now
     job = prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, own, generator, nan, impl)
     check_resume(resume, job, steps, batch_size, log_every)
+    if validation is not None:
+        check_numbers(model, *validation, nan, "validation's ")
+        if isinstance(job, FastJob):
+            check_validation(job, model, criterion, *validation)
     if isinstance(model, Ensemble) and isinstance(job, GeneralJob):
         warnings.warn(f"an ordinary loop trains this Ensemble, one operation at a time: {job.reason}", stacklevel=2)
+    watched = validation is not None or stop is not None
+    per_epoch = steps if batch_size is None else -(-job.samples // batch_size)
+    every = (evaluate_every or per_epoch) if watched else 0
+    if stop is not None and stop.metric == "training_loss" and log_every > every and steps > every:
+        raise ValueError(f"stop watches 'training_loss' each {every} steps, but log_every={log_every} is seldomer")
+    watch = Watch(model, criterion, validation, metrics, stop, resume) if watched else None
     order, first = None, 0 if resume is None else resume.steps_taken
     if batch_size is not None:
         order = SampleOrder(job.samples, batch_size, steps, generator, first, resume.state["order"] if resume else ())
-    watched = validation is not None or stop is not None
-    watch = Watch(model, criterion, validation, metrics, stop, resume) if watched else None
-    every = 0 if watch is None else evaluate_every or (steps if order is None else order.per_epoch)
     if resume is not None:
         job.taken, job.rows = first, [resume.loss.view(-1, job.columns)]
+        if isinstance(job, GeneralJob) and "random" in resume.state:
+            job.set_random(resume.state["random"])
     take, most = job.run, None
     if watch is not None and isinstance(job, FastJob) and watch.late:
         take = partial(job.run, review=partial(watch.review, every, steps, log_every, job))
@@ -143,6 +155,7 @@ def fit(
         rows = rows or [torch.empty(0, job.columns, device="cpu", dtype=next(model.parameters(), x).dtype)]
         state = {} if watch is None else watch.state()
         state |= {"samples": job.samples, "batch_size": batch_size}
+        state |= {"random": job.random()} if isinstance(job, GeneralJob) else {}
         return History(
             list(logged_steps(0, job.taken, log_every)),
             row(torch.cat(rows)),
@@ -158,6 +171,10 @@ def fit(
     try:
         # A state made in inference mode could not be updated by the caller's ordinary steps.
         with Interrupts() as interrupts, torch.inference_mode(False):
+            # An evaluation may be what the interrupt has come into.
+            due = watch is not None and first > 0 and not most and (first % every == 0 or first == steps)
+            if watch is not None and due and first not in watch.evaluated:
+                watch.evaluate(first, job.rows, log_every)
             for start, count in chunks(first, steps, 0 if most else every, most):
                 if watch is not None and watch.done.all():
                     break

@@ -74,6 +74,9 @@ def fit_sharded(
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be an Ensemble, not {type(ensemble).__name__}")
+    for name, make in (("optimizer", optimizer), ("scheduler", scheduler)):
+        if not callable(make) and (name, make) != ("scheduler", None):
+            raise TypeError(f"{name} must be a function that makes one for a share, not a {type(make).__name__}")
     began = time.perf_counter()
     # Every rank checks the whole ensemble: after an error on one rank alone, the others would wait for it forever.
     check_watch(ensemble, criterion, validation, evaluate_every, metrics, stop, log_every)
@@ -161,6 +164,8 @@ def fit_sharded(
         # ends, it would abort the process: while this one sleeps, it gets the lock.
         time.sleep(0.02)
     if failure is not None:
+        if not idle:  # as `fit` leaves what it has trained
+            write()
         raise failure
     if None in outcomes or history is None:
         raise RuntimeError(f"rank {outcomes.index(None)} of {ranks} could not train its share")
@@ -188,8 +193,9 @@ def _joined(histories: Sequence[History]) -> History:
         parts = [history.validation[name] for history in histories]
         parts = [torch.cat([part, part[-1:].expand(len(values) - len(part), -1)]) for part in parts]
         validation[name] = torch.cat(parts, 1)
-    stopped = None if longest.stopped is None else torch.cat([h.stopped for h in histories if h.stopped is not None])
-    return replace(longest, loss=torch.cat(losses, 1), validation=validation, stopped=stopped)
+    columns = {name: [getattr(history, name) for history in histories] for name in ("stopped", "kept")}
+    joined = {name: None if None in parts else torch.cat(parts) for name, parts in columns.items()}
+    return replace(longest, loss=torch.cat(losses, 1), validation=validation, **joined)
 
 
 def _joined_state(histories: Sequence[History], states: Sequence[tuple]) -> dict:

@@ -82,6 +82,8 @@ class Watch:
         self.waited = torch.zeros(self.members, dtype=torch.int64, device="cpu")
         self.stopped = torch.full((self.members,), -1, dtype=torch.int64, device="cpu")
         self.best_values = [t.detach().clone() for t in self.kept] if stop and stop.keep_best else []
+        self.best_at = torch.zeros(self.members, dtype=torch.int64, device="cpu")  # steps that had been taken
+        self.finished = False
         if resume is not None:
             self._resume(resume)
 
@@ -109,6 +111,7 @@ class Watch:
         waited[training & (value < best - self.stop.threshold)] = 0
         better = training & (value < best)
         best[better] = value[better]
+        self.best_at.numpy()[better] = taken
         _copy(self.best_values, self.kept, torch.from_numpy(better))
         if self.stop.patience is not None:
             stopped[training & (waited >= self.stop.patience)] = taken
@@ -142,27 +145,41 @@ class Watch:
     def finish(self) -> None:
         """Gives the model the best of its parameters, where they are kept; who was never any good has the last."""
         _copy(self.kept, self.best_values, self.best < torch.inf)
+        self.finished = True
 
     def state(self) -> dict[str, Any]:
         """What `_resume` needs besides the columns of a History."""
         if self.stop is None:
             return {}
         values = [tensor.clone() for tensor in self.best_values]
-        return {"best": self.best.clone(), "waited": self.waited.clone(), "best_values": values}
+        clones = {name: getattr(self, name).clone() for name in ("best", "waited", "best_at")}
+        return clones | {"best_values": values}
 
     def columns(self, row: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Those of a History. row: what becomes of the last dimension, of members."""
         validation = {name: row(torch.stack(rows)) for name, rows in self.rows.items() if rows}
         stopped = None if self.stop is None else row(self.stopped.clone()[None])[0]
-        return {"evaluated": [*self.evaluated], "validation": validation, "stopped": stopped}
+        kept = None
+        if self.best_values and self.finished and self.evaluated:
+            last = torch.where(self.stopped >= 0, self.stopped, self.evaluated[-1])
+            kept = row(torch.where(self.best < torch.inf, self.best_at, last)[None])[0]
+        return {"evaluated": [*self.evaluated], "validation": validation, "stopped": stopped, "kept": kept}
 
     def _resume(self, history: History) -> None:
+        """Raises ValueError for one of a run that looked at something else."""
+        if history.evaluated and history.validation.keys() != self.rows.keys():
+            told, asked = (", ".join(names) or "nothing" for names in (history.validation, self.rows))
+            raise ValueError(f"resume is of a run that evaluated {told}, not {asked}")
+        if self.stop is not None and (
+            "best" not in history.state or len(history.state["best_values"]) != len(self.best_values)
+        ):
+            raise ValueError("resume is of a run without this stop, which knows neither what was best nor for how long")
         self.evaluated += history.evaluated
         for name, rows in self.rows.items():
             rows += history.validation[name].view(-1, self.members).unbind() if history.evaluated else ()
         if self.stop is not None:
             state, stopped = history.state, history.stopped
-            self.best, self.waited = state["best"].clone(), state["waited"].clone()
+            self.best, self.waited, self.best_at = (state[name].clone() for name in ("best", "waited", "best_at"))
             self.stopped = stopped.clone().view(-1) if stopped is not None else self.stopped
             for own, given in zip(self.best_values, state["best_values"], strict=True):
                 own.copy_(given)
@@ -173,7 +190,11 @@ class Watch:
         with _evaluating(self.model):
             output = self.model(x)
         own = isinstance(self.model, Ensemble) and has_own_targets(self.criterion, self.model, x, y)
-        values = {"loss": losses_of(self.model, self.criterion, output, y, own)}
+        if isinstance(self.criterion, nn.BCELoss) and self.members == 1 and bool(output.isnan().any()):
+            # Of an Ensemble `losses_of` sees to that. torch's function raises, which would end a run that goes on.
+            values = {"loss": output.new_full((1,), torch.nan)}
+        else:
+            values = {"loss": losses_of(self.model, self.criterion, output, y, own)}
         for name, metric in self.metrics.items():
             measure = metric if callable(metric) else partial(accuracy, self.criterion)
             values[name] = each(self.model, measure, output, y, own, name)

@@ -54,6 +54,7 @@ from perceptriton import MLP as same
 result = {
     "same": [name for name in p.mlp.__all__ if getattr(p, name) is getattr(p.mlp, name) is globals()[name]],
     "listed": dir(p),
+    "explain": p.explain is p.kernels.explain is explain,
     "others": [hasattr(p, name) for name in ("kernels", "capturing", "no_such_name", "__wrapped__")],
 }
 """
@@ -63,8 +64,9 @@ result = {
 def test_its_names_are_those_of_mlp(links):
     found = result(NAMES, links)
     assert found["same"] == mlp.__all__
-    assert {*mlp.__all__, "kernels", "mlp", "__version__"} <= set(found["listed"])
+    assert {*mlp.__all__, "explain", "kernels", "mlp", "__version__"} <= set(found["listed"])
     assert found["others"] == [True, False, False, False]
+    assert found["explain"]
 
 
 # What somebody writes who uses the package, with the types that an editor shows.

@@ -106,6 +106,13 @@ def test_optimizers(recipe, tile):
     Case(TrainConfig((3, 4, 2), **RECIPES[recipe])).check(TILES[tile])
 
 
+@every_tile
+def test_no_momentum_is_none_whatever_else_is_asked_for(tile):
+    """There are no buffers then, which nothing may be written to."""
+    Case(TrainConfig((3, 4, 2), nesterov=True)).check(TILES[tile])
+    Case(TrainConfig((3, 4, 2), nesterov=True, dampening=0.5, weight_decay=0.1)).check(TILES[tile])
+
+
 LOSSES = {"bce": ("bce", "sigmoid"), "logits": ("bce_logits", "identity")}
 LOSSES |= {f"{loss}-{output}": (loss, output) for loss in ("mse", "smooth_l1") for output in ACTIVATIONS}
 

@@ -2,6 +2,7 @@
 """Criteria of `fit` with all their options: against the loop that everyone writes, in fp64, on every fast path."""
 
 import copy
+import itertools
 import random
 import re
 from dataclasses import dataclass, replace
@@ -500,3 +501,41 @@ def test_targets_of_another_dtype_are_what_torch_says(kind):
     else:
         assert fit(model, x, y.double(), criterion=criterion, optimizer=own, steps=3).path == "general"
     assert same_bits(values(model), values(twin))
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+@pytest.mark.parametrize("members", [1, 2, 3, 17])
+@pytest.mark.parametrize("weights", ["shared", "own"])
+@pytest.mark.parametrize("targets", ["shared", "own", "ids", "own-ids"])
+def test_weights_and_targets_may_each_be_shared(targets, weights, members, batch_size):
+    generator = torch.Generator().manual_seed(members)
+    sizes, ids = [2, 3, 2], "ids" in targets
+    x = torch.randn(20, 2, generator=generator, dtype=torch.float64)
+    leading = (members, 20) if "own" in targets else (20,)
+    if ids:
+        y = torch.randint(2, leading, generator=generator)
+    else:
+        y = torch.rand(*leading, 2, generator=generator, dtype=torch.float64)
+    weight = torch.rand(*((members, 20) if weights == "own" else (20,)), generator=generator, dtype=torch.float64)
+    ensemble = Ensemble(members, sizes, output_activation="identity", generator=generator).double()
+    singles = [ensemble.member(i) for i in range(members)]
+    criterion = nn.CrossEntropyLoss() if ids else nn.BCEWithLogitsLoss()
+    options = {"criterion": criterion, "steps": 6, "batch_size": batch_size, "log_every": 1}
+    order = torch.Generator().manual_seed(1)
+    made = {"optimizer": torch.optim.SGD(ensemble.parameters(), lr=0.3), "generator": order}
+    history = fit(ensemble, x, y, sample_weight=weight, **made, **options)
+    for i, single in enumerate(singles):
+        optimizer = torch.optim.SGD(single.parameters(), lr=0.3)
+        generator = torch.Generator().manual_seed(1)
+        epochs = itertools.chain.from_iterable(
+            torch.randperm(20, generator=generator).split(batch_size or 20) for _ in range(6)
+        )
+        for step, rows in zip(range(6), epochs, strict=False):
+            own_y, own_weight = (t[i] if own else t for t, own in ((y, "own" in targets), (weight, weights == "own")))
+            losses = type(criterion)(reduction="none")(single(x[rows]), own_y[rows])
+            losses = losses if ids else losses.mean(1)
+            loss = (losses * own_weight[rows]).sum() / own_weight[rows].sum()
+            assert history.loss[step, i].item() == pytest.approx(loss.item(), rel=1e-10)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()

@@ -568,7 +568,7 @@ def test_nan_of_one_member_is_its_own(loss, own, place):
     adam = torch.optim.Adam(ensemble.parameters(), lr=0.02)
     if not own:
         before = values(ensemble)
-        with pytest.raises(ValueError, match=rf'^{place} is NaN, first in row 4 of 6; nan="propagate" trains on it$'):
+        with pytest.raises(ValueError, match=rf'^{place} is NaN, first in row 4 of 6; nan="propagate" takes it$'):
             fit(ensemble, **data, optimizer=adam, **options)
         assert [p.tolist() for p in values(ensemble)] == [p.tolist() for p in before]
         history = fit(ensemble, **data, optimizer=adam, nan="propagate", **options)

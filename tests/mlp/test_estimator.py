@@ -168,6 +168,13 @@ def test_weights_count_samples(kind):
     weighted = make((4,), **options).fit(x, y, sample_weight=weights)
     repeated = make((4,), **options).fit(np.repeat(x, weights, 0), np.repeat(y, weights, 0))
     assert (parameters(weighted) - parameters(repeated)).abs().max() < 1e-4
+    without = make((4,), **{**options, "batch_size": 7}).fit(x[weights > 0], y[weights > 0], weights[weights > 0])
+    assert torch.equal(parameters(make((4,), **{**options, "batch_size": 7}).fit(x, y, weights)), parameters(without))
+    assert np.isfinite(make((4,), **{**options, "batch_size": 1}).fit(x, y, weights).loss_curve_).all()
+    with pytest.raises(
+        ValueError, match=r"^([Ss]ample.weights? (is 0 for all samples|must contain at least one non-zero))"
+    ):
+        make((4,), **options).fit(x, y, sample_weight=0 * weights)
     assert (parameters(weighted) - parameters(make((4,), **options).fit(x, y))).abs().max() > 1e-3
     # A batch is the mean by its weights, so a factor of all changes nothing.
     options["batch_size"] = 16
@@ -203,6 +210,12 @@ def test_partial_fit_goes_on(solver):
     assert (parts.n_iter_, parts.loss_curve_) == (4, whole.loss_curve_)
     with pytest.raises(ValueError, match=r"^y must hold classes among \[0 1 2\], not \[7\]$"):
         parts.partial_fit(x, np.where(y, y, 7))
+    with pytest.raises(ValueError, match=r"^classes must be \[0 1 2\], as in the first call, not \[0, 1\]$"):
+        parts.partial_fit(x, y, classes=[0, 1])
+    with pytest.raises(
+        ValueError, match=r"^y must be one label of each sample, as in the calls before, not an indicator"
+    ):
+        parts.partial_fit(x, np.eye(3, dtype=int)[y])
     parts.partial_fit(x[y > 0], y[y > 0])  # of some classes only
     assert parts.predict_proba(x).shape == (60, 3)
     regressor = FusedMLPRegressor((4,), random_state=0).partial_fit(x, y).partial_fit(x, y)
@@ -320,7 +333,11 @@ ERRORS = {
     "solver": ({"solver": "lbfgs"}, Y, ValueError, "solver must be one of sgd, adam, adamw, not 'lbfgs'"),
     "no-epochs": ({"max_iter": 0}, Y, ValueError, "max_iter must be at least 1, not 0"),
     "batch-float": ({"batch_size": 2.5}, Y, TypeError, "batch_size must be an int, not 2.5"),
-    "rate": ({"learning_rate": -1.0}, Y, ValueError, "[Ii]nvalid learning rate: -1.0"),
+    "rate": ({"learning_rate": -1.0}, Y, ValueError, "learning_rate must be at least 0, not -1.0"),
+    "rate-name": ({"learning_rate": "adaptive"}, Y, TypeError, "learning_rate must be a number, not 'adaptive'"),
+    "tol": ({"tol": -1.0}, Y, ValueError, "tol must be at least 0, not -1.0"),
+    "tol-none": ({"tol": None}, Y, TypeError, "tol must be a number, not None"),
+    "decay": ({"weight_decay": float("nan")}, Y, ValueError, "weight_decay must be at least 0, not nan"),
     "one-class": ({}, [3, 3], ValueError, "y must hold at least two classes, not one class only: .*3"),
     "nan": ({}, [0.0, np.nan], ValueError, "Input y contains NaN"),
 }
@@ -333,6 +350,36 @@ def test_errors(options, y, error, message):
         estimator.fit(X, y)
     with pytest.raises(NotFittedError):
         estimator.predict(X)
+
+
+def test_a_refused_fit_leaves_the_one_before():
+    x, y = blobs(3)
+    estimator = FusedMLPClassifier((4,), max_iter=2, early_stopping=True, random_state=0).fit(x, y)
+    before = estimator.predict_proba(x)
+    for wrong in ((x[:, :1], ["a"] * len(x)), (x[:, :1], y[:5]), (x * np.nan, y)):
+        with pytest.raises(ValueError):  # noqa: PT011, whatever the message is
+            estimator.fit(*wrong)
+        assert np.array_equal(estimator.predict_proba(x), before)
+    assert len(estimator.validation_scores_) == 2
+    assert not hasattr(estimator.set_params(early_stopping=False).fit(x, y), "validation_scores_")
+
+
+def test_what_diverges_says_so():
+    x, y = blobs(2)
+    regressor = FusedMLPRegressor((4,), activation="relu", solver="sgd", learning_rate=1e4, random_state=0)
+    with pytest.raises(ValueError, match=r"^the parameters are not finite any more: scale X, or lower learning_rate="):
+        regressor.fit(1e3 * x, 1e3 * y)
+
+
+def test_sparse_labels():
+    import scipy.sparse
+
+    x, y = blobs(3)
+    labels = np.eye(3, dtype=int)[y]
+    own, other = (FusedMLPClassifier((4,), max_iter=3, random_state=0).fit(x, given) for given in (
+        scipy.sparse.csr_matrix(labels), labels
+    ))  # fmt: skip
+    assert torch.equal(parameters(own), parameters(other))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")

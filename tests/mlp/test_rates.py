@@ -10,7 +10,7 @@ from cases import same_bits
 from torch import nn
 from training_cases import OPTIMIZERS, assert_same_state, chunks_of, interrupt_after, make, relative, values
 
-from perceptriton.mlp import MLP, Ensemble, fit, fit_sharded
+from perceptriton.mlp import MLP, EarlyStopping, Ensemble, fit, fit_sharded
 from perceptriton.mlp.training import run
 
 EXACT = 1e-10
@@ -389,3 +389,74 @@ def test_schedulers_that_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         fit(model, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=2, **(options | {"scheduler": scheduler}))
     assert same_bits(values(model), before)
+
+
+def test_a_function_is_asked_once_for_each_step_in_order():
+    """Also where steps are taken back: a stop by the training loss takes more than there are."""
+    (model, x, y), criterion = problem(), nn.BCELoss()
+    asked, rates = [], iter([0.5 * 0.99**step for step in range(4000)])
+
+    def rate(step):
+        asked.append(step)
+        return next(rates)
+
+    stop = EarlyStopping(2, threshold=1e-4, metric="training_loss")
+    options = {"criterion": criterion, "steps": 4000, "log_every": 1, "evaluate_every": 5, "stop": stop}
+    history = fit(model, x, y, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), lr=rate, **options)
+    assert history.steps_taken < len(asked) < 4000
+    assert asked == list(range(len(asked)))
+
+
+@pytest.mark.parametrize("impl", ["torch", None])
+def test_a_function_that_ends_ends_the_training(impl):
+    (model, x, y), criterion = problem(), nn.BCELoss()
+    model = model if impl else nn.Sequential(*model, nn.Dropout(0.0))
+    rates, before = iter([0.5] * 10), values(model)
+    options = {"optimizer": torch.optim.SGD(model.parameters(), lr=1.0), "impl": impl}
+    with pytest.raises(StopIteration):
+        fit(model, x, y, criterion=criterion, steps=40, lr=lambda step: next(rates), **options)
+    assert not same_bits(values(model), before)  # by the chunks before
+
+
+@pytest.mark.parametrize("kind", ["ExponentialLR", "CosineAnnealingLR", "SequentialLR"])
+def test_a_rate_that_is_a_tensor_is_taken_back_too(kind):
+    """Where steps are taken that a stop undoes."""
+    ends = []
+    for made in (float, torch.tensor):
+        (model, x, y), criterion = problem(), nn.BCELoss()
+        optimizer = torch.optim.SGD(model.parameters(), lr=made(0.5))
+        makers = {
+            "ExponentialLR": lambda o: L.ExponentialLR(o, 0.999),
+            "CosineAnnealingLR": lambda o: L.CosineAnnealingLR(o, 3000),
+            "SequentialLR": lambda o: L.SequentialLR(o, [L.ConstantLR(o), L.ExponentialLR(o, 0.999)], [7]),
+        }
+        scheduler = makers[kind](optimizer)
+        options = {"steps": 4000, "log_every": 1, "evaluate_every": 5, "scheduler_interval": "step"}
+        stop = EarlyStopping(2, threshold=1e-4, metric="training_loss")
+        history = fit(model, x, y, criterion=criterion, optimizer=optimizer, scheduler=scheduler, stop=stop, **options)
+        twin, x, y = problem()
+        own = torch.optim.SGD(twin.parameters(), lr=made(0.5))
+        steps = makers[kind](own)
+        for _ in range(history.steps_taken):
+            own.zero_grad()
+            criterion(twin(x), y).backward()
+            own.step()
+            steps.step()
+        assert float(optimizer.param_groups[0]["lr"]) == float(own.param_groups[0]["lr"])
+        assert relative(values(model), values(twin)) <= 1e-6
+        ends.append(history.steps_taken)
+    assert ends[0] < 4000
+
+
+def test_a_scheduler_that_ends_too_early_is_where_the_model_is():
+    (model, x, y), criterion = problem(), nn.BCELoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scheduler, before = L.OneCycleLR(optimizer, 1.0, total_steps=5, cycle_momentum=False), values(model)
+    rate = optimizer.param_groups[0]["lr"]
+    options = {"scheduler": scheduler, "scheduler_interval": "step", "impl": "torch"}
+    with pytest.raises(ValueError, match="Tried to step"):
+        fit(model, x, y, criterion=criterion, optimizer=optimizer, steps=1000, **options)
+    taken = scheduler.last_epoch
+    assert taken < 5
+    assert (optimizer.param_groups[0]["lr"] == rate) == (taken == 0)
+    assert same_bits(values(model), before) == (taken == 0)

@@ -80,12 +80,12 @@ class Run:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "history": history}
         return through_a_file({**state, "random": torch.get_rng_state()})
 
-    def loaded(self, state, own_generator=True):
+    def loaded(self, state):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        # What dropout draws from is the caller's to restore, unless the order of samples is drawn from it too.
-        ordered = not own_generator and "batch_size" in self.options
-        torch.manual_seed(1234) if ordered else torch.set_rng_state(state["random"])
+        # What an ordinary loop and orders of samples draw from is in the history.
+        drawn = type(self.model) is nn.Sequential or (self.generator is None and "batch_size" in self.options)
+        torch.manual_seed(1234) if drawn else torch.set_rng_state(state["random"])
         return state["history"]
 
     def end(self, history):
@@ -108,7 +108,7 @@ def test_a_checkpoint_goes_on_to_the_same_end(model, optimizer, options, own_gen
         other = Run(model, optimizer, options, own_generator)
         if "batch_size" in other.options:
             torch.rand(3, generator=other.generator)  # wherever the generator is
-        found = other.fit(resume=other.loaded(state, own_generator))
+        found = other.fit(resume=other.loaded(state))
         assert found.steps_taken == history.steps_taken
         assert same_bits(other.end(found), expected), state["history"].steps_taken
 
@@ -188,6 +188,17 @@ def test_what_does_not_go_on_is_refused():
     ):
         with pytest.raises(error, match=message):
             run.fit(**{"resume": history, **options})
+    validation = {"validation": run.data, "evaluate_every": 2}
+    for options, message in (
+        ({**validation, "stop": EarlyStopping(2)}, r"^resume is of a run without this stop"),
+        ({**validation, "metrics": ["accuracy"]}, r"^resume is of a run that evaluated loss, not loss, accuracy$"),
+    ):
+        seen = Run("mlp", "adam", "batches")
+        half = seen.fit(steps=6, **validation)
+        state = seen.generator.get_state()
+        with pytest.raises(ValueError, match=message):
+            seen.fit(resume=half, **options)
+        assert torch.equal(seen.generator.get_state(), state)
     other = Run("ensemble", "adam", "batches")
     with pytest.raises(ValueError, match=r"^resume is of a run with networks 1, not 4$"):
         other.fit(resume=history)

@@ -224,6 +224,97 @@ def test_losses_of_members_are_those_of_each(criterion, own):
     assert relative([losses_of(ensemble, criterion, output, y, own)], [expected]) <= 1e-14
 
 
+@pytest.mark.parametrize("criterion", [nn.functional.cross_entropy, nn.MultiMarginLoss(), nn.CrossEntropyLoss()])
+def test_accuracy_of_class_ids_under_any_criterion(criterion):
+    model, x, y = make((3, 5, 4), "tanh", "identity", True, 9, torch.float64, 0)[:3]
+    ids = y.argmax(1)
+    options = {"optimizer": SGD(model.parameters()), "steps": 3, "validation": (x, ids), "metrics": ["accuracy"]}
+    history = fit(model, x, ids, criterion=criterion, **options)
+    share = (model(x).argmax(1) == ids).double().mean().item()
+    assert history.validation["accuracy"].item() == pytest.approx(share)
+
+
+@pytest.mark.parametrize("metric", ["loss", "training_loss"])
+def test_the_best_are_ranked_by_what_they_hold(metric):
+    """Their best parameters, which are not those of the last evaluation."""
+    generator = torch.Generator().manual_seed(0)
+    x, x_other = torch.randn(2, 30, 2, generator=generator)
+    y, y_other = torch.rand(2, 30, 1, generator=generator).round()
+    nets = Ensemble(8, [2, 16, 1], generator=generator)
+    stop = EarlyStopping(None, metric=metric, keep_best=True)
+    options = {"steps": 600, "log_every": 1, "validation": (x_other, y_other), "evaluate_every": 20, "stop": stop}
+    optimizer = torch.optim.Adam(nets.parameters(), lr=0.05)
+    history = fit(nets, x, y, criterion=nn.BCELoss(), optimizer=optimizer, **options)
+    held = torch.stack([nn.functional.binary_cross_entropy(p, y_other) for p in nets(x_other).detach()])
+    assert nets.best(history, 8) == torch.argsort(held).tolist()
+    at = [history.evaluated.index(steps) for steps in history.kept.tolist()]
+    torch.testing.assert_close(history.validation["loss"][at, range(8)], held)
+    if metric == "loss":
+        assert torch.equal(history.validation["loss"].min(0).values, history.validation["loss"][at, range(8)])
+        assert history.kept.max() < 600  # the problem has no answer to learn
+
+
+@pytest.mark.parametrize("every", [3, None])
+def test_an_interrupt_during_an_evaluation_loses_none(every, monkeypatch):
+    monkeypatch.setattr("perceptriton.mlp.training.run.chunks", chunks_of(1, 2))
+    ends = []
+    for interrupted in (False, True):
+        model, x, y, *other = problem()
+        calls = 0
+
+        def counted(output, target, interrupted=interrupted):
+            nonlocal calls
+            calls += 1
+            if interrupted and calls == 2:
+                raise KeyboardInterrupt
+            return output.mean()
+
+        options = {"criterion": nn.BCELoss(), "optimizer": SGD(model.parameters()), "steps": 10, "batch_size": 3}
+        options |= {"validation": other, "metrics": [counted], "evaluate_every": every, "log_every": 1}
+        options |= {"generator": torch.Generator().manual_seed(0)}
+        history = None
+        try:
+            history = fit(model, x, y, **options)
+        except KeyboardInterrupt as interrupt:
+            history = fit(model, x, y, resume=interrupt.history, **options)
+        ends.append((history.evaluated, history.validation["counted"].tolist(), values(model)))
+    assert ends[0][:2] == ends[1][:2]
+    assert same_bits(ends[0][2], ends[1][2])
+
+
+def test_a_network_that_is_nan_is_evaluated_as_nan():
+    model, x, y, *other = problem()
+    options = {"criterion": nn.BCELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=torch.inf), "steps": 8}
+    history = fit(model, x, y, validation=other, evaluate_every=2, **options)
+    assert history.validation["loss"].isnan().tolist() == [True] * 4
+
+
+def _wrong_data(**changes):
+    """(validation data, the message) of data that do not fit."""
+    x, y = torch.rand(4, 3).double(), torch.rand(4, 2).double()
+    ((name, change),) = changes.items()
+    x, y = (change(x), y) if name == "x" else (x, change(y))
+    return x, y
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    (_wrong_data(x=lambda x: x[:, :2]), r"^validation's x \(4, 2\) is not \(4, 3\)$"),
+    (_wrong_data(x=lambda x: x.float()), r"^validation's x is torch.float32, but the model's parameters torch.float64"),
+    (_wrong_data(y=lambda y: y[:, 0]), r"^validation's y \(4,\) is not \(4, 2\)$"),
+    (_wrong_data(y=lambda y: y + 1), r"^validation's y must lie in \[0, 1\] for BCELoss"),
+    (_wrong_data(x=lambda x: x / 0 * 0), r"^validation's x is NaN, first in row 0 of 4"),
+])  # fmt: skip
+def test_validation_data_are_looked_at_before_anything_is_trained(data, message):
+    model, x, y, *_ = problem()
+    before, generator = values(model), torch.Generator().manual_seed(1)
+    state = generator.get_state()
+    options = {"criterion": nn.BCELoss(), "optimizer": SGD(model.parameters()), "steps": 5, "batch_size": 3}
+    with pytest.raises(ValueError, match=message):
+        fit(model, x, y, validation=data, generator=generator, **options)
+    assert same_bits(values(model), before)
+    assert torch.equal(generator.get_state(), state)
+
+
 WRONG = {
     "alone": ({"evaluate_every": 3}, ValueError, r"^evaluate_every needs validation data, but validation is None$"),
     "metrics-alone": ({"metrics": ["accuracy"]}, ValueError, r"^metrics needs validation data"),
@@ -236,6 +327,17 @@ WRONG = {
         {"stop": EarlyStopping(metric="training_loss")},
         ValueError,
         r"^stop watches 'training_loss', but log_every=0 logs none$",
+    ),
+    "seldom": (
+        {"stop": EarlyStopping(metric="training_loss"), "log_every": 5, "evaluate_every": 2, "steps": 20},
+        ValueError,
+        r"^stop watches 'training_loss' each 2 steps, but log_every=5 is seldomer$",
+    ),
+    "checkpoint": ({"checkpoint": "file"}, TypeError, r"^checkpoint must be a function of a History, not str$"),
+    "criterion": (
+        {"criterion": nn.BCELoss},
+        TypeError,
+        r"^criterion must be a BCELoss\(\), not the class BCELoss itself$",
     ),
     "every": ({"evaluate_every": 0}, ValueError, r"^evaluate_every must be at least 1, not 0$"),
     "every-kind": ({"evaluate_every": 2.0}, TypeError, r"^evaluate_every must be an int or None, not 2.0$"),
