@@ -23,7 +23,7 @@ def against_others(documents: dict[str, dict]) -> list[str]:
         dates.setdefault(document["datetime"][:10], []).append(suite)
     header = ["microseconds", "torch.nn", *OTHERS.values(), "perceptriton", "against the fastest other"]
     of_when = ", ".join(f"{date} ({' and '.join(suites)})" for date, suites in dates.items())
-    return [*table(header, 1, lines), "", f"{scatter()} Timed on {of_when}."]
+    return [*table(header, 1, lines), "", scatter(), f"Timed on {of_when}."]
 
 
 def _stacks(suite: str, document: dict) -> list[list[str]]:
