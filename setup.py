@@ -16,7 +16,7 @@ README = re.sub(
 setup(
     name="perceptriton",
     version="0.1.0",
-    description="Sigmoid MLPs in fused Triton kernels for PyTorch",
+    description="Sigmoid, tanh and relu MLPs for PyTorch, in fused Triton kernels and compiled CPU loops",
     long_description=README,
     long_description_content_type="text/markdown",
     author="The perceptriton authors",

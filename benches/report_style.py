@@ -21,14 +21,42 @@ def machine(document: dict) -> str:
         device = f"{gpu['name']} (compute capability {gpu['capability']}{driver})"
     else:
         cpu = info["cpu"]
-        kind = GENERATIONS.get((cpu.get("family"), cpu.get("model"))) or info.get("cpu_kind", "")
+        kind = GENERATIONS.get((cpu.get("family"), cpu.get("model")))
+        if kind is None and " " in info.get("cpu_kind", ""):
+            kind = f"{info['cpu_kind']}, family {cpu.get('family')} model {cpu.get('model')}"
         device = cpu.get("brand_raw", info["machine"])
         # "AMD EPYC" alone leaves open which.
-        device += f" ({kind})" if " " in kind else ""
+        device += f" ({kind})" if kind else ""
         device += f", threads: {info['threads']}"
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version)
     quick = "; quick run" if info.get("quick") else ""
     return f"{device}; {versions}; {document['datetime'][:10]}{quick}"
+
+
+def provenance(document: dict) -> str:
+    """One sentence: which sources were timed, and when."""
+    said = f"Timed on {document['datetime'][:10]}"
+    commit = document.get("commit_info", {})
+    if not commit.get("id"):
+        return f"{said}; the run has recorded no commit."
+    changes = "with changes that were not committed" if commit.get("dirty") else "without other changes"
+    return f"{said} at commit {commit['id'][:7]}, {changes}."
+
+
+def digits(value: float) -> str:
+    """Three significant digits: no run repeats more."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.3g}"
+
+
+def times(ratio: float, noisy: bool = False, bold: bool = False) -> str:
+    """A ratio in as many digits, marked where its timings scattered."""
+    said = f"{digits(ratio) if ratio >= 9.995 else f'{ratio:.2f}'}x"
+    return (f"**{said}**" if bold else said) + (" ~" if noisy else "")
+
+
+def scatter() -> str:
+    return f"`~`: timings scattered by more than {NOISY:.0%} (interquartile range over median)."
 
 
 def table(header: list[str], left: int, rows: list[list[str]]) -> list[str]:

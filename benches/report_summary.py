@@ -4,7 +4,7 @@
 import statistics
 
 import report_training
-from report_style import table
+from report_style import digits, scatter, table, times
 from report_tables import BASELINE, JUDGED, Row, means, read
 
 OTHERS = {"compiled": "torch.compile", "jax": "JAX", "vmap": "vmap"}
@@ -13,20 +13,24 @@ OTHERS = {"compiled": "torch.compile", "jax": "JAX", "vmap": "vmap"}
 def against_others(documents: dict[str, dict]) -> list[str]:
     """Times of everyone: all training loops, and of layers and of networks the best, the middle and the worst row.
 
-    These are by the speed-up over whoever else is fastest there, so that rows that lose are shown.
+    These are by the speed-up over whoever else is fastest there, so that rows that lose are shown. A line below says
+    what marks mean, and of when the runs are.
     """
-    lines = []
+    lines, dates = [], {}
     for suite, document in documents.items():
         training = document["machine_info"].get("suite") == "training"
         lines += _loops(document) if training else _stacks(suite, document)
-    return table(["microseconds", "torch.nn", *OTHERS.values(), "perceptriton", "against the fastest other"], 1, lines)
+        dates.setdefault(document["datetime"][:10], []).append(suite)
+    header = ["microseconds", "torch.nn", *OTHERS.values(), "perceptriton", "against the fastest other"]
+    of_when = ", ".join(f"{date} ({' and '.join(suites)})" for date, suites in dates.items())
+    return [*table(header, 1, lines), "", scatter(), f"Timed on {of_when}."]
 
 
 def _stacks(suite: str, document: dict) -> list[list[str]]:
     rows = sorted((row for row in read(document)[0] if row.dtype == "float32"), key=_over_others, reverse=True)
     chosen = {"best": rows[0], "median": rows[len(rows) // 2], "worst": rows[-1]}
     return [
-        _line(f"{suite}, {which} of {len(rows)}: {_sizes(row)}, {row.mode}", row.us, JUDGED, _over_others(row))
+        _line(f"{suite}, {which} of {len(rows)}: {_sizes(row)}, {row.mode}", row.us, JUDGED, _against(row))
         for which, row in chosen.items()
     ]
 
@@ -38,8 +42,16 @@ def _sizes(row: Row) -> str:
     return f"{rows:,} rows, {'-'.join(map(str, widths))}"
 
 
+def _fastest(row: Row) -> str:
+    return max((BASELINE, *OTHERS), key=lambda impl: row.speedup.get(impl, 0.0))
+
+
 def _over_others(row: Row) -> float:
-    return row.speedup[JUDGED] / max([1.0, *(ratio for impl, ratio in row.speedup.items() if impl in OTHERS)])
+    return row.speedup[JUDGED] / row.speedup[_fastest(row)]
+
+
+def _against(row: Row) -> str:
+    return times(_over_others(row), row.noisy(BASELINE, JUDGED, _fastest(row)), bold=True)
 
 
 def _loops(document: dict) -> list[list[str]]:
@@ -49,18 +61,15 @@ def _loops(document: dict) -> list[list[str]]:
         fastest = min(others, key=lambda impl: others[impl])
         judged = row.speedup[report_training.JUDGED]
         over = row.over_jax if fastest == "jax" else judged / row.speedup.get(fastest, 1.0)
+        timed = (fastest, report_training.JUDGED, *[BASELINE] * (fastest != "jax"))
+        against = "" if over is None else times(over, row.noisy(*timed), bold=True)
         networks = "one network" if row.members is None else f"`Ensemble` of {row.members:,}"
-        lines.append(_line(f"training, {networks}: {row.what}", row.us, report_training.JUDGED, over))
+        lines.append(_line(f"training, {networks}: {row.what}", row.us, report_training.JUDGED, against))
     return lines
 
 
-def _line(what: str, us: dict[str, float], judged: str, over: float | None) -> list[str]:
-    cells = [_us(us[impl]) if impl in us else "" for impl in (BASELINE, *OTHERS, judged)]
-    return [what, *cells, "" if over is None else f"**{over:.2f}x**"]
-
-
-def _us(us: float) -> str:
-    return f"{us:,.0f}" if us >= 100 else f"{us:.3g}"
+def _line(what: str, found: dict[str, float], judged: str, against: str) -> list[str]:
+    return [what, *(digits(found[impl]) if impl in found else "" for impl in (BASELINE, *OTHERS, judged)), against]
 
 
 def over_eager(documents: dict[str, dict]) -> list[str]:
@@ -88,9 +97,7 @@ def kernelbench_by_machine(documents: dict[str, dict]) -> list[str]:
     lines = []
     for case, row in first.items():
         cells = [
-            f"{own[case].speedup[impl]:.2f}x" if case in own and impl in own[case].speedup else ""
-            for impl in (JUDGED, "compiled")
-            for own in found.values()
+            own[case].over_eager(impl) if case in own else "" for impl in (JUDGED, "compiled") for own in found.values()
         ]
         lines.append([case, row.sizes, *cells])
     return table(["problem", "rows x widths", *found, *(f"torch.compile, {name}" for name in found)], 2, lines)

@@ -5,7 +5,7 @@ import itertools
 import statistics
 from dataclasses import dataclass, field
 
-from report_style import NOISY, machine, table
+from report_style import NOISY, digits, machine, provenance, scatter, table, times
 from stack_cases import MODES
 
 BASELINE, JUDGED = "eager", "fused"
@@ -29,7 +29,7 @@ class Row:
     us: dict[str, float] = field(default_factory=dict)
     speedup: dict[str, float] = field(default_factory=dict)
     attempts: int = 1
-    spread: float = 0.0
+    spreads: dict[str, float] = field(default_factory=dict)
     limit_us: float | None = None
     limit: str = ""  # what sets it: "arithmetic" or "memory"
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -47,6 +47,13 @@ class Row:
     def reached(self, impl: str) -> float | None:
         """The share of the limit, from 0 to 1."""
         return None if self.limit_us is None or impl not in self.us else self.limit_us / self.us[impl]
+
+    def noisy(self, *impls: str) -> bool:
+        return any(self.spreads[impl] > NOISY for impl in impls if impl in self.spreads)
+
+    def over_eager(self, impl: str) -> str:
+        """The speed-up of one, marked where its timings or eager's scattered; "" where it was not timed."""
+        return times(self.speedup[impl], self.noisy(BASELINE, impl)) if impl in self.speedup else ""
 
 
 def least_us(flops: int, traffic: int, dtype: str, limits: dict | None) -> tuple[float | None, str]:
@@ -90,8 +97,7 @@ def read(document: dict) -> tuple[list[Row], dict[str, str]]:
         if "speedup_over_eager" in info:
             row.speedup[impl] = info["speedup_over_eager"]
             row.attempts = len(info["speedups_over_eager"])
-        if impl in (BASELINE, JUDGED):
-            row.spread = max(row.spread, info["interleaved_spread"])
+        row.spreads[impl] = info["interleaved_spread"]
     return list(rows.values()), labels
 
 
@@ -123,7 +129,7 @@ def markdown(document: dict) -> str:
         cells = [row.case, row.sizes, row.dtype, row.mode]
         cells += [_microseconds(row.us[impl]) if impl in row.us else "" for impl in impls]
         ratio = f"**{row.speedup[JUDGED]:.2f}x**" if JUDGED in row.speedup else ""
-        cells.append(ratio + (" ~" if ratio and row.spread > NOISY else ""))
+        cells.append(ratio + (" ~" if ratio and row.noisy(BASELINE, JUDGED) else ""))
         reached = row.reached(JUDGED)
         cells.append("" if reached is None else f"{reached:.0%}, {row.limit}")
         for impl in others:
@@ -146,8 +152,8 @@ def markdown(document: dict) -> str:
         "Median times per call, all contenders of a row timed in turn; a speed-up is the median over the rounds of the "
         "ratio within a round. Rows not clearly above 1x were timed three times, and the median run is shown."
     )
-    if any(row.spread > NOISY for row in rows):
-        text.append(f"`~`: timings scattered by more than {NOISY:.0%} (interquartile range over median).")
+    if any(row.noisy(BASELINE, JUDGED) for row in rows):
+        text.append(scatter())
     if limits := document["machine_info"].get("limits"):
         rates = ", ".join(f"{name} products {rate / 1e9:,.0f} Gflop/s" for name, rate in limits["flops_per_s"].items())
         text.append(
@@ -163,6 +169,7 @@ def markdown(document: dict) -> str:
         text.append(f"Not timed, since they miss the truth: {'; '.join(missed)}.")
     if left_out := document["machine_info"].get("not_reached"):
         text.append(f"Not reached in the time set for the run: {', '.join(left_out)}.")
+    text.append(provenance(document))
     return "\n".join(text) + "\n"
 
 
@@ -193,7 +200,7 @@ def layers_by_machine(documents: dict[str, dict]) -> list[str]:
     header = ["rows x widths", "mode", *documents, f"torch.compile, {first}", *list(documents)[1:]]
     lines = []
     for key, row in found[first].items():
-        cells = [f"{own[key].speedup[impl]:.2f}x" for impl in (JUDGED, "compiled") for own in found.values()]
+        cells = [own[key].over_eager(impl) for impl in (JUDGED, "compiled") for own in found.values()]
         lines.append([row.sizes, row.mode, *cells])
     return table(header, 2, lines)
 
@@ -210,8 +217,8 @@ def networks_by_machine(documents: dict[str, dict]) -> list[str]:
         rows, *sizes = found[first][case, MODES[0]].shape
         cells = [f"{rows:,} x {'-'.join(map(str, sizes))}"]
         for mode in MODES:
-            cells.append(_microseconds(found[first][case, mode].us[JUDGED]))
-            cells += [f"{own[case, mode].speedup[JUDGED]:.2f}x" for own in found.values()]
+            cells.append(digits(found[first][case, mode].us[JUDGED]))
+            cells += [own[case, mode].over_eager(JUDGED) for own in found.values()]
         lines.append(cells)
     return table(header, 1, lines)
 

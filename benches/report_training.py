@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass, field
 
-from report_style import FAINT, INK, NOISY, machine, new_figure, png, table
+from report_style import FAINT, INK, NOISY, digits, machine, new_figure, png, provenance, scatter, table, times
 
 BASELINE, JUDGED = "eager", "fit"
 STYLES = {
@@ -27,7 +27,10 @@ class Row:
     speedup: dict[str, float] = field(default_factory=dict)
     over_jax: float | None = None  # of fit
     first_call: dict[str, float] = field(default_factory=dict)  # seconds
-    spread: float = 0.0
+    spreads: dict[str, float] = field(default_factory=dict)
+
+    def noisy(self, *impls: str) -> bool:
+        return any(self.spreads[impl] > NOISY for impl in impls if impl in self.spreads)
 
 
 def read(document: dict) -> tuple[list[Row], dict[str, str]]:
@@ -49,17 +52,8 @@ def read(document: dict) -> tuple[list[Row], dict[str, str]]:
         row.first_call[impl] = info.get("first_call_seconds", 0.0)
         if impl == JUDGED:
             row.over_jax = info.get("speedup_over_jax")
-        if impl in (BASELINE, JUDGED):
-            row.spread = max(row.spread, info["spread"])
+        row.spreads[impl] = info["spread"]
     return list(rows.values()), labels
-
-
-def _us(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.3g}x" if ratio >= 10 else f"{ratio:.2f}x"
 
 
 def markdown(document: dict) -> str:
@@ -71,12 +65,12 @@ def markdown(document: dict) -> str:
     lines = []
     for row in rows:
         cells = [row.case, row.what, f"{row.members:,}" if row.members else ""]
-        cells += [_us(row.us[impl]) if impl in row.us else "" for impl in impls]
-        ratio = f"**{_times(row.speedup[JUDGED])}**" if JUDGED in row.speedup else ""
-        cells.append(ratio + (" ~" if ratio and row.spread > NOISY else ""))
+        cells += [digits(row.us[impl]) if impl in row.us else "" for impl in impls]
+        noisy = row.noisy(BASELINE, JUDGED)
+        cells.append(times(row.speedup[JUDGED], noisy, bold=True) if JUDGED in row.speedup else "")
         for impl in others:
-            ratio = f" ({_times(row.speedup[impl])})" if impl in row.speedup else ""
-            cells.append(_us(row.us[impl]) + ratio if impl in row.us else "")
+            ratio = f" ({times(row.speedup[impl])})" if impl in row.speedup else ""
+            cells.append(digits(row.us[impl]) + ratio if impl in row.us else "")
         lines.append(cells)
     text = [f"# Training loops: {machine(document)}", "", *table(header, 2, lines), ""]
     text.append(
@@ -88,10 +82,11 @@ def markdown(document: dict) -> str:
         seconds = [row.first_call[impl] for row in rows if row.first_call.get(impl)]
         if seconds:
             text.append(f"Before its first step {label} took up to {max(seconds):.1f} s, which no figure here holds.")
-    if any(row.spread > NOISY for row in rows):
-        text.append(f"`~`: timings scattered by more than {NOISY:.0%} (interquartile range over median).")
+    if any(row.noisy(BASELINE, JUDGED) for row in rows):
+        text.append(scatter())
     if left_out := document["machine_info"].get("not_reached"):
         text.append(f"Not reached in the time set for the run: {', '.join(left_out)}.")
+    text.append(provenance(document))
     return "\n".join(text) + "\n"
 
 
@@ -106,15 +101,17 @@ def loops_by_machine(documents: dict[str, dict]) -> list[str]:
     def ratios(row: Row | None) -> list[str]:
         if row is None:
             return ["", ""]
-        return [_times(row.speedup[JUDGED]), f"**{_times(row.over_jax)}**" if row.over_jax else ""]
+        over_jax = times(row.over_jax, row.noisy("jax", JUDGED), bold=True) if row.over_jax else ""
+        return [times(row.speedup[JUDGED], row.noisy(BASELINE, JUDGED)), over_jax]
 
     lines = []
     for case in dict.fromkeys(case for rows in machines for case in rows):
         own, *others = (rows.get(case) for rows in machines)
         row = next(rows[case] for rows in machines if case in rows)
         cells = [row.what, f"{row.members:,} (ensemble)" if row.members else "1"]
-        cells += [_us(own.us[BASELINE]), _us(own.us[JUDGED])] if own else ["", ""]
-        cells += [*ratios(own), _times(own.speedup["vmap"]) if own and "vmap" in own.speedup else ""]
+        cells += [digits(own.us[BASELINE]), digits(own.us[JUDGED])] if own else ["", ""]
+        vmap = times(own.speedup["vmap"], own.noisy(BASELINE, "vmap")) if own and "vmap" in own.speedup else ""
+        cells += [*ratios(own), vmap]
         lines.append(cells + [ratio for other in others for ratio in ratios(other)])
     return table(header, 1, lines)
 
@@ -155,8 +152,8 @@ def _steps(document: dict, rows: list[Row], labels: dict[str, str]) -> bytes:
             label = labels[impl] if impl not in axes.get_legend_handles_labels()[1] else None
             # Points and no bars: a logarithmic axis has no zero at which a bar could begin.
             axes.plot(row.us[impl], y, STYLES[impl][1][0], color=STYLES[impl][0], label=label, zorder=2)
-            ratio = f" ({_times(row.speedup[impl])})" if impl in row.speedup and impl != BASELINE else ""
-            axes.text(row.us[impl] * 1.2, y, f"{_us(row.us[impl])} us{ratio}", va="center", fontsize=8, color=INK)
+            ratio = f" ({times(row.speedup[impl])})" if impl in row.speedup and impl != BASELINE else ""
+            axes.text(row.us[impl] * 1.2, y, f"{digits(row.us[impl])} us{ratio}", va="center", fontsize=8, color=INK)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.set_xlim(low, high * 3)

@@ -650,8 +650,28 @@ def test_report_of_training_loops(bench, tmp_path):
     text = report.markdown(training_document())
     assert "| xor-None | 2-2-1, SGD, batch 4 |  | 200 | 10 | **20x** | 400 (0.50x) |" in text
     assert "| xor-64 | 2-2-1, SGD, batch 4 | 64 | 200 | 0.4 | **512x** ~ |  |" in text
-    assert "**4,096x**" in text
+    assert "**4,100x**" in text
     assert "Before its first step" not in text
+    assert text.endswith("Timed on 2026-01-02; the run has recorded no commit.\n")
+
+
+@pytest.mark.parametrize(
+    ("dirty", "said"), [(True, "with changes that were not committed"), (False, "without other changes")]
+)
+def test_a_run_says_which_sources_were_timed(bench, dirty, said):
+    commit = {"id": "0123456789abcdef", "dirty": dirty}
+    for suite, document in (("report_tables", TINY), ("report_training", training_document())):
+        text = bench(suite).markdown(document | {"commit_info": commit})
+        assert text.endswith(f"\nTimed on 2026-01-02 at commit 0123456, {said}.\n")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [(0.349, "0.35x"), (1, "1.00x"), (9.999, "10x"), (10.73, "10.7x"), (99.96, "100x"), (3028, "3,030x")],
+)
+def test_ratios_have_three_digits(bench, ratio, said):
+    assert bench("report_style").times(ratio) == said
+    assert bench("report_style").times(ratio, noisy=True, bold=True) == f"**{said}** ~"
 
 
 def test_loops_by_machine(bench):
@@ -664,7 +684,9 @@ def test_loops_by_machine(bench):
     header, _, *rows = report.loops_by_machine({"ours": ours, "others": others})
     assert header == "| network | networks | EAGER | `fit` | speed-up | over JAX | VMAP | others: speed-up | over JAX |"
     assert rows[0].endswith("| 20x | **2.00x** |  | 20x |  |")
-    assert rows[-2].endswith("| 4,096x |  | 100x |  |  |")
+    # Marked where what it is a ratio of has scattered: eager did, of 64 networks.
+    assert rows[1].endswith("| 512x ~ |  |  | 512x ~ |  |")
+    assert rows[-2].endswith("| 4,100x |  | 100x |  |  |")
     assert rows[-1].endswith("| 9 (ensemble) |  |  |  |  |  | 60x |  |")
     assert "Before its first step JAX took up to 0.3 s" in report.markdown(ours)
 
@@ -679,7 +701,8 @@ def test_short_tables_show_rows_that_lose(bench):
             for impl, ratio in (("eager", 1.0), ("fused", ours), ("compiled", compiled))
         )
     )
-    _, _, *rows = report.against_others({"layers": found})
+    _, _, *rows, _, _, said = report.against_others({"layers": found})
+    assert said == "Timed on 2026-01-02 (layers)."
     assert [row.split(" | ")[-1] for row in rows] == ["**2.00x** |", "**1.00x** |", "**0.80x** |"]
     assert rows[-1].startswith("| layers, worst of 3: 4 rows, 2-2, forward | 100 | 80 |  |  | 100 |")
     _, _, row = report.over_eager({"here": found})
@@ -687,7 +710,8 @@ def test_short_tables_show_rows_that_lose(bench):
     loops = training_document()
     loops["benchmarks"] += [trained("jax", 20.0, 10.0), trained("vmap", 0.04, 5000.0, members=1024)]
     loops["benchmarks"][1]["extra_info"]["speedup_over_jax"] = 1.9
-    _, _, *rows = report.against_others({"training": loops})
+    _, _, *rows, _, _, _ = report.against_others({"training": loops})
+    assert rows[1].endswith("| **512x** ~ |")
     assert rows[0] == "| training, one network: 2-2-1, SGD, batch 4 | 200 | 400 | 20 |  | 10 | **1.90x** |"
     assert rows[-1] == "| training, `Ensemble` of 1,024: 2-2-1, SGD, batch 4 | 200 |  |  | 0.04 | 0.05 | **0.82x** |"
 
@@ -726,7 +750,12 @@ def test_report_of_kernelbench(bench, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "model", "kind", "said"),
-    [(25, 17, "AMD", "AMD EPYC (Zen 4)"), (26, 2, None, "AMD EPYC (Zen 5)"), (1, 1, "AMD", "AMD EPYC")],
+    [
+        (25, 17, "AMD", "AMD EPYC (Zen 4)"),
+        (26, 2, None, "AMD EPYC (Zen 5)"),
+        (1, 1, "AMD", "AMD EPYC"),
+        (6, 1, "Intel AMX", "AMD EPYC (Intel AMX, family 6 model 1)"),
+    ],
 )
 def test_machines_are_called_by_their_generation(family, model, kind, said, bench):
     info = {"cpu": {"brand_raw": "AMD EPYC", "family": family, "model": model}, "threads": 2, "versions": {}}
