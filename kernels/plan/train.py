@@ -180,7 +180,8 @@ def loop_us(members: int, batch: int, config: TrainConfig, fetches: bool) -> flo
         outputs = OUTPUT_US * batch * sum(n for _, n in layers)
         calls = CALL_US * (UPDATE_CALLS[update_kind(config)] + FETCH_CALLS * fetches)
         return calls + LAYER_US * len(layers) + 2 * sum(products) + sum(products[1:]) + outputs
-    first = 3 * CALL_US + 3 * PRODUCT_MAC_US * members * macs[0]
+    first = CALL_US * (3 + FETCH_CALLS * fetches) + 3 * PRODUCT_MAC_US * members * macs[0]
+    first += OUTPUT_US * members * batch * sum(n for _, n in layers)
     arrays, matrices = _stack_us(members, batch, config, layers[1:])
     numbers = members * (sum((k + 1) * n for k, n in layers) + 2 * batch * sum(config.widths))
     return first + min(arrays * (OUT_OF_CACHE if numbers > CACHED_NUMBERS else 1), matrices)

@@ -90,7 +90,8 @@ def test_a_block_takes_as_many_samples_as_the_batch_has_and_as_fit_beside_the_we
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"device": CPU, "impl": "torch"}, "no kernels for the CPU"),
+        ({"device": CPU, "impl": "lane"}, "no kernels for the CPU"),
+        ({"device": CPU, "impl": "torch"}, 'impl="torch"'),
         ({"device": dataclasses.replace(H200, triton=False)}, "triton is not installed"),
         ({"device": Device("cuda", 75, 40, triton=True)}, "compute capability 7.5"),
         ({"device": Device("mps")}, "mps"),
