@@ -35,7 +35,7 @@ _KINDS = {
 }
 
 # Attributes of a module that have it run something else.
-_HIDING = ("forward", "_compiled_call_impl", "weight", "bias")
+_HIDING = ("forward", "_compiled_call_impl", "weight", "bias", "activation")
 
 
 def runs_only_forward(module: nn.Module) -> bool:
@@ -58,8 +58,8 @@ def is_plain(module: nn.Module) -> bool:
     return (
         runs_only_forward(module)
         and kind.forward is _KINDS[kind][0]
-        # An attribute of the instance hides the parameter of that name.
-        and not ("weight" in own or "bias" in own)
+        # An attribute of the instance hides the parameter of that name, or what its class says.
+        and not ("weight" in own or "bias" in own or "activation" in own)
         and (not issubclass(kind, nn.Linear) or ("weight" in parameters and "bias" in parameters))
     )
 

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from perceptriton.kernels import explain, small
-from perceptriton.mlp import MLP, Ensemble, LinearReLU, LinearSigmoid, LinearTanh
+from perceptriton.mlp import MLP, Ensemble, LinearReLU, LinearSigmoid, LinearTanh, fuse_
 
 LAYERS = {LinearSigmoid: nn.Sigmoid, LinearTanh: nn.Tanh, LinearReLU: nn.ReLU}
 
@@ -98,7 +98,12 @@ def test_layer_reads_its_attributes(change, size):
     change(layer)
     x = torch.randn(7, 5)
     z = nn.functional.linear(x, layer.weight, layer.bias)
-    torch.testing.assert_close(layer(x), torch.tanh(z) if change is _other_activation else torch.sigmoid(z))
+    y = torch.tanh(z) if change is _other_activation else torch.sigmoid(z)
+    torch.testing.assert_close(layer(x), y)
+    chain = nn.Sequential(layer, nn.Linear(3, 2), nn.Sigmoid())
+    expected = chain[2](chain[1](y))
+    fuse_(chain)
+    torch.testing.assert_close(chain(x), expected)
 
 
 @pytest.mark.parametrize("rows", [3, 4096])
