@@ -6,9 +6,6 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import torch
 
@@ -17,18 +14,6 @@ from .records import SPLITS, Device
 
 CPU_ARCH = 90  # the compute capability that plans assume where kernels run on the CPU
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-Result = TypeVar("Result")
-
-
-def undisturbed(trial: Callable[[], Result]) -> Result:
-    """What a trial returns that is kept for the process: autocast, modes and transforms of its first caller are away.
-
-    A new thread has none of them.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(trial).result()
 
 
 @functools.cache

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What passes between the parts: devices, tiles, plans, and what a training loop does."""
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 
 IMPLS = (None, "triton", "torch")
 TRAIN_IMPLS = (None, "lane", "block", "graph", "native", "torch")
@@ -86,80 +85,6 @@ class MlpTile:
     num_warps: int
     num_stages: int
     resident: bool = True  # weights are loaded once per program; else once per row tile (forward only)
-
-
-# What a row of a table of tiles may say. A layout is how the operands of an op lie in memory: in whole rows of 16 bytes
-# or not, in a network at either end, or so that TMA reads them.
-BLOCKS = (16, 32, 64, 128, 256)
-LAYOUTS = {
-    "linear_act_fwd": ("aligned", "ragged", "tma"),
-    "linear_act_bwd": ("aligned", "ragged"),
-    "linear_act_dgrad": ("tma",),
-    "linear_act_wgrad": ("tma",),
-    "mlp_infer": ("exact",),
-    "mlp_fwd": ("exact", "in", "out", "both"),
-    "mlp_bwd": ("exact", "in", "out", "both"),
-}
-TILE_VALUES = {
-    "chip": tuple(CHIPS),
-    "op": tuple(LAYOUTS),
-    "product": ("half", "tf32", "ieee", *SPLITS),
-    "block_m": BLOCKS,
-    "num_warps": (1, 2, 4, 8, 16),
-    "num_stages": range(1, 9),
-    "programs_per_sm": range(1, 33),
-    "resident": (True, False),
-    "subtiles": (1, 2),
-    "flatten": (True, False),
-}
-
-
-def _one_of(name: str, value: object, values: Sequence[object]) -> None:
-    # JSON's true and 1.0 equal the number 1 in Python, but are none in a table.
-    if type(value) is not type(values[0]) or value not in values:
-        raise ValueError(f"{name} of a tile: {value!r:.80} is none of {', '.join(map(str, values)):.80}")
-
-
-@dataclass(frozen=True)
-class TileRow:
-    """A row of a table of tiles: what it is for, the tile, and how many programs of it fit on a multiprocessor.
-
-    widths: of what a program holds, padded: in_features and out_features of a layer, those of all layers of a network,
-    or block_k and block_n of a tile that travels by TMA. Raises ValueError at what no kernel could use.
-    """
-
-    chip: str
-    op: str
-    product: str  # kind of product, as in `plan.chips.product_kind`
-    layout: str
-    widths: tuple[int, ...]
-    block_m: int
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int
-    resident: bool = True  # of networks, see MlpTile
-    subtiles: int = 1  # of tiles that travel by TMA, see WideTile
-    flatten: bool = False
-
-    def __post_init__(self) -> None:
-        for name, values in TILE_VALUES.items():
-            _one_of(name, getattr(self, name), values)
-        _one_of("layout", self.layout, LAYOUTS[self.op])
-        for width in self.widths:
-            _one_of("widths", width, BLOCKS)
-        _one_of("number of widths", len(self.widths), range(2, 65 if self.op.startswith("mlp") else 3))
-
-    @property
-    def layer_tile(self) -> Tile:
-        return Tile(self.block_m, self.widths[1], self.widths[0], self.num_warps, self.num_stages)
-
-    @property
-    def wide_tile(self) -> WideTile:
-        return WideTile(*astuple(self.layer_tile), subtiles=self.subtiles, flatten=self.flatten)
-
-    @property
-    def network_tile(self) -> MlpTile:
-        return MlpTile(self.block_m, self.num_warps, self.num_stages, self.resident)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .devices import undisturbed
 from .records import MlpPlan, NeedsGrad, Plan, Wanted
+from .trial import undisturbed
 
 OptionalTensors = Sequence[Tensor | None]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias

@@ -24,7 +24,7 @@ import atomic
 import torch
 
 from perceptriton.kernels import tables
-from perceptriton.kernels.records import TileRow
+from perceptriton.kernels.tables import TileRow
 
 # What stands for each kind of product when it is compiled: a dtype, and the precision of fp32 products.
 PRODUCTS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}

@@ -14,8 +14,8 @@ import torch
 
 from perceptriton.kernels.gpu import aot, layer
 from perceptriton.kernels.plan.chips import LAYER_CHIPS
-from perceptriton.kernels.records import Plan, TileRow
-from perceptriton.kernels.tables import LAYER_TILES
+from perceptriton.kernels.records import Plan
+from perceptriton.kernels.tables import LAYER_TILES, TileRow
 
 from . import common
 

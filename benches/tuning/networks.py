@@ -14,8 +14,8 @@ import torch
 
 from perceptriton.kernels.gpu import aot, network
 from perceptriton.kernels.plan.chips import LAYER_CHIPS
-from perceptriton.kernels.records import LAYOUTS, MlpPlan, MlpSegment, TileRow
-from perceptriton.kernels.tables import MLP_TILES
+from perceptriton.kernels.records import MlpPlan, MlpSegment
+from perceptriton.kernels.tables import LAYOUTS, MLP_TILES, TileRow
 
 from . import common
 

@@ -15,7 +15,8 @@ import torch
 from perceptriton.kernels import plan as planning
 from perceptriton.kernels import tables
 from perceptriton.kernels.gpu import aot, wide
-from perceptriton.kernels.records import Plan, TileRow
+from perceptriton.kernels.records import Plan
+from perceptriton.kernels.tables import TileRow
 
 from . import common
 from .measured import KINDS

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..devices import undisturbed
 from ..hyperparameters import COMMON, Hyperparameters
 from ..records import TrainConfig
+from ..trial import undisturbed
 from .layout import Batch, Call, Layout, Storage
 
 

@@ -6,8 +6,8 @@ import itertools
 from typing import NamedTuple
 
 from ..crossover import MLP_MAX_WIDTH
-from ..records import Device, MlpPlan, MlpSegment, MlpTile, TileRow
-from ..tables import MLP_TILES, tile_rows
+from ..records import Device, MlpPlan, MlpSegment, MlpTile
+from ..tables import MLP_TILES, TileRow, tile_rows
 from .chips import cdiv, device_refusal, generation, itemsize, next_power_of_2, product_kind
 from .cpu import cpu_mlp
 from .layer import linear_act_bwd, linear_act_fwd

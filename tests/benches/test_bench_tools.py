@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from perceptriton import kernels
-from perceptriton.kernels import records, tables
+from perceptriton.kernels import tables
 
 BENCHES = Path(__file__).parents[2] / "benches"
 
@@ -961,7 +961,7 @@ def test_a_search_goes_on_where_the_table_is(bench, monkeypatch):
     monkeypatch.setattr(common, "ProcessPoolExecutor", lambda *_: pool)
 
     def row(k, block_m, programs=1):
-        return records.TileRow("sm_90", "linear_act_fwd", "half", "aligned", (k, 16), block_m, 4, 2, programs)
+        return tables.TileRow("sm_90", "linear_act_fwd", "half", "aligned", (k, 16), block_m, 4, 2, programs)
 
     cells = [[], *([row(k, block_m) for block_m in (128, 64, 32, 16)] for k in (16, 32, 64))]
     old = [row(16, 32, 2), row(64, 16, 9)]
@@ -1001,7 +1001,7 @@ def test_tiles_are_found_by_compiling(bench):
     for product, tile in (("half", (128, 256, 64, 8, 5, 2)), ("tf32x3", (128, 256, 32, 8, 3, 2))):
         m, n, k, num_warps, num_stages, subtiles = tile
         shape = ("tma", (k, n), m, num_warps, num_stages, 1, True, subtiles)
-        bad = records.TileRow("sm_90", "linear_act_fwd", product, *shape)
+        bad = tables.TileRow("sm_90", "linear_act_fwd", product, *shape)
         good = [row for row in rows if (row.chip, row.op, row.product) == ("sm_90", bad.op, product)][-1:]
         assert common.first_clean("tuning.wide", [bad, *good]).wide_tile == good[0].wide_tile
 
@@ -1017,7 +1017,7 @@ def test_tiles_that_chips_share_are_clean_on_all(bench, monkeypatch):
         return aot.Resources(32, 8 * (tried[-1] == (89, 64)), 1024, 1, {}, {})
 
     monkeypatch.setattr(aot, "compile_for", compile_for)
-    rows = [records.TileRow("sm_86", "linear_act_fwd", "half", "aligned", (16, 16), m, 1, 2, 1) for m in (64, 32)]
+    rows = [tables.TileRow("sm_86", "linear_act_fwd", "half", "aligned", (16, 16), m, 1, 2, 1) for m in (64, 32)]
     # Both have room for 48 warps, 8.9 for 24 programs, and 8.6 for 16.
     assert common.first_clean("tuning.layers", rows) == dataclasses.replace(rows[1], programs_per_sm=16)
     assert tried == [(86, 64), (89, 64), (86, 32), (89, 32)]

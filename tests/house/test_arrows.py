@@ -15,7 +15,7 @@ BENCHES = sorted((ROOT / "benches").glob("**/*.py"))
 
 # Rooms by floor, the lowest first. A room is a file or a folder; it may import itself and what lies below its floor.
 FLOORS = [
-    {"kernels.records", "kernels.activations", "kernels.operands"},
+    {"kernels.records", "kernels.activations", "kernels.operands", "kernels.trial"},
     {"kernels.tables", "kernels.peaks"},
     {"kernels.crossover"},
     {"kernels.plan", "kernels.hyperparameters"},

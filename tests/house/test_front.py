@@ -131,8 +131,8 @@ def test_docstrings_name_every_argument():
     def nodes(file):
         return {node.name: node for node in ast.parse((ROOT / "mlp" / file).read_text()).body if hasattr(node, "name")}
 
-    estimators = nodes("estimator.py")
-    fields = [n.target.id for n in estimators["_FusedMLP"].body if isinstance(n, ast.AnnAssign)]
+    estimators = nodes("estimator/base.py") | nodes("estimator/classifier.py") | nodes("estimator/regressor.py")
+    fields = [n.target.id for n in estimators["FusedMLP"].body if isinstance(n, ast.AnnAssign)]
     cases = [(estimators[name], [f for f in fields if not f.startswith("_")]) for name in ESTIMATORS]
     for file, names in FUNCTIONAL.items():
         functions = [nodes(f"functional/{file}.py")[name] for name in names]

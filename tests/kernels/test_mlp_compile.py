@@ -29,7 +29,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 import triton.language as tl  # noqa: E402
 
 from perceptriton.kernels import plan as planning  # noqa: E402
-from perceptriton.kernels import records, tables  # noqa: E402
+from perceptriton.kernels import tables  # noqa: E402
 from perceptriton.kernels.gpu import aot, network  # noqa: E402
 from perceptriton.kernels.records import MlpPlan, MlpSegment, MlpTile  # noqa: E402
 
@@ -88,7 +88,7 @@ def _recorded(op, kind, widths, rows, plan, act="sigmoid", loss=False):
 def _cases():
     """(arch, op, kind, widths, rows, plan, activation, loss) by name."""
     for arch, op, kind in itertools.product(TILED_FOR, ("mlp_infer", "mlp_fwd", "mlp_bwd"), KINDS):
-        for layout in records.LAYOUTS[op]:
+        for layout in tables.LAYOUTS[op]:
             for number, row in enumerate(tables.tile_rows("mlp_tiles.json", f"sm_{arch}", op, kind, layout)):
                 chain, tile, name = row.widths, row.network_tile, "-".join(map(str, row.widths))
                 ragged_in, ragged_out = layout in ("in", "both"), layout in ("out", "both")

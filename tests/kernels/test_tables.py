@@ -8,7 +8,7 @@ import cases
 import pytest
 import torch
 
-from perceptriton.kernels import Device, explain, records, tables
+from perceptriton.kernels import Device, explain, tables
 
 NAMES = tuple(tables.READERS)
 H100 = Device("cuda", arch=90, units=132, triton=True)
@@ -190,7 +190,7 @@ def test_absurd_entries_are_not_believed(folder, name, place, key, value):
 
 def test_a_row_says_what_is_wrong_with_it():
     row = ("sm_90", "linear_act_fwd", "half", "aligned", (16, 16), 128, 4, 2, 10)
-    records.TileRow(*row)
+    tables.TileRow(*row)
     for place, value, message in (
         (0, "sm_70", "chip of a tile: 'sm_70' is none of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120"),
         (1, 5, "op of a tile: 5 is none of linear_act_fwd, .*"),
@@ -199,7 +199,7 @@ def test_a_row_says_what_is_wrong_with_it():
         (6, 3, "num_warps of a tile: 3 is none of 1, 2, 4, 8, 16"),
     ):
         with pytest.raises(ValueError, match=f"^{message}$"):
-            records.TileRow(*row[:place], value, *row[place + 1 :])
+            tables.TileRow(*row[:place], value, *row[place + 1 :])
 
 
 def test_results_do_not_depend_on_tables(folder):

@@ -119,7 +119,7 @@ def test_output_tiles(name, chip):
 
 def _networks():
     for op, kind in itertools.product(NETWORK_OPS, KINDS):
-        for layout in records.LAYOUTS[op]:
+        for layout in tables.LAYOUTS[op]:
             for chip, row in tiles("mlp_tiles.json", op, kind, layout):
                 widths = list(row.widths)
                 widths[0] -= 3 * (layout in ("in", "both"))
