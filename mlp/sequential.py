@@ -109,30 +109,18 @@ class Chain:
 
     def run(self, input: Tensor) -> Tensor:
         """What calling the modules in turn computes."""
-        if type(input) in eligibility.PLAIN and self.paired and nn.Module.__call__ is _CALL:
-            if on_cpu := input.is_cpu:
-                few = input.numel() < small.few_elements(self.widths, input.dtype, is_grad_enabled())
-            else:
-                few = small.prefers_torch(input, self.widths)
-            for kind, forward in self.forwards:
-                few = few and kind.forward is forward
-            if few and not _has_any_global_hook():
-                return self._run_few(input, on_cpu)
-        # Subclasses, what is no tensor (torch.fx records with symbols) and modes have a say in the functions that are
-        # called, a nested tensor has no shape to plan with, and who has patched the call of all modules sees every one.
-        if (
-            (type(input) not in eligibility.PLAIN and hasattr(type(input), "__torch_function__"))
-            or nn.Module.__call__ is not _CALL
-            or (_len_torch_function_stack() and eligibility.functions_are_watched())
-            or getattr(input, "is_nested", False)
-        ):
-            return run(self.modules, input)
-        return self.fused(input)
-
-    def _run_few(self, x: Tensor, on_cpu: bool) -> Tensor:
+        if type(input) not in eligibility.PLAIN or not self.paired or nn.Module.__call__ is not _CALL:
+            return self._run_any(input)
+        if on_cpu := input.is_cpu:
+            few = input.numel() < small.few_elements(self.widths, input.dtype, is_grad_enabled())
+        else:
+            few = small.prefers_torch(input, self.widths)
+        for kind, forward in self.forwards:
+            few = few and kind.forward is forward
+        if not few or _has_any_global_hook():
+            return self._run_any(input)
         # Written out, as `is_plain` and a layer have it, since calls are what a tiny network costs.
-        called = False
-        y = x
+        called, y = False, input
         try:
             for layer, kind, size, behind, kind2, size2, activation in self.pairs:
                 own, own2, parameters = layer.__dict__, behind.__dict__, layer._parameters
@@ -164,8 +152,20 @@ class Chain:
             return y
         except ERRORS:
             if not called:
-                self._check(x)
+                self._check(input)
             raise  # what does fit has raised something else, which is not tried again
+
+    def _run_any(self, input: Tensor) -> Tensor:
+        # Subclasses, what is no tensor (torch.fx records with symbols) and modes have a say in the functions that are
+        # called, a nested tensor has no shape to plan with, and who has patched the call of all modules sees every one.
+        if (
+            (type(input) not in eligibility.PLAIN and hasattr(type(input), "__torch_function__"))
+            or nn.Module.__call__ is not _CALL
+            or (_len_torch_function_stack() and eligibility.functions_are_watched())
+            or getattr(input, "is_nested", False)
+        ):
+            return run(self.modules, input)
+        return self.fused(input)
 
     def _check(self, x: Tensor) -> None:
         """Raises the error that names what does not fit together, if anything does not."""
