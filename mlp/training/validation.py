@@ -171,7 +171,8 @@ class Watch:
             told, asked = (", ".join(names) or "nothing" for names in (history.validation, self.rows))
             raise ValueError(f"resume is of a run that evaluated {told}, not {asked}")
         if self.stop is not None and (
-            "best" not in history.state or len(history.state["best_values"]) != len(self.best_values)
+            not {"best", "best_at"} <= history.state.keys()
+            or len(history.state["best_values"]) != len(self.best_values)
         ):
             raise ValueError("resume is of a run without this stop, which knows neither what was best nor for how long")
         self.evaluated += history.evaluated
