@@ -183,7 +183,7 @@ class Chain:
             try:
                 return mlp_act(x, weights, given or None, self.activations[0], self.activations[-1])
             except (TypeError, ValueError):
-                if weights[-1].dim() == 1:
+                if weights[-1].dim() == 1 and biases[-1] is None:
                     return run(self.modules, x)  # torch has a product with a vector
                 self._check(x)  # the layer's error names its own arguments
                 raise

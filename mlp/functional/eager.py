@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks in torch's own operations, and the dtypes and circumstances under which those run."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.fx
 import torch.nn.functional as F
@@ -42,10 +44,9 @@ def is_for_torch(error: Exception, x, weights, activations, impl) -> bool:
     """Whether torch's own operations take a call that failed with this error, one of ERRORS.
 
     They do while torch.fx traces: x is a symbol then, without a shape to plan with or to check. They do for a nested x,
-    which has no shape, and for a layer whose weight is a vector. They do where weights are of a class that answers
-    nothing but some of torch's functions, as those of per-sample gradients. They do too while a CUDA graph is captured
-    whose kernels are not compiled, if an eager call of this size launches none: whoever has warmed up on the default
-    stream has done all that `torch.nn` asks for.
+    which has no shape, and where weights are of a class that answers nothing but some of torch's functions, as those of
+    per-sample gradients. They do too while a CUDA graph is captured whose kernels are not compiled, if an eager call of
+    this size launches none: whoever has warmed up on the default stream has done all that `torch.nn` asks for.
     """
     if impl not in IMPLS or not all(isinstance(act, str) and act in ACTIVATIONS for act in activations):
         return False
@@ -53,9 +54,8 @@ def is_for_torch(error: Exception, x, weights, activations, impl) -> bool:
         if impl == "triton":
             raise NotImplementedError('impl="triton": torch.fx is tracing') from None
         return True
-    if impl != "triton" and (getattr(x, "is_nested", False) or any(map(_answers_nothing, weights))):
-        return True
-    if impl != "triton" and isinstance(weights, tuple) and len(weights) == 1 and getattr(weights[0], "ndim", 2) == 1:
+    given = weights if isinstance(weights, Sequence) else ()
+    if impl != "triton" and (getattr(x, "is_nested", False) or any(map(_answers_nothing, given))):
         return True
     if not isinstance(error, NotCompiledError) or impl is not None:
         return False

@@ -58,10 +58,16 @@ def linear_act(
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         return _planned(x, weight, bias, activation, impl)
     except ERRORS as error:
-        if is_for_torch(error, x, (weight,), (activation,), impl):
+        if _is_vector(x, weight, bias, impl) or is_for_torch(error, x, (weight,), (activation,), impl):
             return torch_network(x, (weight,), None if bias is None else (bias,), activation, activation)
         check_layer(x, weight, bias, activation, impl)
         raise
+
+
+def _is_vector(x, weight, bias, impl) -> bool:
+    """Whether the weight is a vector, with which torch has a product without a bias."""
+    tensors = isinstance(x, Tensor) and isinstance(weight, Tensor) and bias is None
+    return tensors and impl != "triton" and weight.dim() == 1 and x.shape[-1:] == weight.shape
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str | None = None) -> Tensor:

@@ -10,6 +10,7 @@ the table.
 import itertools
 import json
 from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from perceptriton.kernels.gpu import layer, network, train, wide  # noqa: E402 (
 pytestmark = pytest.mark.emulated
 
 TABLE = Path(__file__).with_name("traffic.json")
+WRITTEN_BY = "3.7.1"  # triton: others lay operands out in other ways
 WORSE = 1.05
 UNITS = 1  # multiprocessors: programs walk many tiles each, as they do on large inputs
 CHIPS = {"sm_80": 80, "sm_90": 90}
@@ -214,6 +216,7 @@ def worse(found, known):
     return {key: (value, known.get(key)) for key, value in flat(found).items() if value > WORSE * known.get(key, 0)}
 
 
+@pytest.mark.skipif(version("triton") != WRITTEN_BY, reason=f"the table was written by triton {WRITTEN_BY}")
 @pytest.mark.parametrize(("chip", "case", "dtype"), MEASURED, ids=lambda own: NAMES.get(own, own))
 def test_no_kernel_moves_more_than_it_did(request, chip, case, dtype):
     found = measure(chip, case, dtype)
