@@ -418,6 +418,7 @@ def test_a_function_that_ends_ends_the_training(impl):
     assert not same_bits(values(model), before)  # by the chunks before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ExponentialLR", "CosineAnnealingLR", "SequentialLR"])
 def test_a_rate_that_is_a_tensor_is_taken_back_too(kind):
     """Where steps are taken that a stop undoes."""
