@@ -44,7 +44,6 @@ class LinearAct(nn.Linear):
             and type(weight := parameters.get("weight")) in PLAIN
             and weight.is_cpu
             and input.numel() < small.few_elements(widths, input.dtype, is_grad_enabled())
-            and self.activation in ACTIVATIONS
         ):
             try:
                 return ACTIVATIONS[self.activation].forward(F.linear(input, weight, parameters["bias"]))

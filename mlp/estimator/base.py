@@ -122,13 +122,12 @@ class FusedMLP(BaseEstimator):
 
     def _check(self) -> None:
         """Raises TypeError and ValueError for numbers that torch or `fit` would name otherwise."""
-        least = {"learning_rate": 0, "momentum": 0, "weight_decay": 0, "tol": 0}
-        for name, bound in least.items():
+        for name in ("learning_rate", "momentum", "weight_decay", "tol"):
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a number, not {value!r}")
-            if not float(value) >= bound:
-                raise ValueError(f"{name} must be at least {bound}, not {value!r}")
+            if not float(value) >= 0:
+                raise ValueError(f"{name} must be at least 0, not {value!r}")
 
     def _parts(self, targets, generator: torch.Generator) -> list:
         """The indices that are held back, with as many of each class as there are in all, and the others."""

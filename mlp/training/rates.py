@@ -88,7 +88,7 @@ class Scheduled(Schedule):
         return torch.tensor(rates, dtype=torch.float64, device="cpu")[:, None]
 
     def undo(self) -> None:
-        state, rate = copy.deepcopy(self.before)
+        state, rate = self.before
         self.scheduler.load_state_dict(state)
         (group,) = self.scheduler.optimizer.param_groups
         if isinstance(rate, Tensor):  # which schedulers write over, and others may hold
