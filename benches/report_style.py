@@ -55,6 +55,15 @@ def times(ratio: float, noisy: bool = False, bold: bool = False) -> str:
     return (f"**{said}**" if bold else said) + (" ~" if noisy else "")
 
 
+class Scattered:
+    """A row that has the scatter of each contender's timings."""
+
+    spreads: dict[str, float]
+
+    def noisy(self, *impls: str) -> bool:
+        return any(self.spreads[impl] > NOISY for impl in impls if impl in self.spreads)
+
+
 def scatter() -> str:
     return f"`~`: timings scattered by more than {NOISY:.0%} (interquartile range over median)."
 

@@ -5,7 +5,7 @@ import itertools
 import statistics
 from dataclasses import dataclass, field
 
-from report_style import NOISY, digits, machine, provenance, scatter, table, times
+from report_style import Scattered, digits, machine, provenance, scatter, table, times
 from stack_cases import MODES
 
 BASELINE, JUDGED = "eager", "fused"
@@ -19,7 +19,7 @@ NOTES = {
 
 
 @dataclass
-class Row:
+class Row(Scattered):
     """One case, dtype and mode: what each contender needed, and the least that the machine's limits allow."""
 
     case: str
@@ -47,9 +47,6 @@ class Row:
     def reached(self, impl: str) -> float | None:
         """The share of the limit, from 0 to 1."""
         return None if self.limit_us is None or impl not in self.us else self.limit_us / self.us[impl]
-
-    def noisy(self, *impls: str) -> bool:
-        return any(self.spreads[impl] > NOISY for impl in impls if impl in self.spreads)
 
     def over_eager(self, impl: str) -> str:
         """The speed-up of one, marked where its timings or eager's scattered; "" where it was not timed."""

@@ -3,7 +3,19 @@
 
 from dataclasses import dataclass, field
 
-from report_style import FAINT, INK, NOISY, digits, machine, new_figure, png, provenance, scatter, table, times
+from report_style import (
+    FAINT,
+    INK,
+    Scattered,
+    digits,
+    machine,
+    new_figure,
+    png,
+    provenance,
+    scatter,
+    table,
+    times,
+)
 
 BASELINE, JUDGED = "eager", "fit"
 STYLES = {
@@ -17,7 +29,7 @@ STYLES = {
 
 
 @dataclass
-class Row:
+class Row(Scattered):
     """One case: what each contender needed per step of one network."""
 
     case: str
@@ -28,9 +40,6 @@ class Row:
     over_jax: float | None = None  # of fit
     first_call: dict[str, float] = field(default_factory=dict)  # seconds
     spreads: dict[str, float] = field(default_factory=dict)
-
-    def noisy(self, *impls: str) -> bool:
-        return any(self.spreads[impl] > NOISY for impl in impls if impl in self.spreads)
 
 
 def read(document: dict) -> tuple[list[Row], dict[str, str]]:
