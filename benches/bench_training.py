@@ -56,6 +56,7 @@ class Case:
     devices: tuple[str, ...] = ("cpu", "cuda")
     classes: bool = False  # targets are class ids, and the loss is their cross entropy
     sweep: bool = False  # members have rates of their own, from half of lr to one and a half times lr
+    ways: bool = False  # a block of programs and a captured graph are timed too, whichever `fit` chooses
 
     @property
     def nets(self) -> int:
@@ -68,7 +69,9 @@ CASES = (
     Case("xor-adam", (2, 2, 1), 4, lr=0.01, optimizer="Adam"),
     Case("xor-deep", (2, 10, 10, 10, 1), 4),
     # The report that started this: 50,000 steps took 47 s on a GPU and 26 s in numpy.
-    Case("forum", (32, 64, 5), 256, lr=0.1),
+    Case("forum", (32, 64, 5), 256, lr=0.1, ways=True),
+    # From where a batch is large enough for a graph of products.
+    *(Case(f"batch-{n}", (32, 64, 5), n, lr=0.1, devices=("cuda",), ways=True) for n in (1024, 4096, 16_384, 65_536)),
     # Data that are fetched at every step.
     Case("digits", (784, 32, 10), 2048, batch_size=64, lr=0.1),
     # From where members pay for each other's calls to where their arithmetic counts.
@@ -80,7 +83,7 @@ CASES = (
     *(Case(f"xor-{members}", (2, 2, 1), 4, members=members, devices=("cuda",)) for members in (16_384, 131_072)),
 )
 # As in stack_cases.py: on a GPU, what has a target comes first.
-FIRST = ("xor", "xor-131072", "xor-deep", "xor-16384", "forum", "digits")
+FIRST = ("xor", "xor-131072", "xor-deep", "xor-16384", "forum", "digits", "batch-4096", "batch-65536")
 
 
 class Problem:
@@ -156,14 +159,15 @@ def eager(problem: Problem, compiled: bool = False, most: int = SEQUENTIAL_MEMBE
     return Contender(advance, lambda: stacked(Ensemble.from_models(models)), count)
 
 
-def fitted(problem: Problem) -> Contender:
+def fitted(problem: Problem, impl: str | None = None) -> Contender:
     ensemble = copy.deepcopy(problem.ensemble)
     model = ensemble if problem.case.members else ensemble.member(0)
     options = {"criterion": problem.criterion, "optimizer": problem.optimizer(model.parameters())}
     options |= {"lr": problem.rates} if problem.case.sweep else {}
     options |= {"batch_size": problem.case.batch_size, "generator": torch.Generator().manual_seed(1)}
+    options |= {"impl": impl} if impl else {}
     setup = 0.0
-    if not problem.x.is_cuda:
+    if not (problem.x.is_cuda or impl):
         # Calls this short would not wait for compiled loops. They are there after the first long one.
         with contextlib.suppress(NotImplementedError):
             twin = copy.deepcopy(model)
@@ -284,6 +288,10 @@ IMPLS = {
         lambda case: case.members is None and case.batch_size is None and case.optimizer == "SGD",
         ("cuda",),
     ),
+    **{
+        f"fit-{impl}": Impl(f"fit, {impl}", partial(fitted, impl=impl), lambda case: case.ways, ("cuda",))
+        for impl in ("block", "graph")
+    },
 }
 
 

@@ -93,6 +93,18 @@ def test_networks_climb_a_ladder_of_rows(bench):
     assert {case.name for case in training.CASES} >= set(training.FIRST)
 
 
+def test_ways_of_fit_are_obeyed(bench):
+    training = bench("bench_training")
+    ways = {name: impl for name, impl in training.IMPLS.items() if name.startswith("fit-")}
+    taken = {case.name for case in training.CASES for impl in ways.values() if impl.takes(case)}
+    assert taken == {"forum", "batch-1024", "batch-4096", "batch-16384", "batch-65536"}
+    (forum,) = (case for case in training.CASES if case.name == "forum")
+    for name, impl in ways.items():
+        assert impl.devices == ("cuda",)
+        with pytest.raises(NotImplementedError, match=f"impl='{name.removeprefix('fit-')}'"):
+            impl.build(training.Problem(forum, "cpu")).advance(1)
+
+
 # Operations, and elements moved: x, weights, biases, y. A row that ends in a sum or in its log-sum-exp is one element.
 KERNELBENCH = {
     "L2-45-gemm-sigmoid-logsumexp": (412_316_860_416, 33_554_432 + 12_582_912 + 5_120 + 16_384),

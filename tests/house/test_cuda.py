@@ -76,6 +76,7 @@ def test_a_rehearsal_of_the_machine(tmp_path):
     assert re.search(r"^machine +\d+ s  passed$", (tmp_path / "summary.txt").read_text(), re.MULTILINE)
     found = json.loads((tmp_path / "machine.json").read_text())
     assert found["relative_error"] < 1e-6
+    assert found["sums"][0]["relative_error"] < 1e-6
     assert set(found["host_us"]) == {"triton launch", "linear_sigmoid", "F.linear", "torch.sigmoid"}
 
 
