@@ -27,7 +27,7 @@ TILED_FOR = (80, 86, 90, 120)
 PRINTED = ("HGMMA", "HMMA", "FFMA", "MUFU")
 PER_PROGRAM = ("registers", "stack", "shared", "num_warps")
 TABLES = Path(__file__).with_name("compiled")
-PARTS = 40
+PARTS = 100
 REPORT = pytest.StashKey()  # lines for the end of a run
 
 # What tests gate besides the machine code: a name, and how often it is found in the compiler's texts, "ttir", "ttgir",

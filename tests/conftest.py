@@ -8,6 +8,7 @@ import time
 
 import cases
 import compiling
+import interpreting
 import pytest
 import torch
 
@@ -98,22 +99,6 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item, owner in zip(items, owners, strict=True) if owner == mine]
 
 
-def _round_bfloat16(monkeypatch):
-    # The interpreter cuts the low half of an fp32 off where the hardware rounds to nearest. In a layer of a few
-    # elements a cut y alone moves y (1 - y) by 2 %: an allowance for that would let wrong results pass in all others.
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounding_convert(input, input_dtype, output_dtype, rounding_mode):
-        if input_dtype == tl.float32 and output_dtype == tl.bfloat16:
-            return torch.tensor(input).to(torch.bfloat16).view(torch.uint16).numpy()
-        return convert(input, input_dtype, output_dtype, rounding_mode)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounding_convert)
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -193,7 +178,9 @@ def device():
             yield found
             return
         if not cases.EMULATED:
-            _round_bfloat16(monkeypatch)
+            interpreting.round_bfloat16(monkeypatch)
+            interpreting.patch_language_once(monkeypatch)
+            interpreting.find_overflow_by_numpy(monkeypatch)
         with cases.poisoned():
             yield found
 

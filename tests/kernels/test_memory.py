@@ -61,6 +61,62 @@ def last_one_sums_kernel(x_ptr, y_ptr, count_ptr, SEM: tl.constexpr, BARRIER: tl
         tl.store(y_ptr, tl.sum(tl.load(x_ptr + at)))
 
 
+@triton.jit
+def _combined(a, b, OPERATION: tl.constexpr):
+    if OPERATION == "add":
+        result = a + b
+    elif OPERATION == "sub":
+        result = a - b
+    else:
+        result = a * b
+    return result
+
+
+@triton.jit
+def integers_kernel(a_ptr, b_ptr, y_ptr, size, OPERATION: tl.constexpr):
+    at = tl.arange(0, 8)
+    a, b = tl.load(a_ptr + at, mask=at < size, other=0), tl.load(b_ptr + at, mask=at < size, other=0)
+    tl.store(y_ptr + at, _combined(a, b, OPERATION), mask=at < size)
+
+
+def integers(operation, a, b, dtype=torch.int32):
+    a, b = (torch.tensor(own, dtype=dtype) for own in (a, b))
+    y = torch.empty_like(a)
+    integers_kernel[(1,)](a, b, y, len(a), operation)
+    return y.tolist()
+
+
+LOW, HIGH = -(2**31), 2**31 - 1
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    ("operation", "dtype", "a", "b", "y"),
+    [
+        ("add", torch.int32, [HIGH - 1, LOW, 3], [1, 0, 4], [HIGH, LOW, 7]),
+        ("sub", torch.int32, [LOW + 1, 0, HIGH], [1, HIGH, 0], [LOW, -HIGH, HIGH]),
+        ("mul", torch.int32, [46341, -65536, 0], [46340, 32768, LOW], [46341 * 46340, LOW, 0]),
+        ("mul", torch.int64, [46341, LOW], [46341, HIGH], [46341**2, LOW * HIGH]),
+    ],
+)
+def test_whole_numbers_that_fit_pass(operation, dtype, a, b, y):
+    assert integers(operation, a, b, dtype) == y
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    ("operation", "a", "b"),
+    [("add", [0, HIGH], [0, 1]), ("add", [LOW], [-1]), ("sub", [LOW, 0], [1, 0]), ("sub", [0], [LOW]),
+     ("mul", [46341], [46341]), ("mul", [1, LOW], [1, -1])],
+)  # fmt: skip
+def test_offsets_that_overflow_are_found(operation, a, b):
+    with pytest.raises(Exception, match=f"int32 overflow detected for operation {operation}"):
+        integers(operation, a, b)
+    # The language is what it was: no launch that failed leaves the interpreter's functions in its place.
+    assert tl.core.is_builtin(tl.arange)
+    assert integers(operation, [2], [1]) == {"add": [3], "sub": [1], "mul": [2]}[operation]
+
+
 def summed(sem="acq_rel", barrier=True, early=False):
     y = torch.zeros(4)
     last_one_sums_kernel[(2,)](torch.zeros(2), y, torch.zeros(1, dtype=torch.int32), sem, barrier, early)

@@ -221,7 +221,11 @@ RUNS = {
     # 5 tiles, the last one ragged
     "spread-ragged-batch": (SPREAD, TrainConfig((5, 20, 3)), {"members": 1, "samples": 70}),
     # 3 tiles, and then 2: one program without any
-    "spread-minibatches": (SPREAD, TrainConfig((5, 9, 3)), {"samples": 71, "batch_size": 40, "epochs": 10}),
+    "spread-minibatches": (
+        SPREAD,
+        TrainConfig((5, 9, 3)),
+        {"members": 2, "samples": 71, "batch_size": 40, "epochs": 10},
+    ),
     "spread-own-data": (SPREAD, TrainConfig((5, 20, 3)), {"members": 2, "shared": False, "samples": 33}),
     "spread-more-slots-than-at-once": (
         dataclasses.replace(BLOCK, programs=19),
