@@ -140,7 +140,7 @@ endef
 
 .PHONY: check test test-more
 check: $(READY) ## while you work: lint, types, the fast tests and the core of the interpreter's (under two minutes)
-	$(call parts,check-mlp check-core check-others check-compiled lint)
+	$(call parts,check-mlp check-core check-others lint check-compiled)
 
 test: $(READY) ## everything that needs no GPU, but for what takes long
 	$(call parts,test-mlp test-kernels test-others test-traced test-compile)

@@ -244,6 +244,7 @@ def test_deep_xor_shows_the_drop(draws):
 # --- gates -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_layer_learns_and_and_or_but_not_xor(gates):
     assert list(gates.trajectories) == ["AND", "OR", "XOR"]
     x, _ = xor_data()
@@ -895,6 +896,7 @@ def test_blobs_picture_shows_the_line_before_and_after(blobs):
     assert titles == ("The perceptron before training", "The perceptron after training")
 
 
+@pytest.mark.slow
 def test_sweep_picture_is_the_map_of_success(sweep):
     pytest.importorskip("matplotlib")
     figure, data = plot_sweep(sweep)
@@ -908,6 +910,7 @@ def test_sweep_picture_is_the_map_of_success(sweep):
     assert shares == [f"{100 * share:.0f}%" for share in data.success[-1]]
 
 
+@pytest.mark.slow
 def test_digits_picture_shows_three_curves_and_the_surest_mistakes(digits):
     pytest.importorskip("matplotlib")
     figure, data = plot_digits(digits)
