@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, is_grad_enabled
-from torch._C import _len_torch_function_stack
+from torch._C import _get_tracing_state, _len_torch_function_stack  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
@@ -36,10 +36,15 @@ class Calls:
 
     def find(self, key: tuple, tensors: Sequence[Tensor]) -> Callable | None:
         """The function that was kept for such a call, or None."""
-        if found := self._found.get((is_grad_enabled(), fp32_setting(tensors[0].dtype), *key)):
-            for check, call, _ in found:
-                if check(*tensors):
-                    return call if quiet() else None
+        if not quiet():
+            return None
+        try:
+            found = self._found.get(_whole(key, tensors), ())
+        except TypeError:  # of sizes that are symbols
+            return None
+        for check, call, _ in found:
+            if check(*tensors):
+                return call
         return None
 
     def keep(self, key: tuple, tensors: Sequence[Tensor], call: Callable, owner: object = None) -> None:
@@ -59,11 +64,17 @@ class Calls:
             "dynamic_dims_strides": [[*t.stride()] for t in tensors],
         }
         guards: Any = TensorGuards(*tensors, **layout)
-        key = (is_grad_enabled(), fp32_setting(tensors[0].dtype), *key)
+        key = _whole(key, tensors)
         self._found[key] = ((guards.check, call, owner), *self._found.get(key, ()))[:MAX_ALIKE]
 
     def clear(self) -> None:
         self._found.clear()
+
+
+def _whole(key: tuple, tensors: Sequence[Tensor]) -> tuple:
+    """The key, with what tells most calls apart: without shapes, batches of many sizes drove each other out."""
+    x, middle, last = tensors[0], tensors[len(tensors) >> 1], tensors[-1]
+    return (is_grad_enabled(), fp32_setting(x.dtype), x.shape, middle.shape, last.shape, *key)
 
 
 _all: list[Calls] = []
@@ -76,8 +87,8 @@ def forget() -> None:
 
 
 def quiet() -> bool:
-    """Whether nobody looks on whom no tensor tells of."""
-    if forward_ad._current_level >= 0:
+    """Whether nobody looks on whom no tensor tells of, nor writes down, as torch.jit does, that a shape is read."""
+    if forward_ad._current_level >= 0 or _get_tracing_state() is not None:
         return False
     return not (_len_torch_function_stack() and functions_are_watched())
 

@@ -28,6 +28,22 @@ def has_triton() -> bool:
 
 
 @functools.cache
+def triton_refusal() -> str | None:
+    """Why triton launches nothing on this machine's GPUs, or None.
+
+    Imports triton, and starts its driver, which a C compiler makes where none has been made before: an image without a
+    compiler is found out here, and not in the middle of a model.
+    """
+    if not has_triton():
+        return "triton is not installed"
+    try:
+        _ = importlib.import_module("triton").runtime.driver.active
+    except Exception as error:
+        return f"triton's driver does not start: {error}"
+    return None
+
+
+@functools.cache
 def gpu(name: str):
     """The module of that name which holds kernels and their launchers. The first one imports triton."""
     return importlib.import_module(f".gpu.{name}", __package__)
@@ -59,7 +75,8 @@ def look_at(device: torch.device) -> Device:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         arch = 10 * properties.major + properties.minor
-        return Device("cuda", arch, properties.multi_processor_count, triton=has_triton(), name=properties.name)
+        refusal = triton_refusal() or ""
+        return Device("cuda", arch, properties.multi_processor_count, "", not refusal, properties.name, refusal)
     return Device("cpu", CPU_ARCH, 1, cpu_kind()) if device.type == "cpu" else Device(device.type)
 
 

@@ -81,7 +81,9 @@ def linear_act_bwd(
     A gradient that is not wanted is None. x may be None if dweight is not wanted, weight if dx is not.
     """
     given = (dy, y, x, weight)
-    key, tensors = (activation, wanted, impl, x is None, weight is None), [t for t in given if t is not None]
+    # An identity has no y: dy stands in its place, and one tensor twice would make the call like no other.
+    key, differing = (activation, wanted, impl, y is dy, x is None, weight is None), given[y is dy :]
+    tensors = [t for t in differing if t is not None]
     if call := layer_backwards.find(key, tensors):
         return call(*given)
     n, k, rows = y.shape[-1], in_features_of(x, weight), math.prod(y.shape[:-1])

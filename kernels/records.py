@@ -20,8 +20,8 @@ class Device:
 
     kind: "cpu", "cuda", "ROCm", or any other torch device type. arch: of a CUDA device the compute capability, as
     10 * major + minor: 90 for 9.0. units: its streaming multiprocessors. vendor: of a CPU, "AMD", "AMD Zen 5", "Intel"
-    or "Intel AMX". triton: whether kernels can be launched there. name: of a CUDA device, as its driver tells it; by
-    that, tables of measurements are found.
+    or "Intel AMX". triton: whether kernels can be launched there; refusal: why not, where that is known. name: of a
+    CUDA device, as its driver tells it; by that, tables of measurements are found.
 
     Raises TypeError for an arch that is no int, ValueError for one below 10 of a CUDA device.
     """
@@ -32,6 +32,7 @@ class Device:
     vendor: str = ""
     triton: bool = False
     name: str = ""
+    refusal: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.arch, int):

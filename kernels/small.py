@@ -10,7 +10,7 @@ from torch import Tensor, is_grad_enabled
 
 from . import crossover
 from . import plan as planning
-from .devices import cpu_kind, describe, dtype_name, look_at
+from .devices import cpu_kind, describe, dtype_name
 from .operands import widths_of
 
 
@@ -27,7 +27,8 @@ def is_small(x: Tensor, widths: tuple[int, ...]) -> bool:
     """The same, on the default stream."""
     if x.is_cpu:
         return x.numel() < few_elements(widths, x.dtype, is_grad_enabled())
-    return x.is_cuda and x.numel() < few_on_gpu(widths, x.dtype, is_grad_enabled(), x.device)
+    autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
+    return x.is_cuda and x.numel() < few_on_gpu(widths, x.dtype, is_grad_enabled(), x.device, autocast)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -40,12 +41,14 @@ def few_elements(widths: tuple[int, ...], dtype: torch.dtype, training: bool) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def few_on_gpu(widths: tuple[int, ...], dtype: torch.dtype, training: bool, device: torch.device) -> float:
+def few_on_gpu(
+    widths: tuple[int, ...], dtype: torch.dtype, training: bool, device: torch.device, autocast: bool = False
+) -> float:
     """The same on the default stream of a GPU."""
-    described = look_at(device)
+    described = describe(device)
     if planning.device_refusal(1, 1, 1, dtype_name(dtype), described):
         return math.inf
-    limit = crossover.eager_limit(widths, training, described)
+    limit = crossover.eager_limit(widths, training, described, autocast)
     return limit / (dtype.itemsize * crossover.layer_bytes(1, widths)) if limit else 0
 
 

@@ -95,6 +95,8 @@ def _facts(cuda: bool) -> list[tuple[str, str]]:
     facts.append(("triton's interpreter", 'on: impl="triton" takes CPU tensors' if interpreted else "off"))
     if devices.has_triton():
         facts.append(("triton's cache", triton_cache()))
+        if cuda:
+            facts.append(("triton's driver", devices.triton_refusal() or "starts"))
     return facts
 
 

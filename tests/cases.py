@@ -114,7 +114,7 @@ def nothing_is_small(monkeypatch):
 
 def limit_eager_calls(monkeypatch, without, training):
     """Bytes of x and y, per layer, below which eager calls on a GPU take plain torch, without gradients and with."""
-    monkeypatch.setattr(crossover, "eager_limit", lambda widths, grad, device: training if grad else without)
+    monkeypatch.setattr(crossover, "eager_limit", lambda widths, grad, *_: training if grad else without)
     monkeypatch.setattr(small, "few_on_gpu", getattr(small.few_on_gpu, "__wrapped__", small.few_on_gpu))
     calls.forget()
 

@@ -6,7 +6,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from gloo_sweep import sweeps, watched_sweeps
+from gloo_sweep import late_sweep, sweeps, watched_sweeps
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -122,7 +122,8 @@ def main(rank, ranks, store, out):
                 results[case, name, size] = train(wrap(make(size), mesh), size, rank, ranks)
             for case, wrap in TENSOR_PARALLEL.items():
                 results[case, name, size] = train(wrap(make(size), mesh), size)
-    torch.save(results | {"sweeps": sweeps(rank), "watched": watched_sweeps(rank)}, out)
+    results |= {"sweeps": sweeps(rank), "watched": watched_sweeps(rank), "late": late_sweep(rank)}
+    torch.save(results, out)
     # Together with the other rank.
     dist.barrier()
     dist.destroy_process_group()

@@ -2,7 +2,9 @@
 """Sweeps that each process of `test_distributed.py` takes its share of."""
 
 import copy
+import datetime
 import functools
+import time
 
 import torch
 from torch import nn
@@ -107,6 +109,22 @@ def sweeps(rank):
         except (ValueError, ArithmeticError, RuntimeError) as error:
             results.append(f"{type(error).__name__}: {error}")
     return results
+
+
+def late_sweep(rank):
+    """Losses of a sweep by a group that waits for a second at most, of which rank 0 has members that take three."""
+    group, began = torch.distributed.new_group(timeout=datetime.timedelta(seconds=1)), time.perf_counter()
+
+    def lr(step):
+        time.sleep(0.3 * (rank == 0))
+        return 0.5
+
+    for members in (1, 3):  # of one, rank 1 has nothing to do
+        ensemble = Ensemble(members, [3, 2], generator=torch.Generator().manual_seed(0))
+        options = {"criterion": nn.BCELoss(), "optimizer": functools.partial(torch.optim.SGD, lr=1.0), "group": group}
+        x, y = torch.ones(4, 3), torch.zeros(4, 2)
+        history = fit_sharded(ensemble, x, y, steps=6, log_every=1, lr=lr, **options)
+    return history.loss, time.perf_counter() - began
 
 
 def watched_sweeps(rank):

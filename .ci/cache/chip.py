@@ -51,7 +51,7 @@ class Driver:
 def pretend(own: Driver) -> None:
     """From now on tensors on the CPU, and on device "meta", are planned for and launched as if they lay on an H200."""
     driver.set_active(own)
-    devices.look_at = small.look_at = lambda device: H200
+    devices.look_at = lambda device: H200
     small.few_elements = lambda *shape: small.few_on_gpu(*shape, torch.device("cuda", 0))
     refusal, enabled = eligibility._kind_refusal, torch.is_autocast_enabled
     eligibility._kind_refusal = lambda x, *rest: None if x.is_meta else refusal(x, *rest)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times what eager calls ask of the host, for HOST in kernels/crossover.py; needs gcc, triton and no GPU.
+"""Times what eager calls ask of the host, for HOST and AUTOCAST_US in kernels/crossover.py; needs gcc, triton, no GPU.
 
 Ours run as on an H200 down to a driver that does nothing (.ci/cache/libcuda.c), with tensors on the CPU in the place of
 those on a GPU. torch's modules run on the CPU at one row and a width of 1, where dispatch is nearly all that they cost.
@@ -7,6 +7,7 @@ Both in turn in one process, on one thread; the median over rounds of the fastes
 """
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -27,16 +28,20 @@ ROOT = Path(__file__).parents[2]
 ROWS, WIDTH, LAYERS = 16, 64, (1, 2, 4, 8)
 
 
-def step(model: nn.Module, x: torch.Tensor, training: bool) -> Callable[[], None]:
+def step(model: nn.Module, x: torch.Tensor, training: bool, autocast: bool) -> Callable[[], None]:
     """A call of the model, with its backward pass if it trains; x wants no gradient."""
-    dy, parameters = torch.ones_like(model(x)), list(model.parameters())
+    region = (lambda: torch.autocast("cpu", torch.bfloat16)) if autocast else contextlib.nullcontext
+    with region():
+        dy, parameters = torch.ones_like(model(x)), list(model.parameters())
 
     def forward() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), region():
             model(x)
 
     def both() -> None:
-        model(x).backward(dy)
+        with region():
+            y = model(x)
+        y.backward(dy)
         for p in parameters:
             p.grad = None
 
@@ -66,13 +71,14 @@ def timed(steps: dict[str, Callable[[], None]], rounds: int, calls: int = 40) ->
     return {name: 1e6 * statistics.median(own) for name, own in fastest.items()}
 
 
-def measure(training: bool, rounds: int, launches: Callable[[], int]) -> list[dict]:
+def measure(training: bool, autocast: bool, rounds: int, launches: Callable[[], int]) -> list[dict]:
     """A row for each number of layers: both times, their ratio, and how often ours launch."""
     x, tiny = torch.randn(ROWS, WIDTH), torch.randn(1, 1)
     ours = {n: LinearSigmoid(WIDTH, WIDTH) if n == 1 else MLP([WIDTH] * (n + 1)) for n in LAYERS}
     steps, counts = {}, {}
     for n, model in ours.items():
-        steps[f"{n} ours"], steps[f"{n} torch"] = step(model, x, training), step(modules(1, n), tiny, training)
+        for own, module, given in (("ours", model, x), ("torch", modules(1, n), tiny)):
+            steps[f"{n} {own}"] = step(module, given, training, autocast)
         steps[f"{n} ours"]()
         before = launches()
         steps[f"{n} ours"]()
@@ -82,6 +88,7 @@ def measure(training: bool, rounds: int, launches: Callable[[], int]) -> list[di
         {
             "layers": n,
             "training": training,
+            "autocast": autocast,
             "launches": counts[n],
             "us": round(us[f"{n} ours"], 1),
             "torch_us": round(us[f"{n} torch"], 1),
@@ -103,10 +110,15 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         driver = chip.Driver(Path(folder))
         chip.pretend(driver)
-        rows = [row for training in (False, True) for row in measure(training, options.rounds, driver.launches)]
+        rows = [
+            row
+            for autocast, training in itertools.product((False, True), (False, True))
+            for row in measure(training, autocast, options.rounds, driver.launches)
+        ]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(options.out, json.dumps({"torch": torch.__version__, "rows": rows}, indent=2) + "\n")
-    print("layers  gradients  launches     ours    torch  ratio")
+    print("layers  gradients  autocast  launches     ours    torch  ratio")
     for row in rows:
         us = f"{row['us']:6.1f}us {row['torch_us']:6.1f}us {row['ratio']:6.2f}"
-        print(f"{row['layers']:6}  {'with' if row['training'] else 'without':9}  {row['launches']:8} {us}")
+        kind = f"{'with' if row['training'] else 'without':9}  {'on' if row['autocast'] else 'off':8}"
+        print(f"{row['layers']:6}  {kind}  {row['launches']:8} {us}")

@@ -112,6 +112,7 @@ class Layout(ABC):
 
 
 _streams = threading.local()
+_one_capture = threading.Lock()  # at a time: to begin one waits for the device, which no other capture bears
 
 
 def _capture_stream(device: torch.device) -> "torch.cuda.Stream":
@@ -157,7 +158,8 @@ class Batch:
         runs nothing.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=_capture_stream(self.output.device), capture_error_mode="thread_local"):
+        options = {"stream": _capture_stream(self.output.device), "capture_error_mode": "thread_local"}
+        with _one_capture, torch.cuda.graph(graph, **options):
             for call in self.calls:
                 call()
         self.calls = [graph.replay]

@@ -35,6 +35,11 @@ def wide_generation(arch: int) -> str:
     return f"sm_{arch // 10}0"
 
 
+# Where 32 bits end: a kernel that counts its tiles adds the rows of one to all rows. And where a grid ends: the pass
+# that computes dz has a program for each 128 columns on the grid's second axis.
+MOST_ROWS, TALLEST_TILE, MOST_COLUMNS = 1 << 31, 1 << 10, 65_535 * 128
+
+
 def device_refusal(m: int, k: int, n: int, dtype: str, device: Device) -> str | None:
     """Why plain torch has to do it, or None."""
     if 0 in (m, k, n):
@@ -47,4 +52,8 @@ def device_refusal(m: int, k: int, n: int, dtype: str, device: Device) -> str | 
         return None
     if device.arch < 80:
         return f"compute capability {device.arch // 10}.{device.arch % 10}: the kernels need 8.0"
-    return None if device.triton else "triton is not installed"
+    if MOST_ROWS - TALLEST_TILE < m < MOST_ROWS:  # from there on they are counted in 64 bits
+        return f"{m} rows: their tiles would be counted beyond 32 bits"
+    if n > MOST_COLUMNS:
+        return f"{n} out_features: more blocks of columns than a launch may have"
+    return None if device.triton else device.refusal or "triton is not installed"

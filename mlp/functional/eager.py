@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks in torch's own operations, and the dtypes and circumstances under which those run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.fx
@@ -38,6 +38,25 @@ def product_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(kind), True
     return x.dtype, False
+
+
+def under_autocast(call: Callable, dtype: torch.dtype, decide: Callable) -> Callable:
+    """A function (x, weights, biases) that casts to autocast's dtype and calls, or decides anew: that may be another.
+
+    weights and biases: tensors, or tuples of them.
+    """
+
+    def cast(given):
+        if isinstance(given, Tensor):
+            return given.to(dtype)
+        return None if given is None else tuple([tensor.to(dtype) for tensor in given])
+
+    def autocast_call(x, weights, biases):
+        if torch.get_autocast_dtype(x.device.type) is not dtype:
+            return decide(x, weights, biases)
+        return call(x.to(dtype), cast(weights), cast(biases))
+
+    return autocast_call
 
 
 def is_for_torch(error: Exception, x, weights, activations, impl) -> bool:

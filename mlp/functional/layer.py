@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One layer as a function of tensors."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
@@ -11,7 +13,7 @@ from ...kernels.activations import ACTIVATIONS
 from ...kernels.calls import Calls
 from ...kernels.records import IMPLS
 from .checks import check_layer
-from .eager import ERRORS, is_for_torch, product_dtype, torch_network
+from .eager import ERRORS, is_for_torch, product_dtype, torch_network, under_autocast
 from .functions import LinearActFunction, node
 from .traced import traced_layer
 
@@ -91,6 +93,7 @@ def _planned(x, weight, bias, activation, impl):
         if weight.device != x.device:
             raise ValueError
         return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
+    given = (x, weight) if bias is None else (x, weight, bias)
     if autocast:
         # The casts stand outside the Function, so that autograd differentiates them and gradients keep their dtypes.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -106,9 +109,11 @@ def _planned(x, weight, bias, activation, impl):
     else:
         y = call(x, weight, bias) if call else ops.linear_act_fwd(x, weight, bias, activation, impl)
     # Small ones go by the stream too.
-    if call and not autocast and not (impl is None and small.is_small(x, (weight.shape[1], weight.shape[0]))):
+    if call and not (impl is None and small.is_small(x, (weight.shape[1], weight.shape[0]))):
         if wants_grad:
             apply, options = node(LinearActFunction), (activation, impl, call)
             call = lambda x, weight, bias: apply(x, weight, bias, *options)  # noqa: E731
-        known.keep((activation, impl, bias is None), (x, weight) if bias is None else (x, weight, bias), call)
+        if autocast:
+            call = under_autocast(call, dtype, partial(_planned, activation=activation, impl=impl))
+        known.keep((activation, impl, bias is None), given, call)
     return y

@@ -2,6 +2,7 @@
 """Whole networks as functions of tensors."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ...kernels.calls import Calls
 from ...kernels.operands import widths_of
 from ...kernels.records import IMPLS
 from .checks import broadcast_bias, check_network
-from .eager import ERRORS, is_for_torch, product_dtype, torch_network
+from .eager import ERRORS, is_for_torch, product_dtype, torch_network, under_autocast
 from .functions import FusedMlpFunction, MlpFunction, node, split_parameters
 from .layer import linear_act
 from .traced import traced_network
@@ -48,41 +49,51 @@ def mlp_act(
         tensors = (x, *weights, *(biases or ()))
         if not torch.compiler.is_compiling() and (call := known.find(key, tensors)):
             return call(x, tuple(weights), None if biases is None else tuple(biases))
-        if network_takes_torch(x, weights, biases, (activation, output), impl):
-            return torch_network(x, weights, biases, activation, output)
-        if torch.compiler.is_compiling() and (
-            (y := traced_network(x, weights, biases, activation, output, impl)) is not None
-        ):
-            return y
-        if (found := network_plans(x, weights, biases, impl)) is None:
-            return _layers(x, weights, biases, activation, output, impl)
-        (x, weights, biases), plans = found
-        if plans.forward.impl == "aten":
-            return torch_network(x, weights, biases, activation, output)
-        if plans.forward.impl == "fused":
-            save = () if plans.backward is None else plans.backward.boundaries
-            forward = ops.mlp_fwd_call(x, weights, biases, activation, output, plans.forward, save)
-            options = (activation, output, forward, plans.backward, len(weights))
-            if plans.backward is None:
-                call = lambda x, weights, biases: forward(x, weights, biases)[0]  # noqa: E731
-                y = call(x, weights, biases)
-            else:
-                apply = node(FusedMlpFunction)
-                call = lambda x, weights, biases: apply(x, options, *weights, *(biases or ()))  # noqa: E731
-                y = FusedMlpFunction.apply(x, options, *weights, *(biases or ()))
-            # Small ones go by the stream too, and those under autocast by its dtype, even where nothing was cast.
-            if not product_dtype(tensors[0])[1] and not (impl is None and small.is_small(x, widths_of(weights))):
-                known.keep(key, tensors, call)
-            return y
-        if plans.backward is None:
-            return ops.mlp_fwd(x, weights, biases, activation, output, plans.forward)[0]
-        arguments = (x, activation, output, plans, len(weights), *weights, *(biases or ()))
-        return MlpFunction.apply(*arguments)[0]
+        return _decided(x, weights, biases, activation, output, impl, key)
     except ERRORS as error:
         if is_for_torch(error, x, weights, (activation, output), impl):
             return torch_network(x, weights, biases, activation, output)
         check_network(x, weights, biases, (activation, output), impl)
         raise
+
+
+def _decided(x, weights, biases, activation, output, impl, key) -> Tensor:
+    """`mlp_act` by whatever takes the call, which is kept under the key where that pays."""
+    if network_takes_torch(x, weights, biases, (activation, output), impl):
+        return torch_network(x, weights, biases, activation, output)
+    if torch.compiler.is_compiling() and (
+        (y := traced_network(x, weights, biases, activation, output, impl)) is not None
+    ):
+        return y
+    given = (x, *weights, *(biases or ()))
+    if (found := network_plans(x, weights, biases, impl)) is None:
+        return _layers(x, weights, biases, activation, output, impl)
+    (x, weights, biases), plans = found
+    if plans.forward.impl == "aten":
+        return torch_network(x, weights, biases, activation, output)
+    if plans.forward.impl == "fused":
+        save = () if plans.backward is None else plans.backward.boundaries
+        forward = ops.mlp_fwd_call(x, weights, biases, activation, output, plans.forward, save)
+        options = (activation, output, forward, plans.backward, len(weights))
+        if plans.backward is None:
+            call = lambda x, weights, biases: forward(x, weights, biases)[0]  # noqa: E731
+            y = call(x, weights, biases)
+        else:
+            apply = node(FusedMlpFunction)
+            call = lambda x, weights, biases: apply(x, options, *weights, *(biases or ()))  # noqa: E731
+            y = FusedMlpFunction.apply(x, options, *weights, *(biases or ()))
+        # Small ones go by the stream too.
+        if not (impl is None and small.is_small(x, widths_of(weights))):
+            dtype, autocast = product_dtype(given[0])
+            if autocast:
+                decide = partial(_decided, activation=activation, output=output, impl=impl, key=key)
+                call = under_autocast(call, dtype, decide)
+            known.keep(key, given, call)
+        return y
+    if plans.backward is None:
+        return ops.mlp_fwd(x, weights, biases, activation, output, plans.forward)[0]
+    arguments = (x, activation, output, plans, len(weights), *weights, *(biases or ()))
+    return MlpFunction.apply(*arguments)[0]
 
 
 def _layers(x, weights, biases, hidden, output, impl) -> Tensor:

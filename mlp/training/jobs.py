@@ -196,13 +196,12 @@ class GeneralJob:
             self._run(start, steps, order, log_every, rows[:, 0].tolist())
 
     def _run(self, start: int, steps: int, order, log_every: int, rates: Sequence[float | None]) -> None:
-        batches = None if order is None else order.batches(start, steps)
+        batches = None if order is None else order.batches(start, steps, self.x.device)
         for step, rate in zip(range(start, start + steps), rates, strict=True):
             indices = None if batches is None else next(batches)
             x, y = self.x, self.y
             if indices is not None:
-                x = x.index_select(int(self.own_x), indices.to(x.device))
-                y = y.index_select(int(self.own_y), indices.to(y.device))
+                x, y = x.index_select(int(self.own_x), indices), y.index_select(int(self.own_y), indices)
             logged = None
             for group in () if rate is None else self.optimizer.param_groups:
                 group["lr"] = rate

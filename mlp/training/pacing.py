@@ -39,9 +39,12 @@ def runs_apart(device: torch.device) -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what was launched, so that progress and interrupts count finished steps."""
+    """Waits until the device has done what was launched, so that progress and interrupts count finished steps.
+
+    On this stream: to wait for the whole device would break what another thread captures.
+    """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
 
 
 def logged_steps(start: int, steps: int, log_every: int) -> range:
@@ -115,7 +118,9 @@ class SampleOrder:
         self.row, self.epoch = rows[-1], last
         return rows
 
-    def batches(self, start: int, steps: int) -> Iterator[Tensor]:
+    def batches(self, start: int, steps: int, device: torch.device) -> Iterator[Tensor]:
+        """The indices of each step's samples, copied to the device once an epoch: a copy makes Python wait for it."""
+        placed, at = self.ahead, -1
         for step in range(start, start + steps):
             # One step at a time: a model that draws random numbers too must find the generator in the same state
             # whatever the size of a chunk.
@@ -123,8 +128,10 @@ class SampleOrder:
                 self._mark(self.epoch)
                 self.row, self.epoch = self.ahead.new_empty(self.samples), step // self.per_epoch
                 self._draw((self.row,))
+            if at != self.epoch:
+                placed, at = self.row.to(device), self.epoch
             begin = step % self.per_epoch * self.batch
-            yield self.row[begin : begin + self.batch]
+            yield placed[begin : begin + self.batch]
 
     def draw_ahead(self, steps: int) -> None:
         """Draws what that many more steps will ask for, if nothing else draws from the generator until they do."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -90,7 +91,7 @@ def fit_sharded(
     shares = [slice(*pair) for pair in pairwise(bounds)]
     device = ensemble.weights[0].device
 
-    def everyones(value: Any) -> list:
+    def everyones(value: Any, group: "dist.ProcessGroup | None") -> list:
         """The value of every rank, by rank."""
         values = [value] * ranks
         if ranks > 1:
@@ -102,7 +103,7 @@ def fit_sharded(
     parameters = [p.detach() for p in ensemble.parameters()]
     random = torch.default_generator if generator is None else generator
     if resume is None:
-        first, state = everyones(([p.cpu() for p in parameters], random.get_state()) if rank == 0 else None)[0]
+        first, state = everyones(([p.cpu() for p in parameters], random.get_state()) if rank == 0 else None, group)[0]
         for own, given in zip(parameters, first, strict=True):
             own.copy_(given)
         random.set_state(state)
@@ -126,6 +127,7 @@ def fit_sharded(
         x, y = data
         return x[mine] if x.dim() == 3 else x, y[mine] if has_own_targets(criterion, ensemble, x, y) else y
 
+    patient = _patient(group) if ranks > 1 else None
     history, failure = None, None
     try:
         history = fit(
@@ -158,14 +160,17 @@ def fit_sharded(
     if history is not None:
         state = (own_optimizer.state_dict(), own_scheduler and own_scheduler.state_dict()) if keep_state else None
         trained = replace(history, state={}), [p.detach().cpu() for p in share.parameters()], state, random.get_state()
-    outcomes = everyones(trained)
+    if not idle:  # as `fit` leaves what it has trained, whatever becomes of the others
+        write()
+    outcomes = everyones(trained, patient)
     if ranks > 1:
         # A thread of gloo's needs Python's lock to let go of what was gathered. If it had to wait until the interpreter
         # ends, it would abort the process: while this one sleeps, it gets the lock.
         time.sleep(0.02)
+        # One of a part stays: the next one would have its name, and find its addresses.
+        if patient is not group and ranks == dist.get_world_size():
+            dist.destroy_process_group(patient)
     if failure is not None:
-        if not idle:  # as `fit` leaves what it has trained
-            write()
         raise failure
     if None in outcomes or history is None:
         raise RuntimeError(f"rank {outcomes.index(None)} of {ranks} could not train its share")
@@ -179,6 +184,17 @@ def fit_sharded(
     state = _joined_state(histories, [outcome[2] for _, outcome in busy]) if keep_state else {}
     ran = {"path": history.path, "reason": history.reason, "setup_seconds": history.setup_seconds}
     return replace(joined, **ran, seconds=time.perf_counter() - began, state=state)
+
+
+def _patient(group: "dist.ProcessGroup | None") -> Any:
+    """The processes of a group, connected by gloo with no limit of time: a share may take hours longer than others."""
+    if not dist.is_gloo_available() or dist.get_backend(group) == "mpi":
+        return group
+    options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(days=365)}
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    # All of WORLD are here: the name is a number that nobody else has. Of a part, the others know nothing.
+    own = len(ranks) < dist.get_world_size()
+    return dist.new_group(ranks if own else None, use_local_synchronization=own, **options)
 
 
 def _joined(histories: Sequence[History]) -> History:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perceptriton.kernels import allow_fp32_split, calls
+from perceptriton.kernels import allow_fp32_split, calls, ops
 from perceptriton.kernels.calls import Calls
 from perceptriton.mlp import linear_act, mlp_act
 
@@ -161,14 +161,26 @@ def test_precision_of_fp32_counts_and_that_of_others_does_not(matmul):
 
 def test_what_is_kept_is_bounded():
     known = Calls()
-    for rows in range(1, 3 * calls.MAX_ALIKE):
-        known.keep((), (torch.empty(rows, 2),), rows)
-    assert known.find((), (torch.empty(1, 2),)) is None
-    assert known.find((), (torch.empty(rows, 2),)) == rows
+    for step in range(1, 3 * calls.MAX_ALIKE):
+        known.keep((), (torch.empty(2 * step)[::step],), step)
+    assert known.find((), (torch.empty(2),)) is None
+    assert known.find((), (torch.empty(2 * step)[::step],)) == step
     for key in range(calls.MAX_KEYS + 1):
         known.keep((key,), (torch.empty(1),), key)
     assert known.find((0,), (torch.empty(1),)) is None
     assert known.find((calls.MAX_KEYS,), (torch.empty(1),)) == calls.MAX_KEYS
+
+
+def test_shapes_do_not_drive_each_other_out():
+    """Batches of many sizes, as of sequences, and layers of many widths, with a bias and without one."""
+    known, shapes = Calls(), [(m, k, n) for m in (1, 7, 30) for k in (3, 8, 64) for n in (2, 5, 9)]
+    assert len(shapes) > 3 * calls.MAX_ALIKE
+    many = [(torch.empty(m, k), torch.empty(n, k), torch.empty(n)) for m, k, n in shapes]
+    for bias in (True, False):
+        for shape, tensors in zip(shapes, many, strict=True):
+            known.keep((bias,), tensors if bias else tensors[:2], shape)
+        found = [known.find((bias,), tensors if bias else tensors[:2]) for tensors in many]
+        assert found == shapes
 
 
 def test_an_owner_lives_as_long_as_its_number_is_used():
@@ -289,6 +301,41 @@ def test_autocast_of_another_dtype(launched, network, training):
             assert [g.dtype for g in torch.autograd.grad(y.sum(), (weight, bias))] == [torch.bfloat16] * 2
     assert found == dtypes
     assert sum(len(spy.launches) for spy in launched) >= len(dtypes)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("network", [False, True], ids=["layers", "network"])
+@pytest.mark.parametrize("training", [False, True], ids=["", "training"])
+def test_calls_under_autocast_are_kept(launched, network, training, monkeypatch):
+    """Each dtype of autocast's is decided on once, whether or not something is cast; what is cast is read anew."""
+    decided = []
+    for name in ("linear_act_fwd_call", "mlp_fwd_call"):
+        own = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *given, own=own: decided.append(given) or own(*given))
+    weight, bias = (torch.randn(n, requires_grad=training, device=DEVICE) for n in ((16, 16), (16,)))
+    for cast in (False, True):
+        x = torch.randn(4, 16, device=DEVICE, dtype=torch.bfloat16 if cast else torch.float32)
+        for dtype in [torch.bfloat16] * 3 + [torch.float16] * 2 + [torch.bfloat16]:
+            with torch.autocast(DEVICE, dtype):
+                y = (
+                    mlp_act(x, [weight], [bias], impl="triton")
+                    if network
+                    else linear_act(x, weight, bias, impl="triton")
+                )
+                expected = torch.sigmoid(torch.nn.functional.linear(x, weight, bias))
+            assert y.dtype == expected.dtype == dtype
+            assert torch.allclose(y, expected, rtol=2e-2, atol=1e-2)
+            if training:
+                ours, theirs = (torch.autograd.grad(own.sum(), (weight, bias)) for own in (y, expected))
+                for a, b in zip(ours, theirs, strict=True):
+                    assert (a.dtype, b.dtype) == (torch.float32, torch.float32)
+                    assert (a - b).norm() < 0.05 * b.norm()
+            with torch.no_grad():
+                weight.neg_(), bias.neg_()
+    assert len(decided) == 2 * 3
+    assert launched[2 * network].launches
+    # Outside of autocast the same tensors are another call.
+    assert linear_act(x.float(), weight, bias, impl="triton").dtype == torch.float32
 
 
 @pytest.mark.interpreter

@@ -150,7 +150,7 @@ def test_warmup_that_fails_leaves_the_streams_as_they_were(monkeypatch):
 def test_small_eager_calls_are_launch_bound(monkeypatch, training):
     streams = {0: 0, 1: 0x7F}
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.get, raising=False)
-    monkeypatch.setattr(small, "look_at", lambda device: Device("cuda", 90, 132, triton=True))
+    monkeypatch.setattr(small, "describe", lambda device: Device("cuda", 90, 132, triton=True))
     limit_eager_calls(monkeypatch, 1000, 3000)
     limit = 500 * (1 + 2 * training) // 4
 
@@ -166,7 +166,7 @@ def test_small_eager_calls_are_launch_bound(monkeypatch, training):
         assert not small.prefers_torch(x(limit - 1, kind="mps"), (64, 64))
         # What the kernels do not take, torch has at every size, without a search for the reason.
         assert small.prefers_torch(x(1 << 40, dtype=torch.float64), (64, 64))
-        monkeypatch.setattr(small, "look_at", lambda device: Device("cuda", 75, 40, triton=True))
+        monkeypatch.setattr(small, "describe", lambda device: Device("cuda", 75, 40, triton=True))
         assert small.prefers_torch(x(1 << 40), (64, 64))
 
 

@@ -6,6 +6,8 @@ an argument, or counts on a capture to take a step, trains wrongly here too.
 """
 
 import itertools
+import threading
+import time
 
 import pytest
 import torch
@@ -155,6 +157,37 @@ def test_captures_have_a_stream_per_device_and_thread():
     assert streams == {one: "a stream on cuda:0", other: "a stream on cuda:1"}
     assert layout._capture_stream(one) is streams[one]
     layout._streams.__dict__.clear()
+
+
+def test_one_capture_at_a_time(monkeypatch):
+    """Whatever begins one waits for the whole device, and a capture that goes on elsewhere would fail."""
+    going, most, entered = [], [], threading.Barrier(3)
+
+    class Slow(Recorder):
+        def __enter__(self):
+            going.append(1)
+            most.append(len(going))
+            time.sleep(0.02)
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            going.pop()
+            return super().__exit__(*error)
+
+    monkeypatch.setattr(torch.cuda, "graph", Slow)
+    results = []
+
+    def run():
+        entered.wait()
+        results.append(train("graph", TrainConfig((3, 5, 2)), 1, None, [24]))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 3
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_a_step_that_is_captured_is_not_lost():

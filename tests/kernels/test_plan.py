@@ -211,6 +211,28 @@ def test_measured_shapes_speak_for_their_neighbours(measured):
     assert impl(4096, 4096, 4096, asked="triton") == "tma"  # a choice is obeyed
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("widths", [(2, 2), (64, 64), (512, 512)])
+def test_no_kernel_counts_beyond_32_bits(widths, precision):
+    """`tl.cdiv` of an int32 adds the tile's rows first: from 2^31 less those on, the sum would be negative."""
+    kind = ("float32", precision, H100)
+    for rows, refused in ((2**31 - 1024, False), (2**31 - 1023, True), (2**31 - 1, True), (2**31, False)):
+        plans = [plan(rows, *widths, *kind) for plan in (planning.linear_act_fwd, planning.linear_act_bwd)]
+        plans.append(planning.mlp_fwd(rows, (*widths, 4), *kind))
+        for plan in plans:
+            assert ("beyond 32 bits" in plan.reason) == refused
+            assert not (refused and plan.triton)
+    tiles = itertools.chain(*planning.layer.TILED.values(), [planning.layer.PASS_TILE])
+    assert max(tile.block_m for tile in tiles) <= 128 <= planning.chips.TALLEST_TILE
+
+
+def test_no_grid_is_too_tall():
+    most, kind = 65_535 * planning.layer.PASS_TILE.block_n, ("bfloat16", "ieee", H100)
+    assert planning.linear_act_bwd(64, 16, most, *kind).impl == "passes"
+    for plan in (planning.linear_act_fwd, planning.linear_act_bwd):
+        assert plan(64, 16, most + 1, *kind).impl == "aten"
+
+
 def test_wide_needs_rows_of_sixteen_bytes():
     def impl(m, k, n, dtype="bfloat16", device=H100, readable=True):
         return planning.linear_act_fwd(m, k, n, dtype, "tf32", device, "triton", None, readable).impl

@@ -69,6 +69,15 @@ def test_two_processes_sweep_as_one(ranks):
 
 
 @pytest.mark.slow
+def test_a_share_may_take_longer_than_its_group_waits(ranks):
+    (loss, seconds), (other, _) = (found["late"] for found in ranks)
+    assert seconds > 2 * 6 * 0.3
+    assert loss.shape == (6, 3)
+    assert loss.isfinite().all()
+    assert torch.equal(loss, other)
+
+
+@pytest.mark.slow
 def test_two_processes_stop_as_one(ranks):
     alone = [gloo_sweep.watched(), gloo_sweep.watched(cut=4), gloo_sweep.watched(members=1)]
     stopped = alone[0]["stopped"].tolist()

@@ -336,6 +336,26 @@ def test_what_is_left_behind(monkeypatch):
     model(x).sum().backward()
 
 
+def test_an_order_is_copied_to_the_device_once_an_epoch(monkeypatch):
+    order, copied, to = pacing.SampleOrder(10, 3, 40, None), [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *rest: copied.append(t) or to(t, *rest))
+    batches = list(order.batches(0, 40, torch.device("meta")))
+    assert [len(batch) for batch in batches] == [3, 3, 3, 1] * 10
+    assert {batch.device.type for batch in batches} == {"meta"}
+    assert len(copied) == 10
+
+
+def test_a_run_waits_for_its_own_stream_alone(monkeypatch):
+    """A thread that waits for the whole device breaks what another one captures."""
+    waited = []
+    stream = types.SimpleNamespace(synchronize=lambda: waited.append("stream"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waited.append("device"))
+    for device in ("cuda:1", "cpu"):
+        pacing.synchronize(torch.device(device))
+    assert waited == ["stream"]
+
+
 def test_threads_come_back_from_loops_side_by_side():
     torch.set_num_threads(2)
     found = {}

@@ -51,7 +51,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import xor
 
-from perceptriton.kernels import Device, Plan, crossover, eligibility, explain, ops, records, reference, tables
+from perceptriton.kernels import Device, Plan, crossover, eligibility, explain, ops, records, reference, small, tables
 from perceptriton.kernels import devices as device_questions
 from perceptriton.kernels import plan as planning
 from perceptriton.kernels.train import plan_train
@@ -1116,7 +1116,8 @@ def pretend(monkeypatch):
             return types.SimpleNamespace(major=pair[0], minor=pair[1], multi_processor_count=40, name="a GPU")
 
         monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-        monkeypatch.setattr(device_questions, "has_triton", lambda: triton)
+        refusal = None if triton else "triton is not installed"
+        monkeypatch.setattr(device_questions, "triton_refusal", lambda: refusal)
         return torch.device("cuda", 0)
 
     forget_devices()
@@ -1137,6 +1138,46 @@ def test_unusable_gpus_are_named_once(capability, triton, reason, pretend):
     assert device_questions.describe(device) == described
     assert not eligibility.launchable(device, torch.float32)
     assert planning.linear_act_fwd(4, 2, 1, "float32", "ieee", described).impl == "aten"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_eager_calls_name_them_too(capability, pretend, monkeypatch):
+    device = pretend(*capability, capability == (9, 0))
+    small.few_on_gpu.cache_clear()
+    expected = (
+        pytest.warns(UserWarning, match=r"compute capability 7\.5")
+        if capability == (7, 5)
+        else contextlib.nullcontext()
+    )
+    with expected:
+        limit = small.few_on_gpu((64, 64), torch.float32, False, device)
+    assert limit == (math.inf if capability == (7, 5) else 0)
+    small.few_on_gpu.cache_clear()
+
+
+def test_a_gpu_whose_driver_triton_cannot_start_is_plain_torchs(pretend, monkeypatch):
+    """As on an image without a C compiler: it must not be the first layer of a model that finds it out."""
+    triton, real = pytest.importorskip("triton"), device_questions.triton_refusal
+    device = pretend(9, 0, True)
+    monkeypatch.setattr(device_questions, "triton_refusal", real)
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    reason = "triton's driver does not start: Failed to find C compiler"
+    with pytest.warns(UserWarning, match=f"^perceptriton runs as plain torch on cuda:0: {reason}"):
+        described = device_questions.describe(device)
+    assert not described.triton
+    assert not eligibility.launchable(device, torch.float32)
+    plans = explain((1 << 20, 64), (64, 64), device=described)
+    assert {plan.impl for plan in plans} == {"aten"}
+    assert plans.forward.reason.startswith(reason)
+    small.few_on_gpu.cache_clear()
+    assert small.few_on_gpu((64, 64), torch.float32, False, device) == math.inf
+    small.few_on_gpu.cache_clear()
 
 
 def test_usable_gpus_need_no_warning(pretend):

@@ -218,7 +218,7 @@ def test_states_of_the_generator_do_not_depend_on_who_asks(samples, batch):
         found, start = [], 0
         for count in chunks:
             if ahead is None:
-                list(order.batches(start, count))
+                list(order.batches(start, count, torch.device("cpu")))
             else:
                 order.rows(start, count)
             start += count
