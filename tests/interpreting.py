@@ -46,7 +46,8 @@ def patch_language_once(monkeypatch):
 
 
 def find_overflow_by_numpy(monkeypatch):
-    # The interpreter computes each sum and product of integers once more, in 64 bits, by dozens of its own operations.
+    # The interpreter computes each sum and product of integers once more, in 64 bits, by dozens of its own operations, and
+    # does nothing with what it finds: offsets that do not fit are to fail a test.
     from triton.language import semantic
 
     def check(self, lhs, rhs, operation):
@@ -59,6 +60,13 @@ def find_overflow_by_numpy(monkeypatch):
             raise AssertionError(f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}")
 
     monkeypatch.setattr(semantic.TritonSemantic, "binary_op_sanitize_overflow_impl", check)
+
+
+def let_integers_wrap(monkeypatch):
+    """For a kernel that means it, as where it adds to the bits of a NaN."""
+    from triton.language import semantic
+
+    monkeypatch.setattr(semantic.TritonSemantic, "binary_op_sanitize_overflow_impl", lambda *_: None)
 
 
 NUMPY = {"add": "add", "sub": "subtract", "mul": "multiply"}

@@ -45,6 +45,7 @@ from cases import (
     transposed,
 )
 from emulation import round_tf32
+from interpreting import let_integers_wrap
 
 from perceptriton.kernels import Plan, Tile
 from perceptriton.mlp import linear_act
@@ -585,7 +586,8 @@ def test_tf32_operands_are_rounded_to_nearest(path):
 
 
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000, 0x7FFFF000], ids=hex)
-def test_tf32_keeps_nan_and_inf(bits):
+def test_tf32_keeps_nan_and_inf(bits, monkeypatch):
+    let_integers_wrap(monkeypatch)
     x, weight, _, _ = make_layer(20, 16, 16, torch.float32, DEVICE)
     x.view(torch.int32)[0, 0] = bits
     x[1, 1], x[2, 2] = torch.inf, -torch.inf
