@@ -46,8 +46,8 @@ def patch_language_once(monkeypatch):
 
 
 def find_overflow_by_numpy(monkeypatch):
-    # The interpreter computes each sum and product of integers once more, in 64 bits, by dozens of its own operations, and
-    # does nothing with what it finds: offsets that do not fit are to fail a test.
+    # The interpreter computes each sum and product of integers once more, in 64 bits, by dozens of its own operations,
+    # and does nothing with what it finds: offsets that do not fit are to fail a test.
     from triton.language import semantic
 
     def check(self, lhs, rhs, operation):
