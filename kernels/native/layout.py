@@ -56,13 +56,12 @@ class Layout(ABC):
         views = [t if t.dim() == 3 else t[..., None] for t in tensors]
         return self.storage([torch.cat(views[l : l + step], 2) for l in range(0, len(views), step)])
 
-    def read(self, storage: Tensor, tensors: Sequence[Tensor]) -> None:
-        """Writes what a storage holds into the tensors."""
-        targets = iter(tensors)
-        for layer, (k, _) in zip(self.layers_of(storage) if tensors else (), self.layers, strict=False):
-            next(targets).copy_(layer[..., :k])
+    def parts(self, storage: Tensor) -> Iterator[Tensor]:
+        """The weight and the bias of each layer, from where a storage holds them: views of it, if it has one block."""
+        for layer, (k, _) in zip(self.layers_of(storage), self.layers, strict=False):
+            yield layer[..., :k]
             if self.config.bias:
-                next(targets).copy_(layer[..., k])
+                yield layer[..., k]
 
 
 class Members(Layout):

@@ -87,6 +87,7 @@ class NativeLoop:
                 self._lay_out(steps, config, own, x, y)
             # Without a schedule those of every step.
             self.rates = self._of_steps(like.new_zeros(1, 1) if lr is None else lr[None])
+            self.memory: tuple[np.ndarray, ...] | None = None  # of the thread that trains alone
             self.run(None, 0, 0, 0, like.new_empty(0, members))
             ready.loaded.add(kind)
         self.setup_seconds = time.perf_counter() - began
@@ -111,8 +112,8 @@ class NativeLoop:
         own.insert(1, self._of_steps(self.given[0][0].new_empty(0, 1) if factors is None else factors))
         kinds = (*self.kinds, int(not self.taken))
 
-        def work(piece: tuple[int, int]) -> None:
-            memory = tuple(t.numpy() for t in layout.memory(self.storages[0], self.size))
+        def work(piece: tuple[int, int], memory: tuple | None = None) -> None:
+            memory = memory or self._memory()
             self.train(self.tile, piece, self.widths, kinds, *self.data, *pace, *own, memory)
 
         threads = min(torch.get_num_threads(), blocks)
@@ -124,13 +125,21 @@ class NativeLoop:
                 for _ in pool.map(work, pieces):
                     pass
         else:
-            work((0, blocks))
+            self.memory = self.memory or self._memory()  # short runs would take as long to make it
+            work((0, blocks), self.memory)
         self.taken += steps
         with torch.no_grad():
             rows = logged.view(blocks, len(losses), layout.networks).transpose(0, 1)
             losses.copy_(rows.flatten(1)[:, : layout.members])
-            for storage, tensors in zip(self.storages, self.given, strict=True):
-                layout.read(storage, tensors)
+            torch._foreach_copy_(self.targets, self.sources or self._parts())  # pyright: ignore[reportPrivateImportUsage]
+
+    def _memory(self) -> tuple[np.ndarray, ...]:
+        return tuple(t.numpy() for t in self.layout.memory(self.storages[0], self.size))
+
+    def _parts(self) -> list[Tensor]:
+        """What the storages hold of each tensor that is given."""
+        pairs = zip(self.storages, self.given, strict=True)
+        return [part for storage, tensors in pairs if tensors for part in self.layout.parts(storage)]
 
     def _of_steps(self, numbers: Tensor) -> np.ndarray:
         """(steps, E or 1), filled up to whole blocks as they are."""
@@ -147,6 +156,8 @@ class NativeLoop:
             for storage in state:
                 storage.zero_()
         self.storages = [w, *state]
+        self.targets = [t for tensors in self.given for t in tensors]
+        self.sources = self._parts() if layout.blocks == 1 else []
         self.data = [layout.data(t).numpy() for t in (x, y)]
         cpu: dict[str, Any] = {"device": "cpu"}
         betas = [torch.as_tensor(own.of(config, name), dtype=torch.float64, **cpu) for name in ("beta1", "beta2")]

@@ -17,20 +17,23 @@ PATIENCE_SECONDS = 2.0  # of training, after which a terminal shows a bar even w
 
 
 def chunks(
-    start: int, steps: int, every: int = 0, most: Callable[[int], int] | None = None
+    start: int, steps: int, every: int = 0, most: Callable[[int, float], int] | None = None
 ) -> Iterator[tuple[int, int]]:
     """(first step, number of steps) of chunks that take about CHUNK_SECONDS, going by the time the last one took.
 
-    every: after each so many steps a chunk ends; 0: wherever it likes. most: of the first step, how many there may be.
+    every: after each so many steps a chunk ends; 0: wherever it likes. most: of the first step, and of the seconds that
+    a step takes, how many there may be.
     """
-    count = 1
+    count, seconds = 1, CHUNK_SECONDS
     while start < steps:
-        count = min(count, steps - start, every - start % every if every else steps, most(start) if most else steps)
+        limit = most(start, seconds) if most else steps
+        count = min(count, steps - start, every - start % every if every else steps, limit)
         began = time.perf_counter()
         yield start, count
         start += count
         # The first step takes longer than others, so the next chunk may be too short, but not too long.
-        count = max(1, int(count * CHUNK_SECONDS / max(time.perf_counter() - began, 1e-6)))
+        seconds = max(time.perf_counter() - began, 1e-6) / count
+        count = max(1, int(CHUNK_SECONDS / seconds))
 
 
 def runs_apart(device: torch.device) -> bool:

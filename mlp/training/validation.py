@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ from .criteria import has_own_targets
 from .jobs import FastJob
 from .measures import Measure, accuracy, each, losses_of
 from .pacing import logged_steps
+
+LATE_SECONDS = 4e-3  # of steps that may be taken for nothing
 
 
 @dataclass(frozen=True)
@@ -95,41 +98,48 @@ class Watch:
     def evaluate(self, taken: int, losses: Sequence[Tensor], log_every: int) -> None:
         """Evaluates the model after so many steps. losses: (n, members) each, all that were logged."""
         values = {} if self.data is None else self._values(*self.data)
-        if self.stop is not None and self.stop.metric == "training_loss":
-            since = self.evaluated[-1] if self.evaluated else 0
-            values["training_loss"] = _last(losses, len(logged_steps(since, taken - since, log_every))).mean(0)
+        since = self.evaluated[-1] if self.evaluated else 0
         self.evaluated.append(taken)
         for name, rows in self.rows.items():
             rows.append(values[name])
         if self.stop is None:
             return
         # numpy's calls are the shorter ones, which counts where an epoch takes as long as a few of them.
-        value = self.stop.sign * values[self.stop.metric].double().numpy()
+        if self.stop.metric == "training_loss":
+            value = _last(losses, len(logged_steps(since, taken - since, log_every))).mean(0).numpy()
+        else:
+            value = values[self.stop.metric].double().numpy()
+        self._judge(taken, self.stop, self.stop.sign * value)
+
+    def _judge(self, taken: int, stop: EarlyStopping, value: np.ndarray) -> None:
+        """value: (members,), of which less is better."""
         best, waited, stopped = (t.numpy() for t in (self.best, self.waited, self.stopped))
         training = stopped < 0
         waited[training] += 1
-        waited[training & (value < best - self.stop.threshold)] = 0
+        waited[training & (value < best - stop.threshold)] = 0
         better = training & (value < best)
         best[better] = value[better]
         self.best_at.numpy()[better] = taken
-        _copy(self.best_values, self.kept, torch.from_numpy(better))
-        if self.stop.patience is not None:
-            stopped[training & (waited >= self.stop.patience)] = taken
+        if self.best_values:
+            _copy(self.best_values, self.kept, torch.from_numpy(better))
+        if stop.patience is not None:
+            stopped[training & (waited >= stop.patience)] = taken
 
     @property
     def late(self) -> bool:
         """Whether what it looks at is there after more steps too: the losses of one network alone."""
         return self.data is None and not self.best_values and self.members == 1
 
-    def most(self, every: int, taken: int) -> int:
-        """How many steps to take before a review: no more than there surely are, or an eighth of those taken.
+    def most(self, every: int, taken: int, seconds: float) -> int:
+        """How many steps to take before a review: no more than there surely are, an eighth of those taken, or as many
+        as take about as long as a few calls.
 
-        What goes beyond the end is taken for nothing, and what comes before it twice.
+        What goes beyond the end is taken for nothing, and what comes before it twice. seconds: of a step.
         """
         patience = None if self.stop is None else self.stop.patience
         if patience is None:
             return sys.maxsize
-        return max((patience - int(self.waited)) * every - taken % every, taken // 8)
+        return max((patience - int(self.waited)) * every - taken % every, taken // 8, int(LATE_SECONDS / seconds))
 
     def review(self, every: int, last: int, log_every: int, job: FastJob, steps: int, losses: Tensor) -> int:
         """How many of the job's next steps, whose losses are logged, are to be taken until it is done."""
@@ -204,7 +214,9 @@ class Watch:
 
 def _last(blocks: Sequence[Tensor], count: int) -> Tensor:
     """The last `count` rows of blocks that follow each other, fp64 on the CPU."""
-    rows = [blocks[-1][:0]]
+    if len(blocks[-1]) >= count:
+        return blocks[-1][len(blocks[-1]) - count :].cpu().double()
+    rows = []
     for block in reversed(blocks):
         rows.insert(0, block[max(0, len(block) - count) :])
         count -= len(rows[0])
