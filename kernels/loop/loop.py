@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .. import forks
 from .. import plan as planning
 from ..hyperparameters import COMMON, Hyperparameters
 from ..records import TrainConfig, TrainPlan
@@ -113,7 +114,7 @@ class TorchLoop:
         return self.batches[size]
 
 
-_lock = threading.Lock()
+_lock = forks.lock()
 _running = 0  # loops that have set one thread and not yet finished
 _process_threads = 0  # torch's number for new threads before the first of them began
 

@@ -2,7 +2,6 @@
 """A run of training steps in compiled code: what lies where, and which thread trains what."""
 
 import itertools
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import forks
 from .. import plan as planning
 from ..hyperparameters import COMMON, Hyperparameters
 from ..records import TrainConfig, TrainPlan
@@ -23,7 +23,7 @@ __all__ = ["NativeLoop", "compile_all"]
 
 PIECES = 4  # of work, for each thread
 
-_lock = threading.Lock()
+_lock = forks.lock()
 
 
 @contextmanager

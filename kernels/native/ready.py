@@ -2,7 +2,10 @@
 """What must happen before compiled loops can run, told without importing numba."""
 
 import functools
+import hashlib
 import importlib.util
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,8 +14,7 @@ from .. import plan as planning
 
 __all__ = ["load_what_is_on_disk", "loaded", "refusal", "seconds"]
 
-# Where numba keeps compiled code if it may. That it lies there is a guess: it may be of another version.
-FOLDER = Path(__file__).parent / "__pycache__"
+FOLDER = Path(__file__).parent
 # Kinds of steps that this process has compiled or read from disk: (dtype, samples, networks).
 loaded: set[tuple[torch.dtype, int, int]] = set()
 # Seconds that runs of this process would have saved with compiled loops, each too short to wait for them. Once that is
@@ -45,5 +47,14 @@ def seconds(dtype: torch.dtype) -> tuple[float, ...]:
 
 def _wait(rows: int) -> float:
     source = "neurons" if rows == planning.NEURON_ROWS else "steps"
-    on_disk = next(FOLDER.glob(f"{source}.train-*.nbi"), None) is not None
+    on_disk = any(next(folder.glob(f"{source}.train-*.nbi"), None) for folder in _folders())
     return planning.LOAD_SECONDS if on_disk else planning.COMPILE_SECONDS
+
+
+def _folders() -> Iterator[Path]:
+    """Where numba keeps compiled code: in the first of these that takes it. That it is of this version is a guess."""
+    below = f"{FOLDER.name}_{hashlib.sha1(str(FOLDER).encode(), usedforsecurity=False).hexdigest()}"
+    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
+        yield Path(chosen, below)
+    yield FOLDER / "__pycache__"
+    yield Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "numba", below)

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -444,11 +445,41 @@ def test_what_is_ready_is_known(monkeypatch, tmp_path):
     assert ready.seconds(torch.float32) == ready.seconds(torch.float64) == (0, 0, 0)
     monkeypatch.setattr(ready, "loaded", {(torch.float32, 4, 1)})
     monkeypatch.setattr(ready, "FOLDER", tmp_path)
+    for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "nowhere"))
+    (tmp_path / "__pycache__").mkdir()
     assert ready.seconds(torch.float32) == (plan.COMPILE_SECONDS, 0, plan.COMPILE_SECONDS)
-    (tmp_path / "steps.train-1.py310.nbi").touch()
+    (tmp_path / "__pycache__" / "steps.train-1.py310.nbi").touch()
     assert ready.seconds(torch.float32) == (plan.COMPILE_SECONDS, 0, plan.LOAD_SECONDS)
-    (tmp_path / "neurons.train-1.py310.nbi").touch()
+    (tmp_path / "__pycache__" / "neurons.train-1.py310.nbi").touch()
     assert ready.seconds(torch.float32) == (plan.LOAD_SECONDS, 0, plan.LOAD_SECONDS)
+
+
+@pytest.mark.parametrize("variable", ["NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME"])
+def test_what_numba_keeps_elsewhere_is_found(variable, monkeypatch, tmp_path):
+    """Where it was told to, and where it may not write beside the sources: as numba's own locators have it."""
+    from numba import config
+    from numba.core import caching
+
+    monkeypatch.setattr(ready, "seconds", SECONDS)
+    monkeypatch.setattr(ready, "loaded", set())
+    for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path) if variable == "NUMBA_CACHE_DIR" else "")
+    # Beside these sources something may lie already.
+    monkeypatch.setattr(ready, "FOLDER", tmp_path / "site-packages" / "native")
+    name = "UserProvidedCacheLocator" if variable == "NUMBA_CACHE_DIR" else "UserWideCacheLocator"
+    kind = getattr(caching, name, None) or getattr(caching, f"_{name}")
+    source = ready.FOLDER / "steps.py"
+    source.parent.mkdir(parents=True)
+    source.touch()
+    folder = Path(kind.from_function(lambda: None, str(source)).get_cache_path())
+    assert tmp_path in folder.parents
+    assert ready.seconds(torch.float32)[-1] == plan.COMPILE_SECONDS
+    (folder / "steps.train-1.py310.nbi").touch()
+    assert ready.seconds(torch.float32)[-1] == plan.LOAD_SECONDS
 
 
 # --- code on disk --------------------------------------------------------------------------------------------
@@ -502,6 +533,31 @@ print(os.waitstatus_to_exitcode(status), train() == first)
 """
     chosen_folder = os.environ.get("NUMBA_CACHE_DIR", "")
     assert printed(start(script, chosen_folder)) == ["7", "True"]
+
+
+@pytest.mark.slow
+def test_forks_beside_a_thread_that_trains(tmp_path):
+    """A child has the locks of its parent's threads, but none of the threads that would let go of them."""
+    script = """
+import faulthandler, threading
+first, ended = train(), False
+def forever():
+    while not ended:
+        assert train() == first
+beside = threading.Thread(target=forever)
+beside.start()
+statuses = set()
+for _ in range(20):
+    if not os.fork():
+        faulthandler.dump_traceback_later(30, exit=True)
+        os._exit(7 if train() == first else 8)
+    statuses.add(os.waitstatus_to_exitcode(os.wait()[1]))
+ended = True
+beside.join()
+print(*statuses)
+"""
+    chosen_folder = os.environ.get("NUMBA_CACHE_DIR", "")
+    assert printed(start(script, chosen_folder)) == ["7"]
 
 
 @pytest.mark.more
