@@ -5,7 +5,7 @@ import os
 import threading
 
 
-def lock() -> "threading._RLock":
+def lock() -> "threading.RLock":
     """A lock that a fork waits for: the child has none of the threads that could let go of it."""
     made = threading.RLock()
     if hasattr(os, "register_at_fork"):  # not on Windows, where there are no forks

@@ -183,7 +183,7 @@ def _plain_mlp(x, weights, biases, hidden, output, save, impl, *head):
 def _plain_bce(z, target, pos_weight, reduction, dtype):
     z = z.to(torch.promote_types(z.dtype, dtype))  # as autocast would, which knows no op of ours
     loss = F.binary_cross_entropy_with_logits(z, target.to(z.dtype), pos_weight=pos_weight, reduction=reduction)
-    return loss.to(dtype)
+    return loss.to(dtype).contiguous()  # torch's has the target's strides
 
 
 def _plain_bce_backward(dloss, z, target, pos_weight, reduction, dtype):

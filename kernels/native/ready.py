@@ -52,9 +52,13 @@ def _wait(rows: int) -> float:
 
 
 def _folders() -> Iterator[Path]:
-    """Where numba keeps compiled code: in the first of these that takes it. That it is of this version is a guess."""
+    """Where numba keeps compiled code: there alone if it is told where, else in the first of these that takes it.
+
+    That what lies there is of this version is a guess.
+    """
     below = f"{FOLDER.name}_{hashlib.sha1(str(FOLDER).encode(), usedforsecurity=False).hexdigest()}"
     if chosen := os.environ.get("NUMBA_CACHE_DIR"):
         yield Path(chosen, below)
+        return
     yield FOLDER / "__pycache__"
     yield Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "numba", below)

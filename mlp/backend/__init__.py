@@ -7,11 +7,14 @@ activation behind the last, or with the binary cross entropy of its logits. What
 is. The graph then goes to an inner compiler.
 """
 
+import inspect
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from .fuse import Found, fuse
@@ -35,13 +38,25 @@ def perceptriton(
     inner, mode = own.pop("backend", "inductor"), own.pop("mode", mode)
     if inner == "inductor":
         inductor = torch._TorchCompileInductorWrapper(mode, own, None)
-        _log(fuse(gm, example_inputs, inductor.config.get("triton.cudagraphs", False)))
+        replayed = inductor.config.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
+        _log(fuse(gm, example_inputs, replayed))
         return inductor(gm, example_inputs)
+    if not (isinstance(inner, str) or callable(inner)):
+        raise TypeError(f"options['backend'] must be the name of a compiler or a function, not {inner!r}")
     from torch._dynamo.backends.registry import lookup_backend
 
     compiler = lookup_backend(inner)
     _log(fuse(gm, example_inputs))
     return compiler(gm, example_inputs, **({"mode": mode} if mode else {}), **({"options": own} if own else {}))
+
+
+def _reset() -> None:
+    """What `torch._dynamo.reset` asks of a backend: lets go of the memory of CUDA graphs, as Inductor's does."""
+    if trees := sys.modules.get("torch._inductor.cudagraph_trees"):
+        trees.reset_cudagraph_trees()
+
+
+perceptriton.reset = _reset  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _log(found: list[Found]) -> None:
@@ -61,5 +76,9 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Found]:
         found.extend(fuse(gm, example_inputs))
         return gm.forward
 
-    torch.compile(function, backend=backend)(*args, **kwargs)
+    # Calls of one code share a budget of compilations, beyond which Dynamo leaves it alone for good.
+    alone = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    if isinstance(function, nn.Module) and function._compiled_call_impl is not None:
+        function = function._call_impl  # what `Module.compile` has compiled already
+    torch.compile(function, backend=backend, **({"isolate_recompiles": True} if alone else {}))(*args, **kwargs)
     return found

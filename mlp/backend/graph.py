@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from ...kernels.activations import ACTIVATIONS
@@ -204,18 +205,36 @@ def _storage(node: Node) -> int | None:
 
 def _writes(node: Node) -> bool:
     """Whether a call may write to one of its arguments."""
-    target, flags = node.target, (*node.args, *node.kwargs.values())
+    target = node.target
     if isinstance(target, str):
         return node.op != "call_method" or target.endswith("_") or target.startswith("__i")
+    if isinstance(target, OpOverload):
+        return target._schema.is_mutable
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
     if not isinstance(target, (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)):
         return True  # ops of others, and operators that run a graph of their own
     if module == "_operator":
         return name.startswith("i") or name in ("setitem", "delitem")
-    plain = module.partition(".")[0] in ("torch", "math", "builtins", "") and "out" not in node.kwargs
+    plain = module.partition(".")[0] in ("torch", "math", "builtins", "")
     # Some norms write statistics, an embedding may scale its rows.
-    hidden = name.endswith("_norm") or name.startswith("embedding")
-    return not plain or hidden or name.endswith("_") or any(flag is True for flag in flags)
+    hidden = (name.endswith("_norm") and name not in PURE_NORMS) or name.startswith("embedding")
+    return not plain or hidden or name.endswith("_") or _is_told_to_write(node)
+
+
+PURE_NORMS = ("layer_norm", "group_norm", "rms_norm")
+
+
+def _is_told_to_write(node: Node) -> bool:
+    """Whether a call has an output, or what counts as true for `inplace`, by name or by place."""
+    given: dict[str, Any] = dict(node.kwargs)
+    # What is written in C takes its output by name alone, and nothing `inplace`.
+    if isinstance(node.target, types.FunctionType):
+        try:
+            given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+        except (TypeError, ValueError):
+            return True
+    nested = next((value for value in given.values() if isinstance(value, dict)), {})  # behind **kwargs
+    return any((given | nested).get(name) not in (None, False, 0) for name in ("out", "inplace"))
 
 
 def transforms(graph: Graph) -> bool:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ensemble import Ensemble
@@ -13,6 +14,14 @@ from ..sequential import runs_only_forward
 from .criteria import LOSSES
 
 Measure = Callable[[Tensor, Tensor], Any]
+
+# Criteria that say what outputs are, and the functions that are the same.
+KINDS = {
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.BCELoss: F.binary_cross_entropy,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+}
+BINARY = (nn.BCELoss, nn.BCEWithLogitsLoss)
 
 
 def losses_of(model: nn.Module, criterion: Measure, output: Tensor, target: Tensor, own: bool) -> Tensor:
@@ -43,19 +52,36 @@ def each(model: nn.Module, measure: Measure, output: Tensor, target: Tensor, own
 
 
 def accuracy(criterion: object, output: Tensor, target: Tensor) -> Tensor:
-    """The share of samples whose greatest output is that of the target, a class id or the greatest of a row.
+    """The share of samples whose greatest output is that of the target, a class id or the greatest of the target's own.
 
-    Of one output, and under BCELoss and BCEWithLogitsLoss, where outputs are classes of their own: the share of outputs
-    on the right side of 1/2, or of a logit of 0.
+    Classes lie along dimension 1 under the cross entropy, as in torch, else along the last. Where there is one output,
+    and under the binary cross entropies, where outputs are classes of their own: the share of outputs on the right side
+    of 1/2, or of a logit of 0 under the one from logits; targets are of class 1 above 1/2.
+
+    Raises ValueError for a target that is neither.
     """
-    if target.dim() < output.dim():
-        ignored = getattr(criterion, "ignore_index", None)
-        counted = torch.ones_like(target, dtype=torch.bool) if ignored is None else target != ignored
-        return ((output.argmax(-1) == target) & counted).sum() / counted.sum()
-    if output.shape[-1] == 1 or isinstance(criterion, (nn.BCELoss, nn.BCEWithLogitsLoss)):
-        border = 0.0 if isinstance(criterion, nn.BCEWithLogitsLoss) else 0.5
-        return ((output > border) == (target > 0.5)).double().mean()
-    return (output.argmax(-1) == target.argmax(-1)).double().mean()
+    asked = criterion.func if isinstance(criterion, partial) else criterion
+    kind = next((kind for kind, same in KINDS.items() if asked is same or isinstance(asked, kind)), None)
+    along = 1 if kind is nn.CrossEntropyLoss and output.dim() > 1 else -1
+    if output.dim() < 2 or output.shape[along] == 1 or (kind in BINARY and output.shape == target.shape):
+        if output.numel() != target.numel():
+            raise ValueError(_unlike(output, target))
+        border = 0.0 if kind is nn.BCEWithLogitsLoss else 0.5
+        return ((output > border).flatten() == (target > 0.5).flatten()).double().mean()
+    if output.shape == target.shape:
+        return (output.argmax(along) == target.argmax(along)).double().mean()
+    # Functions of others may have classes along dimension 1 too.
+    along = along if target.shape != output.select(1, 0).shape else 1
+    found = output.argmax(along)
+    if target.shape != found.shape and target.shape != (*found.shape, 1):
+        raise ValueError(_unlike(output, target))
+    ids, ignored = target.reshape(found.shape), getattr(criterion, "ignore_index", None)
+    counted = torch.ones_like(ids, dtype=torch.bool) if ignored is None else ids != ignored
+    return ((found == ids) & counted).sum() / counted.sum()
+
+
+def _unlike(output: Tensor, target: Tensor) -> str:
+    return f"accuracy: target {tuple(target.shape)} holds neither classes nor class ids of output {tuple(output.shape)}"
 
 
 def _maps(measure: object) -> bool:

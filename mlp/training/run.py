@@ -83,7 +83,10 @@ def fit(
     validation: other samples and their targets, (x, y), on which the model, in evaluation mode, is evaluated after each
     evaluate_every steps and after the last; None for each epoch or, without batches, the last step alone.
     `History.validation` has the criterion's value as "loss", and the metrics: "accuracy", and functions of (output,
-    target) of one network by their names, which return a tensor with one number. stop: an `EarlyStopping`.
+    target) of one network by their names, which return a tensor with one number. stop: an `EarlyStopping`. Accuracy is
+    the share of samples whose greatest output is that of the target, a class id or the greatest of its own; of one
+    output, and of each under `nn.BCELoss` and `nn.BCEWithLogitsLoss` or their functions, the share on the right side of
+    1/2, or of 0 for logits under the latter; a criterion of your own on logits of one output needs a metric of its own.
 
     checkpoint: is called after each chunk with the History so far, when model and optimizer are what it says. resume: a
     History of the same call that was interrupted, with model, optimizer and scheduler as they were then: the run goes

@@ -3,11 +3,14 @@
 
 import collections
 import functools
+import inspect
 import logging
 import math
 import random
 import re
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from perceptriton.kernels import Device, devices, eligibility
-from perceptriton.mlp import MLP
+from perceptriton.mlp import MLP, backend
 from perceptriton.mlp.backend import explain, perceptriton
 from perceptriton.mlp.backend.fuse import fuse
 
@@ -612,6 +615,45 @@ def gradients_off_for_the_loss(x, w1, w2):
         return loss(z, x)
 
 
+# What writes over x between two layers that are a network without it: by a flag that is true by whatever value or name,
+# and by an output in whatever place. What only seems to write leaves the network whole.
+TWICE = {"linear_act": 2}
+BETWEEN = {
+    "relu-1": (TWICE, lambda x: F.relu(x, 1)),
+    "relu-named": (TWICE, lambda x: F.relu(x, inplace=2)),
+    "relu6": (TWICE, lambda x: F.relu6(x, 1)),
+    "leaky": (TWICE, lambda x: F.leaky_relu(x, 0.1, 1)),
+    "hardtanh": (TWICE, lambda x: F.hardtanh(x, -1.0, 1.0, 1)),
+    "elu": (TWICE, lambda x: F.elu(x, 1.0, 1)),
+    "silu": (TWICE, lambda x: F.silu(x, True)),
+    "module": (TWICE, nn.SELU(1)),
+    "normalize-by-place": (TWICE, lambda x: F.normalize(x, 2.0, 1, 1e-12, x)),
+    "tensordot-by-place": (TWICE, lambda x: torch.tensordot(x, torch.eye(5), 1, x)),
+    "sum-out": (TWICE, lambda x: torch.add(x, 1, out=x)),
+    "op": (TWICE, lambda x: torch.ops.aten.mul_.Tensor(x, 2)),
+    "pure-op": ({"mlp": 1}, lambda x: torch.ops.aten.mul.Tensor(x, 2)),
+    "pure-flag": ({"mlp": 1}, lambda x: torch.sum(x, 1, True)),
+    "pure-relu": ({"mlp": 1}, lambda x: F.relu(x, False)),
+    "pure-norm": ({"mlp": 1}, nn.LayerNorm(5)),
+    "pure-normalize": ({"mlp": 1}, lambda x: F.normalize(x, 2.0, 1)),
+}
+
+
+@pytest.mark.parametrize(("ops", "between"), BETWEEN.values(), ids=BETWEEN)
+def test_what_others_write_to_keeps_layers_apart(ops, between, chip):
+    w1, w2 = (t.to(DEVICE) for t in (W1, W2))
+
+    def call(x):
+        h = first(x, w1)
+        seen = between(x)
+        return last(h, w2) + x.sum(), seen
+
+    with torch.no_grad():
+        record, x, own = AotEagerAndRecordGraphs(), X.to(DEVICE).clone(), X.to(DEVICE).clone()
+        close([*compiled(call, record)(x), x], [*call(own), own])
+    assert calls(record) == ops
+
+
 CASES = [case for case in list(globals().values()) if type(case).__name__ == "ParameterSet"]
 
 
@@ -944,6 +986,39 @@ def test_the_list_names_places_and_reasons(chip, caplog):
     ]
 
 
+def test_the_list_may_be_asked_for_again_and_again(chip):
+    """Each time is a compilation, of which Dynamo grants a code eight, and after them none to anyone."""
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("this torch counts all compilations of a code together")
+    model, x = make("recommender")
+    lists = [[*map(str, explain(model, x))] for _ in range(12)]
+    assert lists == [lists[0]] * 12
+    assert len(lists[0]) == 3
+    record = AotEagerAndRecordGraphs()
+    compiled(model, record)(x)
+    assert len(record.graphs) == 1
+    model.compile(backend="eager")
+    model(x)
+    assert [*map(str, explain(model, x))] == lists[0]
+
+
+def test_resets_and_settings_of_inductor_are_heard(monkeypatch, chip):
+    replayed, real = [], backend.fuse
+    monkeypatch.setattr(backend, "fuse", lambda gm, inputs, own=False: replayed.append(own) or real(gm, inputs, own))
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", lambda self, gm, inputs: gm.forward)
+    model, x = make("recommender")
+    for setting, options in ((True, {}), (False, {}), (False, {"triton.cudagraphs": True})):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch({"triton.cudagraphs": setting}):
+            torch.compile(model, backend=perceptriton, options=options)(x)
+    assert replayed == [True, False, True]
+    let_go = []
+    trees = types.SimpleNamespace(reset_cudagraph_trees=lambda: let_go.append(1))
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
+    torch._dynamo.reset()
+    assert let_go
+
+
 @pytest.mark.slow
 def test_the_inner_compiler_gets_its_options():
     seen = []
@@ -961,8 +1036,12 @@ def test_the_inner_compiler_gets_its_options():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"backend": "nobody"}, "nobody"), ({"no_such_option": 1}, "Unexpected optimization option no_such_option")],
-    ids=["backend", "option"],
+    [
+        ({"backend": "nobody"}, "nobody"),
+        ({"no_such_option": 1}, "Unexpected optimization option no_such_option"),
+        ({"backend": None}, r"options\['backend'\] must be the name of a compiler or a function, not None"),
+    ],
+    ids=["backend", "option", "none"],
 )
 def test_wrong_options_are_named(options, message):
     model, x = make("recommender")

@@ -3,9 +3,11 @@
 
 import copy
 import functools
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import same_bits
 from torch import nn
 from training_cases import chunks_of, make, quick, relative, values
@@ -222,6 +224,55 @@ def test_losses_of_members_are_those_of_each(criterion, own):
     output = ensemble(x).detach()
     expected = torch.stack([criterion(p, y[i] if own else y) for i, p in enumerate(output)])
     assert relative([losses_of(ensemble, criterion, output, y, own)], [expected]) <= 1e-14
+
+
+def share_of(kind, samples=40, classes=3, length=3):
+    """(criterion, output, target, the share that is right) of random outputs, right at every second sample."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(classes, (samples, length) if "long" in kind else (samples,), generator=generator)
+    scores = torch.randn(*ids.shape, classes, generator=generator)
+    scores[::2].scatter_(-1, ids[::2, ..., None], 9.0)
+    share = (scores.argmax(-1) == ids).double().mean().item()
+    right = torch.randint(2, (samples,), generator=generator).double()
+    logits = torch.where(torch.arange(samples) % 3 > 0, 2 * right - 1, 1 - 2 * right) * 0.4
+    share_of_two = (torch.arange(samples) % 3 > 0).double().mean().item()
+    p = logits.sigmoid()
+    return {
+        "squeezed": (F.binary_cross_entropy, p, right, share_of_two),
+        "squeezed-mse": (nn.MSELoss(), p, right, share_of_two),
+        "squeezed-by-the-criterion": (lambda o, t: F.mse_loss(o[:, 0], t), p[:, None], right, share_of_two),
+        "logits": (F.binary_cross_entropy_with_logits, logits[:, None], right[:, None], share_of_two),
+        "logits-partial": (
+            functools.partial(F.binary_cross_entropy_with_logits, reduction="sum"), logits, right, share_of_two,
+        ),
+        "ids-in-a-column": (lambda o, t: F.cross_entropy(o, t[:, 0]), scores, ids[:, None], share),
+        "long-classes-first": (nn.CrossEntropyLoss(), scores.mT, ids, share),
+        "long-classes-first-by-a-function": (F.cross_entropy, scores.mT, ids, share),
+        "long-classes-last": (lambda o, t: F.cross_entropy(o.flatten(0, 1), t.flatten()), scores, ids, share),
+        "long-probabilities": (nn.CrossEntropyLoss(), scores.mT, F.one_hot(ids, classes).mT.float(), share),
+    }[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [3, 5], ids=["as-many", "more"])  # as classes
+@pytest.mark.parametrize("kind", [
+    "squeezed", "squeezed-mse", "squeezed-by-the-criterion", "logits", "logits-partial", "ids-in-a-column",
+    "long-classes-first", "long-classes-first-by-a-function", "long-classes-last", "long-probabilities",
+])  # fmt: skip
+def test_accuracy_of_other_shapes(kind, length):
+    criterion, output, target, share = share_of(kind, length=length)
+    if kind == "long-classes-last" and length == 3:
+        pytest.skip("which of the two dimensions classes are in, nobody could tell")
+    assert accuracy(criterion, output, target).item() == pytest.approx(share)
+    assert 0.3 < share < 0.9
+
+
+@pytest.mark.parametrize(
+    ("output", "target"), [((4, 3), (3,)), ((4, 3), (4, 2)), ((4, 1), (4, 2)), ((4,), (4, 4)), ((4, 3, 2), (4,))]
+)
+def test_accuracy_of_what_does_not_fit(output, target):
+    message = f"accuracy: target {target} holds neither classes nor class ids of output {output}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        accuracy(nn.MSELoss(), torch.rand(output), torch.rand(target))
 
 
 @pytest.mark.parametrize("criterion", [nn.functional.cross_entropy, nn.MultiMarginLoss(), nn.CrossEntropyLoss()])
