@@ -6,6 +6,7 @@ be compiled; 2 for bad arguments; 130 after an interrupt; 141 when the reader of
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Bad arguments raise SystemExit(2) after one line on stderr, as argparse does.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # one that cannot write a path's letters must not end in a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = _parser().parse_args(argv)
         code = args.run(args)
@@ -107,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
             kind = int if count.choices else _count
             one.add_argument(f"--{count.name}", type=kind, metavar="N", **options)
         if any(count.name == "steps" for count in lesson.counts):
-            one.add_argument("--every", type=_count, metavar="N", help="print the losses of every N-th step")
+            one.add_argument("--every", type=_count, metavar="N", help="print the losses of every N-th logged step")
         one.add_argument("--timing", action="store_true", help="print how long the ways of computing it take")
         one.add_argument("--device", type=_device, default="cpu", metavar="DEVICE", help=f"cpu or cuda {default}")
         if lesson.plot:

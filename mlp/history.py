@@ -36,14 +36,14 @@ class History:
     state: what `fit(resume=...)` needs besides.
     """
 
-    steps: list[int]
+    steps: list[int] = field(repr=False)
     loss: Tensor
     seconds: float
     path: str
     setup_seconds: float = 0.0
     reason: str = ""
     steps_taken: int = 0
-    evaluated: list[int] = field(default_factory=list)
+    evaluated: list[int] = field(default_factory=list, repr=False)
     validation: dict[str, Tensor] = field(default_factory=dict)
     stopped: Tensor | None = None
     kept: Tensor | None = None

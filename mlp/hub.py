@@ -90,15 +90,19 @@ def export(directory: str | os.PathLike[str], repo_id: str | None = None) -> dic
         raise ValueError(f"{str(directory)!r} exists and is not empty")
     package = _package()
     metadata = {f"torch-{backend}": _metadata(package, backend) for backend in BACKENDS}
-    partial = target.with_name(f".{NAME}-{secrets.token_hex(4)}")
+    # Inside of a folder that is there: it may be the current one, a mount point, or nobody else's to read.
+    name, there = f".{NAME}-{secrets.token_hex(4)}", target.exists()
+    partial = target / name if there else target.with_name(name)
     try:
         for variant, about in metadata.items():
             _write(partial / "build" / variant, package | {"metadata.json": json.dumps(about, indent=2).encode()})
         _write(partial / "torch-ext" / NAME, package)
         _write(partial, _repository_files(repo_id))
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
+        if there:
+            for part in partial.iterdir():
+                part.rename(target / part.name)
+        else:
+            partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {variant: str(about["id"]) for variant, about in metadata.items()}

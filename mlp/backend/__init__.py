@@ -7,11 +7,12 @@ activation behind the last, or with the binary cross entropy of its logits. What
 is. The graph then goes to an inner compiler.
 """
 
+import importlib
 import inspect
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -35,17 +36,19 @@ def perceptriton(
     returns it.
     """
     own = dict(options or {})
-    inner, mode = own.pop("backend", "inductor"), own.pop("mode", mode)
+    inner: Any = own.pop("backend", "inductor")
+    mode = own.pop("mode", mode)
     if inner == "inductor":
         inductor = torch._TorchCompileInductorWrapper(mode, own, None)
-        replayed = inductor.config.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
+        settings: Any = importlib.import_module("torch._inductor.config")
+        replayed = inductor.config.get("triton.cudagraphs", settings.triton.cudagraphs)
         _log(fuse(gm, example_inputs, replayed))
         return inductor(gm, example_inputs)
     if not (isinstance(inner, str) or callable(inner)):
         raise TypeError(f"options['backend'] must be the name of a compiler or a function, not {inner!r}")
     from torch._dynamo.backends.registry import lookup_backend
 
-    compiler = lookup_backend(inner)
+    compiler = lookup_backend(cast(Any, inner))
     _log(fuse(gm, example_inputs))
     return compiler(gm, example_inputs, **({"mode": mode} if mode else {}), **({"options": own} if own else {}))
 
@@ -77,8 +80,8 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Found]:
         return gm.forward
 
     # Calls of one code share a budget of compilations, beyond which Dynamo leaves it alone for good.
-    alone = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    named: Any = "isolate_recompiles" in inspect.signature(torch.compile).parameters and {"isolate_recompiles": True}
     if isinstance(function, nn.Module) and function._compiled_call_impl is not None:
         function = function._call_impl  # what `Module.compile` has compiled already
-    torch.compile(function, backend=backend, **({"isolate_recompiles": True} if alone else {}))(*args, **kwargs)
+    torch.compile(function, backend=backend, **(named or {}))(*args, **kwargs)
     return found

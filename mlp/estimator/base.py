@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the classifier and the regressor share: their parameters, and how they are trained by `fit`."""
 
+import copy
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -65,8 +66,8 @@ class FusedMLP(BaseEstimator):
 
     def _start(self, features: int, outputs: int):
         """(a new model, its optimizer, the generator of all random numbers)"""
-        hidden = self.hidden_layer_sizes
-        hidden = [_count("hidden_layer_sizes", n) for n in (hidden if isinstance(hidden, Iterable) else [hidden])]
+        given: Any = self.hidden_layer_sizes
+        hidden = [_count("hidden_layer_sizes", n) for n in (given if np.ndim(given) else [given])]
         if self.solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
@@ -78,10 +79,16 @@ class FusedMLP(BaseEstimator):
         rates = {"lr": self.learning_rate, "weight_decay": self.weight_decay, **momentum}
         return model, SOLVERS[self.solver](model.parameters(), **rates), generator
 
-    def _train(self, X, targets, outputs: int, criterion: nn.Module, sample_weight, more: bool) -> None:
-        """X (samples, features), targets (samples, outputs) or class ids (samples,). more: one epoch after others."""
+    @torch.inference_mode(False)
+    def _train(self, X, targets, outputs: int, criterion: nn.Module, sample_weight, more: bool, metric=None) -> None:
+        """X (samples, features), targets (samples, outputs) or class ids (samples,). more: one epoch after others.
+
+        metric: by which early_stopping judges, None for the estimator's own.
+        """
+        metric = metric or self._metric
         self._check()
-        run = self._run if more and hasattr(self, "_run") else self._start(X.shape[1], outputs)
+        # A copy: what is refused in its midst must leave what was trained before as it was.
+        run = copy.deepcopy(self._run) if more and hasattr(self, "_run") else self._start(X.shape[1], outputs)
         model, optimizer, generator = run
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float32, ensure_non_negative=True)
@@ -89,15 +96,15 @@ class FusedMLP(BaseEstimator):
                 raise ValueError("sample_weight is 0 for all samples")
             # A sample without weight is none. A batch of such samples alone would have a loss of NaN.
             X, targets, sample_weight = X[there], targets[there], sample_weight[there]
-        data = [self._tensor(X), torch.tensor(targets, device=self.device)]
+        data = [self._tensor(X), torch.tensor(np.ascontiguousarray(targets), device=self.device)]
         data += [] if sample_weight is None else [self._tensor(sample_weight)]
         n = self.n_iter_no_change
         patience, options = None if n is None else _count("n_iter_no_change", n), dict[str, Any]()
         if self.early_stopping and not more:
             parts = self._parts(targets, generator)
             held, data = ([t[part] for t in data] for part in parts)
-            stop = EarlyStopping(patience, self.tol, name_of(self._metric), maximize=True, keep_best=True)
-            options |= {"validation": held[:2], "metrics": [self._metric], "stop": stop}
+            stop = EarlyStopping(patience, self.tol, name_of(metric), maximize=True, keep_best=True)
+            options |= {"validation": held[:2], "metrics": [metric], "stop": stop}
         elif not more:
             options |= {"stop": EarlyStopping(patience, self.tol, "training_loss")}
         samples, epochs = len(data[0]), 1 if more else _count("max_iter", self.max_iter)
@@ -118,7 +125,7 @@ class FusedMLP(BaseEstimator):
         self._run, self.model_, self.n_iter_, self.loss_ = run, model, len(self.loss_curve_), curve[-1]
         vars(self).pop("validation_scores_", None)
         if self.early_stopping and not more:
-            self.validation_scores_ = history.validation[name_of(self._metric)].tolist()
+            self.validation_scores_ = history.validation[name_of(metric)].tolist()
 
     def _check(self) -> None:
         """Raises TypeError and ValueError for numbers that torch or `fit` would name otherwise."""
@@ -132,7 +139,7 @@ class FusedMLP(BaseEstimator):
     def _parts(self, targets, generator: torch.Generator) -> list:
         """The indices that are held back, with as many of each class as there are in all, and the others."""
         stratify = targets if isinstance(self, ClassifierMixin) and targets.size == len(targets) else None
-        seed = int(torch.randint(2**31 - 1, (), generator=generator))
+        seed = int(torch.randint(2**31 - 1, (), generator=generator, device="cpu"))
         options = {"test_size": self.validation_fraction, "random_state": seed, "stratify": stratify}
         return train_test_split(np.arange(len(targets)), **options)[::-1]
 
@@ -146,8 +153,8 @@ class FusedMLP(BaseEstimator):
 
     def _tensor(self, values) -> Tensor:
         values = values.toarray() if issparse(values) else values
-        # A copy: numpy's arrays may be read-only, which torch's tensors cannot be.
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
+        # A copy: numpy's arrays may be read-only or run backwards, which torch's tensors cannot.
+        return torch.tensor(np.ascontiguousarray(values), dtype=torch.float32, device=self.device)
 
 
 def _count(name: str, value) -> int:

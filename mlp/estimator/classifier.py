@@ -11,9 +11,14 @@ from sklearn.base import ClassifierMixin
 from sklearn.preprocessing import LabelBinarizer
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import column_or_1d, validate_data
-from torch import nn
+from torch import Tensor, nn
 
 from .base import FusedMLP, whole
+
+
+def exact_match(output: Tensor, target: Tensor) -> Tensor:
+    """The share of samples all of whose labels are right, from logits: the score of an indicator matrix."""
+    return ((output > 0) == (target > 0.5)).all(1).double().mean()
 
 
 class FusedMLPClassifier(ClassifierMixin, FusedMLP):
@@ -66,6 +71,8 @@ class FusedMLPClassifier(ClassifierMixin, FusedMLP):
         if not first and multilabel != self._multilabel:
             kinds = "an indicator matrix of several labels", "one label of each sample"
             raise ValueError(f"y must be {kinds[multilabel]}, as in the calls before, not {kinds[not multilabel]}")
+        if multilabel and not np.isin(y, (0, 1)).all():
+            raise ValueError(f"y must hold 0 and 1 where it is a matrix of several labels, not {np.unique(y)}")
         y = y if multilabel else column_or_1d(y, warn=True)
         labels = y if classes is None or multilabel else classes
         known = LabelBinarizer().fit(labels).classes_ if first else self.classes_
@@ -79,7 +86,8 @@ class FusedMLPClassifier(ClassifierMixin, FusedMLP):
         targets: Any = y if multilabel else np.searchsorted(known, y)
         targets = targets.astype(np.int64) if several else targets.reshape(len(targets), -1).astype(np.float32)
         criterion = nn.CrossEntropyLoss() if several else nn.BCEWithLogitsLoss()
-        self._train(X, targets, len(known) if several else targets.shape[1], criterion, sample_weight, more)
+        outputs, metric = len(known) if several else targets.shape[1], exact_match if multilabel else None
+        self._train(X, targets, outputs, criterion, sample_weight, more, metric)
         self._multilabel, self.classes_ = multilabel, known
         return self
 

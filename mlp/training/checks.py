@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors at the door of `fit`."""
 
+from numbers import Integral
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +37,7 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
     counts = {"steps": (steps, 0), "log_every": (log_every, 0)}
     counts |= {} if batch_size is None else {"batch_size": (batch_size, 1)}
     for name, (value, least) in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not is_whole(value):
             raise TypeError(f"{name} must be an int, not {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
@@ -50,6 +53,16 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
     check_samples(model, criterion, x, y)
     if lr is not None:
         check_rates(lr, model, optimizer, steps)
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is an int, or one of numpy's."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def plain_int(value: Any) -> Any:
+    """An int for one of numpy's; anything else as it is, for a check to refuse."""
+    return int(value) if is_whole(value) else value
 
 
 def check_numbers(model: nn.Module, x: Tensor, y: Tensor, nan: str, whose: str = "") -> None:

@@ -97,11 +97,16 @@ def loss_fields(criterion: Any, network: Network) -> dict[str, Any] | str:
     return fields
 
 
+MOST_BYTES = 1 << 30  # of targets that a loop without autograd needs in the place of class ids
+
+
 def probabilities(criterion: nn.CrossEntropyLoss, ids: Tensor, classes: int, dtype: torch.dtype) -> Tensor | str:
     """(.., samples, classes), 1 for the class of each sample that is not ignored; or why the ordinary loop has to say
     what becomes of them."""
     if ids.dtype != torch.int64:
         return f"class ids are {ids.dtype}"
+    if (size := ids.numel() * classes * dtype.itemsize) > MOST_BYTES:
+        return f"class ids would become probabilities of {size / 2**30:.1f} GiB"
     kept, known = _kept(criterion, ids)
     least, greatest = (extreme.item() for extreme in known.aminmax())
     if least < 0 or greatest >= classes:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..ensemble import Ensemble
 from ..history import History
-from .checks import check_arguments, check_numbers, check_resume, check_weight
+from .checks import check_arguments, check_numbers, check_resume, check_weight, plain_int
 from .eligibility import check_validation, fast_job
 from .jobs import FastJob, GeneralJob, Job
 from .measures import Measure
@@ -116,6 +116,7 @@ def fit(
     a criterion that returns no tensor.
     """
     began = time.perf_counter()
+    steps, batch_size, log_every, evaluate_every = map(plain_int, (steps, batch_size, log_every, evaluate_every))
     check_watch(model, criterion, validation, evaluate_every, metrics, stop, log_every)
     if checkpoint is not None and not callable(checkpoint):
         raise TypeError(f"checkpoint must be a function of a History, not {type(checkpoint).__name__}")

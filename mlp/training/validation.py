@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ensemble import Ensemble
 from ..history import History
-from .checks import check_samples
+from .checks import check_samples, is_whole
 from .criteria import has_own_targets
 from .jobs import FastJob
 from .measures import Measure, accuracy, each, losses_of
@@ -46,7 +46,7 @@ class EarlyStopping:
     keep_best: bool = False
 
     def __post_init__(self) -> None:
-        if self.patience is not None and (not isinstance(self.patience, int) or isinstance(self.patience, bool)):
+        if self.patience is not None and not is_whole(self.patience):
             raise TypeError(f"patience must be an int or None, not {self.patience!r}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1, not {self.patience}")
@@ -266,12 +266,14 @@ def check_watch(model, criterion, validation, evaluate_every, metrics, stop, log
     for name, there in given.items():
         if there and validation is None:
             raise ValueError(f"{name} needs validation data, but validation is None")
-    if evaluate_every is not None and (not isinstance(evaluate_every, int) or isinstance(evaluate_every, bool)):
+    if evaluate_every is not None and not is_whole(evaluate_every):
         raise TypeError(f"evaluate_every must be an int or None, not {evaluate_every!r}")
     if evaluate_every is not None and evaluate_every < 1:
         raise ValueError(f"evaluate_every must be at least 1, not {evaluate_every}")
     if validation is None:
         return
+    if isinstance(metrics, str):
+        raise TypeError(f"metrics must be a sequence of metrics, as in [{metrics!r}], not {metrics!r}")
     if not isinstance(validation, (tuple, list)) or len(validation) != 2:
         raise TypeError(f"validation must be a pair of tensors (x, y), not {validation!r}")
     for name, tensor in zip("xy", validation, strict=True):

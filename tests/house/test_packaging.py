@@ -307,3 +307,11 @@ def test_hub_export_of_the_installed_package_runs_beside_it(installed, tmp_path)
         assert eager == compiled == result["alone"]
     for actual, expected in zip(result["alone"], result["torch"], strict=True):
         torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected))
+
+
+def test_a_folder_of_the_checkout_is_no_package_of_its_own():
+    """`import kernels` in the root finds ours in the place of another package of that name."""
+    command = [sys.executable, "-c", "import kernels"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 1
+    assert "ImportError: this folder is a part of perceptriton, not the package kernels" in run.stderr

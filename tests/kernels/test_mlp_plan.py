@@ -152,3 +152,19 @@ def test_wide_fp32_is_left_to_layers_when_rows_are_many():
         assert planning.mlp_bwd(ROWS, widths, "float32", "tf32", H200).impl == "fused"
     assert plans(uniform(64, 2), "float32", rows=4096)[2].impl == "fused"
     assert plans(uniform(64, 2), "float32", impl="triton")[2].impl == "fused"
+
+
+def test_programs_that_torch_has_cached_find_their_gradients():
+    """Compiled programs hold these numbers, and torch's caches keep programs from one version to the next.
+
+    Whoever changes one of them renames the ops `mlp` and `mlp_bce` (kernels/registration.py), by which caches find
+    programs: those of the old version would take gradients from the wrong places.
+    """
+    widths, all_of_three = (3, 5, 9, 2), (True,) * 3
+    assert planning.mlp_columns(widths) == (3, 16, 16, 2)
+    assert planning.mlp_slots(widths, (True, all_of_three, all_of_three)) == ([0, 24, 88], [16, 72, 112], 120)
+    assert planning.mlp_slots(widths, (False, (True, False, True), (False, True, False))) == (
+        [0, -1, 32],
+        [-1, 16, -1],
+        56,
+    )

@@ -326,8 +326,9 @@ def run_doctor(*flags, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", [60, 80, 120])
 @pytest.mark.parametrize("arguments", [["lesson", "worked-step", "--steps", "1"], ["doctor"]], ids=["lesson", "doctor"])
-def test_a_pipe_where_only_ascii_can_be_written(arguments, columns):
+def test_a_pipe_where_only_ascii_can_be_written(arguments, columns, tmp_path):
     plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "COLUMNS": str(columns)}
+    plain |= {"HOME": str(tmp_path / "Zoë")}
     command = [sys.executable, "-m", "perceptriton.mlp", *arguments]
     run = subprocess.run(command, env=os.environ | plain, capture_output=True, timeout=120, check=True)
     assert run.stderr == b""

@@ -28,6 +28,13 @@ MISTAKES = {
         TypeError,
         "criterion must be a BCELoss\\(\\), not the class BCELoss itself",
     ),
+    "metrics": (
+        lambda: fit(
+            MLP([4, 1]), X, Y, criterion=nn.BCELoss(), optimizer=SGD, steps=1, validation=(X, Y), metrics="loss"
+        ),
+        TypeError,
+        "metrics must be a sequence of metrics, as in \\['loss'\\], not 'loss'",
+    ),
     "optimizer": (
         lambda: fit_sharded(NETS, X, Y, optimizer=SGD, **SHARDED),
         TypeError,

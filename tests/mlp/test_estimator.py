@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scikit-learn estimators: scikit-learn's own checks, and that they are `MLP` and `fit` and nothing else."""
 
+import copy
 import functools
 import importlib
 import sys
@@ -23,7 +24,7 @@ from sklearn.preprocessing import MinMaxScaler
 from sklearn.utils import estimator_checks
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from perceptriton.mlp.estimator import FusedMLPClassifier, FusedMLPRegressor
+from perceptriton.mlp.estimator import FusedMLPClassifier, FusedMLPRegressor, base
 
 
 def expected_failed_checks(estimator):
@@ -394,3 +395,79 @@ def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "perceptriton.mlp.estimator")
     with pytest.raises(ImportError, match=r"scikit-learn 1\.6 or newer: install perceptriton\[sklearn\]$"):
         importlib.import_module("perceptriton.mlp.estimator")
+
+
+# --- what is refused, and odd arrays -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [FusedMLPClassifier, FusedMLPRegressor])
+def test_a_refused_epoch_leaves_what_was_trained(kind, monkeypatch):
+    x = np.random.RandomState(0).randn(60, 4)
+    y = (x[:, 0] > 0).astype(int)
+    first = {"classes": [0, 1]} if kind is FusedMLPClassifier else {}
+    estimator = kind(hidden_layer_sizes=(50, 50), activation="relu", solver="sgd", random_state=0)
+    estimator.partial_fit(x, y, **first)
+    twin = copy.deepcopy(estimator).partial_fit(x, y)
+    before, epochs = estimator.predict(x), estimator.n_iter_
+
+    def diverges(model, *given, **options):
+        fit(model, *given, **options)
+        torch.nn.init.constant_(model[0].weight, torch.nan)
+        return fit(model, *given, **options | {"nan": "propagate"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "fit", diverges)
+        with pytest.raises(ValueError, match="are not finite any more"):
+            estimator.partial_fit(x, y)
+    assert np.array_equal(estimator.predict(x), before)
+    assert estimator.n_iter_ == epochs
+    # It goes on as if nothing had happened.
+    estimator.partial_fit(x, y)
+    assert all(map(torch.equal, estimator.model_.parameters(), twin.model_.parameters()))
+
+
+@pytest.mark.parametrize("labels", [(-1, 1), (0, 2), (1, 2)])
+def test_indicators_are_0_and_1(labels):
+    x = np.random.RandomState(0).randn(20, 3)
+    y = np.where(x[:, :2] > 0, labels[1], labels[0])
+    with pytest.raises(ValueError, match=r"^y must hold 0 and 1 where it is a matrix of several labels, not \["):
+        FusedMLPClassifier().fit(x, y)
+
+
+def test_scores_of_several_labels_are_exact_matches():
+    x = np.random.RandomState(0).randn(100, 3)
+    y = (x > 0).astype(int)
+    estimator = FusedMLPClassifier(early_stopping=True, max_iter=30, random_state=0).fit(x, y)
+    tenths = 10 * np.array(estimator.validation_scores_)
+    assert np.allclose(tenths, tenths.round())
+    assert max(tenths) < 10 or estimator.score(x, y) > 0.9
+
+
+@pytest.mark.parametrize("kind", [FusedMLPClassifier, FusedMLPRegressor])
+def test_arrays_that_run_backwards(kind):
+    x = np.random.RandomState(0).randn(30, 4).astype(np.float32)
+    y = (x[:, 0] > 0).astype(np.int64 if kind is FusedMLPClassifier else np.float32)
+    options = {"max_iter": 3, "random_state": 0}
+    backwards, copied = kind(**options).fit(x[::-1], y[::-1]), kind(**options).fit(x[::-1].copy(), y[::-1].copy())
+    assert np.array_equal(backwards.predict(x[::-1]), copied.predict(x[::-1].copy()))
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_defaults_of_the_process_do_not_matter(early_stopping):
+    x = np.random.RandomState(0).randn(40, 4)
+    y = (x[:, 0] > 0).astype(int)
+    options = {"max_iter": 5, "random_state": 0, "early_stopping": early_stopping}
+    expected = FusedMLPClassifier(**options).fit(x, y).predict_proba(x)
+    with torch.inference_mode():
+        assert np.array_equal(FusedMLPClassifier(**options).fit(x, y).predict_proba(x), expected)
+    with torch.device("meta"):
+        assert np.array_equal(FusedMLPClassifier(**options).fit(x, y).predict_proba(x), expected)
+
+
+@pytest.mark.parametrize(("sizes", "hidden"), [(np.array(5), [5]), (np.array([3, 2]), [3, 2]), ((), [])])
+def test_hidden_sizes_may_be_arrays(sizes, hidden):
+    x = np.random.RandomState(0).randn(20, 3)
+    model = FusedMLPRegressor(sizes, max_iter=1).fit(x, x[:, 0]).model_
+    assert [m.out_features for m in model if isinstance(m, nn.Linear)] == [*hidden, 1]
+    with pytest.raises(TypeError, match="hidden_layer_sizes must be an int, not ''"):
+        FusedMLPRegressor("").fit(x, x[:, 0])

@@ -14,6 +14,7 @@ import threading
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 from cases import conjugated, negated, same_bits, sequential
@@ -41,9 +42,9 @@ from perceptriton.kernels import plan, records
 from perceptriton.kernels.loop import TorchLoop
 from perceptriton.kernels.loop import optimizer as optimizers
 from perceptriton.kernels.loop.matrices import Matrices
-from perceptriton.mlp import MLP, Ensemble, History, LinearSigmoid, fit, lessons
+from perceptriton.mlp import MLP, EarlyStopping, Ensemble, History, LinearSigmoid, fit, lessons
 from perceptriton.mlp.as_network import as_network
-from perceptriton.mlp.training import jobs, pacing
+from perceptriton.mlp.training import criteria, jobs, pacing
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
 # Two orders of the same fp64 sums over 100 steps.
@@ -334,6 +335,36 @@ def test_what_is_left_behind(monkeypatch):
     assert torch.get_num_threads() == threads
     assert signal.getsignal(signal.SIGINT) is handler
     model(x).sum().backward()
+
+
+def test_whole_numbers_may_be_those_of_numpy():
+    results = []
+    for number in (int, np.int64, np.int32):
+        model, x, y = make_net("xor")
+        counts = {"steps": number(7), "batch_size": number(2), "log_every": number(3), "evaluate_every": number(2)}
+        options = {"validation": (x, y), "stop": EarlyStopping(number(50)), "generator": torch.Generator()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        history = fit(model, x, y, criterion=nn.BCELoss(), optimizer=optimizer, **counts, **options)
+        assert {type(step) for step in (*history.steps, history.steps_taken, *history.evaluated)} == {int}
+        results.append([history.loss, *values(model)])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_history_of_many_steps_has_a_short_repr():
+    assert len(repr(History([*range(10**5)], torch.zeros(10**5), 1.0, "torch", evaluated=[*range(10**5)]))) < 500
+
+
+def test_class_ids_of_many_classes_stay_ids(monkeypatch):
+    """Probabilities in their place would take more memory than all else."""
+    monkeypatch.setattr(criteria, "MOST_BYTES", 4 * 9 * 50)
+    model, x = MLP([3, 50], output_activation="identity"), torch.rand(9, 3)
+    optimizer, ids = torch.optim.SGD(model.parameters(), lr=0.5), torch.arange(9)
+    options = {"criterion": nn.CrossEntropyLoss(), "optimizer": optimizer, "steps": 2}
+    assert fit(model, x, ids, **options).path != "general"
+    more = MLP([3, 51], output_activation="identity")
+    options["optimizer"] = torch.optim.SGD(more.parameters(), lr=0.5)
+    history = fit(more, x, ids, **options)
+    assert (history.path, history.reason) == ("general", "class ids would become probabilities of 0.0 GiB")
 
 
 def test_an_order_is_copied_to_the_device_once_an_epoch(monkeypatch):

@@ -280,3 +280,14 @@ def test_a_write_that_breaks_off_leaves_nothing(error, code, message, tmp_path, 
     assert re.fullmatch(f"perceptriton: {message}\n", capsys.readouterr().err)
     assert len(calls) == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_stays_itself(tmp_path, monkeypatch):
+    """As the current one, a mount point, or one that only its owner may read."""
+    tmp_path.chmod(0o700)
+    monkeypatch.chdir(tmp_path)
+    inode = tmp_path.stat().st_ino
+    hub.export(".", REPO_ID)
+    assert {path.name for path in Path.cwd().iterdir()} >= {"build", "torch-ext", "CARD.md"}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert (tmp_path.stat().st_ino, tmp_path.stat().st_mode & 0o777) == (inode, 0o700)
