@@ -445,8 +445,8 @@ def test_what_is_ready_is_known(monkeypatch, tmp_path):
     assert ready.seconds(torch.float32) == ready.seconds(torch.float64) == (0, 0, 0)
     monkeypatch.setattr(ready, "loaded", {(torch.float32, 4, 1)})
     monkeypatch.setattr(ready, "FOLDER", tmp_path)
-    for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.setenv(name, str(tmp_path / "nowhere"))
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nowhere"))
     (tmp_path / "__pycache__").mkdir()
     assert ready.seconds(torch.float32) == (plan.COMPILE_SECONDS, 0, plan.COMPILE_SECONDS)
     (tmp_path / "__pycache__" / "steps.train-1.py310.nbi").touch()

@@ -639,6 +639,7 @@ BETWEEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ops", "between"), BETWEEN.values(), ids=BETWEEN)
 def test_what_others_write_to_keeps_layers_apart(ops, between, chip):
     w1, w2 = (t.to(DEVICE) for t in (W1, W2))
@@ -986,6 +987,7 @@ def test_the_list_names_places_and_reasons(chip, caplog):
     ]
 
 
+@pytest.mark.slow
 def test_the_list_may_be_asked_for_again_and_again(chip):
     """Each time is a compilation, of which Dynamo grants a code eight, and after them none to anyone."""
     if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
@@ -1002,6 +1004,7 @@ def test_the_list_may_be_asked_for_again_and_again(chip):
     assert [*map(str, explain(model, x))] == lists[0]
 
 
+@pytest.mark.slow
 def test_resets_and_settings_of_inductor_are_heard(monkeypatch, chip):
     replayed, real = [], backend.fuse
     monkeypatch.setattr(backend, "fuse", lambda gm, inputs, own=False: replayed.append(own) or real(gm, inputs, own))
