@@ -163,10 +163,10 @@ def benchmarks(suite: str) -> None:
     if suite == "training":
         import bench_training
 
-        for case in bench_training.CASES:
-            if "cuda" in case.devices:
+        for case in (case for case in bench_training.CASES if "cuda" in case.devices):
+            for impl in (None, "block") if case.ways else (None,):
                 with contextlib.suppress(RuntimeError):  # one that trains in a CUDA graph has no kernel of ours
-                    bench_training.fitted(bench_training.Problem(case, "cpu")).advance(10)
+                    bench_training.fitted(bench_training.Problem(case, "cpu"), impl).advance(10)
         return
     import contenders
     import stack_cases
