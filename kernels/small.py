@@ -27,8 +27,9 @@ def is_small(x: Tensor, widths: tuple[int, ...]) -> bool:
     """The same, on the default stream."""
     if x.is_cpu:
         return x.numel() < few_elements(widths, x.dtype, is_grad_enabled())
-    autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
-    return x.is_cuda and x.numel() < few_on_gpu(widths, x.dtype, is_grad_enabled(), x.device, autocast)
+    if not x.is_cuda:
+        return False
+    return x.numel() < few_on_gpu(widths, x.dtype, is_grad_enabled(), x.device, torch.is_autocast_enabled("cuda"))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -80,8 +80,9 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Found]:
         return gm.forward
 
     # Calls of one code share a budget of compilations, beyond which Dynamo leaves it alone for good.
-    named: Any = "isolate_recompiles" in inspect.signature(torch.compile).parameters and {"isolate_recompiles": True}
+    can_be_alone = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    alone: dict[str, Any] = {"isolate_recompiles": True} if can_be_alone else {}
     if isinstance(function, nn.Module) and function._compiled_call_impl is not None:
         function = function._call_impl  # what `Module.compile` has compiled already
-    torch.compile(function, backend=backend, **(named or {}))(*args, **kwargs)
+    torch.compile(function, backend=backend, **alone)(*args, **kwargs)
     return found

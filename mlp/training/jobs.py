@@ -137,7 +137,8 @@ class FastJob:
             self.run(start, kept, order, log_every)
             return
         with torch.no_grad():
-            write_members(self.network.parameters, self.parameters, self.members)
+            for own, copy in zip(self.network.parameters, self.parameters, strict=True):
+                write_members(own, copy, self.members)
             self.state.write(steps, self.first, self.second, self.members)
         self.taken = start + steps
         if self.members is not None:  # the others log no more

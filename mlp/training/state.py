@@ -53,7 +53,6 @@ class State:
         """Takes over what `steps` more steps have made of the state of these members, None: of all."""
         self.taken += steps
         (group,) = self.optimizer.param_groups
-        kept, numbers = [], []
         for name, tensors in zip(self.names, (first, second), strict=False):
             for p, tensor in zip(self.network.parameters, tensors, strict=True):
                 entry = self.optimizer.state[p]
@@ -68,22 +67,18 @@ class State:
                     # A step without momentum touches no buffer: one that there is may be gone on from later.
                     every = torch.arange(len(p), device=p.device) if members is None else members
                     moving = (self.own.momentum.to(p.device) != 0)[every]
-                    entry[name][every[moving]] = tensor[moving]
+                    write_members(entry[name], tensor[moving], every[moving])
                 else:
-                    kept.append(entry[name])
-                    numbers.append(tensor)
-        write_members(kept, numbers, members)
+                    write_members(entry[name], tensor, members)
         for p in self.network.parameters if {*COUNTED} & {*self.names} else ():
             self.optimizer.state[p]["step"].fill_(self.taken)
         if hasattr(self.optimizer.step, "_wrapped_by_lr_sched"):
             self.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def write_members(to: Sequence[Tensor], numbers: Sequence[Tensor], members: Tensor | None) -> None:
+def write_members(to: Tensor, numbers: Tensor, members: Tensor | None) -> None:
     """Overwrites what these members have, None: all, or the one network that is no member."""
-    if members is not None:
-        for own, given in zip(to, numbers, strict=True):
-            own[members] = given
-        return
-    for own, given in zip(to, numbers, strict=True):
-        own.copy_(given[0] if given.dim() > own.dim() else given)
+    if members is None:
+        to.copy_(numbers.view(to.shape) if numbers.dim() > to.dim() else numbers)
+    else:
+        to[members] = numbers
