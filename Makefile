@@ -156,7 +156,7 @@ check-others: $(READY)
 	$(call step,other fast tests,$(PYTEST) -m 'not (slow or more or compiles)' tests/kernels tests/benches tests/house)
 
 check-core: $(READY)
-	$(call step,core of the kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) -m core)
+	$(call step,core of the kernels interpreted,TRITON_INTERPRET=1 $(PYTEST) -m 'core and not slow' tests/kernels tests/mlp)
 
 check-compiled: $(READY)
 	$(call step,a kernel of each family compiled and run,$(PYTEST) -m 'emulated and core' tests/ptx)

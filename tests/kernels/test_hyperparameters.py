@@ -20,6 +20,7 @@ TORCH = TrainPlan("torch", "the test says so")
 LOOPS = {layout: TORCH for layout in ("joint", "matrices", "arrays")}
 LOOPS |= {f"{rows}x{networks}": TrainPlan("native", "as above", rows, networks) for rows, networks in planning.TILES}
 every_loop = pytest.mark.parametrize("loop", LOOPS)
+every_number = pytest.mark.parametrize("members", [pytest.param(1, marks=pytest.mark.slow), 3])
 
 CRITERIA = {"bce": nn.BCELoss, "cross_entropy": nn.CrossEntropyLoss}
 OWN = {
@@ -127,7 +128,7 @@ def assert_as_torch(actual, expected, bound=1e-10):
 
 
 @pytest.mark.parametrize("variant", OWN)
-@pytest.mark.parametrize("members", [1, 3])
+@every_number
 @every_loop
 def test_numbers_of_each_member_and_step(monkeypatch, loop, members, variant):
     run = Run(variant, members)
@@ -143,7 +144,7 @@ def test_a_rate_for_all_members_or_all_steps(monkeypatch, loop, rates, variant):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("members", [1, 3])
+@every_number
 @every_loop
 def test_cross_entropy(monkeypatch, loop, members, reduction):
     run = Run("momentum", members, "cross_entropy", reduction)
@@ -154,7 +155,7 @@ def test_cross_entropy(monkeypatch, loop, members, reduction):
     assert_as_torch(run.loop(monkeypatch, loop), run.torch())
 
 
-@pytest.mark.parametrize("members", [1, 3])
+@every_number
 @every_loop
 def test_cross_entropy_of_great_logits(monkeypatch, loop, members):
     # Some classes have no chance, of which e^z is 0; of others it would overflow.
@@ -164,7 +165,7 @@ def test_cross_entropy_of_great_logits(monkeypatch, loop, members):
 
 
 @pytest.mark.parametrize("variant", ["nesterov", "adam-decay", "rmsprop-momentum"])
-@pytest.mark.parametrize("members", [1, 3])
+@every_number
 @every_loop
 def test_state_of_earlier_steps_is_continued(monkeypatch, loop, members, variant):
     run = Run(variant, members)
@@ -172,7 +173,7 @@ def test_state_of_earlier_steps_is_continued(monkeypatch, loop, members, variant
 
 
 @pytest.mark.parametrize("variant", ["sgd", "decay", "dampening", "adamw", "rmsprop-momentum"])
-@pytest.mark.parametrize("members", [1, 3])
+@every_number
 @every_loop
 def test_the_size_of_a_piece_changes_no_bit(monkeypatch, loop, members, variant):
     run = Run(variant, members)

@@ -42,7 +42,10 @@ CRITERIA = {
 LANE = TrainPlan("lane", "the test says so", rows=2, networks=4, num_warps=1)
 BLOCK = TrainPlan("block", "the test says so", rows=16, num_warps=4)
 SPREAD = dataclasses.replace(BLOCK, programs=3)
-PLANS = {"lane": LANE, "block": BLOCK, "spread": SPREAD}
+# The interpreter runs the programs of a spread batch one after the other.
+every_plan = pytest.mark.parametrize(
+    "plan", [LANE, BLOCK, pytest.param(SPREAD, marks=pytest.mark.slow)], ids=["lane", "block", "spread"]
+)
 XOR = TrainConfig((2, 2, 1))
 
 
@@ -269,7 +272,7 @@ def test_long_trajectories(plan):
 
 
 @pytest.mark.parametrize("variant", core(RECIPES, "nesterov", "dampening", "adamw", "rmsprop-momentum"))
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_optimizers(plan, variant):
     run = Run(TrainConfig((3, 2, 2), **RECIPES[variant]), samples=3, members=2)
     steps = (1, 2, 8)
@@ -286,7 +289,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize(("loss", "output"), LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_losses(plan, loss, output, reduction):
     # 3 samples in batches of 2 and 1, whose means divide by different numbers
     config = TrainConfig((3, 4, 2), output=output, loss=loss, reduction=reduction)
@@ -307,7 +310,7 @@ WEIGHTED = {
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as below
 @pytest.mark.parametrize("case", core(WEIGHTED, "logits-given"))
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_weights_and_factors_of_steps(plan, case):
     # Five lanes are two programs, and 3 samples two batches.
     members = 5 if plan is LANE else 2
@@ -325,7 +328,7 @@ def test_weights_and_factors_of_steps(plan, case):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("reduction", core(["mean", "sum"], "mean"))
 @pytest.mark.parametrize("outputs", [1, 3])
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_cross_entropy(plan, outputs, reduction):
     config = TrainConfig((3, 4, outputs), output="identity", loss="cross_entropy", reduction=reduction)
     run = Run(config, members=2, samples=3, batch_size=2, epochs=2)
@@ -337,7 +340,7 @@ def test_cross_entropy(plan, outputs, reduction):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_cross_entropy_of_great_logits(plan):
     # Of a sample that is classified well the loss is small, and keeps its digits; e^z overflows from 89 on.
     logits = torch.tensor([[100.0, 88.0, -100.0], [-300.0, -290.0, -300.0], [5.0, -12.0, -100.0], [0.0, 0.0, 0.0]])
@@ -353,7 +356,7 @@ def test_cross_entropy_of_great_logits(plan):
 # numpy, under the interpreter, warns where a GPU has nothing to say.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("t", [0.0, pytest.param(0.25, marks=pytest.mark.core), 1.0])
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_the_logarithm_of_a_saturated_output_is_cut_off(plan, t):
     # at -100, as torch.nn.BCELoss does: from z = 16.64 on 1 - y is 0, and y below -88.7
     logits = torch.tensor([-200.0, -99, -89, -88, -50, -17, 0, 10, 15.5, 16.5, 16.7, 50, 103, torch.inf, torch.nan])
@@ -373,7 +376,7 @@ def test_the_logarithm_of_a_saturated_output_is_cut_off(plan, t):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("hidden", ACTIVATIONS)
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_activations(plan, hidden, bias):
     run = Run(TrainConfig((3, 3, 2, 2), hidden=hidden, bias=bias, momentum=0.5), members=2, samples=4)
     run.lr /= 4
@@ -418,7 +421,7 @@ def numbered(variant, rates="members", steps=8, **data):
 
 
 @pytest.mark.parametrize("variant", core(OWN, "nesterov", "adam-decay"))
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_numbers_of_each_member_and_step(plan, variant):
     run = numbered(variant)
     steps = (1, 2, 8)
@@ -426,7 +429,7 @@ def test_numbers_of_each_member_and_step(plan, variant):
 
 
 @pytest.mark.parametrize("variant", ["dampening", "rmsprop-momentum"])
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_a_member_without_momentum_is_not_damped(plan, variant):
     run = numbered(variant)
     run.own["momentum"][1] = 0.0
@@ -437,14 +440,14 @@ def test_a_member_without_momentum_is_not_damped(plan, variant):
     assert_as_good_as_the_worst(groups, torch.float32)
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_one_schedule_for_all_members(plan):
     run = numbered("momentum", "shared")
     check(run, run.kernel(plan, (3, 8), log_every=2), (3, 8), log_every=2)
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_a_schedule_in_pieces_changes_no_bit(plan):
     # Five lanes are two programs, of which the second one has three lanes without a network.
     run = numbered("adamw", members=5 if plan is LANE else 2, batch_size=2, epochs=4)
@@ -484,7 +487,7 @@ def test_the_size_of_a_launch_changes_no_bit(plan, data, variant):
 
 
 @pytest.mark.parametrize("variant", ["dampening", "adam", "rmsprop-momentum"])
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_state_of_earlier_steps_is_continued(plan, variant):
     # Torch takes five steps, the kernels four more, as another run of which they are the first.
     run = Run(TrainConfig((3, 4, 2), **RECIPES[variant]), samples=5)
@@ -494,7 +497,7 @@ def test_state_of_earlier_steps_is_continued(plan, variant):
     assert_near((*actual[0][0], *actual[0][1]), (*exact[0], *exact[1]), 4 * FLOOR[torch.float32])
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_bias_correction_all_along_a_run(plan):
     # 1 - beta^t for steps up to where it is 1 in fp32, on both sides of where its formula changes
     run = Run(TrainConfig((2, 1), optimizer="adam", beta1=0.99), members=1)
@@ -517,7 +520,7 @@ def test_bias_correction_all_along_a_run(plan):
             assert ((step - exact).abs() <= 1e-6 * exact.abs() + 2.0**-24 * initial[0].abs()).all(), taken
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_losses_are_those_of_the_steps_that_are_due(plan):
     run = Run(XOR, members=1 if plan is BLOCK else 2)
     every = run.kernel(plan, (10,), log_every=1)[-1][2]
@@ -529,7 +532,7 @@ def test_losses_are_those_of_the_steps_that_are_due(plan):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_no_steps_change_nothing(plan):
     run = Run(XOR, members=2)
     parameters, _, losses = run.kernel(plan, (0,), log_every=1)[0]
@@ -540,7 +543,7 @@ def test_no_steps_change_nothing(plan):
 # --- members --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_members_do_not_touch_each_other(plan):
     # Nine lanes are two programs of four members and one of one.
     members = 9 if plan is LANE else 3
@@ -556,7 +559,7 @@ def test_members_do_not_touch_each_other(plan):
     assert after[0][2][:, 1].isnan().all()
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_a_member_alone_is_what_it_is_among_others(plan):
     run = Run(TrainConfig((3, 2, 2), optimizer="adam"), members=5, samples=3, batch_size=2, epochs=2)
     together = run.kernel(plan, (4,), log_every=2)[0]
@@ -581,7 +584,7 @@ WRONG = {
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@every_plan
 def test_wrong_runs_are_refused(plan):
     run = Run(TrainConfig((3, 2, 2), optimizer="adam"), members=2, samples=3, batch_size=2, epochs=4)
     check(run, run.kernel(plan, (4,)), (4,))

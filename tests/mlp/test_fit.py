@@ -79,8 +79,8 @@ def test_trajectory(net, optimizer):
     model, twin, x, y = twins(net)
     before = values(model)
     own, other = OPTIMIZERS[optimizer](model.parameters()), OPTIMIZERS[optimizer](twin.parameters())
-    history = fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=100, log_every=1)
-    losses = ordinary(twin, x, y, nn.BCELoss(), other, 100)
+    history = fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=30, log_every=1)
+    losses = ordinary(twin, x, y, nn.BCELoss(), other, 30)
     assert history.path == "torch"
     assert_trained_alike(model, twin, own, other, history.loss, losses)
     assert relative(before, twin.parameters()) > 1e6 * EXACT  # a loop that does nothing would be seen

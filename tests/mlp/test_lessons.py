@@ -274,6 +274,7 @@ def test_one_layer_learns_and_and_or_but_not_xor(gates):
     assert gates.matches
 
 
+@pytest.mark.slow
 def test_gates_show_what_torch_says_of_ten_outputs_and_one_target(gates):
     with pytest.raises(ValueError, match=r"\[4, 1\].*\[4, 10\]") as raised:
         torch.nn.BCELoss()(torch.full((4, 10), 0.5), torch.ones(4, 1))
@@ -281,6 +282,7 @@ def test_gates_show_what_torch_says_of_ten_outputs_and_one_target(gates):
     assert gates.crash in page_of("gates", gates).replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_gates_that_are_not_what_they_must_be_are_a_miss(gates):
     trajectory = gates.trajectories
     for own, other in (("AND", "XOR"), ("XOR", "OR")):
@@ -820,6 +822,7 @@ def test_xor_picture_shows_the_result(xor):
     assert marked == {"class 0": [[0, 0], [1, 1]], "class 1": [[0, 1], [1, 0]]}
 
 
+@pytest.mark.slow
 def test_gates_picture_shows_lines_where_there_are_any(gates):
     pytest.importorskip("matplotlib")
     figure, data = plot_gates(gates)
@@ -997,7 +1000,9 @@ PAGES = {"gates": "gates", "chain-rule": "chain", "worked-step": "worked", "by-h
 PAGES |= {"xor-deep": "deep_short", "blobs": "blobs", "digits": "digits", "sweep": "sweep"}
 
 
-@pytest.mark.parametrize("name", LESSONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("gates", "digits", "sweep"))) for n in LESSONS]
+)
 def test_pages_fit_the_terminal(name, request, monkeypatch):
     result, lesson = request.getfixturevalue(PAGES[name]), LESSONS[name]
     counts = {count.name: 1000 + count.default for count in lesson.counts}

@@ -95,7 +95,10 @@ class Run:
         return [*values(self.model), *state, *kept, random, torch.tensor([*history.steps, *history.evaluated])]
 
 
-@pytest.mark.parametrize("own_generator", [True, False], ids=["own-generator", "default-generator"])
+@pytest.mark.parametrize(
+    "own_generator",
+    [pytest.param(True, marks=pytest.mark.slow, id="own-generator"), pytest.param(False, id="default-generator")],
+)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("model", "optimizer"), [("mlp", "adam"), ("ensemble", "momentum"), ("general", "sgd")])
 def test_a_checkpoint_goes_on_to_the_same_end(model, optimizer, options, own_generator, monkeypatch):
