@@ -41,6 +41,12 @@ def few_elements(widths: tuple[int, ...], dtype: torch.dtype, training: bool) ->
     return crossover.cpu_rows(widths, dtype_name(dtype), cpu_kind(), training) * max(widths[0], 1)
 
 
+def few_of_any(widths: tuple[int, ...]) -> int:
+    """The least of `few_elements` over dtypes and modes: who has it asks a tiny call for neither."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return min(few_elements(widths, dtype, training) for dtype in dtypes for training in (False, True))
+
+
 @functools.lru_cache(maxsize=4096)
 def few_on_gpu(
     widths: tuple[int, ...], dtype: torch.dtype, training: bool, device: torch.device, autocast: bool = False

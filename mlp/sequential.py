@@ -3,7 +3,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled, nn
@@ -78,7 +78,8 @@ class Chain:
         self.kinds = [(module, type(module), _KINDS[type(module)][1]) for module in self.modules]
         self.forwards = [(kind, _KINDS[kind][0]) for kind in dict.fromkeys(map(type, self.modules))]
         self.widths = (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
-        # Of each layer and the one module behind it, or the layer once more: what `run` needs and what it compares.
+        self.few: int | None = None  # elements that a call knows to be few on a CPU, when one has asked
+        # Of each layer and the one module behind it, or the layer once more: what a call needs and what it compares.
         self.paired = all(len(behind) < 2 for _, behind, _ in layers)
         self.pairs: list[tuple] = []
         for layer, behind, name in layers:
@@ -107,12 +108,15 @@ class Chain:
             return None
         return [cast(Tensor, own["weight"]) for own in found], [own["bias"] for own in found]
 
-    def run(self, input: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
         """What calling the modules in turn computes."""
         if type(input) not in eligibility.PLAIN or not self.paired or nn.Module.__call__ is not _CALL:
             return self._run_any(input)
         if on_cpu := input.is_cpu:
-            few = input.numel() < small.few_elements(self.widths, input.dtype, is_grad_enabled())
+            if self.few is None:
+                self.few = small.few_of_any(self.widths)
+            few = (count := input.numel()) < self.few
+            few = few or count < small.few_elements(self.widths, input.dtype, is_grad_enabled())
         else:
             few = small.prefers_torch(input, self.widths)
         for kind, forward in self.forwards:
@@ -121,9 +125,14 @@ class Chain:
             return self._run_any(input)
         # Written out, as `is_plain` and a layer have it, since calls are what a tiny network costs.
         called, y = False, input
+        weight: Any
         try:
             for layer, kind, size, behind, kind2, size2, activation in self.pairs:
                 own, own2, parameters = layer.__dict__, behind.__dict__, layer._parameters
+                try:
+                    weight, bias = parameters["weight"], parameters["bias"]
+                except KeyError:
+                    weight = bias = None  # the layer's own call says what is missing
                 if (
                     own["_forward_hooks"]
                     or own["_forward_pre_hooks"]
@@ -137,8 +146,7 @@ class Chain:
                     or own2["_backward_pre_hooks"]
                     or len(own2) != size2
                     or type(behind) is not kind2
-                    or "bias" not in parameters
-                    or type(weight := parameters.get("weight")) not in eligibility.PLAIN
+                    or ((sort := type(weight)) is not nn.Parameter and sort not in eligibility.PLAIN)
                 ):
                     called = True
                     y = layer(y) if behind is layer else behind(layer(y))
@@ -146,7 +154,7 @@ class Chain:
                 # torch misses a weight on the meta device; the layer has an error for it.
                 if not (weight.is_cpu if on_cpu else weight.device == y.device):
                     raise ValueError(f"weight is on {weight.device}, but x on {y.device}")
-                y = F.linear(y, weight, parameters["bias"])
+                y = F.linear(y, weight, bias)
                 if activation is not None:
                     y = activation(y)
             return y
@@ -195,7 +203,7 @@ class Chain:
 def run(steps: Iterable[Chain | nn.Module], input: Tensor) -> Tensor:
     """What the steps compute in turn."""
     for step in steps:
-        input = step.run(input) if isinstance(step, Chain) else step(input)
+        input = step(input)
     return input
 
 
@@ -263,7 +271,7 @@ class FusedSequential(nn.Sequential):
         else:
             steps = planned[3]
         for step in steps:
-            input = step.run(input) if isinstance(step, Chain) else step(input)
+            input = step(input)
         return input
 
     def __prepare_scriptable__(self) -> nn.Sequential:
