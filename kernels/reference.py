@@ -24,6 +24,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, d
 
 
 @functools.cache
+@undisturbed
 def onednn_linear():
     """oneDNN's product x @ weight.T + bias with a fused activation, or None where this torch has none that works.
 
@@ -31,10 +32,6 @@ def onednn_linear():
     strided bias as if it were dense, refuses matrices whose elements may share memory, its relu drops NaN, and it takes
     fp32 and bf16 only: callers see to that.
     """
-    return undisturbed(_tried_onednn_linear)
-
-
-def _tried_onednn_linear():
     try:
         linear = torch.ops.mkldnn._linear_pointwise.default
         # The trial names its device and dtype, because a process may have set other defaults.

@@ -19,15 +19,12 @@ from .layout import Batch, Call, Layout, Storage
 
 
 @functools.cache
+@undisturbed
 def _fused_adam() -> dict[str, Callable]:
     """torch's own Adam and AdamW steps in one call each, or {} where this torch has none that work on a CPU.
 
     The functions are private, so they are tried once, on the first step from w = 1 with a gradient of 1.
     """
-    return undisturbed(_tried_fused_adam)
-
-
-def _tried_fused_adam() -> dict[str, Callable]:
     try:
         names = {"adam": "_fused_adam_", "adamw": "_fused_adamw_"}
         functions = {optimizer: getattr(torch, name) for optimizer, name in names.items()}
