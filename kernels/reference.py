@@ -94,7 +94,7 @@ def linear_act_bwd(
         )
     network = MlpPlan("explicit", plan.reason, layers=(plan,), chunk=plan.chunk)
     flags = (need_dx, (need_dweight,), (need_dbias,))
-    dx, (dweight,), (dbias,) = mlp_bwd(dy, x, (y,), (weight,), None, activation, activation, flags, network)
+    dx, (dweight,), (dbias,) = mlp_bwd(dy, x, (y,), (weight,), activation, activation, flags, network)
     return dx, dweight, dbias
 
 
@@ -150,7 +150,6 @@ def mlp_bwd(
     x: Tensor | None,
     saved: OptionalTensors,
     weights: OptionalTensors,
-    biases: Sequence[Tensor] | None,
     hidden: str,
     output: str,
     wanted: NeedsGrad,
@@ -159,7 +158,7 @@ def mlp_bwd(
     """(dx, dweights, dbiases), None where not wanted. saved: the outputs of all layers, y last.
 
     None will do for what no gradient needs: x without the first dweight, a weight that no dz passes on its way down to
-    `first_wanted`, the outputs of the layers below that one but for the input of its dweight, y of an identity, biases.
+    `first_wanted`, the outputs of the layers below that one but for the input of its dweight, y of an identity.
     """
     need_dx, need_dweights, need_dbiases = wanted
     m, layers = dy.shape[0], range(len(weights))

@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -237,8 +237,7 @@ class Optimizer:
 
 
 def _of_one_member(config: TrainConfig, own: Hyperparameters) -> TrainConfig:
-    given = {field.name: getattr(own, field.name) for field in fields(own)}
-    numbers = {name: number.item() for name, number in given.items() if number is not None}
+    numbers = {name: number.item() for name, number in vars(own).items() if number is not None}
     return replace(config, **numbers, dampening=config.dampening if numbers.get("momentum", 1) else 0.0)
 
 
