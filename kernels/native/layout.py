@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where compiled loops have their numbers: parameters, samples, and what they work in, block by block."""
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -20,7 +19,7 @@ class Layout(ABC):
     def __init__(self, config: TrainConfig, members: int, samples: int, networks: int, lanes: int) -> None:
         """lanes: of the vectors that memory is filled up to."""
         self.config, self.members, self.samples, self.networks, self.lanes = config, members, samples, networks, lanes
-        self.layers = list(itertools.pairwise(config.widths))
+        self.layers = config.layers
         self.blocks = -(-members // networks)
 
     @abstractmethod
