@@ -110,7 +110,6 @@ def main(arguments: list[str]) -> None:
     }
     crossover.eager_limit = lambda *_: 0
     small.few_on_gpu.cache_clear()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
     for name, mode, nbytes in itertools.product(LAYERS, MODES, sizes):
         rows.append(row := measure(name, mode, nbytes, device, options.seconds))
