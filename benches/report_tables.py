@@ -162,8 +162,6 @@ def markdown(document: dict) -> str:
         )
     if missed := document["machine_info"].get("missed"):
         text.append(f"Not timed, since they miss the truth: {'; '.join(missed)}.")
-    if left_out := document["machine_info"].get("not_reached"):
-        text.append(f"Not reached in the time set for the run: {', '.join(left_out)}.")
     text.append(provenance(document))
     return "\n".join(text) + "\n"
 

@@ -95,8 +95,6 @@ def markdown(document: dict) -> str:
             text.append(f"Before its first step {label} took up to {max(seconds):.1f} s, which no figure here holds.")
     if any(row.noisy(BASELINE, JUDGED) for row in rows):
         text.append(scatter())
-    if left_out := document["machine_info"].get("not_reached"):
-        text.append(f"Not reached in the time set for the run: {', '.join(left_out)}.")
     text.append(provenance(document))
     return "\n".join(text) + "\n"
 

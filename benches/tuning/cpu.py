@@ -19,7 +19,6 @@ shipped, benches/results/tune-cpu-<kind>.json: [role, rows, in_features, out_fea
 
 import argparse
 import contextlib
-import datetime
 import itertools
 import json
 import math
@@ -422,7 +421,7 @@ def main(arguments: list[str]) -> None:
         "machine": torch.cpu.get_capabilities()["cpu_name"],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": common.today(),
         "quick": options.quick,
     }
     thresholds = {dtype: own for dtype, (own, _) in found.items()}

@@ -18,7 +18,6 @@ usage: python benches/tune.py measure [--kinds half,tf32x3] [--seconds S] [--out
 
 import argparse
 import contextlib
-import datetime
 import importlib
 import json
 import math
@@ -149,7 +148,7 @@ def updated(document: dict, name: str, kind: str, row: dict) -> dict:
     measured = {
         "torch": torch.__version__,
         "triton": importlib.import_module("triton").__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": common.today(),
         "rows": old["rows"] | {kind: rows},
     }
     return document | {"devices": document["devices"] | {name: measured}}
