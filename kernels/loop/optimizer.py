@@ -157,13 +157,12 @@ class Optimizer:
 
     def calls(self, batch: Batch) -> list[Call]:
         config, layout = self.config, self.layout
-        if not self.stateless and config.optimizer == "sgd":
-            # A buffer of zeros becomes the gradient itself in the first step, as torch has it.
-            if not (config.nesterov or config.dampening or isinstance(self.momentum, Tensor)):
-                return [*layout.accumulate(batch, self.states[0], self.momentum, batch.scale), self._plain_momentum]
-            return [*layout.accumulate(batch, self.gradients, 0, batch.scale), self._momentum]
         if not self.stateless:
-            update = self._rmsprop if config.optimizer == "rmsprop" else self._adam
+            plain = config.optimizer == "sgd" and not (config.nesterov or config.dampening)
+            if plain and not isinstance(self.momentum, Tensor):
+                # A buffer of zeros becomes the gradient itself in the first step, as torch has it.
+                return [*layout.accumulate(batch, self.states[0], self.momentum, batch.scale), self._plain_momentum]
+            update = {"sgd": self._momentum, "rmsprop": self._rmsprop}.get(config.optimizer, self._adam)
             return [*layout.accumulate(batch, self.gradients, 0, batch.scale), update]
         if self.rates is None:
             calls = layout.accumulate(batch, layout.parameters, **self._factors(batch))
