@@ -62,12 +62,11 @@ class Optimizer:
         one, like = layout.members == 1, layout.like
         self.config = config = _of_one_member(layout.config, own) if one else layout.config
         own = COMMON if one else own
-        self.layout, self.taken = layout, taken
-        self.stateless, self.scheduled = not first, lr is None
+        self.layout, self.taken, self.stateless = layout, taken, not first
         # One network's rate is a number, those of a stack are a tensor.
         self.rate = lr.item() if one and lr is not None else 0.0
         self.rates = self.keep = None
-        if not one or (self.scheduled and (graph or not like.is_cpu)):
+        if not one or (lr is None and (graph or not like.is_cpu)):
             self.rates = like.new_empty(()) if one else like.new_empty(layout.members).view(layout.rates_shape)
             self.keep = torch.empty_like(self.rates) if config.weight_decay else None
             decay = own.of(config, "weight_decay")
