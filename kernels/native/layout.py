@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ..records import TrainConfig
 
-__all__ = ["Layout", "Members", "Neurons"]
-
 
 class Layout(ABC):
     """Of `members` networks, which are trained in blocks of `networks`, `samples` samples at a time."""

@@ -19,8 +19,6 @@ from ..records import TrainConfig, TrainPlan
 from . import ready
 from .layout import Members, Neurons
 
-__all__ = ["NativeLoop", "compile_all"]
-
 PIECES = 4  # of work, for each thread
 
 _lock = forks.lock()
@@ -35,7 +33,7 @@ def _compiler() -> Iterator[tuple[Any, Any]]:
         raise ImportError(f"numba cannot be imported: {error}") from error
 
     # Who debugs functions of his own without the compiler still has ours, which are nothing without it.
-    settings: Any = cast(Any, config)
+    settings = cast(Any, config)
     with _lock:
         disabled, settings.DISABLE_JIT = settings.DISABLE_JIT, 0
         try:

@@ -7,20 +7,6 @@ from numba.core.typing.templates import signature
 
 from .vectors import Vector, emit_muladd, instruction, shuffle, splat
 
-__all__ = [
-    "add_products",
-    "fill",
-    "load",
-    "load_members",
-    "members_of",
-    "repeat",
-    "samples_of",
-    "spread",
-    "spread_next",
-    "store",
-    "store_rows",
-]
-
 
 def _pointer(context, builder, array_type, array, index, kind):
     """To the vector number `index` of an array."""

@@ -13,8 +13,6 @@ import torch
 
 from .. import plan as planning
 
-__all__ = ["load_what_is_on_disk", "loaded", "refusal", "seconds"]
-
 FOLDER = Path(__file__).parent
 # Kinds of steps that this process has compiled or read from disk: (dtype, samples, networks).
 loaded: set[tuple[torch.dtype, int, int]] = set()
