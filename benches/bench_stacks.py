@@ -14,7 +14,7 @@ measurement per case and mode, taken when the first contender of the group comes
     interleaved_spread      interquartile range over median: beyond a few percent, the machine was busy
 """
 
-import time
+from collections.abc import Callable
 from functools import cached_property
 from itertools import pairwise
 
@@ -94,17 +94,13 @@ class Group:
 class Suite:
     """Holds one group at a time: groups are large, and come one after the other."""
 
-    def __init__(self, session: pytest.Session, not_reached: list[str]) -> None:
+    def __init__(self, session: pytest.Session, in_time: Callable[..., None]) -> None:
         config = session.config
         self.device = config.getoption("--suite-device")
         self.quick = config.getoption("--suite-quick")
         self.smoke = config.getoption("benchmark_disable")
-        self.seconds = config.getoption("--suite-seconds")
-        if self.seconds is None and self.device == "cuda" and not self.smoke:
-            self.seconds = CUDA_SECONDS
-        self.began = time.monotonic()
         self.group: Group | None = None
-        self.not_reached = not_reached
+        self.in_time, self.seconds = in_time, CUDA_SECONDS if self.device == "cuda" and not self.smoke else None
         self.impls: dict[tuple, list[str]] = {}
         for item in session.items:
             if isinstance(item, pytest.Function) and hasattr(item, "callspec") and "impl" in item.callspec.params:
@@ -116,11 +112,7 @@ class Suite:
         if self.group is not None and self.group.key == key:
             return self.group
         self.group = None
-        name = f"{case.name} {dtype} {mode}"
-        if name in self.not_reached or (self.seconds is not None and time.monotonic() - self.began > self.seconds):
-            if name not in self.not_reached:
-                self.not_reached.append(name)
-            pytest.skip(f"not run: {self.seconds:g} s were over before its turn came")
+        self.in_time(f"{case.name} {dtype} {mode}", self.seconds)
         # All models share the code of nn.Sequential.forward, and the compiler keeps only so many versions of one code.
         torch.compiler.reset()
         self.group = Group(case, dtype, mode, self.device, self.impls[key], self.quick)
@@ -128,8 +120,8 @@ class Suite:
 
 
 @pytest.fixture(scope="session")
-def suite(request, limits, not_reached):
-    return Suite(request.session, not_reached)
+def suite(request, limits, in_time):
+    return Suite(request.session, in_time)
 
 
 def planned(case: Case, mode: str, x: torch.Tensor, split: str | None = None) -> dict:

@@ -20,7 +20,6 @@ import copy
 import importlib.util
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -106,15 +105,16 @@ class Problem:
     def optimizer(self, parameters, member: int = 0) -> torch.optim.Optimizer:
         return getattr(torch.optim, self.case.optimizer)(parameters, lr=self.rates[member].item())
 
-    def batches(self):
-        """(x, y), in an order that is the same for all contenders."""
+    def orders(self) -> Iterator[Tensor]:
+        """The samples of each minibatch, the same for all contenders."""
         generator = torch.Generator().manual_seed(1)
         while True:
-            if self.case.batch_size is None:
-                yield self.x, self.y
-            else:
-                for rows in torch.randperm(self.case.samples, generator=generator).split(self.case.batch_size):
-                    yield self.x[rows], self.y[rows]
+            yield from torch.randperm(self.case.samples, generator=generator).split(self.case.batch_size)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.case.batch_size is None:
+            return itertools.repeat((self.x, self.y))
+        return ((self.x[rows], self.y[rows]) for rows in self.orders())
 
 
 @dataclass
@@ -185,9 +185,7 @@ def vmapped(problem: Problem) -> Contender:
     """An ensemble by torch.func, as its tutorial does it, with the update in place."""
     skeleton = plain(problem.ensemble.member(0)).to("meta")
     names = [name for name, _ in skeleton.named_parameters()]
-    own = problem.ensemble
-    tensors = itertools.chain.from_iterable(zip(own.weights, own.biases, strict=True))
-    parameters = {name: p.detach().clone() for name, p in zip(names, tensors, strict=True)}
+    parameters = {name: p.clone() for name, p in zip(names, parameters_of(problem.ensemble), strict=True)}
 
     def loss(parameters, x, y):
         return problem.criterion(torch.func.functional_call(skeleton, parameters, (x,)), y)
@@ -210,23 +208,13 @@ def jitted(problem: Problem) -> Contender:
     """JAX, where it is installed."""
     import jax_loops
 
-    case, own = problem.case, problem.ensemble
-
-    def batches() -> Iterator[np.ndarray]:
-        generator = torch.Generator().manual_seed(1)
-        while True:  # a shorter last batch of an epoch would be compiled by itself: no case has one
-            for rows in torch.randperm(case.samples, generator=generator).split(case.batch_size or case.samples):
-                yield rows.numpy()
+    case = problem.case
 
     def make(loss: Callable) -> "jax_loops.Loop":
-        tensors = [
-            p.detach() if case.members else p.detach()[0]
-            for pair in zip(own.weights, own.biases, strict=True)
-            for p in pair
-        ]
-        arrays = [tensor.numpy() for tensor in tensors]
+        arrays = [(p if case.members else p[0]).numpy() for p in parameters_of(problem.ensemble)]
         layers = list(zip(arrays[::2], arrays[1::2], strict=True))
-        order = batches() if case.batch_size else None
+        # A shorter last batch of an epoch would be compiled by itself: no case has one.
+        order = (rows.numpy() for rows in problem.orders()) if case.batch_size else None
         rates = problem.rates.numpy() if case.sweep else case.lr
         data = (problem.x.numpy(), problem.y.numpy().astype("int32") if case.classes else problem.y.numpy())
         return jax_loops.Loop(loss, layers, *data, order, case.optimizer, rates, case.members is not None)
@@ -262,8 +250,13 @@ def captured(problem: Problem) -> Contender:
     return Contender(advance, lambda: stacked(Ensemble.from_models([model])), 1)
 
 
+def parameters_of(ensemble: Ensemble) -> list[Tensor]:
+    """The weight and the bias of each layer in turn, with a leading dimension of the members."""
+    return [p.detach() for pair in zip(ensemble.weights, ensemble.biases, strict=True) for p in pair]
+
+
 def stacked(ensemble: Ensemble) -> list[Tensor]:
-    return [p.detach()[:CHECKED_MEMBERS] for pair in zip(ensemble.weights, ensemble.biases, strict=True) for p in pair]
+    return [p[:CHECKED_MEMBERS] for p in parameters_of(ensemble)]
 
 
 @dataclass(frozen=True)
@@ -371,8 +364,8 @@ class Group:
 
 
 @pytest.fixture(scope="session")
-def groups(request, not_reached):
-    config, began = request.config, time.monotonic()
+def groups(request, in_time):
+    device, quick = map(request.config.getoption, ("--suite-device", "--suite-quick"))
     selected: dict[str, list[str]] = {}
     for item in request.session.items:
         if isinstance(item, pytest.Function) and item.function is test_training:
@@ -384,12 +377,7 @@ def groups(request, not_reached):
         if case.name not in held:
             held.clear()  # they come one after the other
             torch.compiler.reset()
-            device, quick = config.getoption("--suite-device"), config.getoption("--suite-quick")
-            seconds = config.getoption("--suite-seconds")
-            if seconds is not None and time.monotonic() - began > seconds:
-                if case.name not in not_reached:
-                    not_reached.append(case.name)
-                pytest.skip(f"not run: {seconds:g} s were over before its turn came")
+            in_time(case.name)
             held[case.name] = Group(case, selected[case.name], device, quick)
         return held[case.name]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 CPUS = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
 
 
-def physical_cores(cpus: frozenset[int] = CPUS) -> int:
-    """How many physical cores the given logical CPUs lie on: what torch itself takes as its number of threads."""
+def physical_cores() -> int:
+    """How many physical cores the logical CPUs lie on: what torch itself takes as its number of threads."""
     siblings = set()
-    for cpu in cpus:
+    for cpu in CPUS:
         try:
             siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
+import time
 
 import binding  # first of all that may import torch
 import numpy
@@ -114,9 +115,19 @@ def limits(pytestconfig):
 
 
 @pytest.fixture(scope="session")
-def not_reached(pytestconfig):
-    """Names of the groups that the time did not suffice for, into the JSON."""
-    return pytestconfig.stash.setdefault(NOT_REACHED, [])
+def in_time(pytestconfig):
+    """in_time(name) skips a group that the time does not suffice for, whose name goes into the JSON."""
+    given, began = pytestconfig.getoption("--suite-seconds"), time.monotonic()
+    names = pytestconfig.stash.setdefault(NOT_REACHED, [])
+
+    def check(name: str, default: float | None = None) -> None:
+        seconds = default if given is None else given
+        if seconds is not None and time.monotonic() - began > seconds:
+            if name not in names:
+                names.append(name)
+            pytest.skip(f"not run: {seconds:g} s were over before its turn came")
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def capture(step: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
     return graph, outcome
 
 
-def in_cuda_graph(problem: Problem, plain: Contender) -> Contender:
+def in_cuda_graph(plain: Contender) -> Contender:
     """One replay of everything that a step of `plain` launches: forward, backward and the gradients' memory."""
     graph, outcome = capture(plain.results)
 
@@ -259,8 +259,8 @@ IMPLS = {
     "fused": Impl("perceptriton", fused),
     "compiled": Impl("torch.compile", compiled),
     "autotuned": Impl("torch.compile max-autotune", partial(compiled, mode="max-autotune"), ("cuda",)),
-    "eager_graph": Impl("eager in a CUDA graph", lambda p: in_cuda_graph(p, eager(p)), ("cuda",), STACKS),
-    "fused_graph": Impl("perceptriton in a CUDA graph", lambda p: in_cuda_graph(p, fused(p)), ("cuda",), STACKS),
+    "eager_graph": Impl("eager in a CUDA graph", lambda p: in_cuda_graph(eager(p)), ("cuda",), STACKS),
+    "fused_graph": Impl("perceptriton in a CUDA graph", lambda p: in_cuda_graph(fused(p)), ("cuda",), STACKS),
     # Bounds that no constant meets, and what products are off by does: by emulation, up to 4e-2 after 17 layers of TF32
     # and 7e-5 of bf16x3. What the latter has to keep is the tolerance.
     "eager_tf32": Impl("eager, TF32 allowed", lambda p: under(tf32, eager(p)), ("cuda",), ("kernelbench",), 0.2, True),

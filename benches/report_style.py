@@ -34,8 +34,10 @@ def machine(document: dict) -> str:
 
 
 def provenance(document: dict) -> str:
-    """One sentence: which sources were timed, and when."""
+    """What the time did not suffice for, which sources were timed, and when."""
     said = f"Timed on {document['datetime'][:10]}"
+    if left_out := document["machine_info"].get("not_reached"):
+        said = f"Not reached in the time set for the run: {', '.join(left_out)}.\n{said}"
     commit = document.get("commit_info", {})
     if not commit.get("id"):
         return f"{said}; the run has recorded no commit."

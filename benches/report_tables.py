@@ -28,7 +28,6 @@ class Row(Scattered):
     mode: str
     us: dict[str, float] = field(default_factory=dict)
     speedup: dict[str, float] = field(default_factory=dict)
-    attempts: int = 1
     spreads: dict[str, float] = field(default_factory=dict)
     limit_us: float | None = None
     limit: str = ""  # what sets it: "arithmetic" or "memory"
@@ -93,7 +92,6 @@ def read(document: dict) -> tuple[list[Row], dict[str, str]]:
             row.predicted[impl], row.chip = (info["predicted_limit_us"], info["predicted_us"]), info["predicted_chip"]
         if "speedup_over_eager" in info:
             row.speedup[impl] = info["speedup_over_eager"]
-            row.attempts = len(info["speedups_over_eager"])
         row.spreads[impl] = info["interleaved_spread"]
     return list(rows.values()), labels
 
@@ -164,8 +162,6 @@ def markdown(document: dict) -> str:
         )
     if missed := document["machine_info"].get("missed"):
         text.append(f"Not timed, since they miss the truth: {'; '.join(missed)}.")
-    if left_out := document["machine_info"].get("not_reached"):
-        text.append(f"Not reached in the time set for the run: {', '.join(left_out)}.")
     text.append(provenance(document))
     return "\n".join(text) + "\n"
 

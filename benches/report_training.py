@@ -95,8 +95,6 @@ def markdown(document: dict) -> str:
             text.append(f"Before its first step {label} took up to {max(seconds):.1f} s, which no figure here holds.")
     if any(row.noisy(BASELINE, JUDGED) for row in rows):
         text.append(scatter())
-    if left_out := document["machine_info"].get("not_reached"):
-        text.append(f"Not reached in the time set for the run: {', '.join(left_out)}.")
     text.append(provenance(document))
     return "\n".join(text) + "\n"
 
@@ -160,9 +158,8 @@ def _steps(document: dict, rows: list[Row], labels: dict[str, str]) -> bytes:
             if impl not in row.us:
                 continue
             y = place + (i - (len(impls) - 1) / 2) * height
-            label = labels[impl] if impl not in axes.get_legend_handles_labels()[1] else None
             # Points and no bars: a logarithmic axis has no zero at which a bar could begin.
-            axes.plot(row.us[impl], y, STYLES[impl][1][0], color=STYLES[impl][0], label=label, zorder=2)
+            axes.plot(row.us[impl], y, STYLES[impl][1][0], color=STYLES[impl][0], label=labels[impl], zorder=2)
             ratio = f" ({times(row.speedup[impl])})" if impl in row.speedup and impl != BASELINE else ""
             axes.text(row.us[impl] * 1.2, y, f"{digits(row.us[impl])} us{ratio}", va="center", fontsize=8, color=INK)
     axes.set_xscale("log")

@@ -53,10 +53,6 @@ class Case:
     def parameters(self) -> int:
         return sum(n * k + n for k, n in pairwise(self.sizes))
 
-    @property
-    def shape(self) -> str:
-        return " x ".join(f"{size:,}" for size in (self.rows, *self.sizes))
-
     def flops(self, mode: str) -> int:
         products = [2 * self.rows * k * n for k, n in pairwise(self.sizes)]
         forward = sum(products)

@@ -214,7 +214,7 @@ def product_rate(device: str, dtype: torch.dtype, seconds: float) -> float:
     return 2 * size**3 / _best(steps, seconds, cuda)
 
 
-def measure_limits(device: str, dtypes: tuple[str, ...], seconds: float = 1.0) -> dict:
+def measure_limits(device: str, dtypes: tuple[str, ...], seconds: float) -> dict:
     """The best that simple programs reach on this machine."""
     return {
         "copy_bytes_per_s": copy_rate(device, seconds),

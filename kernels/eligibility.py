@@ -2,7 +2,8 @@
 """What keeps a call from the kernels: dtype, layout, shapes, modes. A refusal is a reason in words, or None."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +14,17 @@ from torch.utils._device import DeviceContext
 from . import crossover
 from . import plan as planning
 from .devices import DTYPE_NAMES, device_for, dtype_name, fp32_precision, fp32_split, gpu, has_triton, look_at
+from .operands import widths_of
 
 PLAIN = (Tensor, torch.nn.Parameter)  # subclasses have rules of their own
+Function = TypeVar("Function", bound=Callable)
+
+
+def _untraced(function: Function) -> Function:
+    """The tracer runs this instead of tracing it, under the transforms that the traced program has begun."""
+    # As torch.compiler.assume_constant_result does, a call of which would import torch._dynamo, and with it triton.
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
 def layer_refusal(
@@ -82,11 +92,12 @@ def traced_boundaries(
         return reason
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    widths = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
+    widths = widths_of(weights)
     few = statically_known_true(x.numel() <= planning.MLP_IEEE_ROWS * widths[0])
     return _boundaries(widths, dtype, x.device, training, few, impl, loss)
 
 
+@_untraced
 def _boundaries(
     widths: tuple[int, ...],
     dtype: torch.dtype,
@@ -105,9 +116,6 @@ def _boundaries(
         return refused
     backward = plans[0].backward
     return () if backward is None else backward.boundaries
-
-
-_boundaries._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _known(weights: Sequence[Tensor], *sizes: int) -> bool:
@@ -133,18 +141,16 @@ def _small(x: Tensor, weights: Sequence[Tensor], training: bool) -> str | None:
     """Why a program that is traced for a GPU is best off with plain operations, which its compiler fuses."""
     if not x.is_cuda or not _known(weights, *x.shape[:-1]):
         return None
-    widths = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
+    widths = widths_of(weights)
     nbytes = math.prod(x.shape[:-1]) * widths[0] * x.dtype.itemsize
     if crossover.layer_bytes(nbytes, widths) < _traced_limit(training, x.device):
         return "small: the host decides how long it takes"
     return None
 
 
+@_untraced
 def _traced_limit(training: bool, device: torch.device) -> float:
     return crossover.traced_limit(training, look_at(device))
-
-
-_traced_limit._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def mlp_refusal(
@@ -218,6 +224,7 @@ def bias_refusal(name: str, bias: Tensor | None, weight: Tensor) -> str | None:
     return f"{name} {tuple(bias.shape)} is not the out_features of weight {tuple(weight.shape)}"
 
 
+@_untraced
 def _mode_refusal(device: torch.device, impl: str | None) -> str | None:
     if _functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
@@ -232,11 +239,6 @@ def _mode_refusal(device: torch.device, impl: str | None) -> str | None:
     if torch._C._len_torch_function_stack() and functions_are_watched():
         return "a TorchFunctionMode is active"
     return cpu_refusal(device) if impl == "triton" else None
-
-
-# This is what torch.compiler.assume_constant_result sets; a call of it would import torch._dynamo, and with it triton.
-# The tracer runs a function so marked instead of tracing it, under the transforms that the traced program has begun.
-_mode_refusal._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def functions_are_watched() -> bool:
@@ -286,6 +288,7 @@ def transformed(tensor: Tensor) -> bool:
     )
 
 
+@_untraced
 def launchable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a traced program may call the kernels for this dtype on this device. Looks at no shape.
 
@@ -295,6 +298,3 @@ def launchable(device: torch.device, dtype: torch.dtype) -> bool:
     described = look_at(device)  # `describe` may warn, which is an error in a traced program
     usable = described.triton and planning.device_refusal(1, 1, 1, dtype_name(dtype), described) is None
     return usable and not torch.compiler.is_exporting()
-
-
-launchable._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -45,6 +45,29 @@ class MlpExplanation(NamedTuple):
         return _listed(self._asdict())
 
 
+def _described(device: torch.device | str | Device, impl: str | None) -> Device:
+    """A chip by its name or its description, or a device that is at hand."""
+    if isinstance(device, Device):
+        return device
+    if isinstance(device, str) and device in planning.PEAKS:
+        return planning.PEAKS[device].device
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        named = ", ".join(map(repr, planning.PEAKS))
+        raise ValueError(f"device {device!r}: {error}; chips that it may name: {named}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(device)!r} is not at hand; describe it with perceptriton.kernels.Device, or name its chip"
+        )
+    if impl == "triton" and (reason := cpu_refusal(device)):
+        raise NotImplementedError(f'impl="triton": {reason}')
+    if device.type == "cuda" and device.index is None:
+        # The current device may be another one at the next call.
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device_for(device, impl)
+
+
 def _checked(name: str, shape: object) -> tuple[int, ...]:
     if not isinstance(shape, Sequence) or not all(isinstance(size, Integral) for size in shape):
         raise TypeError(f"{name} must be a sequence of ints, not {shape!r}")
@@ -108,24 +131,7 @@ def explain(
         if len(shape) != 2 or shape[1] != features:
             raise ValueError(f"weight_shape {tuple(weight_shape)} does not fit x_shape {tuple(x_shape)}")
         features = shape[0]
-    if isinstance(device, str) and device in planning.PEAKS:
-        device = planning.PEAKS[device].device
-    if not isinstance(device, Device):
-        try:
-            device = torch.device(device)
-        except RuntimeError as error:
-            named = ", ".join(map(repr, planning.PEAKS))
-            raise ValueError(f"device {device!r}: {error}; chips that it may name: {named}") from None
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"device {str(device)!r} is not at hand; describe it with perceptriton.kernels.Device, or name its chip"
-            )
-        if impl == "triton" and (reason := cpu_refusal(device)):
-            raise NotImplementedError(f'impl="triton": {reason}')
-        if device.type == "cuda" and device.index is None:
-            # The current device may be another one at the next call.
-            device = torch.device("cuda", torch.cuda.current_device())
-        device = device_for(device, impl)
+    device = _described(device, impl)
     rows, name, precision, split = math.prod(leading), dtype_name(dtype), fp32_precision(device), fp32_split(dtype)
     # The plans are those for operands that lie dense in memory.
     layers = [(rows, k, n, name, precision, device, impl, split, k * dtype.itemsize % 16 == 0) for n, k in shapes]

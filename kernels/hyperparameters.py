@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What members of a stack of networks may have of their own, and the factor of a loss."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -23,8 +23,7 @@ class Hyperparameters:
 
     def part(self, members: Tensor) -> "Hyperparameters":
         """Those of these members."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Hyperparameters(**{name: n if n is None else n[members] for name, n in given.items()})
+        return Hyperparameters(**{name: n if n is None else n[members] for name, n in vars(self).items()})
 
     def of(self, config: TrainConfig, name: str) -> "float | Tensor":
         """In fp64, in which 1 - beta has its digits."""

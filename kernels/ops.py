@@ -170,8 +170,8 @@ def mlp_fwd(
     pos_weight: (), (1,) or (N,), floating or integers, or None. reduction: "none", "mean", "sum".
     """
     if plan.impl != "fused":
-        layer_fwd = (_stacked_fwd,) if plan.impl == "stack" else ()
-        y, saved = reference.mlp_fwd(flattened(x), weights, biases, hidden, output, plan, save, *layer_fwd)
+        layer_fwd = _stacked_fwd if plan.impl == "stack" else reference.linear_act_fwd
+        y, saved = reference.mlp_fwd(flattened(x), weights, biases, hidden, output, plan, save, layer_fwd)
         return led(y, x.shape), saved
     weights, biases = tuple(weights), None if biases is None else tuple(biases)
     target, pos_weight, *options = head or (None, None)
@@ -236,10 +236,9 @@ def mlp_bwd(
     if plan.impl == "stack":
         # An identity has no y, but the kernels read the shape of one.
         hs = (*hs, flat_dy.contiguous() if flat_y is None else flat_y)
-        gradients = gpu("wide").mlp_bwd(flat_dy, flat_x, hs, tuple(map(stored, weights)), *options)
+        dx, dweights, dbiases = gpu("wide").mlp_bwd(flat_dy, flat_x, hs, tuple(map(stored, weights)), *options)
     else:
-        gradients = reference.mlp_bwd(flat_dy, flat_x, (*hs, flat_y), weights, biases, *options)
-    dx, dweights, dbiases = gradients
+        dx, dweights, dbiases = reference.mlp_bwd(flat_dy, flat_x, (*hs, flat_y), weights, *options)
     return None if dx is None else dx.view(*(dy if x is None else x).shape[:-1], dx.shape[1]), dweights, dbiases
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What passes between the parts: devices, tiles, plans, and what a training loop does."""
 
+import itertools
 from dataclasses import dataclass, field
 
 IMPLS = (None, "triton", "torch")
@@ -203,6 +204,11 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.999  # RMSprop's alpha, too
     eps: float = 1e-8
+
+    @property
+    def layers(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of each."""
+        return list(itertools.pairwise(self.widths))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, d
 
 
 @functools.cache
+@undisturbed
 def onednn_linear():
     """oneDNN's product x @ weight.T + bias with a fused activation, or None where this torch has none that works.
 
@@ -31,10 +32,6 @@ def onednn_linear():
     strided bias as if it were dense, refuses matrices whose elements may share memory, its relu drops NaN, and it takes
     fp32 and bf16 only: callers see to that.
     """
-    return undisturbed(_tried_onednn_linear)
-
-
-def _tried_onednn_linear():
     try:
         linear = torch.ops.mkldnn._linear_pointwise.default
         # The trial names its device and dtype, because a process may have set other defaults.
@@ -97,7 +94,7 @@ def linear_act_bwd(
         )
     network = MlpPlan("explicit", plan.reason, layers=(plan,), chunk=plan.chunk)
     flags = (need_dx, (need_dweight,), (need_dbias,))
-    dx, (dweight,), (dbias,) = mlp_bwd(dy, x, (y,), (weight,), None, activation, activation, flags, network)
+    dx, (dweight,), (dbias,) = mlp_bwd(dy, x, (y,), (weight,), activation, activation, flags, network)
     return dx, dweight, dbias
 
 
@@ -153,7 +150,6 @@ def mlp_bwd(
     x: Tensor | None,
     saved: OptionalTensors,
     weights: OptionalTensors,
-    biases: Sequence[Tensor] | None,
     hidden: str,
     output: str,
     wanted: NeedsGrad,
@@ -162,7 +158,7 @@ def mlp_bwd(
     """(dx, dweights, dbiases), None where not wanted. saved: the outputs of all layers, y last.
 
     None will do for what no gradient needs: x without the first dweight, a weight that no dz passes on its way down to
-    `first_wanted`, the outputs of the layers below that one but for the input of its dweight, y of an identity, biases.
+    `first_wanted`, the outputs of the layers below that one but for the input of its dweight, y of an identity.
     """
     need_dx, need_dweights, need_dbiases = wanted
     m, layers = dy.shape[0], range(len(weights))

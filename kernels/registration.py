@@ -3,7 +3,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,14 @@ library.define(
     "linear_act_backward(Tensor dy, Tensor y, Tensor? x, Tensor? weight, str activation, bool[3] wanted, str? impl)"
     " -> (Tensor, Tensor, Tensor)"
 )
+
+
+def _register(op: str, own: Callable, batched: Callable, fake: Callable) -> None:
+    library.impl(op, own, "CompositeExplicitAutograd")
+    # torch.vmap would call an op without a rule once for each member: torch has rules for plain operations.
+    for key in ("FuncTorchBatched", "Batched"):  # "Batched" is torch.autograd.grad(..., is_grads_batched=True)
+        library.impl(op, batched, key)
+    torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=library)
 
 
 def _check_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -61,10 +69,6 @@ def _tensors(y: Tensor, gradients: reference.Gradients) -> tuple[Tensor, ...]:
     return tuple(y.new_empty(0) if g is None else g for g in gradients)
 
 
-library.impl("linear_act", _linear_act, "CompositeExplicitAutograd")
-library.impl("linear_act_backward", _linear_act_backward, "CompositeExplicitAutograd")
-
-
 def _batched_linear_act(x, weight, bias, activation, impl):
     return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
 
@@ -73,25 +77,20 @@ def _batched_linear_act_backward(dy, y, x, weight, activation, wanted, impl):
     return _tensors(y, reference.linear_act_bwd_differentiable(dy, y, x, weight, activation, tuple(wanted)))
 
 
-# torch.vmap would call an op without a rule once for each member: torch has rules for plain operations.
-for _key in ("FuncTorchBatched", "Batched"):  # "Batched" is torch.autograd.grad(..., is_grads_batched=True)
-    library.impl("linear_act", _batched_linear_act, _key)
-    library.impl("linear_act_backward", _batched_linear_act_backward, _key)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::linear_act", lib=library)
-def _(x, weight, bias, activation, impl):
+def _fake_linear_act(x, weight, bias, activation, impl):
     _check_forward(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::linear_act_backward", lib=library)
-def _(dy, y, x, weight, activation, wanted, impl):
+def _fake_linear_act_backward(dy, y, x, weight, activation, wanted, impl):
     _check_backward(dy, y, x, weight, wanted)
     k, n = in_features_of(x, weight), y.shape[-1]
     shapes = ((*y.shape[:-1], k), (n, k), (n,))
     return tuple(y.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
+
+_register("linear_act", _linear_act, _batched_linear_act, _fake_linear_act)
+_register("linear_act_backward", _linear_act_backward, _batched_linear_act_backward, _fake_linear_act_backward)
 
 # --- whole networks ----------------------------------------------------------------------------------------
 
@@ -226,11 +225,5 @@ def _fake_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, want
 
 
 for _name in ("mlp", "mlp_bce"):
-    for _op, _own, _plain, _fake in (
-        (_name, _mlp, _plain_mlp, _fake_mlp),
-        (f"{_name}_backward", _mlp_backward, _plain_mlp_backward, _fake_mlp_backward),
-    ):
-        library.impl(_op, _own, "CompositeExplicitAutograd")
-        for _key in ("FuncTorchBatched", "Batched"):
-            library.impl(_op, _plain, _key)
-        torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake, lib=library)
+    _register(_name, _mlp, _plain_mlp, _fake_mlp)
+    _register(f"{_name}_backward", _mlp_backward, _plain_mlp_backward, _fake_mlp_backward)

@@ -17,6 +17,9 @@ LAUNCHES = "launches.json"
 
 CPU_RULES = ("forward", "dx", "dweight")
 CPU_SIZES = ("small", "chunk_above_bytes", "chunk_bytes")
+# Bounds that a rule must have, and others that it may have.
+RULE_BOUNDS = {"min_macs", "min_width", "min_in"}, {"min_rows", "max_width", "max_in"}
+SPLIT_BOUNDS = {"rows", "min_in"}, {"max_outputs"}
 
 
 # What a row of a table of tiles may say. A layout is how the operands of an op lie in memory: in whole rows of 16 bytes
@@ -188,19 +191,18 @@ def read_cpu(document: dict) -> dict:
     """The content of `cpu.json`: vendor, dtype, thresholds. Raises ValueError at what a plan could not use."""
     thresholds = document["thresholds"]
     _expect(set(thresholds["any"]) == set(DTYPES), "any, dtypes", list(thresholds["any"]))
-    for vendor, (dtype, own) in ((vendor, pair) for vendor, dtypes in thresholds.items() for pair in dtypes.items()):
-        where = f"{vendor}, {dtype}"
-        _expect(dtype in DTYPES, where, own)
-        few = own.get("few_outputs", [0, 0])
-        _expect(isinstance(few, list) and len(few) == 2, f"{where}, few_outputs", few)
-        sizes = [own[size] for size in CPU_SIZES] + [own.get("thin", 0), *few]
-        _expect(all(map(_count, sizes)), where, sizes)
-        rules = [
-            (own[name], {"min_macs", "min_width", "min_in"}, {"min_rows", "max_width", "max_in"}) for name in CPU_RULES
-        ]
-        for rule, needed, more in [*rules, (own.get("split"), {"rows", "min_in"}, {"max_outputs"})]:
-            known = rule is None or needed <= set(rule) <= needed | more
-            _expect(known and all(map(_count, (rule or {}).values())), where, rule)
+    for vendor, dtypes in thresholds.items():
+        for dtype, own in dtypes.items():
+            where = f"{vendor}, {dtype}"
+            _expect(dtype in DTYPES, where, own)
+            few = own.get("few_outputs", [0, 0])
+            _expect(isinstance(few, list) and len(few) == 2, f"{where}, few_outputs", few)
+            sizes = [own[size] for size in CPU_SIZES] + [own.get("thin", 0), *few]
+            _expect(all(map(_count, sizes)), where, sizes)
+            rules = [(own[name], *RULE_BOUNDS) for name in CPU_RULES]
+            for rule, needed, more in [*rules, (own.get("split"), *SPLIT_BOUNDS)]:
+                known = rule is None or needed <= set(rule) <= needed | more
+                _expect(known and all(map(_count, (rule or {}).values())), where, rule)
     return document
 
 

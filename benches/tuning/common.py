@@ -10,6 +10,7 @@ that the table has, and cells without one stay out: run once, then with --resume
 
 import argparse
 import dataclasses
+import datetime
 import importlib
 import itertools
 import json
@@ -45,6 +46,10 @@ def text(value: object, indent: int = 0) -> str:
         rows, brackets = [text(own, indent + 1) for own in value], "[]"
     pad = "\n" + " " * indent
     return brackets[0] + ",".join(f"{pad} {row}" for row in rows) + pad + brackets[1]
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
 def load(name: str, out: Path) -> dict:

@@ -19,7 +19,6 @@ shipped, benches/results/tune-cpu-<kind>.json: [role, rows, in_features, out_fea
 
 import argparse
 import contextlib
-import datetime
 import itertools
 import json
 import math
@@ -331,8 +330,11 @@ def measure(dtype: str, grid: list[Shape], progress: Progress) -> tuple[dict, li
             us = progress.timed(product_steps(role, tensors), f"{dtype} {role} {m}x{k}x{n}")
             rows.append(Row(role, m, k, n, us["mm"], us["onednn"]))
 
+    def found(role: str, least: int = 0) -> list[Row]:
+        return [row for row in rows if row.role.startswith(role) and row.macs >= least]
+
     def fit_products(small: int) -> dict:
-        return {role: fit_rule([row for row in rows if row.role == role and row.macs >= small]) for role in ROLES}
+        return {role: fit_rule(found(role, small)) for role in ROLES}
 
     thresholds = {"small": 0, **fit_products(0), "chunk_above_bytes": NEVER, "chunk_bytes": MEGABYTE}
     for m, k, n in shapes["split"]:
@@ -340,18 +342,17 @@ def measure(dtype: str, grid: list[Shape], progress: Progress) -> tuple[dict, li
         us = progress.timed(split_steps(gemm, Tensors(m, k, n, torch_dtype)), f"{dtype} split {m}x{k}x{n}")
         rows.append(Row("split", m, k, n, us["product"], us["split"]))
     threads = torch.get_num_threads()
-    thresholds["split"] = fit_split([row for row in rows if row.role == "split"], threads)
+    thresholds["split"] = fit_split(found("split"), threads)
     with in_force(thresholds):
         for m, k, n in shapes["small"]:
             tensors = Tensors(m, k, n, torch_dtype)
             for role in ("small_forward", "small_both"):
                 us = progress.timed(small_steps(role, tensors), f"{dtype} {role} {m}x{k}x{n}")
                 rows.append(Row(role, m, k, n, us["aten"], us["explicit"]))
-    thresholds["small"] = fit_small([row for row in rows if row.role.startswith("small_")])
+    thresholds["small"] = fit_small(found("small_"))
     # Products that never take the explicit path have no say in its rules.
     thresholds |= fit_products(thresholds["small"])
-    splits = [row for row in rows if row.role == "split" and row.macs >= thresholds["small"]]
-    thresholds["split"] = fit_split(splits, threads)
+    thresholds["split"] = fit_split(found("split", thresholds["small"]), threads)
 
     chunked = []
     for m, k, n in shapes["chunk"]:
@@ -422,7 +423,7 @@ def main(arguments: list[str]) -> None:
         "machine": torch.cpu.get_capabilities()["cpu_name"],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": common.today(),
         "quick": options.quick,
     }
     thresholds = {dtype: own for dtype, (own, _) in found.items()}

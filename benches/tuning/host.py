@@ -115,7 +115,6 @@ def main(arguments: list[str]) -> None:
             for autocast, training in itertools.product((False, True), (False, True))
             for row in measure(training, autocast, options.rounds, driver.launches)
         ]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(options.out, json.dumps({"torch": torch.__version__, "rows": rows}, indent=2) + "\n")
     print("layers  gradients  autocast  launches     ours    torch  ratio")
     for row in rows:

@@ -8,7 +8,6 @@ torch's modules and as ours with no limit in force, without gradients and with t
 """
 
 import argparse
-import datetime
 import importlib
 import itertools
 import json
@@ -105,12 +104,11 @@ def main(arguments: list[str]) -> None:
         "device": "DRY RUN on a CPU" if options.dry_run else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": importlib.import_module("triton").__version__ if devices.has_triton() else "none",
-        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
+        "date": common.today(),
         "dtype": DTYPE,
     }
     crossover.eager_limit = lambda *_: 0
     small.few_on_gpu.cache_clear()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
     for name, mode, nbytes in itertools.product(LAYERS, MODES, sizes):
         rows.append(row := measure(name, mode, nbytes, device, options.seconds))

@@ -18,12 +18,12 @@ usage: python benches/tune.py measure [--kinds half,tf32x3] [--seconds S] [--out
 
 import argparse
 import contextlib
-import datetime
 import importlib
 import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import timing
@@ -67,48 +67,50 @@ def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
     return ((y.double() - exact).norm() / exact.norm()).item()
 
 
+def sides(of: str, shape: tuple[int, int, int], dtype: torch.dtype, precision: str, device: torch.device):
+    """(the truth in fp64, a function of nothing by the library, a function of a plan by the kernel)."""
+    linear, wide = (importlib.import_module(f"perceptriton.kernels.gpu.{name}") for name in ("layer", "wide"))
+    m, k, n = shape
+    options: dict = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    x = torch.randn(m, k, **options).to(dtype)
+    weight = (1.4 / math.sqrt(k) * torch.randn(n, k, **options)).to(dtype)
+    if of == "wgrad":
+        x, weight = x.t().contiguous(), weight.t().contiguous()
+        truth = x.double().t() @ weight.double()
+        return truth, lambda: torch.mm(x.t(), weight), lambda plan: wide.linear_act_wgrad(x, weight, plan)
+    if of == "dgrad":
+        weight = weight.t().contiguous()
+        h = torch.rand(m, n, **options).to(dtype)
+        passes = planning.linear_act_bwd(m, 4096, n, str(dtype)[6:], precision, PASSES, "triton")
+        return (
+            (x.double() @ weight.double()) * (h.double() * (1 - h.double())),
+            lambda: linear.act_bwd(torch.mm(x, weight), h, "sigmoid", True, passes)[0],
+            lambda plan: wide.linear_act_dgrad(x, weight, h, "sigmoid", True, plan)[0],
+        )
+    bias = torch.randn(n, **options).to(dtype)
+    return (
+        torch.sigmoid(torch.addmm(bias.double(), x.double(), weight.double().t())),
+        lambda: reference.linear_act_fwd(x, weight, bias, "sigmoid", Plan("library", "")),
+        lambda plan: wide.linear_act_fwd(x, weight, bias, "sigmoid", plan),
+    )
+
+
 def measure(
     kind: str, shape: tuple[int, int, int], tiles, device: torch.device, units: int, seconds: float, wrong: list[str]
 ) -> dict | None:
     """The row of one shape, or None without a tile to time. Those whose results are wrong are said in `wrong`."""
-    linear, wide = (importlib.import_module(f"perceptriton.kernels.gpu.{name}") for name in ("layer", "wide"))
-    m, k, n = shape
+    m, _, n = shape
     cuda = device.type == "cuda"
     of, product = kind.rpartition("-")[::2]
     sixteen = product == "half"
     # The interpreter has no bf16 products.
     dtype = torch.float32 if not sixteen else torch.bfloat16 if cuda else torch.float16
     precision = "ieee" if sixteen else product
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(m, k, generator=generator, device=device).to(dtype)
-    weight = (1.4 / math.sqrt(k) * torch.randn(n, k, generator=generator, device=device)).to(dtype)
-    if of == "wgrad":
-        x, weight = x.t().contiguous(), weight.t().contiguous()
-        exact = x.double().t() @ weight.double()
-    elif of == "dgrad":
-        weight = weight.t().contiguous()
-        h = torch.rand(m, n, generator=generator, device=device).to(dtype)
-        exact = (x.double() @ weight.double()) * (h.double() * (1 - h.double()))
-        passes = planning.linear_act_bwd(m, 4096, n, str(dtype)[6:], precision, PASSES, "triton")
-    else:
-        bias = torch.randn(n, generator=generator, device=device).to(dtype)
-        exact = torch.sigmoid(torch.addmm(bias.double(), x.double(), weight.double().t()))
-
-    def library():
-        if of == "wgrad":
-            return torch.mm(x.t(), weight)
-        if of == "dgrad":
-            return linear.act_bwd(torch.mm(x, weight), h, "sigmoid", True, passes)[0]
-        return reference.linear_act_fwd(x, weight, bias, "sigmoid", Plan("library", ""))
+    exact, library, kernel = sides(of, shape, dtype, precision, device)
 
     def step(tile: WideTile, splits: int):
         programs = min(-(-m // tile.block_m) * -(-n // tile.block_n) * splits, units * tiles[tile])
-        plan = Plan("tma", "", tile, programs, precision, splits=splits)
-        if of == "wgrad":
-            return lambda: wide.linear_act_wgrad(x, weight, plan)
-        if of == "dgrad":
-            return lambda: wide.linear_act_dgrad(x, weight, h, "sigmoid", True, plan)[0]
-        return lambda: wide.linear_act_fwd(x, weight, bias, "sigmoid", plan)
+        return partial(kernel, Plan("tma", "", tile, programs, precision, splits=splits))
 
     # What the library's fp32 products are compared as: tf32 with tf32, the splits with fp32.
     with tf32() if product == "tf32" else contextlib.nullcontext():
@@ -149,7 +151,7 @@ def updated(document: dict, name: str, kind: str, row: dict) -> dict:
     measured = {
         "torch": torch.__version__,
         "triton": importlib.import_module("triton").__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": common.today(),
         "rows": old["rows"] | {kind: rows},
     }
     return document | {"devices": document["devices"] | {name: measured}}

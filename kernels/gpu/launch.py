@@ -118,19 +118,18 @@ class Launch:
             # The interpreter returns nothing to keep, and a stand-in for a kernel, as tests have it, has to see every
             # launch.
             if aligned and isinstance(compiled, CompiledKernel) and isinstance(self.kernel, JITFunction):
-                self.short = _short(compiled, (*self.grid, 1, 1)[:3], self._rest(len(tensors)))
+                rest = tuple(self.options[name] for name in self.kernel.arg_names[len(tensors) :])
+                self.short = _short(compiled, self.grid, rest)
         elif self.index is not None and self.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
                 self.short(tensors)
         else:
             self.short(tensors)
 
-    def _rest(self, count: int) -> tuple:
-        return tuple(self.options[name] for name in self.kernel.arg_names[count:])
-
 
 def _short(compiled: Any, grid: tuple[int, ...], rest: tuple) -> Callable[[tuple], object]:
     """What launches a compiled kernel on the current device and stream, as `JITFunction.run` does once it has it."""
+    grid = (*grid, 1, 1)[:3]
     runner, run, function, packed = compiled[grid], compiled.run, compiled.function, compiled.packed_metadata
 
     def short(tensors: tuple) -> None:
@@ -149,7 +148,7 @@ def launch_in_a_row(kernel, grid: tuple[int, ...], count: int, /, **arguments: o
     """kernel[grid](**arguments), `count` times in a row."""
     compiled = kernel[grid](**arguments)
     if isinstance(compiled, CompiledKernel) and isinstance(kernel, JITFunction):
-        run = _short(compiled, (*grid, 1, 1)[:3], tuple(arguments[name] for name in kernel.arg_names))
+        run = _short(compiled, grid, tuple(arguments[name] for name in kernel.arg_names))
         for _ in range(count - 1):
             run(())
     else:

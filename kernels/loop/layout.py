@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the numbers of a network lie, and the buffers and calls of a step on a batch of one size."""
 
-import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +41,7 @@ class Layout(ABC):
     def __init__(self, config: TrainConfig, parameters: Sequence[Tensor], x: Tensor, y: Tensor) -> None:
         self.config = config
         self.bias = int(config.bias)
-        self.layers = list(itertools.pairwise(config.widths))  # (inputs, outputs)
+        self.layers = config.layers  # (inputs, outputs)
         self.activations = [ACTIVATIONS[config.hidden]] * (len(self.layers) - 1) + [ACTIVATIONS[config.output]]
         self.like = parameters[0]
         self.members = self.like.shape[0]

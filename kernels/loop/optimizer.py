@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,15 +19,12 @@ from .layout import Batch, Call, Layout, Storage
 
 
 @functools.cache
+@undisturbed
 def _fused_adam() -> dict[str, Callable]:
     """torch's own Adam and AdamW steps in one call each, or {} where this torch has none that work on a CPU.
 
     The functions are private, so they are tried once, on the first step from w = 1 with a gradient of 1.
     """
-    return undisturbed(_tried_fused_adam)
-
-
-def _tried_fused_adam() -> dict[str, Callable]:
     try:
         names = {"adam": "_fused_adam_", "adamw": "_fused_adamw_"}
         functions = {optimizer: getattr(torch, name) for optimizer, name in names.items()}
@@ -65,12 +62,11 @@ class Optimizer:
         one, like = layout.members == 1, layout.like
         self.config = config = _of_one_member(layout.config, own) if one else layout.config
         own = COMMON if one else own
-        self.layout, self.taken = layout, taken
-        self.stateless, self.scheduled = not first, lr is None
+        self.layout, self.taken, self.stateless = layout, taken, not first
         # One network's rate is a number, those of a stack are a tensor.
         self.rate = lr.item() if one and lr is not None else 0.0
         self.rates = self.keep = None
-        if not one or (self.scheduled and (graph or not like.is_cpu)):
+        if not one or (lr is None and (graph or not like.is_cpu)):
             self.rates = like.new_empty(()) if one else like.new_empty(layout.members).view(layout.rates_shape)
             self.keep = torch.empty_like(self.rates) if config.weight_decay else None
             decay = own.of(config, "weight_decay")
@@ -160,13 +156,12 @@ class Optimizer:
 
     def calls(self, batch: Batch) -> list[Call]:
         config, layout = self.config, self.layout
-        if not self.stateless and config.optimizer == "sgd":
-            # A buffer of zeros becomes the gradient itself in the first step, as torch has it.
-            if not (config.nesterov or config.dampening or isinstance(self.momentum, Tensor)):
-                return [*layout.accumulate(batch, self.states[0], self.momentum, batch.scale), self._plain_momentum]
-            return [*layout.accumulate(batch, self.gradients, 0, batch.scale), self._momentum]
         if not self.stateless:
-            update = self._rmsprop if config.optimizer == "rmsprop" else self._adam
+            plain = config.optimizer == "sgd" and not (config.nesterov or config.dampening)
+            if plain and not isinstance(self.momentum, Tensor):
+                # A buffer of zeros becomes the gradient itself in the first step, as torch has it.
+                return [*layout.accumulate(batch, self.states[0], self.momentum, batch.scale), self._plain_momentum]
+            update = {"sgd": self._momentum, "rmsprop": self._rmsprop}.get(config.optimizer, self._adam)
             return [*layout.accumulate(batch, self.gradients, 0, batch.scale), update]
         if self.rates is None:
             calls = layout.accumulate(batch, layout.parameters, **self._factors(batch))
@@ -240,8 +235,7 @@ class Optimizer:
 
 
 def _of_one_member(config: TrainConfig, own: Hyperparameters) -> TrainConfig:
-    given = {field.name: getattr(own, field.name) for field in fields(own)}
-    numbers = {name: number.item() for name, number in given.items() if number is not None}
+    numbers = {name: number.item() for name, number in vars(own).items() if number is not None}
     return replace(config, **numbers, dampening=config.dampening if numbers.get("momentum", 1) else 0.0)
 
 

@@ -3,5 +3,6 @@
 
 A vector of the machine holds the same number of several networks, or of several samples of one network: `Tile` says of
 how many. All steps of a chunk are taken for the networks of one vector before those of the next, so that parameters,
-state and activations stay in the caches next to the core. Only `loop` may be imported where numba is missing.
+state and activations stay in the caches next to the core. Where numba is missing, `loop`, `layout` and `ready` may be
+imported all the same.
 """

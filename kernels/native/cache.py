@@ -10,8 +10,6 @@ from typing import Any
 
 from numba.core.caching import FunctionCache
 
-__all__ = ["cached"]
-
 
 @functools.cache
 def _fingerprint() -> str:

@@ -9,8 +9,6 @@ from numba.extending import overload
 
 from .vectors import muladd, power, select
 
-__all__ = ["ACTIVATIONS", "activate", "clamped", "exponential", "inline", "through"]
-
 ACTIVATIONS = ("identity", "sigmoid", "tanh", "relu")
 
 # Part of the function that calls it: a vector that crosses a call is written to memory.

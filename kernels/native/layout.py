@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where compiled loops have their numbers: parameters, samples, and what they work in, block by block."""
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -11,8 +10,6 @@ from torch import Tensor
 
 from ..records import TrainConfig
 
-__all__ = ["Layout", "Members", "Neurons"]
-
 
 class Layout(ABC):
     """Of `members` networks, which are trained in blocks of `networks`, `samples` samples at a time."""
@@ -20,7 +17,7 @@ class Layout(ABC):
     def __init__(self, config: TrainConfig, members: int, samples: int, networks: int, lanes: int) -> None:
         """lanes: of the vectors that memory is filled up to."""
         self.config, self.members, self.samples, self.networks, self.lanes = config, members, samples, networks, lanes
-        self.layers = list(itertools.pairwise(config.widths))
+        self.layers = config.layers
         self.blocks = -(-members // networks)
 
     @abstractmethod

@@ -19,8 +19,6 @@ from ..records import TrainConfig, TrainPlan
 from . import ready
 from .layout import Members, Neurons
 
-__all__ = ["NativeLoop", "compile_all"]
-
 PIECES = 4  # of work, for each thread
 
 _lock = forks.lock()
@@ -35,7 +33,7 @@ def _compiler() -> Iterator[tuple[Any, Any]]:
         raise ImportError(f"numba cannot be imported: {error}") from error
 
     # Who debugs functions of his own without the compiler still has ours, which are nothing without it.
-    settings: Any = cast(Any, config)
+    settings = cast(Any, config)
     with _lock:
         disabled, settings.DISABLE_JIT = settings.DISABLE_JIT, 0
         try:
@@ -107,9 +105,11 @@ class NativeLoop:
         layout, blocks = self.layout, self.layout.blocks
         logged = torch.zeros(blocks, len(losses) * layout.networks, dtype=torch.float64, device="cpu")
         pace = (samples, self.size, start, steps, log_every)
-        own = [t.numpy() for t in (self.hyper, *self.storages, self.powers, logged)]
-        own.insert(0, self.rates if rates is None else self._of_steps(rates))
-        own.insert(1, self._of_steps(self.given[0][0].new_empty(0, 1) if factors is None else factors))
+        own = (
+            self.rates if rates is None else self._of_steps(rates),
+            self._of_steps(self.given[0][0].new_empty(0, 1) if factors is None else factors),
+            *(t.numpy() for t in (self.hyper, *self.storages, self.powers, logged)),
+        )
         kinds = (*self.kinds, int(not self.taken))
 
         def work(piece: tuple[int, int], memory: tuple | None = None) -> None:
@@ -159,8 +159,9 @@ class NativeLoop:
         self.targets = [t for tensors in self.given for t in tensors]
         self.sources = self._parts() if layout.blocks == 1 else []
         self.data = [layout.data(t).numpy() for t in (x, y)]
-        cpu: dict[str, Any] = {"device": "cpu"}
-        betas = [torch.as_tensor(own.of(config, name), dtype=torch.float64, **cpu) for name in ("beta1", "beta2")]
+        betas = [
+            torch.as_tensor(own.of(config, name), dtype=torch.float64, device="cpu") for name in ("beta1", "beta2")
+        ]
         numbers = {
             "weight_decay": own.of(config, "weight_decay"),
             "momentum": own.of(config, "momentum"),
@@ -172,7 +173,7 @@ class NativeLoop:
             "factor": 1,
             "root": 1,
         }
-        rows = [torch.as_tensor(numbers[name], dtype=like.dtype, **cpu) for name in steps.HYPERPARAMETERS]
+        rows = [torch.as_tensor(numbers[name], dtype=like.dtype, device="cpu") for name in steps.HYPERPARAMETERS]
         self.hyper = self._in_lanes(steps, rows)
         powers = [*betas, *(beta**self.taken for beta in betas)]
         if any(beta.dim() for beta in betas):

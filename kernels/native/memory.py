@@ -7,20 +7,6 @@ from numba.core.typing.templates import signature
 
 from .vectors import Vector, emit_muladd, instruction, shuffle, splat
 
-__all__ = [
-    "add_products",
-    "fill",
-    "load",
-    "load_members",
-    "members_of",
-    "repeat",
-    "samples_of",
-    "spread",
-    "spread_next",
-    "store",
-    "store_rows",
-]
-
 
 def _pointer(context, builder, array_type, array, index, kind):
     """To the vector number `index` of an array."""
@@ -91,13 +77,12 @@ def fill(typing, tile, a, value):
 def spread(typing, tile, a, places, first, i):
     """For each sample s of the tile a[places[first + s] + i], for all of its members."""
 
-    def place(builder, places, first, s):
-        return builder.load(builder.gep(places, [builder.add(first, ir.IntType(64)(s))]))
-
     def emit(context, builder, sig, args):
         _, array, own, first, i = args
         own = context.make_array(places)(context, builder, own).data
-        starts = [place(builder, own, first, s) for s in range(tile.tile.samples)]
+        starts = [
+            builder.load(builder.gep(own, [builder.add(first, ir.IntType(64)(s))])) for s in range(tile.tile.samples)
+        ]
         return _spread(context, builder, tile, a, array, [builder.add(start, i) for start in starts])
 
     return signature(Vector(a.dtype, tile.lanes), tile, a, places, types.int64, types.int64), emit

@@ -17,8 +17,6 @@ from .optimizers import correct, inline, rate_of, update
 from .steps import loss_of, softmax_loss
 from .vectors import muladd
 
-__all__ = ["train"]
-
 
 @inline
 def _columns(tile, neurons):

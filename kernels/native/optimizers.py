@@ -13,8 +13,6 @@ from numba import njit
 from .memory import fill, load, store
 from .vectors import Tile, muladd, sqrt
 
-__all__ = ["HYPERPARAMETERS", "LANES", "OPTIMIZERS", "ROW", "correct", "inline", "rate_of", "update"]
-
 OPTIMIZERS = ("plain", "momentum", "nesterov", "adam", "adamw", "rmsprop", "rmsprop_momentum")
 # Rows of what a step reads. 1 - dampening and others are rounded as a whole: 1 - 0.999 has no digits to lose. The last
 # two are Adam's corrections, of the rate and of eps, which `correct` writes; to RMSprop they are 1.

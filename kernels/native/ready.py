@@ -6,13 +6,12 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from .. import plan as planning
-
-__all__ = ["load_what_is_on_disk", "loaded", "refusal", "seconds"]
 
 FOLDER = Path(__file__).parent
 # Kinds of steps that this process has compiled or read from disk: (dtype, samples, networks).
@@ -25,13 +24,10 @@ missed = 0.0
 @functools.cache
 def refusal() -> str | None:
     """Why there are no compiled loops in this process, or None."""
-    try:
-        found = importlib.util.find_spec("numba")
-    except ValueError:  # something else goes by that name
-        found = None
-    if found is None:
-        return "compiled loops need numba, which is not installed: pip install 'perceptriton[native]'"
-    return None
+    with suppress(ValueError):  # something else goes by that name
+        if importlib.util.find_spec("numba"):
+            return None
+    return "compiled loops need numba, which is not installed: pip install 'perceptriton[native]'"
 
 
 def load_what_is_on_disk() -> None:

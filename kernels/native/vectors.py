@@ -26,19 +26,6 @@ from numba.extending import (
     unbox,
 )
 
-__all__ = [
-    "Tile",
-    "Vector",
-    "emit_muladd",
-    "instruction",
-    "muladd",
-    "power",
-    "select",
-    "shuffle",
-    "splat",
-    "sqrt",
-]
-
 instruction = cast("Callable[[Callable], Callable[..., Any]]", intrinsic(prefer_literal=False))
 
 # --- types -------------------------------------------------------------------------------------------------

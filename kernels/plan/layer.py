@@ -74,8 +74,9 @@ def linear_act_bwd(m: int, k: int, n: int, dtype: str, precision: str, device: D
         return cpu_bwd(m, k, n, dtype, device)
     if impl == "torch":
         return Plan("library", 'impl="torch": activation gradient, then library GEMMs')
-    found = _rows_tile("linear_act_bwd", k, n, product_kind(dtype, precision), device.arch)
-    if found and not (product_kind(dtype, precision) == "ieee" and k * n > IEEE_BACKWARD_MAX):
+    kind = product_kind(dtype, precision)
+    found = _rows_tile("linear_act_bwd", k, n, kind, device.arch)
+    if found and not (kind == "ieee" and k * n > IEEE_BACKWARD_MAX):
         tile, per_sm = found
         tiles = cdiv(m, tile.block_m)
         # A few row tiles are walked by one program, which writes the gradients itself: one launch, no reduction.

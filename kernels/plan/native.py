@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled loops on a CPU: what they take at a time, what a step of theirs costs, and what it costs to have them."""
 
-import itertools
-
 from ..records import Device, TrainConfig, TrainPlan
 from .chips import cdiv
 
@@ -42,7 +40,7 @@ def native(members: int, batch: int, config: TrainConfig, dtype: str, device: De
 
 
 def _neurons_us(batch: int, config: TrainConfig) -> float:
-    layers = list(itertools.pairwise(config.widths))
+    layers = config.layers
     tiles = cdiv(batch, NEURON_ROWS)
     products = sum(
         cdiv(n, LANES) * (tiles * NEURON_ROWS * k + batch * cdiv(k, NEURON_ROWS) * NEURON_ROWS) for k, n in layers
@@ -55,7 +53,7 @@ def _neurons_us(batch: int, config: TrainConfig) -> float:
 
 
 def _block_us(tiles: int, config: TrainConfig, prices: tuple[float, ...]) -> float:
-    layers = list(itertools.pairwise(config.widths))
+    layers = config.layers
     parameters = sum(n * (k + config.bias) for k, n in layers)
     products = parameters + sum(n * k for k, n in layers[1:])
     counts = (tiles * len(layers), tiles * sum(config.widths[1:]), tiles * products, parameters)

@@ -94,21 +94,25 @@ def predict_mlp(
     a forward pass that stores the activations there.
     """
     pairs, size, fused = list(itertools.pairwise(widths)), itemsize(dtype), plan.impl == "fused"
-    macs, outputs = [m * k * n for k, n in pairs], sum(m * n for _, n in pairs)
+    outputs = sum(m * n for _, n in pairs)
     dgrads, wgrads = (found or (None,) * len(pairs) for found in (plan.dgrads, plan.wgrads))
+    # Whose precision the products of each layer have.
     if backward:
         gradients = zip(layers, dgrads, wgrads, strict=True)
-        computed = [own for layer, dgrad, wgrad in gradients for own in (dgrad or layer, wgrad or layer)]
-        computed = [plan] * 3 * len(pairs) if fused else computed
+        computed = [(dgrad or layer, wgrad or layer) for layer, dgrad, wgrad in gradients]
+        computed = [(plan,) * 3] * len(pairs) if fused else computed
         special = 2 * outputs if fused else 0
         ends = 2 * widths[0] + widths[-1] + (0 if fused else sum(widths[1:]))
         moved = size * (m * ends + 2 * parameter_count(widths))
     else:
-        computed = layers or [plan] * len(pairs)
+        computed = [(own,) for own in layers or [plan] * len(pairs)]
         special = 2 * outputs
         moved = size * (m * (widths[0] + widths[-1]) + parameter_count(widths))
-    repeated = [own for own in macs for _ in range(len(computed) // len(macs))]
-    each = [_product(own, dtype, by.precision, peaks) for own, by in zip(repeated, computed, strict=True)]
+    each = [
+        _product(m * k * n, dtype, own.precision, peaks)
+        for (k, n), plans in zip(pairs, computed, strict=True)
+        for own in plans
+    ]
     flops, products = sum(count for count, _ in each), sum(seconds for _, seconds in each)
     memory, functions = moved / peaks.bandwidth, special / peaks.special
     if fused:

@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 
 from ..records import EMPTY, Device, LoopPlan, TrainConfig, TrainPlan
@@ -156,7 +155,7 @@ def train_loop(members: int, batch: int, config: TrainConfig, shared: bool, kind
     if kind == "cuda":
         us, layout = graph(members, batch, True, config, 4, Device("cuda", 90), shared)
         return LoopPlan(layout, False, f"{us:.3g} us a step in a captured graph, uncalibrated")
-    layers = list(itertools.pairwise(config.widths))
+    layers = config.layers
     macs = [batch * n * k for k, n in layers]
     together = members * macs[0] if shared else 0  # the first layers of all members are one product
     one_thread = max(together, *macs) < THREADED_MACS and members * batch * max(config.widths[1:]) < THREADED_ELEMENTS
@@ -173,7 +172,7 @@ def train_loop(members: int, batch: int, config: TrainConfig, shared: bool, kind
 
 def loop_us(members: int, batch: int, config: TrainConfig, fetches: bool) -> float:
     """About the time of a step of the plain torch loop, if the members see the same samples. fetches: minibatches."""
-    layers = list(itertools.pairwise(config.widths))
+    layers = config.layers
     macs = [batch * n * k for k, n in layers]
     if members == 1:
         products = [THREADED_US + THREADED_MAC_US * mac if mac >= THREADED_MACS else LAYER_MAC_US * mac for mac in macs]

@@ -120,7 +120,7 @@ class Work:
 
 def matrices(members: int, batch: int, config: TrainConfig, shared: bool, joint: bool = False) -> Work:
     """A captured step where layers are matrices, or stacks of them. shared: all members see the same samples."""
-    work, layers = Work(), list(itertools.pairwise(config.widths))
+    work, layers = Work(), config.layers
     stacked, bias = members > 1, int(config.bias)
     stacks = [1 if shared and l == 0 else members for l in range(len(layers))]
     for l, (stack, (k, n)) in enumerate(zip(stacks, layers, strict=True)):
@@ -146,7 +146,7 @@ def matrices(members: int, batch: int, config: TrainConfig, shared: bool, joint:
 
 def arrays(members: int, batch: int, config: TrainConfig, shared: bool) -> Work:
     """A captured step where every single parameter is an array over the members."""
-    work, layers, bias = Work(), list(itertools.pairwise(config.widths)), int(config.bias)
+    work, layers, bias = Work(), config.layers, int(config.bias)
     for l, (k, n) in enumerate(layers):
         if shared and l == 0:
             work.product(batch, k + bias, n * members)
@@ -196,7 +196,7 @@ def ordinary(members: int, batch: int, full: bool, config: TrainConfig, size: in
 
 def ordinary_work(members: int, batch: int, full: bool, config: TrainConfig) -> Work:
     """What such a step asks of the device; of an ensemble at best, by stacks of products and one loss for all."""
-    work, layers = _fetch(batch, full, config), list(itertools.pairwise(config.widths))
+    work, layers = _fetch(batch, full, config), config.layers
     for l, (k, n) in enumerate(layers):
         stack = 1 if l == 0 else members  # the first layers of all members are one product
         outputs = members * batch * n
@@ -221,7 +221,7 @@ def ordinary_work(members: int, batch: int, full: bool, config: TrainConfig) -> 
 
 
 def _parameters(config: TrainConfig) -> int:
-    return sum(n * (k + config.bias) for k, n in itertools.pairwise(config.widths))
+    return sum(n * (k + config.bias) for k, n in config.layers)
 
 
 def _states(config: TrainConfig) -> int:

@@ -311,9 +311,7 @@ def test_pieces_change_nothing(chunk, need_dx, gemm, monkeypatch):
     plan = MlpPlan("explicit", "", layers=(Plan("explicit", "", **choices[gemm]),) * 4, chunk=chunk)
     y, saved = reference.mlp_fwd(net.x, net.weights, net.biases, "sigmoid", "tanh", plan, plan.boundaries)
     wanted = (need_dx, (True,) * 4, (True,) * 4)
-    dx, dweights, dbiases = reference.mlp_bwd(
-        net.dy, net.x, saved, net.weights, net.biases, "sigmoid", "tanh", wanted, plan
-    )
+    dx, dweights, dbiases = reference.mlp_bwd(net.dy, net.x, saved, net.weights, "sigmoid", "tanh", wanted, plan)
     expected = differentiate(net, lambda *net: plain(*net, "sigmoid", "tanh"))
     assert (dx is not None) == need_dx
     actual = [y, dx if need_dx else expected[1], *dweights, *dbiases]
@@ -327,7 +325,7 @@ def test_sums_over_pieces_stay_in_fp32():
     plan = MlpPlan("explicit", "", layers=(Plan("explicit", ""),) * 2, chunk=1)
     _, saved = reference.mlp_fwd(x, weights, None, "identity", "identity", plan, plan.boundaries)
     wanted = (False, (True, True), (True, True))
-    _, dweights, dbiases = reference.mlp_bwd(dy, x, saved, weights, None, "identity", "identity", wanted, plan)
+    _, dweights, dbiases = reference.mlp_bwd(dy, x, saved, weights, "identity", "identity", wanted, plan)
     assert all((gradient == 16).all() for gradient in (*dweights, *dbiases))
 
 
