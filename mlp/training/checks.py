@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors at the door of `fit`."""
 
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from ...kernels.records import TRAIN_IMPLS, TrainConfig
 from ..as_network import Network
 from ..ensemble import Ensemble
 from ..history import History
+from ..model import is_whole
 from .criteria import has_class_ids
 from .jobs import Job
 from .pacing import logged_steps
@@ -53,11 +53,6 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
     check_samples(model, criterion, x, y)
     if lr is not None:
         check_rates(lr, model, optimizer, steps)
-
-
-def is_whole(value: object) -> bool:
-    """Whether it is an int, or one of numpy's."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def plain_int(value: Any) -> Any:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..ensemble import Ensemble
 from ..history import History
-from .checks import check_samples, is_whole
+from ..model import is_whole
+from .checks import check_samples
 from .criteria import has_own_targets
 from .jobs import FastJob
 from .measures import Measure, accuracy, each, losses_of
