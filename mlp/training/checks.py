@@ -97,13 +97,15 @@ def check_resume(resume: object, job: Job, steps: int, batch_size: int | None, l
 
 
 def check_samples(model: nn.Module, criterion: object, x: Tensor, y: Tensor, whose: str = "") -> None:
-    classes = isinstance(model, Ensemble) and has_class_ids(criterion, model, x, y)
     if isinstance(model, Ensemble):
+        classes = has_class_ids(criterion, model, x, y)
         _check_ensemble(model, x, y, classes, whose)
-    counts = [t.shape[-1 if t is y and classes else -2] if isinstance(model, Ensemble) else t.shape[:1] for t in (x, y)]
-    if counts[0] != counts[1] or not x.dim() or not y.dim():
+        samples, targets = x.shape[-2], y.shape[-1 if classes else -2]
+    else:
+        samples, targets = (t.shape[0] if t.dim() else None for t in (x, y))
+    if samples != targets or samples is None:
         raise ValueError(f"{whose}x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
-    if 0 in x.shape[:1] or (isinstance(model, Ensemble) and not x.shape[-2]):
+    if samples == 0:
         raise ValueError(f"{whose}x {tuple(x.shape)} holds no samples")
 
 
