@@ -149,9 +149,9 @@ def timing_table(view: View, runs: Sequence[Run]) -> list[str]:
         rows.append([run.name, PATHS.get(run.path, "GPU"), f"{run.seconds:.2f}", us, speed])
     words = (
         "Loops in Python or compiled. seconds: all steps once, with what has to be compiled or loaded for the first. "
+        "us/step: microseconds for a step of one network, the median. speed: how many times as fast as "
+        f"{runs[0].name}."
     )
-    words += "us/step: microseconds for a step of one network, the median. speed: how many times as fast as "
-    words += f"{runs[0].name}."
     return [*grid(["", "", "seconds", "us/step", "speed"], rows, 2), fill(words)]
 
 
