@@ -80,7 +80,7 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]], labels: int = 1) ->
         shown = [row[i].rjust(widths[i]) if head[i] else row[i].ljust(widths[i]) for i in (*first, *block)]
         return f"  {(' ' * gap).join(shown)}".rstrip()
 
-    return "\n\n".join("\n".join(line(row, block) for row in cells) for block in blocks).split("\n")
+    return sections(*([line(row, block) for row in cells] for block in blocks)).split("\n")
 
 
 def training_report(result: Trajectory, view: View) -> str:
