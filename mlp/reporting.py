@@ -59,7 +59,8 @@ def _inputs(model: nn.Module, example: tuple) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def keep(name: str, _: nn.Module, arguments: tuple) -> None:
-        found.update((name, x.detach()) for x in arguments[:1])
+        if arguments:
+            found[name] = arguments[0].detach()
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     handles = [module.register_forward_pre_hook(partial(keep, name)) for name, module in layers]
