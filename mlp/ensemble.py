@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.activations import ACTIVATIONS
-from .as_network import as_network
+from .as_network import Refused, as_network
 from .history import History
 from .model import MLP, is_whole
 
@@ -67,9 +67,10 @@ class Ensemble(nn.Module):
         """
         kinds, parameters = [], []
         for i, model in enumerate(models):
-            network = as_network(model)
-            if isinstance(network, str):
-                raise TypeError(f"models[{i}] cannot be a member: {network}")
+            try:
+                network = as_network(model)
+            except Refused as reason:
+                raise TypeError(f"models[{i}] cannot be a member: {reason}") from None
             first = network.parameters[0]
             kinds.append((network.widths, network.hidden, network.output, network.bias, first.dtype, first.device))
             parameters.append(network.parameters)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..as_network import Refused
 from ..ensemble import Ensemble
 from ..history import History
 from .checks import check_arguments, check_numbers, check_resume, check_weight, plain_int
@@ -221,19 +222,19 @@ def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, own
     elif lr is not None and not (isinstance(lr, Tensor) and lr.dim() == 1):
         schedule = Schedule(lr, members)
     x, y = x.detach(), y.detach()
-    if scheduler is not None and momentum_cycles(scheduler):
-        job = f"a {type(scheduler).__name__} may change more than rates"
-    else:
+    try:
+        if scheduler is not None and momentum_cycles(scheduler):
+            raise Refused(f"a {type(scheduler).__name__} may change more than rates")
         rates = lr if schedule is None else schedule
         job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, rates, impl, per_member, weight)
-    if isinstance(job, str):
+    except Refused as reason:
         if impl is not None:
-            raise NotImplementedError(f"impl={impl!r}: {job}")
+            raise NotImplementedError(f"impl={impl!r}: {reason}") from None
         if isinstance(lr, Tensor) and lr.shape != (steps, 1):
-            raise NotImplementedError(f"lr of each member needs a loop without autograd: {job}")
+            raise NotImplementedError(f"lr of each member needs a loop without autograd: {reason}") from None
         if per_member or weight is not None:
             name = "per_member" if per_member else "sample_weight"
-            raise NotImplementedError(f"{name} needs a loop without autograd: {job}")
-        job = GeneralJob(model, x, y, criterion, optimizer, schedule, job)
+            raise NotImplementedError(f"{name} needs a loop without autograd: {reason}") from None
+        job = GeneralJob(model, x, y, criterion, optimizer, schedule, str(reason))
     check_numbers(model, x, y, nan)
     return job
