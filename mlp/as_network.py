@@ -15,6 +15,10 @@ from .model import MLP
 from .sequential import Chain, FusedSequential, chains, runs_only_forward
 
 
+class Refused(Exception):
+    """Why a model is no plain network, or cannot be trained without autograd, in words."""
+
+
 @dataclass(frozen=True)
 class Network:
     """A network, or a stack of them, with one activation for all hidden layers."""
@@ -27,64 +31,63 @@ class Network:
     members: int | None = None  # of a stack, whose parameters have a leading dimension; None for one network
 
 
-def as_network(model: nn.Module) -> Network | str:
-    """The network that an `MLP` or an `nn.Sequential` is, or the reason why it is none."""
+def as_network(model: nn.Module) -> Network:
+    """The network that an `MLP` or an `nn.Sequential` is. Raises Refused where it is none."""
     if not isinstance(model, nn.Sequential) or type(model) not in (MLP, FusedSequential, nn.Sequential):
-        return f"{type(model).__name__} is neither an MLP nor an nn.Sequential"
+        raise Refused(f"{type(model).__name__} is neither an MLP nor an nn.Sequential")
     if found := next(
         (name or "the model" for name, module in model.named_modules() if not runs_only_forward(module)), None
     ):
-        return f"{found} has hooks or a forward of its own"
+        raise Refused(f"{found} has hooks or a forward of its own")
     if not len(model):
-        return "the model has no layers"
+        raise Refused("the model has no layers")
     # An identity behind the last module changes nothing, and makes a layer that stands alone a chain.
     steps = chains([*model, nn.Identity()], seen=True)
     if others := [step for step in steps if not isinstance(step, Chain)]:
         # A Linear that is left over is so because of its neighbour.
         found = next((step for step in others if type(step) not in NAMES), others[0])
-        return f"{type(found).__name__} is not part of a chain of linear layers and activations"
+        raise Refused(f"{type(found).__name__} is not part of a chain of linear layers and activations")
     chain, *others = cast("list[Chain]", steps)
     if others:
         names = [name for step in (chain, *others) for name in step.activations]
-        return f"hidden layers have different activations: {', '.join(names)}"
+        raise Refused(f"hidden layers have different activations: {', '.join(names)}")
     layers = chain.layers
     if any((layer.bias is None) != (layers[0].bias is None) for layer in layers):
-        return "some layers have a bias and some have none"
+        raise Refused("some layers have a bias and some have none")
     if any(below.out_features != above.in_features for below, above in pairwise(layers)):
-        return "the widths of its layers do not fit"
+        raise Refused("the widths of its layers do not fit")
     if any(set(layer._parameters) != {"weight", "bias"} for layer in layers):
-        return "a layer has parameters of other names"
+        raise Refused("a layer has parameters of other names")
     parameters = tuple(cast(nn.Parameter, p) for layer in layers for p in (layer.weight, layer.bias) if p is not None)
     hidden, output = chain.activations[0], chain.activations[-1]
     return Network(chain.widths, hidden, output, layers[0].bias is not None, parameters)
 
 
-def training_refusal(network: Network) -> str | None:
-    """What keeps the network's parameters from being trained as plain tensors, or None."""
+def check_trainable(network: Network) -> None:
+    """Raises Refused where the network's parameters cannot be trained as plain tensors."""
     for p in network.parameters:
         if type(p) is not nn.Parameter:
-            return f"a parameter is a {type(p).__name__}, with rules of its own"
+            raise Refused(f"a parameter is a {type(p).__name__}, with rules of its own")
         if not p.requires_grad:
-            return "a parameter is frozen"
+            raise Refused("a parameter is frozen")
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
-            return "a parameter has hooks"
+            raise Refused("a parameter has hooks")
     first = network.parameters[0]
     if any(p.dtype != first.dtype or p.device != first.device for p in network.parameters):
-        return "parameters differ in dtype or device"
+        raise Refused("parameters differ in dtype or device")
     if first.device.type not in ("cpu", "cuda"):
-        return f"parameters are on {first.device}"
+        raise Refused(f"parameters are on {first.device}")
     stack = () if network.members is None else (network.members,)
     shapes = [(*stack, *shape) for k, n in pairwise(network.widths) for shape in [(n, k), (n,)][: 1 + network.bias]]
     if [tuple(p.shape) for p in network.parameters] != shapes:
         # torch broadcasts a bias of one element.
-        return "a parameter has not the shape that its layer says"
+        raise Refused("a parameter has not the shape that its layer says")
     if min(network.widths) == 0:
-        return "a layer has no inputs or no outputs"
+        raise Refused("a layer has no inputs or no outputs")
     if len({id(p) for p in network.parameters}) < len(network.parameters):
-        return "parameters are tied"
+        raise Refused("parameters are tied")
     if _share_memory(network.parameters):
-        return "parameters share memory"
-    return None
+        raise Refused("parameters share memory")
 
 
 def _share_memory(parameters: Sequence[Tensor]) -> bool:

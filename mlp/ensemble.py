@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.activations import ACTIVATIONS
-from .as_network import as_network
+from .as_network import Refused, as_network
 from .history import History
-from .model import MLP
+from .model import MLP, is_whole
 
 __all__ = ["Ensemble"]
 
@@ -67,9 +67,10 @@ class Ensemble(nn.Module):
         """
         kinds, parameters = [], []
         for i, model in enumerate(models):
-            network = as_network(model)
-            if isinstance(network, str):
-                raise TypeError(f"models[{i}] cannot be a member: {network}")
+            try:
+                network = as_network(model)
+            except Refused as reason:
+                raise TypeError(f"models[{i}] cannot be a member: {reason}") from None
             first = network.parameters[0]
             kinds.append((network.widths, network.hidden, network.output, network.bias, first.dtype, first.device))
             parameters.append(network.parameters)
@@ -108,7 +109,7 @@ class Ensemble(nn.Module):
             raise TypeError(f"seeds must be a sequence of ints, not {given!r}")
         numbers = list(given)
         for i, seed in enumerate(numbers):
-            if not isinstance(seed, Integral) or isinstance(seed, bool):
+            if not is_whole(seed):
                 raise TypeError(f"seeds[{i}] must be an int, not {seed!r}")
             if not -(2**63) <= seed < 2**64:
                 raise ValueError(f"seeds[{i}] must lie in [-2**63, 2**64), not {seed}")
@@ -201,7 +202,7 @@ class Ensemble(nn.Module):
 
         Raises TypeError for an n that is no int, ValueError for one below 1.
         """
-        if not isinstance(n, Integral) or isinstance(n, bool):
+        if not is_whole(n):
             raise TypeError(f"n must be an int, not {n!r}")
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
@@ -222,7 +223,7 @@ class Ensemble(nn.Module):
             raise TypeError(f"losses must be a Tensor or a History, not {type(losses).__name__}")
         if losses.shape != (len(self),):
             raise ValueError(f"losses {tuple(losses.shape)} are not one for each of {len(self)} members")
-        if not isinstance(k, Integral) or isinstance(k, bool):
+        if not is_whole(k):
             raise TypeError(f"k must be an int, not {k!r}")
         if not 1 <= k <= len(self):
             raise ValueError(f"k must lie in [1, {len(self)}], not {k}")

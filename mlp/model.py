@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 from .functional.loss import mlp_sigmoid_bce
 from .layers import MODULES
 from .sequential import Chain, FusedSequential, steps_of
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is an int, or one of numpy's."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class MLP(FusedSequential):
@@ -37,8 +43,7 @@ class MLP(FusedSequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        integers = isinstance(sizes, Sequence) and all(isinstance(n, Integral) and type(n) is not bool for n in sizes)
-        if not integers:
+        if not isinstance(sizes, Sequence) or not all(map(is_whole, sizes)):
             raise TypeError(f"sizes must be a sequence of ints, not {sizes!r}")
         widths = [int(size) for size in sizes]
         if len(widths) < 2:

@@ -59,7 +59,8 @@ def _inputs(model: nn.Module, example: tuple) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def keep(name: str, _: nn.Module, arguments: tuple) -> None:
-        found.update((name, x.detach()) for x in arguments[:1])
+        if arguments:
+            found[name] = arguments[0].detach()
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     handles = [module.register_forward_pre_hook(partial(keep, name)) for name, module in layers]
@@ -93,34 +94,34 @@ def _paths(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[tuple[str, l
 
 def _times(plain: nn.Module, fused: nn.Module, example: tuple, devices: set[torch.device]) -> tuple[float, float, str]:
     """(seconds of a call of each, medians over turns, what a call was)."""
-    calls, backward = {}, False
-    for name, model in (("before", plain), ("after", fused)):
-        calls[name], backward = _call(model, example)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    calls, (_, backward) = zip(*(_call(model, example) for model in (plain, fused)), strict=True)
+    seconds: tuple[list[float], list[float]] = ([], [])
     began = time.perf_counter()
     with closing(Bar(100, False, began)) as bar:
-        while (spent := time.perf_counter() - began) < SECONDS or len(seconds["before"]) < ROUNDS:
-            for name, call in calls.items():
+        while (spent := time.perf_counter() - began) < SECONDS or len(seconds[0]) < ROUNDS:
+            for call, own in zip(calls, seconds, strict=True):
                 start = time.perf_counter()
                 call()
                 for device in devices:
                     synchronize(device)
-                seconds[name].append(time.perf_counter() - start)
+                own.append(time.perf_counter() - start)
             bar.show(min(99, int(100 * spent / SECONDS)))
-    passes = "forward and backward" if backward else "forward"
-    return statistics.median(seconds["before"]), statistics.median(seconds["after"]), passes
+    before, after = map(statistics.median, seconds)
+    return before, after, "forward and backward" if backward else "forward"
 
 
 def _call(model: nn.Module, example: tuple) -> tuple[Callable[[], object], bool]:
     """(one call of the model, whether that has a backward pass); the call has run once."""
-    outputs = [y for y in tree_leaves(model(*example)) if isinstance(y, Tensor) and y.requires_grad]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if not outputs or not parameters:
-        return lambda: model(*example), False
 
-    def call():
-        outputs = [y for y in tree_leaves(model(*example)) if isinstance(y, Tensor) and y.requires_grad]
-        return torch.autograd.grad([y.sum() for y in outputs], parameters, allow_unused=True)
+    def sums() -> list[Tensor]:
+        return [y.sum() for y in tree_leaves(model(*example)) if isinstance(y, Tensor) and y.requires_grad]
+
+    def call() -> object:
+        return torch.autograd.grad(sums(), parameters, allow_unused=True)
+
+    if not sums() or not parameters:
+        return lambda: model(*example), False
 
     call()
     return call, True

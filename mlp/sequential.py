@@ -64,6 +64,11 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
+def _looked_at(module: nn.Module) -> tuple[nn.Module, type[nn.Module], int]:
+    """The module, its class, and how many attributes it has where none hides anything."""
+    return module, type(module), _KINDS[type(module)][1]
+
+
 class Chain:
     """Modules in a row that are a network: layers, of which hidden ones have one activation, and what stands between.
 
@@ -75,7 +80,7 @@ class Chain:
         self.layers = [layer for layer, _, _ in layers]
         self.activations = [name for _, _, name in layers]
         self.modules = [module for layer, behind, _ in layers for module in (layer, *behind)]
-        self.kinds = [(module, type(module), _KINDS[type(module)][1]) for module in self.modules]
+        self.kinds = [*map(_looked_at, self.modules)]
         self.forwards = [(kind, _KINDS[kind][0]) for kind in dict.fromkeys(map(type, self.modules))]
         self.widths = (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
         self.few: int | None = None  # elements that a call knows to be few on a CPU, when one has asked
@@ -83,9 +88,9 @@ class Chain:
         self.paired = all(len(behind) < 2 for _, behind, _ in layers)
         self.pairs: list[tuple] = []
         for layer, behind, name in layers:
-            both = [(module, type(module), _KINDS[type(module)][1]) for module in (layer, *(behind or [layer])[:1])]
+            first = behind[0] if behind else layer
             function = {"identity": None, "relu": F.relu}.get(name, ACTIVATIONS[name].forward)  # as the modules call it
-            self.pairs.append((*both[0], *both[1], function))
+            self.pairs.append((*_looked_at(layer), *_looked_at(first), function))
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor | None]] | None:
         """(weights, biases), or None where calling the modules would run anything but the forwards of their classes."""

@@ -25,6 +25,7 @@ LOSSES: dict[Any, tuple[str, ...]] = {
     F.binary_cross_entropy_with_logits: tuple(inspect.signature(F.binary_cross_entropy_with_logits).parameters),
     torch.binary_cross_entropy_with_logits: ("input", "target", "weight", "pos_weight", "reduction"),
 }
+ARGUMENTS = {F.linear: ("input", "weight", "bias"), F.dropout: ("input", "p", "training"), **LOSSES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +44,8 @@ class Layer:
     @property
     def operands(self) -> tuple[Node, Node, Node | None]:
         """x, weight and bias, which change where what gave them is replaced."""
-        bound: dict[str, Any] = dict(zip(("input", "weight", "bias"), self.linear.args, strict=False))
-        bound |= self.linear.kwargs
-        return bound["input"], bound["weight"], bound.get("bias")
+        given = arguments_of(self.linear)
+        return given["input"], given["weight"], given.get("bias")
 
     @property
     def head(self) -> tuple[Node, Node | None, str, torch.dtype] | None:
@@ -58,9 +58,9 @@ class Layer:
         return given["target"], given["pos_weight"], reduction, value(self.loss).dtype
 
 
-def arguments_of(loss: Node) -> dict[str, Any]:
-    """The arguments of a cross entropy by name."""
-    return dict(zip(LOSSES[loss.target], loss.args, strict=False)) | loss.kwargs
+def arguments_of(call: Node) -> dict[str, Any]:
+    """The arguments of a call of one of `ARGUMENTS` by name."""
+    return dict(zip(ARGUMENTS[call.target], call.args, strict=False)) | call.kwargs
 
 
 def value(node: Node) -> Any:
@@ -72,24 +72,24 @@ def forget_dropouts(graph: Graph) -> None:
     """Removes the calls of dropout that return their input, as all do in evaluation."""
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is F.dropout:
-            options = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
-            if options.get("training", True) is False:
-                node.replace_all_uses_with(options["input"])
+            given = arguments_of(node)
+            if given.get("training", True) is False:
+                node.replace_all_uses_with(given["input"])
                 graph.erase_node(node)
 
 
 def layers_of(graph: Graph) -> list[Layer]:
     """The layers in the order of their calls."""
-    calls = Calls(graph)
+    effects = Effects(graph)
     layers = []
     for linear in graph.nodes:
         if linear.op == "call_function" and linear.target is F.linear:
-            activation, name = _activation(linear, calls.order)
-            if activation is not None and calls.change_the_mode(linear, activation):
+            activation, name = _activation(linear, effects.order)
+            if activation is not None and effects.change_the_mode(linear, activation):
                 activation, name = None, "identity"
             layer = Layer(linear, activation, name, None if activation else _loss(linear))
             # A layer and its loss are called where the loss was.
-            layers.append(replace(layer, loss=None) if layer.loss and calls.interfere([layer]) else layer)
+            layers.append(replace(layer, loss=None) if layer.loss and effects.interfere([layer]) else layer)
     return layers
 
 
@@ -130,7 +130,7 @@ def chains_of(graph: Graph, layers: Sequence[Layer]) -> list[list[Layer]]:
 
     A network is called where its last layer was.
     """
-    calls = Calls(graph)
+    effects = Effects(graph)
     following = {layer.operands[0]: layer for layer in layers}
     chains, taken = [], set()
     for layer in layers:
@@ -138,7 +138,7 @@ def chains_of(graph: Graph, layers: Sequence[Layer]) -> list[list[Layer]]:
             continue
         chain = [layer]
         while (above := following.get(chain[-1].y)) is not None and _joins(chain, above):
-            if calls.interfere([*chain, above]):
+            if effects.interfere([*chain, above]):
                 break
             chain.append(above)
         taken |= {one.linear for one in chain}
@@ -156,7 +156,7 @@ def _joins(chain: list[Layer], above: Layer) -> bool:
     )
 
 
-class Calls:
+class Effects:
     """What the calls of a graph do beside giving a value."""
 
     def __init__(self, graph: Graph) -> None:

@@ -99,22 +99,30 @@ class FusedMLP(BaseEstimator):
         data = [self._tensor(X), torch.tensor(np.ascontiguousarray(targets), device=self.device)]
         data += [] if sample_weight is None else [self._tensor(sample_weight)]
         n = self.n_iter_no_change
-        patience, options = None if n is None else _count("n_iter_no_change", n), dict[str, Any]()
+        patience, watched = None if n is None else _count("n_iter_no_change", n), dict[str, Any]()
         if self.early_stopping and not more:
-            parts = self._parts(targets, generator)
-            held, data = ([t[part] for t in data] for part in parts)
+            held, data = ([t[part] for t in data] for part in self._parts(targets, generator))
             stop = EarlyStopping(patience, self.tol, name_of(metric), maximize=True, keep_best=True)
-            options |= {"validation": held[:2], "metrics": [metric], "stop": stop}
+            watched = {"validation": held[:2], "metrics": [metric], "stop": stop}
         elif not more:
-            options |= {"stop": EarlyStopping(patience, self.tol, "training_loss")}
+            watched = {"stop": EarlyStopping(patience, self.tol, "training_loss")}
         samples, epochs = len(data[0]), 1 if more else _count("max_iter", self.max_iter)
         batch = samples if self.batch_size is None else min(_count("batch_size", self.batch_size), samples)
         per_epoch = -(-samples // batch)
-        options |= {"evaluate_every": per_epoch} if options else {}
-        options |= {"criterion": criterion, "optimizer": optimizer, "generator": generator, "log_every": 1}
-        options |= {"batch_size": None if batch == samples else batch, "steps": epochs * per_epoch}
         ready.load_what_is_on_disk()  # one fit is seldom alone, but one of folds and grids
-        history = fit(model, data[0], data[1], sample_weight=data[2] if len(data) > 2 else None, **options)
+        history = fit(
+            model,
+            *data[:2],
+            criterion=criterion,
+            optimizer=optimizer,
+            steps=epochs * per_epoch,
+            batch_size=None if batch == samples else batch,
+            log_every=1,
+            sample_weight=data[2] if len(data) > 2 else None,
+            generator=generator,
+            evaluate_every=None if more else per_epoch,
+            **watched,
+        )
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
             rate = self.learning_rate
             raise ValueError(f"the parameters are not finite any more: scale X, or lower learning_rate={rate}")

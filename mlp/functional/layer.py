@@ -108,7 +108,7 @@ def _planned(x, weight, bias, activation, impl):
         y = LinearActFunction.apply(x, weight, bias, activation, impl, call)
     else:
         y = call(x, weight, bias) if call else ops.linear_act_fwd(x, weight, bias, activation, impl)
-    # Small ones go by the stream too.
+    # Whether a small call is torch's depends on the stream too, which `Calls` does not compare.
     if call and not (impl is None and small.is_small(x, (weight.shape[1], weight.shape[0]))):
         if wants_grad:
             apply, options = node(LinearActFunction), (activation, impl, call)

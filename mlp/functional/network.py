@@ -82,7 +82,7 @@ def _decided(x, weights, biases, activation, output, impl, key) -> Tensor:
             apply = node(FusedMlpFunction)
             call = lambda x, weights, biases: apply(x, options, *weights, *(biases or ()))  # noqa: E731
             y = FusedMlpFunction.apply(x, options, *weights, *(biases or ()))
-        # Small ones go by the stream too.
+        # Whether a small call is torch's depends on the stream too, which `Calls` does not compare.
         if not (impl is None and small.is_small(x, widths_of(weights))):
             dtype, autocast = product_dtype(given[0])
             if autocast:

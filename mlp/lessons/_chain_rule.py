@@ -118,7 +118,7 @@ def _intro() -> str:
 def _report(result: ChainRule, view: View) -> str:
     rows = [["textbook", *(f"{value:g}" for value in result.reference.values())]]
     rows += [[way.name, *(number(way.values.get(name), "g") for name in result.reference)] for way in result.ways]
-    times = [["", *(f"{result.us[name]:.1f}" for name in (way.name for way in result.ways))]]
+    times = [["", *(f"{us:.1f}" for us in result.us.values())]]
     timing = ["Microseconds for f and its slopes, the median:", *grid(["", *result.us], times)] if view.timing else []
     return sections(
         [f"At w = {result.w:g}, x = {result.x:g}, b = {result.b:g}:"],

@@ -168,12 +168,10 @@ def fit_contenders(model: nn.Module, task: Task, calls: int = FIT_CALLS) -> list
     """`fit` with its own choice of implementation and, on a GPU, with each other one that takes this task."""
     found = [FitCalls(model, task, calls=calls)]
     for impl in ("lane", "block", "graph") if task.x.is_cuda else ():
-        try:
+        with suppress(NotImplementedError):
             other = FitCalls(model, task, impl, name=f"fit, {impl}", calls=calls)
-        except NotImplementedError:
-            continue
-        if other.path != found[0].path:
-            found.append(other)
+            if other.path != found[0].path:
+                found.append(other)
     return found
 
 

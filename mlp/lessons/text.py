@@ -80,7 +80,7 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]], labels: int = 1) ->
         shown = [row[i].rjust(widths[i]) if head[i] else row[i].ljust(widths[i]) for i in (*first, *block)]
         return f"  {(' ' * gap).join(shown)}".rstrip()
 
-    return "\n\n".join("\n".join(line(row, block) for row in cells) for block in blocks).split("\n")
+    return sections(*([line(row, block) for row in cells] for block in blocks)).split("\n")
 
 
 def training_report(result: Trajectory, view: View) -> str:
@@ -149,9 +149,9 @@ def timing_table(view: View, runs: Sequence[Run]) -> list[str]:
         rows.append([run.name, PATHS.get(run.path, "GPU"), f"{run.seconds:.2f}", us, speed])
     words = (
         "Loops in Python or compiled. seconds: all steps once, with what has to be compiled or loaded for the first. "
+        "us/step: microseconds for a step of one network, the median. speed: how many times as fast as "
+        f"{runs[0].name}."
     )
-    words += "us/step: microseconds for a step of one network, the median. speed: how many times as fast as "
-    words += f"{runs[0].name}."
     return [*grid(["", "", "seconds", "us/step", "speed"], rows, 2), fill(words)]
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors at the door of `fit`."""
 
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from ...kernels.records import TRAIN_IMPLS, TrainConfig
 from ..as_network import Network
 from ..ensemble import Ensemble
 from ..history import History
+from ..model import is_whole
 from .criteria import has_class_ids
 from .jobs import Job
 from .pacing import logged_steps
@@ -55,11 +55,6 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
         check_rates(lr, model, optimizer, steps)
 
 
-def is_whole(value: object) -> bool:
-    """Whether it is an int, or one of numpy's."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def plain_int(value: Any) -> Any:
     """An int for one of numpy's; anything else as it is, for a check to refuse."""
     return int(value) if is_whole(value) else value
@@ -102,13 +97,15 @@ def check_resume(resume: object, job: Job, steps: int, batch_size: int | None, l
 
 
 def check_samples(model: nn.Module, criterion: object, x: Tensor, y: Tensor, whose: str = "") -> None:
-    classes = isinstance(model, Ensemble) and has_class_ids(criterion, model, x, y)
     if isinstance(model, Ensemble):
+        classes = has_class_ids(criterion, model, x, y)
         _check_ensemble(model, x, y, classes, whose)
-    counts = [t.shape[-1 if t is y and classes else -2] if isinstance(model, Ensemble) else t.shape[:1] for t in (x, y)]
-    if counts[0] != counts[1] or not x.dim() or not y.dim():
+        samples, targets = x.shape[-2], y.shape[-1 if classes else -2]
+    else:
+        samples, targets = (t.shape[0] if t.dim() else None for t in (x, y))
+    if samples != targets or samples is None:
         raise ValueError(f"{whose}x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples")
-    if 0 in x.shape[:1] or (isinstance(model, Ensemble) and not x.shape[-2]):
+    if samples == 0:
         raise ValueError(f"{whose}x {tuple(x.shape)} holds no samples")
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.records import TrainConfig
-from ..as_network import Network, lie_apart
+from ..as_network import Network, Refused, lie_apart
 from ..ensemble import Ensemble
 from ..sequential import runs_only_forward
 from .pacing import SampleOrder
@@ -61,56 +61,58 @@ def has_own_targets(criterion: object, ensemble: Ensemble, x: Tensor, y: Tensor)
     return y.dim() == 3 or (y.dim() == 2 and has_class_ids(criterion, ensemble, x, y))
 
 
-def loss_fields(criterion: Any, network: Network) -> dict[str, Any] | str:
-    """Fields of TrainConfig, or the reason why the criterion cannot be written out."""
+def loss_fields(criterion: Any, network: Network) -> dict[str, Any]:
+    """Fields of TrainConfig. Raises Refused where the criterion cannot be written out."""
     kind = type(criterion)
     if kind not in LOSSES:
-        return f"the criterion is a {kind.__name__}"
+        raise Refused(f"the criterion is a {kind.__name__}")
     if not runs_only_forward(criterion):
-        return "the criterion has hooks or a forward of its own"
+        raise Refused("the criterion has hooks or a forward of its own")
     if criterion.reduction not in ("mean", "sum"):
-        return f"the criterion's reduction is {criterion.reduction!r}"
+        raise Refused(f"the criterion's reduction is {criterion.reduction!r}")
     loss, wanted = LOSSES[kind]
     if network.output != (wanted or network.output):
-        return f"{kind.__name__} on an output activation of {network.output}, not {wanted}"
+        raise Refused(f"{kind.__name__} on an output activation of {network.output}, not {wanted}")
     fields = {"loss": loss, "reduction": str(criterion.reduction)}
     if loss == "smooth_l1":
         # HuberLoss is SmoothL1Loss times its bound, and L1Loss has none.
         bound = {nn.SmoothL1Loss: "beta", nn.HuberLoss: "delta"}.get(kind)
         beta = float(getattr(criterion, bound)) if bound else 0.0
         if not (BOUNDS[0] <= beta <= BOUNDS[1] or (beta == 0 and kind is not nn.HuberLoss)):
-            return f"{kind.__name__} has a {bound} of {beta}"
+            raise Refused(f"{kind.__name__} has a {bound} of {beta}")
         fields |= {"beta": beta, "factor": beta if kind is nn.HuberLoss else 1.0}
     if not 0 <= getattr(criterion, "label_smoothing", 0) <= 1:
-        return f"the criterion's label_smoothing is {criterion.label_smoothing}"
+        raise Refused(f"the criterion's label_smoothing is {criterion.label_smoothing}")
     p = network.parameters[0]
     for name, weight in _weights(criterion).items():
         plain = type(weight) is Tensor and weight.layout is torch.strided and not weight.requires_grad
         if not plain or (weight.dtype, weight.device) != (p.dtype, p.device):
-            return f"the criterion's {name} is no plain tensor of {p.dtype} on {p.device}"
+            raise Refused(f"the criterion's {name} is no plain tensor of {p.dtype} on {p.device}")
         if not all(lie_apart(weight, p) for p in network.parameters):
-            return f"the criterion's {name} shares memory with a parameter"
+            raise Refused(f"the criterion's {name} shares memory with a parameter")
         if not bool(weight.isfinite().all()):
-            return f"the criterion's {name} is not finite"
+            raise Refused(f"the criterion's {name} is not finite")
         if loss == "cross_entropy" and weight.shape != network.widths[-1:]:
-            return f"the criterion's {name} is {tuple(weight.shape)}, not {network.widths[-1:]}"
+            raise Refused(f"the criterion's {name} is {tuple(weight.shape)}, not {network.widths[-1:]}")
     return fields
 
 
 MOST_BYTES = 1 << 30  # of targets that a loop without autograd needs in the place of class ids
 
 
-def probabilities(criterion: nn.CrossEntropyLoss, ids: Tensor, classes: int, dtype: torch.dtype) -> Tensor | str:
-    """(.., samples, classes), 1 for the class of each sample that is not ignored; or why the ordinary loop has to say
-    what becomes of them."""
+def probabilities(criterion: nn.CrossEntropyLoss, ids: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """(.., samples, classes), 1 for the class of each sample that is not ignored.
+
+    Raises Refused where the ordinary loop has to say what becomes of the ids.
+    """
     if ids.dtype != torch.int64:
-        return f"class ids are {ids.dtype}"
+        raise Refused(f"class ids are {ids.dtype}")
     if (size := ids.numel() * classes * dtype.itemsize) > MOST_BYTES:
-        return f"class ids would become probabilities of {size / 2**30:.1f} GiB"
+        raise Refused(f"class ids would become probabilities of {size / 2**30:.1f} GiB")
     kept, known = _kept(criterion, ids)
     least, greatest = (extreme.item() for extreme in known.aminmax())
     if least < 0 or greatest >= classes:
-        return f"class ids lie in [{least}, {greatest}], not in [0, {classes - 1}]"
+        raise Refused(f"class ids lie in [{least}, {greatest}], not in [0, {classes - 1}]")
     return torch.zeros(*ids.shape, classes, dtype=dtype, device=ids.device).scatter_(
         -1, known[..., None], kept[..., None].to(dtype)
     )
@@ -123,8 +125,8 @@ def folded(
     ids: Tensor | None,
     sample_weight: Tensor | None,
     batch_size: int | None,
-) -> tuple[TrainConfig, Tensor, Means | None] | str:
-    """The config, targets and means with all options of the criterion in them, or the reason why they cannot be.
+) -> tuple[TrainConfig, Tensor, Means | None]:
+    """The config, targets and means with all options of the criterion in them. Raises Refused where they cannot be.
 
     y: (samples, O) or (E, samples, O), what `probabilities` makes of ids where there are any. sample_weight: (samples,)
     or (E, samples). batch_size: None for all.
@@ -133,14 +135,11 @@ def folded(
     counts: Tensor | None = None  # what a sample counts in a mean, None: all alike
     kept = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)  # and not ignored
     if config.loss != "cross_entropy":
-        weighted = _weighted(config, y, weights, batch_size) if weights else (config, y)
-        if isinstance(weighted, str):
-            return weighted
-        config, y = weighted
+        config, y = _weighted(config, y, weights, batch_size) if weights else (config, y)
     else:
         weight, smoothing = weights.get("weight"), criterion.label_smoothing
         if ids is None and criterion.ignore_index >= 0:
-            return "the criterion ignores a class of targets that are none"
+            raise Refused("the criterion ignores a class of targets that are none")
         # The cross entropy is linear in its targets.
         y = y * (1 - smoothing) + smoothing / config.widths[-1] if smoothing else y
         y = y if weight is None else y * weight
@@ -160,7 +159,7 @@ def folded(
         both = torch.broadcast_tensors(torch.atleast_2d(counts), torch.atleast_2d(kept))
         return replace(config, reduction="given"), y, Means(*both)
     if not bool(kept.any(-1).all()):
-        return "all samples are ignored"
+        raise Refused("all samples are ignored")
     scale = 1 / counts.sum(-1)[..., None, None]
     return replace(config, reduction="sum"), (y * _of_weights(config, scale)).to(y.dtype), None
 
@@ -195,20 +194,20 @@ def _kept(criterion: nn.CrossEntropyLoss, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _weighted(
     config: TrainConfig, y: Tensor, weights: dict[str, Tensor], batch_size: int | None
-) -> tuple[TrainConfig, Tensor] | str:
+) -> tuple[TrainConfig, Tensor]:
     """The targets, and behind them a weight for each."""
     for name, weight in weights.items():
         fits = zip(reversed(weight.shape), reversed(y.shape[-2:]), strict=False)
         if weight.dim() > 2 or any(size not in (1, whole) for size, whole in fits):
-            return f"the criterion's {name} {tuple(weight.shape)} does not broadcast to {tuple(y.shape[-2:])}"
+            raise Refused(f"the criterion's {name} {tuple(weight.shape)} does not broadcast to {tuple(y.shape[-2:])}")
         if batch_size is not None and weight.dim() == 2 and len(weight) > 1:
-            return f"the criterion's {name} {tuple(weight.shape)} tells the places of a minibatch apart"
+            raise Refused(f"the criterion's {name} {tuple(weight.shape)} tells the places of a minibatch apart")
     weight = weights.get("weight", y.new_ones(())).double()
     target = y.double()
     if "pos_weight" in weights:
         positive = weights["pos_weight"].double()
         if bool((positive < 0).any()) or bool(((y < 0) | (y > 1)).any()):
-            return "y lies outside of [0, 1], or the criterion's pos_weight is negative"
+            raise Refused("y lies outside of [0, 1], or the criterion's pos_weight is negative")
         # The loss is a softplus(-z) + b softplus(z), and that is a + b times the loss of the target a / (a + b).
         a, b = positive * target, 1 - target
         target = torch.where(a + b == 0, 0.0, a / (a + b))

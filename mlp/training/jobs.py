@@ -196,9 +196,8 @@ class GeneralJob:
             self._run(start, steps, order, log_every, rows[:, 0].tolist())
 
     def _run(self, start: int, steps: int, order, log_every: int, rates: Sequence[float | None]) -> None:
-        batches = None if order is None else order.batches(start, steps, self.x.device)
-        for step, rate in zip(range(start, start + steps), rates, strict=True):
-            indices = None if batches is None else next(batches)
+        batches = [None] * steps if order is None else order.batches(start, steps, self.x.device)
+        for step, rate, indices in zip(range(start, start + steps), rates, batches, strict=True):
             x, y = self.x, self.y
             if indices is not None:
                 x, y = x.index_select(int(self.own_x), indices), y.index_select(int(self.own_y), indices)

@@ -26,11 +26,6 @@ class Schedule:
     def undo(self) -> None:
         """Takes back what `rows` has changed last, for steps that were not taken."""
 
-    @property
-    def of_each_member(self) -> bool:
-        """Whether it is known to tell members apart."""
-        return isinstance(self.given, Tensor) and self.given.shape[1] > 1
-
     def rows(self, start: int, steps: int) -> Tensor:
         """(steps, 1 or members), on any device. Raises what a function deserves for what it returns."""
         if isinstance(self.given, Tensor):
@@ -67,7 +62,6 @@ class Scheduled(Schedule):
 
     def __init__(self, scheduler: LRScheduler, every: int) -> None:
         """every: after each so many steps the scheduler takes one."""
-        super().__init__(lambda step: 0.0, 1)
         self.scheduler, self.every = scheduler, every
 
     def rows(self, start: int, steps: int) -> Tensor:
@@ -102,12 +96,6 @@ def momentum_cycles(scheduler: LRScheduler) -> bool:
     parts = getattr(scheduler, "_schedulers", [])
     foreign = type(scheduler).__module__ != LRScheduler.__module__
     return foreign or bool(getattr(scheduler, "cycle_momentum", False)) or any(map(momentum_cycles, parts))
-
-
-def schedule_of(lr: Rates | None, model: nn.Module) -> Schedule | None:
-    if lr is None or (isinstance(lr, Tensor) and lr.dim() == 1):
-        return None
-    return Schedule(lr, len(model) if isinstance(model, Ensemble) else 1)
 
 
 def check_rates(lr: object, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..as_network import Refused
 from ..ensemble import Ensemble
 from ..history import History
 from .checks import check_arguments, check_numbers, check_resume, check_weight, plain_int
@@ -18,7 +19,7 @@ from .jobs import FastJob, GeneralJob, Job
 from .measures import Measure
 from .members import PerMember, check_members
 from .pacing import Bar, Interrupts, SampleOrder, chunks, logged_steps
-from .rates import Rates, Scheduled, check_scheduler, momentum_cycles, schedule_of
+from .rates import Rates, Schedule, Scheduled, check_scheduler, momentum_cycles
 from .validation import EarlyStopping, Watch, check_watch
 
 
@@ -133,10 +134,10 @@ def fit(
         warnings.warn(f"an ordinary loop trains this Ensemble, one operation at a time: {job.reason}", stacklevel=2)
     watched = validation is not None or stop is not None
     per_epoch = steps if batch_size is None else -(-job.samples // batch_size)
-    every = (evaluate_every or per_epoch) if watched else 0
+    every = (evaluate_every or per_epoch) if watched else 0  # steps from one evaluation to the next; 0: there are none
     if stop is not None and stop.metric == "training_loss" and log_every > every and steps > every:
         raise ValueError(f"stop watches 'training_loss' each {every} steps, but log_every={log_every} is seldomer")
-    watch = Watch(model, criterion, validation, metrics, stop, resume) if watched else None
+    watch = Watch(model, criterion, validation, metrics, stop, resume if watched else None)
     order, first = None, 0 if resume is None else resume.steps_taken
     if batch_size is not None:
         order = SampleOrder(job.samples, batch_size, steps, generator, first, resume.state["order"] if resume else ())
@@ -145,7 +146,7 @@ def fit(
         if isinstance(job, GeneralJob) and "random" in resume.state:
             job.set_random(resume.state["random"])
     take, most = job.run, None
-    if watch is not None and isinstance(job, FastJob) and watch.late:
+    if isinstance(job, FastJob) and watch.late:
         take = partial(job.run, review=partial(watch.review, every, steps, log_every, job))
         most = partial(watch.most, every)
     bar = Bar(steps, progress, began)
@@ -157,9 +158,9 @@ def fit(
         # With no step logged, the loss has no rows, but the dtype that they would have had.
         rows = [block.cpu() for block in job.rows if len(block)]
         rows = rows or [torch.empty(0, job.columns, device="cpu", dtype=next(model.parameters(), x).dtype)]
-        state = {} if watch is None else watch.state()
-        state |= {"samples": job.samples, "batch_size": batch_size}
+        state = watch.state() | {"samples": job.samples, "batch_size": batch_size}
         state |= {"random": job.random()} if isinstance(job, GeneralJob) else {}
+        state |= {} if order is None else {"order": order.states(job.taken)}
         return History(
             list(logged_steps(0, job.taken, log_every)),
             row(torch.cat(rows)),
@@ -168,31 +169,30 @@ def fit(
             job.setup_seconds,
             job.reason,
             job.taken,
-            **({} if watch is None else watch.columns(row)),
-            state=state if order is None else state | {"order": order.states(job.taken)},
+            **watch.columns(row),
+            state=state,
         )
 
     try:
         # A state made in inference mode could not be updated by the caller's ordinary steps.
         with Interrupts() as interrupts, torch.inference_mode(False):
             # An evaluation may be what the interrupt has come into.
-            due = watch is not None and first > 0 and not most and (first % every == 0 or first == steps)
-            if watch is not None and due and first not in watch.evaluated:
+            due = every and first > 0 and not most and (first % every == 0 or first == steps)
+            if due and first not in watch.evaluated:
                 watch.evaluate(first, job.rows, log_every)
             for start, count in chunks(first, steps, 0 if most else every, most):
-                if watch is not None and watch.done.all():
+                if watch.done.all():
                     break
-                if watch is not None and watch.done.any():
+                if watch.done.any():
                     job.freeze(watch.done)
                 take(start, count, order, log_every)
-                if watch is not None and not most and (job.taken == steps or job.taken % every == 0):
+                if every and not most and (job.taken == steps or job.taken % every == 0):
                     watch.evaluate(job.taken, job.rows, log_every)
                 if checkpoint is not None:
                     checkpoint(history())
                 bar.show(start + count)
                 interrupts.raise_pending()
-            if watch is not None:
-                watch.finish()
+            watch.finish()
     except KeyboardInterrupt as interrupt:
         interrupt.history = history()  # pyright: ignore[reportAttributeAccessIssue]
         raise
@@ -214,25 +214,27 @@ def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, own
     check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
     check_members(per_member, model, optimizer)
     check_weight(weight, model, x)
-    samples = x.shape[-2] if isinstance(model, Ensemble) else x.shape[0]
-    schedule = schedule_of(lr, model)
+    members, samples = (len(model), x.shape[-2]) if isinstance(model, Ensemble) else (1, x.shape[0])
+    schedule = None
     if scheduler is not None:
         check_scheduler(scheduler, interval, optimizer, lr)
         schedule = Scheduled(scheduler, -(-samples // (batch_size or samples)) if interval == "epoch" else 1)
+    elif lr is not None and not (isinstance(lr, Tensor) and lr.dim() == 1):
+        schedule = Schedule(lr, members)
     x, y = x.detach(), y.detach()
-    if scheduler is not None and momentum_cycles(scheduler):
-        job = f"a {type(scheduler).__name__} may change more than rates"
-    else:
+    try:
+        if scheduler is not None and momentum_cycles(scheduler):
+            raise Refused(f"a {type(scheduler).__name__} may change more than rates")
         rates = lr if schedule is None else schedule
         job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, rates, impl, per_member, weight)
-    if isinstance(job, str):
+    except Refused as reason:
         if impl is not None:
-            raise NotImplementedError(f"impl={impl!r}: {job}")
-        if (lr is not None and schedule is None) or (schedule is not None and schedule.of_each_member):
-            raise NotImplementedError(f"lr of each member needs a loop without autograd: {job}")
+            raise NotImplementedError(f"impl={impl!r}: {reason}") from None
+        if isinstance(lr, Tensor) and lr.shape != (steps, 1):
+            raise NotImplementedError(f"lr of each member needs a loop without autograd: {reason}") from None
         if per_member or weight is not None:
             name = "per_member" if per_member else "sample_weight"
-            raise NotImplementedError(f"{name} needs a loop without autograd: {job}")
-        job = GeneralJob(model, x, y, criterion, optimizer, schedule, job)
+            raise NotImplementedError(f"{name} needs a loop without autograd: {reason}") from None
+        job = GeneralJob(model, x, y, criterion, optimizer, schedule, str(reason))
     check_numbers(model, x, y, nan)
     return job

@@ -9,7 +9,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from ...kernels.hyperparameters import Hyperparameters
 from ...kernels.records import TrainConfig
-from ..as_network import Network
+from ..as_network import Network, Refused
 
 COUNTED = ("exp_avg", "square_avg")  # which torch.optim keeps a counter of steps with
 
@@ -24,8 +24,8 @@ class State:
     @classmethod
     def read(
         cls, optimizer: torch.optim.Optimizer, network: Network, config: TrainConfig, own: Hyperparameters
-    ) -> "State | str":
-        """The state, or the reason why it is not that of ordinary steps."""
+    ) -> "State":
+        """The state. Raises Refused where it is not that of ordinary steps."""
         names = {"sgd": (), "rmsprop": ("square_avg",)}.get(config.optimizer, ("exp_avg", "exp_avg_sq"))
         names += ("momentum_buffer",) if config.momentum else ()
         entries = [optimizer.state.get(p, {}) for p in network.parameters]
@@ -34,12 +34,12 @@ class State:
             return cls(optimizer, network, names, own, 0)
         for p, values in zip(network.parameters, found, strict=True):
             if any(not isinstance(v, Tensor) or (v.shape, v.dtype) != (p.shape, p.dtype) for v in values):
-                return "the optimizer's state does not fit the parameters, or is there for some only"
+                raise Refused("the optimizer's state does not fit the parameters, or is there for some only")
         taken = 1  # of SGD's steps only the first differs from the others
         if config.optimizer != "sgd":
             counts = {float(entry.get("step", 0)) for entry in entries}
             if len(counts) > 1 or min(counts) < 1:
-                return "the optimizer has taken different numbers of steps for different parameters"
+                raise Refused("the optimizer has taken different numbers of steps for different parameters")
             taken = int(counts.pop())
         return cls(optimizer, network, names, own, taken)
 

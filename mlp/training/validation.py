@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..ensemble import Ensemble
 from ..history import History
-from .checks import check_samples, is_whole
+from ..model import is_whole
+from .checks import check_samples
 from .criteria import has_own_targets
 from .jobs import FastJob
 from .measures import Measure, accuracy, each, losses_of
@@ -63,7 +64,7 @@ class EarlyStopping:
 
 
 class Watch:
-    """Evaluates the model, keeps what was best, and says who is done."""
+    """Evaluates the model, keeps what was best, and says who is done; without data and stop does none of that."""
 
     def __init__(
         self,
@@ -74,13 +75,12 @@ class Watch:
         stop: EarlyStopping | None,
         resume: History | None,
     ) -> None:
-        self.model, self.criterion, self.stop = model, criterion, stop
-        self.data = data
+        self.model, self.criterion, self.data, self.stop = model, criterion, data, stop
         self.metrics = {name_of(metric): metric for metric in metrics}
         self.evaluated: list[int] = []
         self.rows: dict[str, list[Tensor]] = {name: [] for name in ("loss", *self.metrics) if data is not None}
         self.members = len(model) if isinstance(model, Ensemble) else 1
-        self.kept = [t for t in (*model.parameters(), *model.buffers())] if stop else []
+        self.kept = [*model.parameters(), *model.buffers()] if stop else []
         self.best = torch.full((self.members,), torch.inf, dtype=torch.float64, device="cpu")
         self.waited = torch.zeros(self.members, dtype=torch.int64, device="cpu")
         self.stopped = torch.full((self.members,), -1, dtype=torch.int64, device="cpu")
@@ -128,7 +128,7 @@ class Watch:
     @property
     def late(self) -> bool:
         """Whether what it looks at is there after more steps too: the losses of one network alone."""
-        return self.data is None and not self.best_values and self.members == 1
+        return self.stop is not None and self.data is None and not self.best_values and self.members == 1
 
     def most(self, every: int, taken: int, seconds: float) -> int:
         """How many steps to take before a review: no more than there surely are, an eighth of those taken, or as many

@@ -43,7 +43,7 @@ from perceptriton.kernels.loop import TorchLoop
 from perceptriton.kernels.loop import optimizer as optimizers
 from perceptriton.kernels.loop.matrices import Matrices
 from perceptriton.mlp import MLP, EarlyStopping, Ensemble, History, LinearSigmoid, fit, lessons
-from perceptriton.mlp.as_network import as_network
+from perceptriton.mlp.as_network import Refused, as_network
 from perceptriton.mlp.training import criteria, jobs, pacing
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
@@ -973,7 +973,8 @@ def test_progress_needs_no_tqdm(monkeypatch):
 
 
 def test_an_ensemble_is_no_sequential():
-    assert as_network(Ensemble(2, [3, 2])) == "Ensemble is neither an MLP nor an nn.Sequential"
+    with pytest.raises(Refused, match=r"^Ensemble is neither an MLP nor an nn.Sequential$"):
+        as_network(Ensemble(2, [3, 2]))
 
 
 def device_of(impl, request):
