@@ -11,6 +11,10 @@ from torch import Tensor
 from ..records import TrainConfig
 from .layout import Batch, Call, Layout, Storage
 
+# Targets that lie as samples do, one per row, are read column by column. From this many numbers on that takes longer
+# than to copy them first; it always does where one copy serves all steps.
+SLOW_TO_CROSS = 1 << 17
+
 
 class Matrices(Layout):
     """A layer is a matrix (N, K + 1), or a stack of them; its input is (K + 1, B), with ones in the last row.
@@ -59,8 +63,12 @@ class Matrices(Layout):
             batch.inputs = [samples.mT, *(ones(*self.stack, k, size) for k in self.columns[1:])]
             batch.dz = [new(*self.stack, n, size) for n in self.rows]
         batch.output = new(*self.stack, self.rows[-1], size)
-        target = new(*self.y.shape[:-2], size, self.y.shape[-1])
-        (batch.target, batch.weights), batch.summed = self.split(target.mT), (-2, -1)
+        *stack, samples_of_y, columns = self.y.shape
+        if size == samples_of_y or size * columns > SLOW_TO_CROSS:
+            target = new(*stack, columns, size)
+        else:
+            target = new(*stack, size, columns).mT
+        (batch.target, batch.weights), batch.summed = self.split(target), (-2, -1)
         batch.load = partial(self.load, batch.inputs[0][..., : self.layers[0][0], :].mT, target)
 
         outputs = [*(h[..., :n, :] for h, n in zip(batch.inputs[1:], self.rows, strict=False)), batch.output]
@@ -77,6 +85,14 @@ class Matrices(Layout):
             dz, weight = batch.dz[l - 1], self.parameters.views[l][..., : self.layers[l][0]]
             batch.backward.append(partial(torch.bmm if self.stack else torch.mm, weight.mT, batch.dz[l], out=dz))
             batch.through(self.activations[l - 1], dz, outputs[l - 1])
+
+    def load(self, inputs: Tensor, target: Tensor, indices: Tensor | None) -> None:
+        rows = target.mT
+        if indices is None or rows.is_contiguous():
+            super().load(inputs, rows, indices)
+        else:
+            torch.index_select(self.x, self.axis, indices, out=inputs)
+            rows.copy_(self.y.index_select(self.axis, indices))
 
     def _as_one(self, l: int) -> bool:
         """Whether the members' first layers are the rows of one matrix: they see the same samples."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +71,9 @@ class Optimizer:
             self.keep = torch.empty_like(self.rates) if config.weight_decay else None
             decay = own.of(config, "weight_decay")
             self.decay = decay.to(like).view(layout.rates_shape) if isinstance(decay, Tensor) else decay
-            self.changing = [_memory(own) for own in (self.rates, self.keep) if own is not None]
+            self.per_rate = [torch.empty_like(self.rates) for _ in range(2 * (config.optimizer == "rmsprop"))]
+            changing = [self.rates, *self.per_rate, *([] if self.keep is None else [self.keep])]
+            self.changing = [_memory(own) for own in changing]
             if lr is not None:
                 self._set(*self.rates_of(lr[None]))
         # Gradients are linear in dz of the output, the smallest tensor to scale: scaled there, they can be added to the
@@ -93,7 +95,7 @@ class Optimizer:
         self.betas = tuple(_on(like.device, own.of(config, name)) for name in ("beta1", "beta2"))
         self.new1, self.beta2, self.new2 = map(self._whole, (1 - self.betas[0], self.betas[1], 1 - self.betas[1]))
         own_squares = config.optimizer == "rmsprop" or isinstance(self.new2, Tensor)
-        self.spare = torch.empty_like(self.gradients.whole if own_squares else like[:0])
+        self.spare = layout.storage() if own_squares else None
         if config.optimizer == "rmsprop":
             return
         # What a step reads that a number cannot tell: each member's own, or in a captured step.
@@ -117,7 +119,13 @@ class Optimizer:
         if self.rates is None:
             return rates[:, 0].tolist()
         rates = rates.view(*rates.shape, *self.rates.shape[1:]) if self.rates.dim() else rates[:, 0]
-        rows = [rates] if self.keep is None else [rates, 1 - rates * self.decay]
+        rows = [rates]
+        if self.per_rate:
+            # 1 / rate and eps / rate. A rate of 0 divides by infinity, and 0 times infinity is nowhere.
+            inverse = 1 / rates.clamp_min(torch.finfo(rates.dtype).tiny)
+            rows += [inverse, torch.where(rates > 0, self.config.eps * inverse, torch.inf)]
+        if self.keep is not None:
+            rows.append(1 - rates * self.decay)
         return zip(*map(_memory, rows), strict=True)
 
     def advance(self, batch: Batch, rate: Any) -> None:
@@ -220,16 +228,22 @@ class Optimizer:
         if self.config.weight_decay:
             _add(g, w, self.weight_decay)
         self._average_square(v, g)
-        torch.sqrt(v, out=self.spare).add_(self.config.eps)
+        spare = cast(Storage, self.spare)
+        root = torch.sqrt(v, out=spare.whole)
         if buffer:
-            buffer[0].mul_(self.momentum).addcdiv_(g, self.spare)
+            buffer[0].mul_(self.momentum).addcdiv_(g, root.add_(self.config.eps))
+            self._descend(self.states[1])
+        elif self.rates is None:
+            w.addcdiv_(g, root.add_(self.config.eps), value=-self.rate)
         else:
-            g.div_(self.spare)
-        self._descend(self.states[1] if buffer else self.gradients)
+            inverse, floor = self.per_rate
+            for part in spare.parts:
+                torch.addcmul(floor, part, inverse, out=part)
+            w.addcdiv_(g, root, value=-1)
 
     def _average_square(self, v: Tensor, g: Tensor) -> None:
         if isinstance(self.new2, Tensor):
-            v.mul_(self.beta2).addcmul_(torch.mul(g, self.new2, out=self.spare), g)
+            v.mul_(self.beta2).addcmul_(torch.mul(g, self.new2, out=cast(Storage, self.spare).whole), g)
         else:
             v.mul_(self.beta2).addcmul_(g, g, value=self.new2)
 

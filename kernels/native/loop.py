@@ -175,7 +175,7 @@ class NativeLoop:
         }
         rows = [torch.as_tensor(numbers[name], dtype=like.dtype, device="cpu") for name in steps.HYPERPARAMETERS]
         self.hyper = self._in_lanes(steps, rows)
-        powers = [*betas, *(beta**self.taken for beta in betas)]
+        powers = [*betas, *(_powers(beta, self.taken, steps.NEGLIGIBLE) for beta in betas)]
         if any(beta.dim() for beta in betas):
             self.powers = self._in_lanes(steps, powers)
         else:
@@ -203,6 +203,24 @@ class NativeLoop:
         numbers = layout.side_by_side(torch.stack([row.expand(layout.members) for row in rows], 1))
         numbers = numbers.view(layout.blocks, len(rows), layout.networks)
         return numbers.expand(-1, -1, steps.LANES).flatten(1).contiguous()
+
+
+def _powers(betas: Tensor, taken: int, negligible: float) -> Tensor:
+    """betas ** taken as `optimizers.correct` multiplies them up step by step, to the bit: a run may begin anywhere."""
+    values, places = betas.unique(return_inverse=True)
+    return values.new_tensor([_power(beta, taken, negligible) for beta in values.tolist()])[places]
+
+
+def _power(beta: float, taken: int, negligible: float) -> float:
+    power = 1.0
+    while taken and power > negligible:
+        factors = np.full(min(taken, 1 << 16), beta)
+        factors[0] *= power
+        *_, before, power = (1.0, *np.multiply.accumulate(factors)[-2:].tolist())
+        taken -= len(factors)
+        if before <= negligible:
+            return 0.0
+    return 0.0 if taken else power
 
 
 def compile_all() -> Iterator[tuple[str, float]]:

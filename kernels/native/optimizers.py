@@ -19,6 +19,7 @@ OPTIMIZERS = ("plain", "momentum", "nesterov", "adam", "adamw", "rmsprop", "rmsp
 HYPERPARAMETERS = ("weight_decay", "momentum", "undamped", "new1", "beta2", "new2", "eps", "factor", "root")
 # Part of the function that calls it already in numba's own form: compiled once, and not alone first.
 inline = cast("Callable[[Callable], Callable[..., Any]]", njit(inline="always"))
+NEGLIGIBLE = 1e-30  # a power of beta1 or beta2 that has become so small would be slow to multiply, and is 0 next
 LANES = 16  # of an update
 ROW = Tile(1, LANES)  # what an update takes at a time: a number of each member, or sixteen of one network
 
@@ -37,10 +38,9 @@ def correct(optimizer, powers, hyper):
     if 3 <= optimizer < 5:
         betas = len(powers) // 4  # one of each for all lanes, or for each
         for i in range(betas):
-            # A power that has become too small to matter would be slow to multiply.
             power1, power2 = powers[2 * betas + i], powers[3 * betas + i]
-            power1 = power1 * powers[i] if power1 > 1e-30 else 0.0
-            power2 = power2 * powers[betas + i] if power2 > 1e-30 else 0.0
+            power1 = power1 * powers[i] if power1 > NEGLIGIBLE else 0.0
+            power2 = power2 * powers[betas + i] if power2 > NEGLIGIBLE else 0.0
             powers[2 * betas + i], powers[3 * betas + i] = power1, power2
             root = math.sqrt(1 - power2)
             if betas == 1:

@@ -15,7 +15,7 @@ from numba import njit
 from .cache import cached
 from .functions import ACTIVATIONS, activate, clamped, exponential, through
 from .memory import add_products, fill, load, load_members, members_of, repeat, samples_of, store
-from .optimizers import HYPERPARAMETERS, LANES, OPTIMIZERS, ROW, correct, inline, rate_of, update
+from .optimizers import HYPERPARAMETERS, LANES, NEGLIGIBLE, OPTIMIZERS, ROW, correct, inline, rate_of, update
 from .vectors import Tile, muladd, select
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "HYPERPARAMETERS",
     "LANES",
     "LOSSES",
+    "NEGLIGIBLE",
     "OPTIMIZERS",
     "Tile",
     "loss_of",

@@ -135,7 +135,7 @@ SMALL_PRODUCT_MAC_US = 2e-3  # per multiply-add of a stack of products that torc
 SMALL_PRODUCT_MACS = 400  # from here on the BLAS does, at a price per product and another per multiply-add
 PRODUCT_US, PRODUCT_MAC_US = 0.25, 4e-5
 # Elementwise, beside the products.
-UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7, "rmsprop": 6, "rmsprop_momentum": 7}
+UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7, "rmsprop": 5, "rmsprop_momentum": 7}
 FETCH_CALLS = 6  # of a minibatch, in calls
 
 # Multiply-adds of the one product of a joint update, those that nobody needs included, to which it costs less than

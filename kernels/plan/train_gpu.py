@@ -42,7 +42,7 @@ REPLAY_US, CALL_US, ORDINARY_CALL_US = 8.0, 5.0, 7.0
 
 # Elementwise calls over all parameters: of torch's own optimizers, and of those in `loop/` before the descent.
 ORDINARY_UPDATE = {"sgd": 1, "momentum": 3, "adam": 8, "adamw": 8, "rmsprop": 5, "rmsprop_momentum": 7}
-UPDATE = {"momentum": 2, "adam": 7, "adamw": 7, "rmsprop": 5, "rmsprop_momentum": 6}
+UPDATE = {"momentum": 2, "adam": 7, "adamw": 7, "rmsprop": 4, "rmsprop_momentum": 6}
 
 
 def lane(members: int, batch: int, config: TrainConfig, device: Device) -> tuple[float, TrainPlan]:

@@ -211,6 +211,44 @@ def test_the_size_of_a_chunk_changes_no_bit(kind, impl, monkeypatch):
     assert same_bits(results[0], results[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("betas", ["shared", "own"])
+def test_where_a_run_is_cut_changes_no_bit(betas, optimizer, dtype, impl):
+    """Adam's corrections are powers of beta, which may not depend on how they were come by."""
+    own = [torch.tensor([0.9, 0.3], dtype=torch.float64), torch.tensor([0.999, 0.95], dtype=torch.float64)]
+    per_member = {"betas": own} if betas == "own" else None
+    steps = (1, 2, 61, 137, 200, 399)
+    ends = []
+    for parts in ([sum(steps)], steps, sorted(steps, reverse=True)):
+        torch.manual_seed(0)
+        ensemble = Ensemble(2, (3, 4, 1), output_activation="identity", dtype=dtype)
+        x, y, adam = (
+            torch.randn(5, 3, dtype=dtype),
+            torch.randn(5, 1, dtype=dtype),
+            optimizer(ensemble.parameters(), 0.01),
+        )
+        for part in parts:
+            fit(ensemble, x, y, optimizer=adam, steps=part, per_member=per_member, impl=impl, criterion=nn.MSELoss())
+        ends.append(values(ensemble))
+    assert same_bits(ends[0], ends[1])
+    assert same_bits(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("squares", [1.0, 0.0])
+def test_a_rate_of_zero_moves_nothing(squares, impl):
+    """Of RMSprop too, which divides by what may be 0."""
+    ensemble = Ensemble(3, (2, 2), output_activation="identity", dtype=torch.float64)
+    before, x = values(ensemble), squares * torch.randn(4, 2, dtype=torch.float64)
+    rmsprop = torch.optim.RMSprop(ensemble.parameters(), 0.01)
+    rates = torch.tensor([0.0, 0.01, 1e-320], dtype=torch.float64)
+    options = {"criterion": nn.MSELoss(), "optimizer": rmsprop, "steps": 5, "lr": rates, "impl": impl}
+    fit(ensemble, x, torch.ones(4, 2, dtype=torch.float64), **options)
+    moved = [(a - b).flatten(1).abs().amax(1) for a, b in zip(values(ensemble), before, strict=True)]
+    assert torch.stack(moved).amax(0)[[0, 2]].tolist() == [0, 0]
+    assert moved[-1][1] > 0
+
+
 def test_any_view_of_numbers(impl):
     results = []
     momentum = torch.tensor([0.5, 0.0, 0.8], dtype=torch.float64)
