@@ -49,6 +49,12 @@ def gpu(name: str):
     return importlib.import_module(f".gpu.{name}", __package__)
 
 
+def cpu_refusal(device: torch.device) -> str | None:
+    if device.type == "cpu" and not (has_triton() and gpu("launch").ON_CPU):
+        return "x is on the CPU, which triton reaches only under its interpreter (TRITON_INTERPRET=1)"
+    return None
+
+
 @functools.cache
 def cpu_kind() -> str:
     """The first word of the CPU's name ("AMD", "Intel"), or "" where torch does not tell; "AMD Zen 5" and "Intel AMX"

@@ -13,7 +13,7 @@ from torch.utils._device import DeviceContext
 
 from . import crossover
 from . import plan as planning
-from .devices import DTYPE_NAMES, device_for, dtype_name, fp32_precision, fp32_split, gpu, has_triton, look_at
+from .devices import DTYPE_NAMES, cpu_refusal, device_for, dtype_name, fp32_precision, fp32_split, look_at
 from .operands import widths_of
 
 PLAIN = (Tensor, torch.nn.Parameter)  # subclasses have rules of their own
@@ -224,8 +224,15 @@ def bias_refusal(name: str, bias: Tensor | None, weight: Tensor) -> str | None:
     return f"{name} {tuple(bias.shape)} is not the out_features of weight {tuple(weight.shape)}"
 
 
-@_untraced
 def _mode_refusal(device: torch.device, impl: str | None) -> str | None:
+    # The compiler keeps the modes that it traces in a stack of its own, which what is not traced does not see.
+    if torch._C._len_torch_function_stack() and functions_are_watched():
+        return "a TorchFunctionMode is active"
+    return _other_refusal(device, impl)
+
+
+@_untraced
+def _other_refusal(device: torch.device, impl: str | None) -> str | None:
     if _functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
     if torch.autograd.forward_ad._current_level >= 0:
@@ -236,20 +243,12 @@ def _mode_refusal(device: torch.device, impl: str | None) -> str | None:
         # A mode that counts operations, or decides which results to keep, has to see those of the unfused pair.
         # torch.compile steps aside for a mode too, so the registered ops need no rules of their own.
         return "a TorchDispatchMode is active"
-    if torch._C._len_torch_function_stack() and functions_are_watched():
-        return "a TorchFunctionMode is active"
     return cpu_refusal(device) if impl == "triton" else None
 
 
 def functions_are_watched() -> bool:
     """Whether a TorchFunctionMode sees the functions of torch that are called. That of `torch.device` does not."""
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
-
-
-def cpu_refusal(device: torch.device) -> str | None:
-    if device.type == "cpu" and not (has_triton() and gpu("launch").ON_CPU):
-        return "x is on the CPU, which triton reaches only under its interpreter (TRITON_INTERPRET=1)"
-    return None
 
 
 def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None = None, autocast: bool = False) -> None:

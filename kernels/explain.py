@@ -11,8 +11,7 @@ import torch
 
 from . import plan as planning
 from .crossover import limit_note
-from .devices import device_for, dtype_name, fp32_precision, fp32_split
-from .eligibility import cpu_refusal
+from .devices import cpu_refusal, device_for, dtype_name, fp32_precision, fp32_split
 from .ops import obey
 from .records import IMPLS, Device, MlpPlan, Plan
 

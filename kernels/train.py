@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from . import plan as planning
-from .devices import describe, dtype_name, gpu
-from .eligibility import cpu_refusal
+from .devices import cpu_refusal, describe, dtype_name, gpu
 from .loop import TorchLoop
 from .native import ready
 from .native.loop import NativeLoop

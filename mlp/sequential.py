@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An `nn.Sequential` that pairs linear layers and activations when it is called, and runs those in a row as one."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, cast
 
@@ -27,12 +26,18 @@ def own_forward(kind: type[nn.Module]) -> Callable | None:
     return kind.forward if getattr(kind.forward, "__globals__", {}).get("__name__") == kind.__module__ else None
 
 
-# Of each class in a chain: its `forward`, since one that is patched must run itself, and how many attributes a module
-# has: with as many, none hides the `forward` or a parameter.
-_KINDS = {
-    kind: (own_forward(kind), len(vars(kind(1, 1, device="meta") if issubclass(kind, nn.Linear) else kind())))
-    for kind in NAMES
-}
+def _known(kind: type[nn.Module], name: str) -> tuple[Callable | None, int, bool, Callable | None]:
+    module = kind(1, 1, device="meta") if issubclass(kind, nn.Linear) else kind()
+    function = {"identity": None, "relu": F.relu}.get(name, ACTIVATIONS[name].forward)  # as the modules call it
+    return own_forward(kind), len(vars(module)), issubclass(kind, nn.Linear), function
+
+
+# Of each class in a chain: its `forward`, since one that is patched must run itself; how many attributes a module has:
+# with as many, none hides the `forward` or a parameter; whether it has a product, and its activation.
+_KINDS = {kind: _known(kind, name) for kind, name in NAMES.items()}
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GUARDED = ("forward", "weight", "bias", *_HOOKS)
 
 # Attributes of a module that have it run something else.
 _HIDING = ("forward", "_compiled_call_impl", "weight", "bias", "activation")
@@ -64,11 +69,6 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def _looked_at(module: nn.Module) -> tuple[nn.Module, type[nn.Module], int]:
-    """The module, its class, and how many attributes it has where none hides anything."""
-    return module, type(module), _KINDS[type(module)][1]
-
-
 class Chain:
     """Modules in a row that are a network: layers, of which hidden ones have one activation, and what stands between.
 
@@ -80,24 +80,18 @@ class Chain:
         self.layers = [layer for layer, _, _ in layers]
         self.activations = [name for _, _, name in layers]
         self.modules = [module for layer, behind, _ in layers for module in (layer, *behind)]
-        self.kinds = [*map(_looked_at, self.modules)]
         self.forwards = [(kind, _KINDS[kind][0]) for kind in dict.fromkeys(map(type, self.modules))]
         self.widths = (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
         self.few: int | None = None  # elements that a call knows to be few on a CPU, when one has asked
-        # Of each layer and the one module behind it, or the layer once more: what a call needs and what it compares.
-        self.paired = all(len(behind) < 2 for _, behind, _ in layers)
-        self.pairs: list[tuple] = []
-        for layer, behind, name in layers:
-            first = behind[0] if behind else layer
-            function = {"identity": None, "relu": F.relu}.get(name, ACTIVATIONS[name].forward)  # as the modules call it
-            self.pairs.append((*_looked_at(layer), *_looked_at(first), function))
+        # What a call compares of each module, and what it computes.
+        self.known = [(module, type(module), *_KINDS[type(module)][1:]) for module in self.modules]
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor | None]] | None:
         """(weights, biases), or None where calling the modules would run anything but the forwards of their classes."""
         if _has_any_global_hook() or any([kind.forward is not forward for kind, forward in self.forwards]):
             return None
         # `is_plain`, written out, for calls are what a small network costs on a GPU.
-        for module, kind, size in self.kinds:
+        for module, kind, size, _, _ in self.known:
             own = module.__dict__
             if (
                 own["_forward_hooks"]
@@ -115,7 +109,7 @@ class Chain:
 
     def __call__(self, input: Tensor) -> Tensor:
         """What calling the modules in turn computes."""
-        if type(input) not in eligibility.PLAIN or not self.paired or nn.Module.__call__ is not _CALL:
+        if type(input) not in eligibility.PLAIN or nn.Module.__call__ is not _CALL:
             return self._run_any(input)
         if on_cpu := input.is_cpu:
             if self.few is None:
@@ -132,39 +126,36 @@ class Chain:
         called, y = False, input
         weight: Any
         try:
-            for layer, kind, size, behind, kind2, size2, activation in self.pairs:
-                own, own2, parameters = layer.__dict__, behind.__dict__, layer._parameters
-                try:
-                    weight, bias = parameters["weight"], parameters["bias"]
-                except KeyError:
-                    weight = bias = None  # the layer's own call says what is missing
+            for module, kind, size, linear, activation in self.known:
+                own = module.__dict__
                 if (
                     own["_forward_hooks"]
                     or own["_forward_pre_hooks"]
                     or own["_backward_hooks"]
                     or own["_backward_pre_hooks"]
                     or len(own) != size
-                    or type(layer) is not kind
-                    or own2["_forward_hooks"]
-                    or own2["_forward_pre_hooks"]
-                    or own2["_backward_hooks"]
-                    or own2["_backward_pre_hooks"]
-                    or len(own2) != size2
-                    or type(behind) is not kind2
-                    or ((sort := type(weight)) is not nn.Parameter and sort not in eligibility.PLAIN)
+                    or type(module) is not kind
                 ):
-                    called = True
-                    y = layer(y) if behind is layer else behind(layer(y))
+                    called, y = True, module(y)
                     continue
-                # torch misses a weight on the meta device; the layer has an error for it.
-                if not (weight.is_cpu if on_cpu else weight.device == y.device):
-                    raise ValueError(f"weight is on {weight.device}, but x on {y.device}")
-                y = F.linear(y, weight, bias)
+                if linear:
+                    parameters = own["_parameters"]
+                    try:
+                        weight, bias = parameters["weight"], parameters["bias"]
+                    except KeyError:
+                        weight = bias = None
+                    if (sort := type(weight)) is not nn.Parameter and sort not in eligibility.PLAIN:
+                        called, y = True, module(y)  # which says what is missing, if anything is
+                        continue
+                    # torch misses a weight on the meta device; the layer has an error for it.
+                    if not (weight.is_cpu if on_cpu else weight.device == y.device):
+                        raise ValueError(f"weight is on {weight.device}, but x on {y.device}")
+                    y = F.linear(y, weight, bias)
                 if activation is not None:
                     y = activation(y)
             return y
         except ERRORS:
-            if not called:
+            if not called and not input.is_nested:
                 self._check(input)
             raise  # what does fit has raised something else, which is not tried again
 
@@ -260,8 +251,10 @@ class FusedSequential(nn.Sequential):
             if not eligibility.launchable(input.device, product_dtype(input)[0]):
                 return super().forward(input)
             for module in self._modules.values():
-                for name in ("forward", "weight", "bias"):
-                    getattr(module, name, None)  # which the compiler guards, as it does not what `is_plain` looks for
+                # The compiler guards attributes that are asked for, as it does not what `is_plain` looks for. Others
+                # than these classes may compute theirs.
+                for name in _GUARDED if type(module) in NAMES else ():
+                    getattr(module, name, None)
             for step in chains(self._modules.values(), seen=True):
                 input = step.fused(input) if isinstance(step, Chain) else step(input)
             return input
@@ -280,7 +273,11 @@ class FusedSequential(nn.Sequential):
         return input
 
     def __prepare_scriptable__(self) -> nn.Sequential:
-        return nn.Sequential(OrderedDict(self._modules))  # what torch.jit.script compiles
+        # What torch.jit.script compiles, which puts what it makes of the modules into the dict that it finds.
+        plain = object.__new__(self._fused_from)
+        plain.__dict__.update(self.__dict__, _modules=dict(self._modules))
+        plain.__dict__.pop("_fused_plan", None)
+        return plain
 
     def __getstate__(self):
         state = super().__getstate__()  # of a subclass, anything

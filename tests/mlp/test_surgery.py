@@ -632,6 +632,64 @@ def test_scripted_after_fusing(make):
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
+def doubled(module, x: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+    return 2 * y
+
+
+class Exporting(nn.Sequential):
+    def __init__(self, *modules):
+        super().__init__(*modules)
+        self.scale = 3.0
+        self.register_buffer("shift", torch.ones(1))
+
+    @torch.jit.export
+    def scaled(self, x):
+        return self.forward(x) * self.scale + self.shift
+
+
+class Calling(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return self.body.scaled(x)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
+def test_a_script_has_what_is_beside_the_modules(nested):
+    inner = Exporting(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2), nn.ReLU())
+    model, x = fused(inner), torch.randn(3, 4)
+    model.register_forward_hook(doubled)
+    model.eval()
+    kinds = [type(module) for module in model.modules()]
+    whole = Calling(model) if nested else model
+    scripted, expected = torch.jit.script(whole), (whole if nested else model)(x)
+    torch.testing.assert_close(scripted(x), expected)
+    if not nested:
+        assert not scripted.training
+        torch.testing.assert_close(scripted.scaled(x), model.scaled(x))
+        torch.jit.freeze(scripted)  # which takes modules in evaluation alone
+        assert [type(module) for module in model.modules()] == kinds
+    model.append(nn.Linear(2, 2))
+    assert model(x).shape == (3, 2)
+
+
+@pytest.mark.parametrize("hook", [None, 0, 1, 2, 3], ids=str)
+def test_modules_that_do_nothing_between(hook):
+    model, twin = (
+        nn.Sequential(nn.Linear(4, 5), nn.Identity(), nn.Sigmoid(), nn.Identity(), nn.Linear(5, 2)) for _ in range(2)
+    )
+    twin.load_state_dict(model.state_dict())
+    fused(model)
+    x, seen = torch.randn(3, 4), []
+    if hook is not None:
+        for net in (model, twin):
+            net[hook].register_forward_hook(lambda module, args, y: seen.append(module) or 2 * y)
+    torch.testing.assert_close(model(x), twin(x))
+    assert seen == ([] if hook is None else [model[hook], twin[hook]])
+
+
 @pytest.mark.parametrize("width", [4, 512])
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "biases"])
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE)

@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
 from perceptriton.kernels import Device, eligibility, ops
-from perceptriton.mlp import MLP, fuse_, linear_act, mlp_act, mlp_sigmoid_bce
+from perceptriton.mlp import MLP, LinearSigmoid, fuse_, linear_act, mlp_act, mlp_sigmoid_bce
 from perceptriton.mlp.functional.functions import LinearActFunction
 
 KERNELS = kernel_device()
@@ -592,3 +592,48 @@ def test_a_compiled_module_notices_what_changes(name, chip):
     record.fw_graphs.clear()
     torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-5)
     assert names(record) == held
+
+
+class Doubles(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        y = function(*args, **(kwargs or {}))
+        return 2 * y if function is F.linear else y
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [True, False], ids=["from-the-first-call", "later"])
+@pytest.mark.parametrize("make", [lambda: MLP([5, 17, 3]), lambda: LinearSigmoid(5, 3)], ids=["mlp", "layer"])
+def test_modes_see_the_functions_of_compiled_modules(make, first, chip):
+    model, x = make().to(DEVICE), torch.randn(4, 5, device=DEVICE)
+    compiled = torch.compile(model, backend="aot_eager")
+    if not first:
+        compiled(x)
+    with Doubles():
+        torch.testing.assert_close(compiled(x), model(x))
+    with torch.device(DEVICE):  # a mode too, which watches nothing
+        record = AotEagerAndRecordGraphs()
+        torch._dynamo.reset()
+        torch.compile(model, backend=record)(x)
+    assert names(record) == ({"mlp"} if isinstance(model, MLP) else {"linear_act"})
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, weight):
+        self.calls.add_(1)
+        return 2 * weight
+
+
+@pytest.mark.slow
+def test_a_parametrization_is_computed_once_a_call(chip):
+    model = fused(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh()).to(DEVICE)
+    counting = Counting().to(DEVICE)
+    nn.utils.parametrize.register_parametrization(model[2], "weight", counting, unsafe=True)
+    x = torch.randn(2, 5, device=DEVICE)
+    compiled, counted = torch.compile(model, backend="eager"), counting.calls.item()
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), model(x))
+    assert counting.calls.item() - counted == 6
