@@ -32,7 +32,12 @@ def pytest_addoption(parser):
     group.addoption("--suite-device", choices=("cpu", "cuda"), default=auto, help="where to run")
     group.addoption("--suite-dtypes", default=None, help="comma-separated; default: float32, on CUDA bfloat16 too")
     group.addoption("--suite-quick", action="store_true", help="few rounds: to look, not to quote")
-    group.addoption("--suite-seconds", type=float, default=None, help="start no case after this many; on CUDA: 180")
+    group.addoption(
+        "--suite-seconds",
+        type=float,
+        default=None,
+        help="start no case after this many; on CUDA: 180, but for training",
+    )
     group.addoption("--suite-autotune", action="store_true", help="time torch.compile max-autotune too (minutes)")
 
 

@@ -168,9 +168,9 @@ def markdown(document: dict) -> str:
 
 def _accuracy(rows: list[Row], labels: dict[str, str]) -> list[str]:
     """A table of every contender's errors where cases have a tolerance, and of what a model predicts for it."""
-    predicted = any(row.predicted for row in rows)
+    predicted = next((row.chip for row in rows if row.predicted), "")
     header = ["case", "contender", "error", "worst element, tolerances"]
-    header += ["H200 model: limit, us", "own plan, us"] if predicted else []
+    header += [f"{predicted} model: limit, us", "own plan, us"] if predicted else []
     lines = []
     for row in rows:
         for impl in row.us:

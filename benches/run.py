@@ -86,7 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="a rehearsal on the CPU in a few seconds")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--dtypes", help="comma-separated; default: float32, on CUDA bfloat16 too")
-    parser.add_argument("--seconds", type=float, help="start no case after this many; default on CUDA: 180")
+    parser.add_argument(
+        "--seconds", type=float, help="start no case after this many; default on CUDA: 180, but for training"
+    )
     parser.add_argument("--autotune", action="store_true", help="on CUDA, time torch.compile max-autotune too")
     options = parser.parse_args(arguments)
 
