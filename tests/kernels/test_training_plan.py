@@ -146,10 +146,11 @@ def shapes(count):
         samples = round(2 ** draw.uniform(0, draw.choice((4, 20))))
         batch_size = draw.choice((None, round(2 ** draw.uniform(0, 14))))
         dtype = draw.choice(("float32",) * 4 + ("torch.float64",))
-        yield members, samples, batch_size, config, dtype, draw.choice((H200, A100))
+        named = draw.choice([peaks.device for peaks in planning.PEAKS.values()])
+        yield members, samples, batch_size, config, dtype, draw.choice((H200, A100, named))
 
 
-SHAPES = list(shapes(600))
+SHAPES = list(shapes(900))
 
 
 def test_the_cheapest_way_is_taken_and_none_is_above_the_ordinary_loop():
