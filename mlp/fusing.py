@@ -5,7 +5,7 @@ import copyreg
 import functools
 import types
 from collections.abc import Iterator
-from itertools import dropwhile
+from itertools import dropwhile, islice
 from typing import Any
 
 import torch
@@ -105,12 +105,22 @@ def _is_sequential(module: nn.Module) -> bool:
     )
 
 
+def places(module: nn.Module) -> Iterator[tuple[Chain, list[str]]]:
+    """Each chain of a Sequential that runs as one, with the names that its layers have as children there."""
+    names = iter(module._modules)
+    for step in chains(module._modules.values(), seen=True):
+        parts = step.modules if isinstance(step, Chain) else [step]
+        layers = [
+            name for part, name in zip(parts, islice(names, len(parts)), strict=True) if isinstance(part, nn.Linear)
+        ]
+        if isinstance(step, Chain):
+            yield step, layers
+
+
 def _in_pairs(name: str, module: nn.Module) -> list[str]:
     """The qualified names of the layers of a Sequential that run with their activations."""
-    found = [chain for chain in chains(module._modules.values(), seen=True) if isinstance(chain, Chain)]
-    pairs = [pair for chain in found for pair in zip(chain.layers, chain.activations, strict=True)]
-    taken = {id(layer) for layer, activation in pairs if activation != "identity"}
-    return [f"{name}.{child}".lstrip(".") for child, layer in module._modules.items() if id(layer) in taken]
+    pairs = [pair for chain, layers in places(module) for pair in zip(layers, chain.activations, strict=True)]
+    return [f"{name}.{child}".lstrip(".") for child, activation in pairs if activation != "identity"]
 
 
 def _reason(model: nn.Module, name: str, child: str) -> str:

@@ -289,6 +289,15 @@ def test_left_alone(make, reasons):
     assert unfuse_(model) == []
 
 
+def test_each_place_of_a_layer_counts_by_itself():
+    layer, act = nn.Linear(4, 4), nn.ReLU()
+    model = nn.Sequential(layer, act, layer, nn.GELU(), nn.Identity(), layer, nn.Identity(), act, act, layer)
+    refused = {}
+    assert fuse_(model, refused) == ["0", "5"]
+    assert refused == {"2": "a GELU follows it", "9": "no activation follows it"}
+    assert unfuse_(model) == ["0", "5"]
+
+
 def test_what_can_be_fused_is_fused_beside_what_cannot(monkeypatch):
     model = sequential((64, 600, 600, 600, 2), "tanh", "sigmoid")
     seen, refused = [], {}
