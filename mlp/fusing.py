@@ -18,6 +18,7 @@ from .sequential import Chain, FusedSequential, chains, runs_only_forward
 __all__ = ["fuse_", "unfuse_"]
 
 COMPILE = 'torch.compile(model, backend="perceptriton")'
+LISTS = (nn.ModuleList, nn.ModuleDict)  # which have no forward, unlike subclasses of theirs
 
 
 def fuse_(model: nn.Module, refused: dict[str, str] | None = None) -> list[str]:
@@ -40,13 +41,12 @@ def fuse_(model: nn.Module, refused: dict[str, str] | None = None) -> list[str]:
     for name, module in model.named_modules():
         if not isinstance(module, FusedSequential) and _is_sequential(module) and (pairs := _in_pairs(name, module)):
             found[module] = fused_class(type(module)), pairs
-    # All classes are made before the first is given away: a metaclass of somebody's may raise.
-    for module, (kind, _) in found.items():
-        module.__class__ = kind
-    names = [name for _, pairs in found.values() for name in pairs]
+    # What may raise, as a metaclass of somebody's, does so before the first class is given away.
     if refused is not None:
         refused |= {name: reason for name, reason in linears(model) if reason}
-    return names
+    for module, (kind, _) in found.items():
+        module.__class__ = kind
+    return [name for _, pairs in found.values() for name in pairs]
 
 
 def unfuse_(model: nn.Module) -> list[str]:
@@ -73,11 +73,11 @@ def unfuse_(model: nn.Module) -> list[str]:
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """The qualified name of each Linear of the model, and why no fused call takes it, or None."""
+    """The qualified name of each Linear of the model, and why no fused call takes it after `fuse_`, or None."""
     if isinstance(model, nn.Linear):
         yield "", None if isinstance(model, LinearAct) else f"it stands alone: {COMPILE}"
     for name, module in model.named_modules():
-        pairs = _in_pairs(name, module) if isinstance(module, FusedSequential) else []
+        pairs = _in_pairs(name, module) if isinstance(module, FusedSequential) or _is_sequential(module) else []
         for child, linear in module._modules.items():
             full = f"{name}.{child}".lstrip(".")
             if isinstance(linear, nn.Linear):
@@ -125,10 +125,12 @@ def _in_pairs(name: str, module: nn.Module) -> list[str]:
 
 def _reason(model: nn.Module, name: str, child: str) -> str:
     """Why the Linear `child` of the module `name` is called as it is."""
-    parent = model.get_submodule(name)
-    while isinstance(parent, (nn.ModuleList, nn.ModuleDict)) and name:
+    parent = holder = model.get_submodule(name)
+    while type(parent) in LISTS and name:
         name = name.rpartition(".")[0]
         parent = model.get_submodule(name)
+    if type(holder) in LISTS and (type(parent) in LISTS or _is_sequential(parent)):
+        return f"it is in a {type(holder).__name__}, which has no forward: {COMPILE} fuses what calls it"
     if not _is_sequential(parent):
         return f"it belongs to {type(parent).__name__}, which has a forward of its own: {COMPILE} fuses what that calls"
     _, *behind = dropwhile(lambda item: item[0] != child, parent._modules.items())
