@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..kernels import explain
-from .fusing import fuse_, linears
-from .sequential import Chain, FusedSequential, steps_of
+from .fusing import fuse_, linears, places
+from .sequential import FusedSequential
 from .training.pacing import Bar, synchronize
 
 __all__ = ["report"]
@@ -83,13 +83,13 @@ def _layers(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[str]:
 def _paths(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[tuple[str, list[str]]]:
     """The name of the first layer of what runs as one, and the lines of `explain` on it."""
     names = {id(module): name for name, module in model.named_modules()}
-    for module in model.modules():
-        for chain in steps_of(module) if isinstance(module, FusedSequential) else ():
-            if isinstance(chain, Chain) and (x := inputs.get(first := names[id(chain.layers[0])])) is not None:
+    for name, module in model.named_modules():
+        for chain, children in places(module) if isinstance(module, FusedSequential) else ():
+            if (x := inputs.get(names[id(chain.layers[0])])) is not None:
                 shapes = [tuple(layer.weight.shape) for layer in chain.layers]
                 plans = explain(tuple(x.shape), shapes if len(shapes) > 1 else shapes[0], x.dtype, x.device)
                 what = f"a network of {len(shapes)} layers" if len(shapes) > 1 else "a layer"
-                yield first, [f"{what} on x {tuple(x.shape)}", *str(plans).splitlines()]
+                yield f"{name}.{children[0]}".lstrip("."), [f"{what} on x {tuple(x.shape)}", *str(plans).splitlines()]
 
 
 def _times(plain: nn.Module, fused: nn.Module, example: tuple, devices: set[torch.device]) -> tuple[float, float, str]:

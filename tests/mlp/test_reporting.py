@@ -59,6 +59,19 @@ def test_a_model_is_described_and_left_as_it_was(fused, capsys):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_path_stands_at_the_place_that_takes_it(capsys):
+    layer, plans = nn.Linear(4, 4), str(explain((3, 4), (4, 4))).splitlines()
+    model = nn.Sequential(layer, nn.GELU(), layer, nn.Tanh(), nn.Linear(4, 4), nn.Tanh())
+    model[4].register_forward_hook(lambda *_: None)
+    assert lines(capsys, nn.Sequential(model), torch.randn(3, 4))[:-2] == [
+        "0.0  left alone: a GELU follows it",
+        "0.2  fused",
+        "     a layer on x (3, 4)",
+        *(f"     {plan}" for plan in plans),
+        "0.4  left alone: it has hooks",
+    ]
+
+
 def test_without_gradients(capsys):
     model = MLP([4, 3]).requires_grad_(False)
     found = lines(capsys, model, torch.randn(3, 4))
