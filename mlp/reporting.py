@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..kernels import explain
 from .fusing import fuse_, linears, places
@@ -27,8 +27,8 @@ def report(model: nn.Module, example: Tensor | tuple) -> None:
     """Prints what `fuse_` does for the model: of each Linear whether it runs fused or why not and by which path at this
     size, and the times of the model before and after, measured in turns.
 
-    example: what the model is called with, a Tensor or a tuple of arguments. Copies of the model are called, in the
-    mode that it is in, and it stays as it is, fused or not; torch's generators do not advance. Times are of one call,
+    example: what the model is called with, a Tensor or a tuple of arguments. Copies of both are used: the model is in
+    the mode that it is in, and stays as it is, fused or not; torch's generators do not advance. Times are of one call,
     with the gradients of all parameters where the output has any: medians. A bar on stderr shows progress if that is
     a terminal, tqdm is installed and it takes longer than two seconds.
 
@@ -48,10 +48,19 @@ def _lines(model: nn.Module, example: tuple) -> Iterator[str]:
             module.__class__ = module._fused_from  # pyright: ignore[reportAttributeAccessIssue]
     devices = {t.device for t in (*tree_leaves(example), *model.parameters()) if isinstance(t, Tensor)}
     with torch.random.fork_rng([device.index for device in devices if device.type == "cuda"]):
-        inputs = _inputs(plain, example)
+        inputs = _inputs(plain, _copied(example))
         yield from _layers(fused, inputs)
         before, after, passes = _times(plain, fused, example, devices)
     yield f"\n{passes}: {_time(before)} before, {_time(after)} fused, {before / after:.2f}x"
+
+
+def _copied(example: tuple) -> tuple:
+    """The example with copies of its tensors, over which the model may write.
+
+    What is one tensor at several places stays one: attention computes otherwise where its key is its query.
+    """
+    copies = {id(leaf): leaf.clone() for leaf in tree_leaves(example) if isinstance(leaf, Tensor)}
+    return tree_map(lambda leaf: copies.get(id(leaf), leaf), example)
 
 
 def _inputs(model: nn.Module, example: tuple) -> dict[str, Tensor]:
@@ -100,30 +109,36 @@ def _times(plain: nn.Module, fused: nn.Module, example: tuple, devices: set[torc
     with closing(Bar(100, False, began)) as bar:
         while (spent := time.perf_counter() - began) < SECONDS or len(seconds[0]) < ROUNDS:
             for call, own in zip(calls, seconds, strict=True):
+                arguments = _copied(example)  # anew, so that each call finds the same values in the same caches
+                _wait(devices)
                 start = time.perf_counter()
-                call()
-                for device in devices:
-                    synchronize(device)
+                call(arguments)
+                _wait(devices)
                 own.append(time.perf_counter() - start)
             bar.show(min(99, int(100 * spent / SECONDS)))
     before, after = map(statistics.median, seconds)
     return before, after, "forward and backward" if backward else "forward"
 
 
-def _call(model: nn.Module, example: tuple) -> tuple[Callable[[], object], bool]:
-    """(one call of the model, whether that has a backward pass); the call has run once."""
+def _wait(devices: set[torch.device]) -> None:
+    for device in devices:
+        synchronize(device)
+
+
+def _call(model: nn.Module, example: tuple) -> tuple[Callable[[tuple], object], bool]:
+    """(one call of the model with arguments, whether that has a backward pass); the call has run once."""
     parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def sums() -> list[Tensor]:
-        return [y.sum() for y in tree_leaves(model(*example)) if isinstance(y, Tensor) and y.requires_grad]
+    def sums(arguments: tuple) -> list[Tensor]:
+        return [y.sum() for y in tree_leaves(model(*arguments)) if isinstance(y, Tensor) and y.requires_grad]
 
-    def call() -> object:
-        return torch.autograd.grad(sums(), parameters, allow_unused=True)
+    def call(arguments: tuple) -> object:
+        return torch.autograd.grad(sums(arguments), parameters, allow_unused=True)
 
-    if not sums() or not parameters:
-        return lambda: model(*example), False
+    if not sums(_copied(example)) or not parameters:
+        return lambda arguments: model(*arguments), False
 
-    call()
+    call(_copied(example))
     return call, True
 
 

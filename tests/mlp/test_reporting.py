@@ -72,6 +72,33 @@ def test_a_path_stands_at_the_place_that_takes_it(capsys):
     ]
 
 
+@pytest.mark.parametrize("wants", ["nothing", "gradient", "computed"])
+def test_a_model_that_writes_over_its_arguments_gets_copies(wants, capsys):
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Tanh())
+
+        def forward(self, x, again, state):
+            found.append((x.sum().item(), state["h"].sum().item(), len(state), x is again))
+            state["h"].add_(x)
+            state["more"] = 0
+            return self.body(x)
+
+    found: list[tuple] = []
+    x, h = -torch.ones(3, 4), torch.ones(3, 4)
+    if wants != "nothing":
+        x.requires_grad_()
+    given = (x * 1 if wants == "computed" else x, {"h": h})
+    lines(capsys, Writes(), (given[0], *given))
+    assert len(found) > 10
+    assert set(found) == {(-12.0, 12.0, 1, True)}
+    assert torch.equal(given[0], -torch.ones(3, 4))
+    assert torch.equal(h, torch.ones(3, 4))
+    assert list(given[1]) == ["h"]
+    assert x.grad is None
+
+
 def test_without_gradients(capsys):
     model = MLP([4, 3]).requires_grad_(False)
     found = lines(capsys, model, torch.randn(3, 4))
