@@ -32,7 +32,8 @@ def report(model: nn.Module, example: Tensor | tuple) -> None:
     with the gradients of all parameters where the output has any: medians. A bar on stderr shows progress if that is
     a terminal, tqdm is installed and it takes longer than two seconds.
 
-    Raises TypeError if the model is no nn.Module or the example neither of these, and what a call of the model raises.
+    Raises TypeError if the model is no nn.Module or the example neither of these, ValueError if the model cannot be
+    copied, and what a call of it raises.
     """
     if not isinstance(example, Tensor | tuple):
         raise TypeError(f"example must be a Tensor or a tuple of arguments, not {type(example).__name__}")
@@ -41,7 +42,7 @@ def report(model: nn.Module, example: Tensor | tuple) -> None:
 
 
 def _lines(model: nn.Module, example: tuple) -> Iterator[str]:
-    plain, fused = copy.deepcopy(model), copy.deepcopy(model)
+    plain, fused = _copy_of(model), _copy_of(model)
     fuse_(fused)
     for module in plain.modules():
         if isinstance(module, FusedSequential) and type(module).forward is FusedSequential.forward:
@@ -52,6 +53,19 @@ def _lines(model: nn.Module, example: tuple) -> Iterator[str]:
         yield from _layers(fused, inputs)
         before, after, passes = _times(plain, fused, example, devices)
     yield f"\n{passes}: {_time(before)} before, {_time(after)} fused, {before / after:.2f}x"
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever an attribute's own way of being copied raises
+        why = f"{type(error).__name__}: {error}"
+        for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+            for attribute, value in vars(module).items():
+                if any(isinstance(leaf, Tensor) and not leaf.is_leaf for leaf in tree_leaves(value)):
+                    path = ".".join(filter(None, ("model", name, attribute)))
+                    why = f"{path} holds a tensor with the graph that computed it, which torch does not copy"
+        raise ValueError(f"model cannot be copied, and only copies are called and timed: {why}") from error
 
 
 def _copied(example: tuple) -> tuple:

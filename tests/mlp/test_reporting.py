@@ -2,6 +2,7 @@
 """report: every Linear with what became of it, the paths, the times, and a model that is what it was."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -104,6 +105,27 @@ def test_without_gradients(capsys):
     found = lines(capsys, model, torch.randn(3, 4))
     assert found[:2] == ["0  fused", "   a layer on x (3, 4)"]
     assert found[-1].startswith("forward: ")
+
+
+UNCOPIED = {
+    "tensor": (
+        lambda y: y,
+        r"model\.0\.kept holds a tensor with the graph that computed it, which torch does not copy",
+    ),
+    "list": (lambda y: [y], r"model\.0\.kept holds a tensor with the graph"),
+    "dict": (lambda y: {"features": (0, y)}, r"model\.0\.kept holds a tensor with the graph"),
+    "lock": (lambda _: threading.Lock(), r"TypeError: cannot pickle '_thread\.lock' object"),
+}
+
+
+@pytest.mark.parametrize(("kept", "why"), UNCOPIED.values(), ids=UNCOPIED)
+def test_a_model_that_cannot_be_copied_is_named_with_the_reason(kept, why, capsys):
+    model = nn.Sequential(Gated(), nn.Linear(40, 40), nn.Tanh())
+    model[0].kept = kept(model[1](torch.randn(3, 40)))
+    with pytest.raises(ValueError, match=f"^model cannot be copied, and only copies are called and timed: {why}"):
+        report(model, torch.randn(3, 6))
+    assert type(model) is nn.Sequential
+    assert capsys.readouterr().out == ""
 
 
 def test_what_a_model_raises_is_raised(capsys):
