@@ -3,6 +3,7 @@
 
 import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..kernels import explain
 from .fusing import fuse_, linears, places
 from .sequential import FusedSequential
-from .training.pacing import Bar, synchronize
+from .training.pacing import PATIENCE_SECONDS, synchronize
 
 __all__ = ["report"]
 
@@ -29,8 +30,8 @@ def report(model: nn.Module, example: Tensor | tuple) -> None:
 
     example: what the model is called with, a Tensor or a tuple of arguments. Copies of both are used: the model is in
     the mode that it is in, and stays as it is, fused or not; torch's generators do not advance. Times are of one call,
-    with the gradients of all parameters where the output has any: medians. A bar on stderr shows progress if that is
-    a terminal, tqdm is installed and it takes longer than two seconds.
+    with the gradients of all parameters where the output has any: medians. A line on stderr shows progress if that is
+    a terminal and it takes longer than two seconds.
 
     Raises TypeError if the model is no nn.Module or the example neither of these, ValueError if the model cannot be
     copied, and what a call of it raises.
@@ -41,7 +42,30 @@ def report(model: nn.Module, example: Tensor | tuple) -> None:
         print(line)
 
 
+class Progress:
+    """A line on stderr that says how much is done, if that is a terminal, and after PATIENCE_SECONDS."""
+
+    def __init__(self) -> None:
+        self.began, self.shown = time.perf_counter(), ""
+
+    def show(self, done: float) -> None:
+        line = f"report: {done:.0%}"
+        if (
+            line != self.shown
+            and time.perf_counter() - self.began > PATIENCE_SECONDS
+            and sys.stderr is not None
+            and sys.stderr.isatty()
+        ):
+            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            self.shown = line
+
+    def close(self) -> None:
+        if self.shown:
+            print(f"\r{' ' * len(self.shown)}\r", end="", file=sys.stderr, flush=True)
+
+
 def _lines(model: nn.Module, example: tuple) -> Iterator[str]:
+    progress = Progress()
     plain, fused = _copy_of(model), _copy_of(model)
     fuse_(fused)
     for module in plain.modules():
@@ -51,7 +75,8 @@ def _lines(model: nn.Module, example: tuple) -> Iterator[str]:
     with torch.random.fork_rng([device.index for device in devices if device.type == "cuda"]):
         inputs = _inputs(plain, _copied(example))
         yield from _layers(fused, inputs)
-        before, after, passes = _times(plain, fused, example, devices)
+        with closing(progress):
+            before, after, passes = _times(plain, fused, example, devices, progress)
     yield f"\n{passes}: {_time(before)} before, {_time(after)} fused, {before / after:.2f}x"
 
 
@@ -115,21 +140,26 @@ def _paths(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[tuple[str, l
                 yield f"{name}.{children[0]}".lstrip("."), [f"{what} on x {tuple(x.shape)}", *str(plans).splitlines()]
 
 
-def _times(plain: nn.Module, fused: nn.Module, example: tuple, devices: set[torch.device]) -> tuple[float, float, str]:
+def _times(
+    plain: nn.Module, fused: nn.Module, example: tuple, devices: set[torch.device], progress: Progress
+) -> tuple[float, float, str]:
     """(seconds of a call of each, medians over turns, what a call was)."""
-    calls, (_, backward) = zip(*(_call(model, example) for model in (plain, fused)), strict=True)
+    calls, backward = [], False
+    for model in (plain, fused):
+        progress.show(0)
+        call, backward = _call(model, example)
+        calls.append(call)
     seconds: tuple[list[float], list[float]] = ([], [])
     began = time.perf_counter()
-    with closing(Bar(100, False, began)) as bar:
-        while (spent := time.perf_counter() - began) < SECONDS or len(seconds[0]) < ROUNDS:
-            for call, own in zip(calls, seconds, strict=True):
-                arguments = _copied(example)  # anew, so that each call finds the same values in the same caches
-                _wait(devices)
-                start = time.perf_counter()
-                call(arguments)
-                _wait(devices)
-                own.append(time.perf_counter() - start)
-            bar.show(min(99, int(100 * spent / SECONDS)))
+    while (spent := time.perf_counter() - began) < SECONDS or len(seconds[0]) < ROUNDS:
+        for call, own in zip(calls, seconds, strict=True):
+            progress.show(min(1, spent / SECONDS, sum(map(len, seconds)) / (2 * ROUNDS)))
+            arguments = _copied(example)  # anew, so that each call finds the same values in the same caches
+            _wait(devices)
+            start = time.perf_counter()
+            call(arguments)
+            _wait(devices)
+            own.append(time.perf_counter() - start)
     before, after = map(statistics.median, seconds)
     return before, after, "forward and backward" if backward else "forward"
 

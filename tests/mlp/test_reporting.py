@@ -2,6 +2,8 @@
 """report: every Linear with what became of it, the paths, the times, and a model that is what it was."""
 
 import copy
+import io
+import sys
 import threading
 
 import pytest
@@ -98,6 +100,43 @@ def test_a_model_that_writes_over_its_arguments_gets_copies(wants, capsys):
     assert torch.equal(h, torch.ones(3, 4))
     assert list(given[1]) == ["h"]
     assert x.grad is None
+
+
+@pytest.mark.parametrize(
+    ("terminal", "patience", "shown"), [(True, 0.0, True), (True, 9.0, False), (False, 0.0, False)]
+)
+def test_progress_is_a_line_at_a_terminal_that_needs_no_tqdm(terminal, patience, shown, monkeypatch, capsys):
+    class Stderr(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    monkeypatch.setattr(sys, "stderr", stderr := Stderr())
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr("perceptriton.mlp.reporting.PATIENCE_SECONDS", patience)
+    # As of a slow model: the time that fast ones are measured is over at once, and what is left is a number of rounds.
+    monkeypatch.setattr("perceptriton.mlp.reporting.SECONDS", 1e-9)
+    found = lines(capsys, MLP([4, 3]), torch.randn(3, 4))
+    assert not any("report:" in line for line in found)
+    *steps, _, end = stderr.getvalue().split("\r") if shown else ["", "", ""]
+    assert steps[1:] == [f"report: {done}%" for done in range(0, 100, 10) if shown]
+    assert end == ""
+
+
+def test_progress_leaves_no_line_where_a_call_fails(monkeypatch, capsys):
+    class Fails(nn.Module):
+        def forward(self, x):
+            calls.append(x)
+            if len(calls) == 5:
+                raise ZeroDivisionError
+            return x
+
+    calls: list[torch.Tensor] = []
+    monkeypatch.setattr(sys, "stderr", stderr := io.StringIO())
+    monkeypatch.setattr(stderr, "isatty", lambda: True)
+    monkeypatch.setattr("perceptriton.mlp.reporting.PATIENCE_SECONDS", 0.0)
+    with pytest.raises(ZeroDivisionError):
+        report(Fails(), torch.randn(3))
+    assert stderr.getvalue().endswith(" \r")
 
 
 def test_without_gradients(capsys):
