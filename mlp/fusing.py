@@ -132,14 +132,14 @@ def _reason(model: nn.Module, name: str, child: str) -> str:
     if type(holder) in LISTS and (type(parent) in LISTS or _is_sequential(parent)):
         return f"it is in a {type(holder).__name__}, which has no forward: {COMPILE} fuses what calls it"
     if not _is_sequential(parent):
-        return f"it belongs to {type(parent).__name__}, which has a forward of its own: {COMPILE} fuses what that calls"
+        return f"it belongs to {_kind(parent)}, which has a forward of its own: {COMPILE} fuses what that calls"
     _, *behind = dropwhile(lambda item: item[0] != child, parent._modules.items())
     activation = next((module for _, module in behind if type(module) is not nn.Identity), None)
     for what, module in (("it", parent._modules[child]), ("the activation", activation)):
         if module is None:
             return "no activation follows it"
         if type(module) not in NAMES or isinstance(module, nn.Linear) != (what == "it"):
-            return f"it is a {type(module).__name__}" if what == "it" else f"a {type(module).__name__} follows it"
+            return f"it is a {_kind(module)}" if what == "it" else f"a {_kind(module)} follows it"
         if "forward" in module.__dict__:
             return f"{what} has a forward of its own"
         if "_compiled_call_impl" in module.__dict__:
@@ -147,6 +147,14 @@ def _reason(model: nn.Module, name: str, child: str) -> str:
         if not runs_only_forward(module):
             return f"{what} has hooks"
     return "its weight is no parameter, or its class was patched"
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of a module's class, of a fused Sequential of the one that it had."""
+    kind = type(module)
+    if isinstance(module, FusedSequential) and kind is fused_class(module._fused_from):
+        kind = module._fused_from
+    return kind.__name__
 
 
 @functools.cache

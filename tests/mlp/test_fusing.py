@@ -349,6 +349,20 @@ def test_an_error_in_the_reasons_leaves_the_model_as_it_was(monkeypatch):
     assert [type(module) for module in model.modules()] == kinds
 
 
+def test_reasons_name_the_classes_that_were_there_before():
+    model = nn.Sequential(
+        nn.Linear(4, 4), Tower(4, 4), nn.Linear(4, 4), sequential((4, 4)), nn.Linear(4, 4), MLP([4, 4])
+    )
+    model.extend([nn.Linear(4, 4), nn.ReLU()])
+    expected = {"0": "a Tower follows it", "2": "a Sequential follows it", "4": "a MLP follows it"}
+    for names in (["6", "1.0", "1.2", "3.0"], []):
+        assert fuse_(model, refused := {}) == names
+        assert refused == expected
+    model.forward = lambda x: x
+    assert fuse_(model, refused := {}) == []
+    assert refused == dict.fromkeys(expected, belongs("Sequential"))
+
+
 def test_each_place_of_a_layer_counts_by_itself():
     layer, act = nn.Linear(4, 4), nn.ReLU()
     model = nn.Sequential(layer, act, layer, nn.GELU(), nn.Identity(), layer, nn.Identity(), act, act, layer)
