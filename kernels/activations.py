@@ -2,8 +2,8 @@
 """The activations: one record each, in plain torch.
 
 Every derivative here is a function of the *output* y, never of the pre-activation z, so a layer saves one
-tensor: sigmoid' = y (1 - y), tanh' = 1 - y^2, relu' = [y > 0 or NaN], identity' = 1. The device functions of the
-same names are in `gpu/functions.py`, the only other place that knows an activation by name.
+tensor: sigmoid' = y (1 - y), tanh' = 1 - y^2, relu' = [y > 0 or NaN], identity' = 1. The same are written for the
+compilers in `gpu/functions.py` and `native/functions.py`.
 """
 
 from collections.abc import Callable

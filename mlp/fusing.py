@@ -5,7 +5,7 @@ import copyreg
 import functools
 import types
 from collections.abc import Iterator
-from itertools import dropwhile
+from itertools import dropwhile, islice
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .sequential import Chain, FusedSequential, chains, runs_only_forward
 __all__ = ["fuse_", "unfuse_"]
 
 COMPILE = 'torch.compile(model, backend="perceptriton")'
+LISTS = (nn.ModuleList, nn.ModuleDict)  # which have no forward, unlike subclasses of theirs
 
 
 def fuse_(model: nn.Module, refused: dict[str, str] | None = None) -> list[str]:
@@ -40,13 +41,12 @@ def fuse_(model: nn.Module, refused: dict[str, str] | None = None) -> list[str]:
     for name, module in model.named_modules():
         if not isinstance(module, FusedSequential) and _is_sequential(module) and (pairs := _in_pairs(name, module)):
             found[module] = fused_class(type(module)), pairs
-    # All classes are made before the first is given away: a metaclass of somebody's may raise.
-    for module, (kind, _) in found.items():
-        module.__class__ = kind
-    names = [name for _, pairs in found.values() for name in pairs]
+    # What may raise, as a metaclass of somebody's, does so before the first class is given away.
     if refused is not None:
         refused |= {name: reason for name, reason in linears(model) if reason}
-    return names
+    for module, (kind, _) in found.items():
+        module.__class__ = kind
+    return [name for _, pairs in found.values() for name in pairs]
 
 
 def unfuse_(model: nn.Module) -> list[str]:
@@ -73,11 +73,11 @@ def unfuse_(model: nn.Module) -> list[str]:
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """The qualified name of each Linear of the model, and why no fused call takes it, or None."""
+    """The qualified name of each Linear of the model, and why no fused call takes it after `fuse_`, or None."""
     if isinstance(model, nn.Linear):
         yield "", None if isinstance(model, LinearAct) else f"it stands alone: {COMPILE}"
     for name, module in model.named_modules():
-        pairs = _in_pairs(name, module) if isinstance(module, FusedSequential) else []
+        pairs = _in_pairs(name, module) if isinstance(module, FusedSequential) or _is_sequential(module) else []
         for child, linear in module._modules.items():
             full = f"{name}.{child}".lstrip(".")
             if isinstance(linear, nn.Linear):
@@ -105,29 +105,41 @@ def _is_sequential(module: nn.Module) -> bool:
     )
 
 
+def places(module: nn.Module) -> Iterator[tuple[Chain, list[str]]]:
+    """Each chain of a Sequential that runs as one, with the names that its layers have as children there."""
+    names = iter(module._modules)
+    for step in chains(module._modules.values(), seen=True):
+        parts = step.modules if isinstance(step, Chain) else [step]
+        layers = [
+            name for part, name in zip(parts, islice(names, len(parts)), strict=True) if isinstance(part, nn.Linear)
+        ]
+        if isinstance(step, Chain):
+            yield step, layers
+
+
 def _in_pairs(name: str, module: nn.Module) -> list[str]:
     """The qualified names of the layers of a Sequential that run with their activations."""
-    found = [chain for chain in chains(module._modules.values(), seen=True) if isinstance(chain, Chain)]
-    pairs = [pair for chain in found for pair in zip(chain.layers, chain.activations, strict=True)]
-    taken = {id(layer) for layer, activation in pairs if activation != "identity"}
-    return [f"{name}.{child}".lstrip(".") for child, layer in module._modules.items() if id(layer) in taken]
+    pairs = [pair for chain, layers in places(module) for pair in zip(layers, chain.activations, strict=True)]
+    return [f"{name}.{child}".lstrip(".") for child, activation in pairs if activation != "identity"]
 
 
 def _reason(model: nn.Module, name: str, child: str) -> str:
     """Why the Linear `child` of the module `name` is called as it is."""
-    parent = model.get_submodule(name)
-    while isinstance(parent, (nn.ModuleList, nn.ModuleDict)) and name:
+    parent = holder = model.get_submodule(name)
+    while type(parent) in LISTS and name:
         name = name.rpartition(".")[0]
         parent = model.get_submodule(name)
+    if type(holder) in LISTS and (type(parent) in LISTS or _is_sequential(parent)):
+        return f"it is in a {type(holder).__name__}, which has no forward: {COMPILE} fuses what calls it"
     if not _is_sequential(parent):
-        return f"it belongs to {type(parent).__name__}, which has a forward of its own: {COMPILE} fuses what that calls"
+        return f"it belongs to {_kind(parent)}, which has a forward of its own: {COMPILE} fuses what that calls"
     _, *behind = dropwhile(lambda item: item[0] != child, parent._modules.items())
     activation = next((module for _, module in behind if type(module) is not nn.Identity), None)
     for what, module in (("it", parent._modules[child]), ("the activation", activation)):
         if module is None:
             return "no activation follows it"
         if type(module) not in NAMES or isinstance(module, nn.Linear) != (what == "it"):
-            return f"it is a {type(module).__name__}" if what == "it" else f"a {type(module).__name__} follows it"
+            return f"it is a {_kind(module)}" if what == "it" else f"a {_kind(module)} follows it"
         if "forward" in module.__dict__:
             return f"{what} has a forward of its own"
         if "_compiled_call_impl" in module.__dict__:
@@ -135,6 +147,14 @@ def _reason(model: nn.Module, name: str, child: str) -> str:
         if not runs_only_forward(module):
             return f"{what} has hooks"
     return "its weight is no parameter, or its class was patched"
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of a module's class, of a fused Sequential of the one that it had."""
+    kind = type(module)
+    if isinstance(module, FusedSequential) and kind is fused_class(module._fused_from):
+        kind = module._fused_from
+    return kind.__name__
 
 
 @functools.cache

@@ -75,8 +75,9 @@ def check_loss(x, weights, target, pos_weight, reduction) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}") from None
-        if not (is_real(tensor) if name == "pos_weight" else tensor.is_floating_point()):
-            raise ValueError(f"{name} must be floating, not {tensor.dtype}") from None
+        integers = " or of integers" if name == "pos_weight" else ""
+        if not (is_real(tensor) if integers else tensor.is_floating_point()):
+            raise ValueError(f"{name} must be floating{integers}, not {tensor.dtype}") from None
         if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
             raise ValueError(f"{name} is {tensor.dtype}, for which torch has no loss") from None
         if tensor.device != x.device:

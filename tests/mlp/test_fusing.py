@@ -221,6 +221,18 @@ class Listed(nn.Module):
         return torch.tanh(self.layers[0]["fc"](x))
 
 
+class Branches(nn.ModuleDict):
+    """A dictionary with a forward, as torchvision's dense blocks are."""
+
+    def forward(self, x):
+        return sum(layer(x) for layer in self.values())
+
+
+class Parallel(nn.ModuleList):
+    def forward(self, x):
+        return sum(layer(x) for layer in self)
+
+
 def with_(change):
     """What makes a layer and its activation that are changed."""
 
@@ -264,6 +276,14 @@ REFUSED = {
     ),
     "attributes": (OneLayer, {"layer": belongs("OneLayer")}),
     "listed": (Listed, {"layers.0.fc": belongs("Listed")}),
+    "called-dict": (
+        lambda: nn.Sequential(Branches({"a": nn.Linear(4, 4), "b": nn.Sequential(nn.Linear(4, 4))})),
+        {"0.a": belongs("Branches"), "0.b.0": "no activation follows it"},
+    ),
+    "called-list": (
+        lambda: nn.Sequential(Parallel([nn.Linear(4, 4), nn.Linear(4, 4)])),
+        {"0.0": belongs("Parallel"), "0.1": belongs("Parallel")},
+    ),
     "alone": (lambda: nn.Linear(4, 4), {"": 'it stands alone: torch.compile(model, backend="perceptriton")'}),
     "other-activation": (lambda: nn.Sequential(nn.Linear(4, 4), nn.GELU()), {"0": "a GELU follows it"}),
     "batchnorm": (
@@ -287,6 +307,69 @@ def test_left_alone(make, reasons):
     assert [type(m) for m in model.modules()] == types
     assert torch.equal(model(x), expected)
     assert unfuse_(model) == []
+
+
+def in_list(kind):
+    return f'it is in a {kind}, which has no forward: torch.compile(model, backend="perceptriton") fuses what calls it'
+
+
+UNCALLED = {
+    "list": (lambda: nn.ModuleList([nn.Linear(4, 4)]), {"0": in_list("ModuleList")}),
+    "dict": (lambda: nn.ModuleDict({"a": nn.ModuleList([nn.Linear(4, 4)])}), {"a.0": in_list("ModuleList")}),
+    "sequential": (lambda: nn.Sequential(nn.ModuleDict({"a": nn.Linear(4, 4)})), {"0.a": in_list("ModuleDict")}),
+}
+
+
+@pytest.mark.parametrize(("make", "reasons"), UNCALLED.values(), ids=UNCALLED)
+def test_nothing_is_said_of_a_forward_that_is_not_there(make, reasons):
+    assert fuse_(make(), refused := {}) == []
+    assert refused == reasons
+
+
+@pytest.mark.parametrize("branches", [Branches({"a": nn.Linear(4, 4)}), Parallel([nn.Linear(4, 4)])])
+def test_a_pair_beside_a_container_with_a_forward_is_fused(branches):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), branches)
+    expected, (child,) = model(torch.ones(2, 4)), branches._modules
+    assert fuse_(model, refused := {}) == ["0"]
+    assert refused == {f"2.{child}": belongs(type(branches).__name__)}
+    torch.testing.assert_close(model(torch.ones(2, 4)), expected)
+
+
+def test_an_error_in_the_reasons_leaves_the_model_as_it_was(monkeypatch):
+    def fails(*_):
+        raise ZeroDivisionError
+
+    model = nn.Sequential(sequential((4, 4)), nn.Linear(4, 4))
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(TypeError):
+        fuse_(model, 3)
+    monkeypatch.setattr("perceptriton.mlp.fusing._reason", fails)
+    with pytest.raises(ZeroDivisionError):
+        fuse_(model, {})
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_reasons_name_the_classes_that_were_there_before():
+    model = nn.Sequential(
+        nn.Linear(4, 4), Tower(4, 4), nn.Linear(4, 4), sequential((4, 4)), nn.Linear(4, 4), MLP([4, 4])
+    )
+    model.extend([nn.Linear(4, 4), nn.ReLU()])
+    expected = {"0": "a Tower follows it", "2": "a Sequential follows it", "4": "a MLP follows it"}
+    for names in (["6", "1.0", "1.2", "3.0"], []):
+        assert fuse_(model, refused := {}) == names
+        assert refused == expected
+    model.forward = lambda x: x
+    assert fuse_(model, refused := {}) == []
+    assert refused == dict.fromkeys(expected, belongs("Sequential"))
+
+
+def test_each_place_of_a_layer_counts_by_itself():
+    layer, act = nn.Linear(4, 4), nn.ReLU()
+    model = nn.Sequential(layer, act, layer, nn.GELU(), nn.Identity(), layer, nn.Identity(), act, act, layer)
+    refused = {}
+    assert fuse_(model, refused) == ["0", "5"]
+    assert refused == {"2": "a GELU follows it", "9": "no activation follows it"}
+    assert unfuse_(model) == ["0", "5"]
 
 
 def test_what_can_be_fused_is_fused_beside_what_cannot(monkeypatch):

@@ -928,6 +928,16 @@ BCE_ERRORS = {
     "target-shape": (dict(target=T[:, :1]), ValueError, r"target \(4, 1\) has not the shape of the output \(4, 2\)"),
     "reduction": (dict(target=T, reduction="max"), ValueError, "reduction must be one of none, mean, sum, not 'max'"),
     "pos_weight": (dict(target=T, pos_weight=torch.ones(3)), ValueError, r"pos_weight \(3,\) does not fit the output"),
+    "pos_weight-bool": (
+        dict(target=T, pos_weight=torch.ones(2).bool()),
+        ValueError,
+        r"pos_weight must be floating or of integers, not torch\.bool",
+    ),
+    "pos_weight-complex": (
+        dict(target=T, pos_weight=torch.ones(2).cfloat()),
+        ValueError,
+        r"pos_weight must be floating or of integers, not torch\.complex64",
+    ),
     "pos_weight-type": (dict(target=T, pos_weight=2.0), TypeError, "pos_weight must be a Tensor, not float"),
     "weight": (
         dict(target=T, weights=W[::-1]),
