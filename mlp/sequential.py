@@ -91,6 +91,7 @@ class Chain:
         if _has_any_global_hook() or any([kind.forward is not forward for kind, forward in self.forwards]):
             return None
         # `is_plain`, written out, for calls are what a small network costs on a GPU.
+        counts = not is_compiling()  # torch 2.11's compiler does not count attributes
         for module, kind, size, _, _ in self.known:
             own = module.__dict__
             if (
@@ -99,7 +100,7 @@ class Chain:
                 or own["_backward_hooks"]
                 or own["_backward_pre_hooks"]
                 or type(module) is not kind
-                or (len(own) != size and not own.keys().isdisjoint(_HIDING))
+                or (not (counts and len(own) == size) and any([name in own for name in _HIDING]))
             ):
                 return None
         found = [layer._parameters for layer in self.layers]

@@ -92,7 +92,7 @@ def traced_network(x, weights, biases, hidden, output, impl, *head) -> Tensor | 
         return None
     dtype, autocast = product_dtype(x)
     circumstances = (dtype, autocast, _training(tensors), impl)
-    save = eligibility.traced_boundaries(x, weights, biases, *circumstances, loss=bool(head))
+    save = eligibility.traced_boundaries(x, weights, biases, *circumstances, loss=len(head) > 0)
     if isinstance(save, str):
         return None
     if autocast:

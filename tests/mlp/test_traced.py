@@ -356,7 +356,8 @@ class Network(nn.Module):
         self.weights, self.biases, self.function = nn.ParameterList(weights), nn.ParameterList(biases), function
 
     def forward(self, x):
-        return self.function(x, [*self.weights], [*self.biases])
+        # torch 2.11 unpacks no list of parameters.
+        return self.function(x, [w for w in self.weights], [b for b in self.biases])
 
 
 def act(x, weights, biases):
