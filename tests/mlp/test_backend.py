@@ -704,6 +704,32 @@ def test_a_frozen_network_whose_input_changes_later(chip):
         assert calls(record) == ops
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "dropout",
+    [nn.Dropout().eval(), nn.Dropout(0.0), lambda h: torch.dropout(h, 0.5, False)],
+    ids=["evaluation", "of-none", "builtin"],
+)
+def test_a_dropout_that_does_nothing_with_gradients_off(dropout, inner, chip):
+    # It gives its very input, which wants a gradient; torch's own tool for ahead-of-time autograd has none.
+    def call(x, w1, w2):
+        h = first(x, w1)
+        with torch.no_grad():
+            dropped = dropout(h)
+        return F.binary_cross_entropy_with_logits(F.linear(dropped, w2), dropped[:, :3].sigmoid())
+
+    w1 = W1.clone().to(DEVICE).requires_grad_()
+    found = []
+    for net in (compiled(call, inner), torch.compile(call, backend=inner)):
+        torch._dynamo.reset()
+        y = net(X.to(DEVICE), w1, W2.to(DEVICE))
+        found.append([y.detach(), y.requires_grad and torch.autograd.grad(y, w1, allow_unused=True)[0]])
+    close(*found)
+    (layer, head) = explain(call, X.to(DEVICE), w1, W2.to(DEVICE))
+    assert layer.reason == head.reason == "the graph holds a dropout with gradients off, of what wants one"
+
+
 # --- networks that end in the cross entropy -------------------------------------------------------------------------
 
 # Reduction, bias, pos_weight and layers: between them each of its kinds.
