@@ -227,19 +227,21 @@ def _writes(node: Node) -> bool:
     if isinstance(target, str):
         return node.op != "call_method" or target.endswith("_") or target.startswith("__i")
     if isinstance(target, OpOverload):
-        return target._schema.is_mutable
+        return target._schema.is_mutable or _is_silent(target._opname)
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
     if not isinstance(target, (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)):
         return True  # ops of others, and operators that run a graph of their own
     if module == "_operator":
         return name.startswith("i") or name in ("setitem", "delitem")
     plain = module.partition(".")[0] in ("torch", "math", "builtins", "")
-    # Some norms write statistics, an embedding may scale its rows.
-    hidden = (name.endswith("_norm") and name not in PURE_NORMS) or name.startswith("embedding")
-    return not plain or hidden or name.endswith("_") or _is_told_to_write(node)
+    known = getattr(getattr(torch.ops.aten, name, None), "default", None)
+    told = name.endswith("_") or (known is not None and known._schema.is_mutable)
+    return not plain or told or _is_silent(name) or _is_told_to_write(node)
 
 
-PURE_NORMS = ("layer_norm", "group_norm", "rms_norm")
+def _is_silent(name: str) -> bool:
+    """Whether what has this name writes where no schema says so: statistics of norms, rows of an embedding."""
+    return "batch_norm" in name or "instance_norm" in name or name.startswith("embedding")
 
 
 def _is_told_to_write(node: Node) -> bool:

@@ -615,6 +615,12 @@ def gradients_off_for_the_loss(x, w1, w2):
         return loss(z, x)
 
 
+def observe(x, low, high):
+    """Tells a quantizer the range of x, which it writes to low and high."""
+    on, scale, zero = (torch.ones(1, dtype=dtype, device=x.device) for dtype in (torch.long, torch.float, torch.int32))
+    return torch.fused_moving_avg_obs_fake_quant(x, on, on, low, high, scale, zero, 0.1, 0, 255, 0, False, False)
+
+
 # What writes over x between two layers that are a network without it: by a flag that is true by whatever value or name,
 # and by an output in whatever place. What only seems to write leaves the network whole.
 TWICE = {"linear_act": 2}
@@ -631,6 +637,16 @@ BETWEEN = {
     "tensordot-by-place": (TWICE, lambda x: torch.tensordot(x, torch.eye(5), 1, x)),
     "sum-out": (TWICE, lambda x: torch.add(x, 1, out=x)),
     "op": (TWICE, lambda x: torch.ops.aten.mul_.Tensor(x, 2)),
+    "norm-op": (
+        TWICE,
+        lambda x: torch.ops.aten.native_batch_norm.default(x * 2, None, None, x[0], x[1], True, 0.5, 1e-5),
+    ),
+    "norm-function": (TWICE, lambda x: torch.batch_norm(x * 2, None, None, x[0], x[1], True, 0.5, 1e-5, False)),
+    "norm-statistics": (TWICE, lambda x: torch.batch_norm_update_stats(x * 2, x[0], x[1], 0.5)),
+    "norm-legit": (TWICE, lambda x: torch._native_batch_norm_legit(x * 2, None, None, x[0], x[1], True, 0.5, 1e-5)),
+    "observer": (TWICE, lambda x: observe(x * 2, x[0, :1], x[1, :1])),
+    "pure-sort": ({"mlp": 1}, lambda x: torch.sort(x)[0]),
+    "pure-weight-norm": ({"mlp": 1}, lambda x: torch._weight_norm(x, x[:, :1])),
     "pure-op": ({"mlp": 1}, lambda x: torch.ops.aten.mul.Tensor(x, 2)),
     "pure-flag": ({"mlp": 1}, lambda x: torch.sum(x, 1, True)),
     "pure-relu": ({"mlp": 1}, lambda x: F.relu(x, False)),
