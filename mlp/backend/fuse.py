@@ -196,8 +196,12 @@ def _replace(gm: GraphModule, chain: list[Layer], save: tuple[int, ...]) -> None
 def _place(node: Node) -> str:
     """The module whose forward calls this, and the line."""
     paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    # As in "L['self'].policy.0" of a model, "G['model'].policy.0" of a function.
-    module = re.sub(r"^\w\['(\w+)'\]", r"\1", paths[-1]).removeprefix("self.") if paths else ""
-    lines = re.findall(r'File "(?:.*/)?([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    trace = node.meta.get("stack_trace") or ""
+    # Paths are like "L['self'].policy.0" of a model, "G['model'].policy.0" of a function. A forward may give its model
+    # another name than self, and Dynamo calls a module that has no code but torch's, as nn.Sequential, "fn".
+    own = r"\w+" if re.match(r'\s*File ".*", line \d+, in forward\n', trace) else "self|fn"
+    module = re.sub(rf"^L\['({own})'\]\.", "", paths[-1]) if paths else ""
+    module = re.sub(r"^\w\['(\w+)'\]", r"\1", module)
+    lines = re.findall(r'File "(?:.*/)?([^"]+)", line (\d+)', trace)
     line = ":".join(lines[-1]) if lines else ""
     return f"{module} ({line})" if module and line else module or line or node.name

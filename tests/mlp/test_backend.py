@@ -1030,6 +1030,28 @@ def test_the_list_names_places_and_reasons(chip, caplog):
 
 
 @pytest.mark.slow
+def test_the_list_names_modules_whatever_the_model_is_called(chip):
+    class Outer(nn.Module):
+        def __init__(me):
+            super().__init__()
+            me.inner = nn.Sequential(nn.Linear(6, 3), nn.Sigmoid())
+
+        def forward(me, x):
+            return me.inner(x)
+
+    model, x = Outer().to(DEVICE), torch.randn(ROWS, 6, device=DEVICE)
+    named = {
+        "inner.0": model,
+        "0": model.inner,
+        "1.inner.0": nn.Sequential(nn.Identity(), model),
+        "model.inner.0": lambda x: model(x),
+    }
+    for name, call in named.items():
+        (one,) = explain(call, x)
+        assert one.place.partition(" (")[0] == name
+
+
+@pytest.mark.slow
 def test_the_list_may_be_asked_for_again_and_again(chip):
     """Each time is a compilation, of which Dynamo grants a code eight, and after them none to anyone."""
     if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
