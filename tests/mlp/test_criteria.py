@@ -488,6 +488,23 @@ def test_targets_that_do_not_fit_an_ensemble(case):
     assert same_bits(values(ensemble), before)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(ignore_index=7), nn.NLLLoss(ignore_index=7)], ids=str)
+def test_an_ensemble_names_ids_of_no_class(criterion, own):
+    models, x, y = Case(nn.CrossEntropyLoss(), ids=True, members=3, own=(False, own)).data()
+    y[..., 1] = 7  # and is ignored
+    ensemble = Ensemble.from_models(models)
+    options = {"criterion": criterion, "optimizer": torch.optim.SGD(ensemble.parameters(), 0.1), "steps": 2}
+    for unknown in (3, -1, -100):
+        wrong = y.clone()
+        wrong[..., -1] = unknown
+        message = f"y holds the class id {unknown}, but there are 3 classes, from 0$"
+        with pytest.raises(ValueError, match=f"^{message}"):
+            fit(ensemble, x, wrong, **options)
+        with pytest.raises(ValueError, match=f"^validation's {message}"):
+            fit(ensemble, x, y, validation=(x, wrong), **options)
+
+
 @pytest.mark.parametrize("kind", [nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss])
 def test_targets_of_another_dtype_are_what_torch_says(kind):
     model, x, y = make((2, 4, 3), "tanh", "identity", True, 7, torch.float32)
