@@ -5,7 +5,6 @@ import bisect
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ class Ensemble(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(num_members, Integral):
+        if not is_whole(num_members):
             raise TypeError(f"num_members must be an int, not {num_members!r}")
         if num_members < 1:
             raise ValueError(f"num_members must be at least 1, not {num_members}")
@@ -162,8 +161,10 @@ class Ensemble(nn.Module):
     def member(self, index: int) -> MLP:
         """Member `index` as an MLP with copies of its parameters. Negative indices count from the end.
 
-        Raises IndexError outside the ensemble.
+        Raises IndexError outside the ensemble, TypeError for an index that is no int.
         """
+        if not is_whole(index):
+            raise TypeError(f"index must be an int, not {index!r}")
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is outside an ensemble of {len(self)}")
         model = MLP(*self._arguments()).to_empty(device=self.weights[0].device)

@@ -5,6 +5,7 @@ import csv
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,8 +89,13 @@ class History:
             with partly.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([columns, *zip(*columns.values(), strict=True)])
             partly.replace(target)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise OSError(error.errno, error.strerror, str(target)) from None  # the other name nobody knows
         finally:
-            partly.unlink(missing_ok=True)
+            with suppress(OSError):  # where there can be no such file
+                partly.unlink()
 
     def plot(self, axes: "Axes | None" = None, quantiles: tuple[float, float] = (0.1, 0.9)) -> "Axes":
         """Draws the losses against the steps; of an Ensemble the median of its members, and a band between quantiles.

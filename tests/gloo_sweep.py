@@ -90,6 +90,7 @@ def watched(seed=3, cut=None, members=5):
             "validation": list(history.validation.values()),
             "stopped": history.stopped,
             "steps": (history.steps, history.evaluated, history.steps_taken),
+            "random": generator.get_state(),
             "rate": (whole.param_groups[0]["lr"], history.state["scheduler"]["last_epoch"]),
         }
 

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from ...kernels import eligibility
 from ...kernels.registration import registered
 from ..functional.checks import is_real, loss_refusal
-from .graph import Layer, arguments_of, chains_of, forget_dropouts, layers_of, transforms, value
+from .graph import Layer, arguments_of, chains_of, forget_dropouts, layers_of, misjudges, transforms, value
 
 KINDS = (FakeTensor,)  # what stands for plain tensors and parameters in a captured graph
 
@@ -36,13 +36,10 @@ def fuse(gm: GraphModule, example_inputs: Sequence[object], replayed: bool = Fal
 
     replayed: CUDA graphs will run it, which ask nothing of the host.
     """
+    if held := _beyond(gm, example_inputs):
+        return [Found(_place(layer.linear), None, f"the graph holds {held}") for layer in layers_of(gm.graph)]
     forget_dropouts(gm.graph)
-    layers = layers_of(gm.graph)
-    kinds = {type(tensor) for tensor in example_inputs if isinstance(tensor, Tensor)} - {*eligibility.PLAIN, *KINDS}
-    if transforms(gm.graph) or kinds:
-        own = f"a {kinds.pop().__name__}, with rules of its own" if kinds else "a transform of torch.func"
-        return [Found(_place(layer.linear), None, f"the graph holds {own}") for layer in layers]
-    found = {}
+    layers, found = layers_of(gm.graph), {}
     for chain in chains_of(gm.graph, layers):
         found |= _fuse_chain(gm, chain, replayed)
     gm.graph.lint()
@@ -50,6 +47,16 @@ def fuse(gm: GraphModule, example_inputs: Sequence[object], replayed: bool = Fal
     return [found[layer.linear] for layer in layers] + [
         one for part in _checkpointed(gm) for one in fuse(part, example_inputs, replayed)
     ]
+
+
+def _beyond(gm: GraphModule, example_inputs: Sequence[object]) -> str:
+    """What in a graph keeps it as it is, "" without any."""
+    kinds = {type(tensor) for tensor in example_inputs if isinstance(tensor, Tensor)} - {*eligibility.PLAIN, *KINDS}
+    if kinds:
+        return f"a {kinds.pop().__name__}, with rules of its own"
+    if transforms(gm.graph):
+        return "a transform of torch.func"
+    return "a dropout with gradients off, of what wants one" if misjudges(gm) else ""
 
 
 def _checkpointed(gm: GraphModule) -> Iterator[GraphModule]:
@@ -189,8 +196,12 @@ def _replace(gm: GraphModule, chain: list[Layer], save: tuple[int, ...]) -> None
 def _place(node: Node) -> str:
     """The module whose forward calls this, and the line."""
     paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    # As in "L['self'].policy.0" of a model, "G['model'].policy.0" of a function.
-    module = re.sub(r"^\w\['(\w+)'\]", r"\1", paths[-1]).removeprefix("self.") if paths else ""
-    lines = re.findall(r'File "(?:.*/)?([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    trace = node.meta.get("stack_trace") or ""
+    # Paths are like "L['self'].policy.0" of a model, "G['model'].policy.0" of a function. A forward may give its model
+    # another name than self, and Dynamo calls a module that has no code but torch's, as nn.Sequential, "fn".
+    own = r"\w+" if re.match(r'\s*File ".*", line \d+, in forward\n', trace) else "self|fn"
+    module = re.sub(rf"^L\['({own})'\]\.", "", paths[-1]) if paths else ""
+    module = re.sub(r"^\w\['(\w+)'\]", r"\1", module)
+    lines = re.findall(r'File "(?:.*/)?([^"]+)", line (\d+)', trace)
     line = ":".join(lines[-1]) if lines else ""
     return f"{module} ({line})" if module and line else module or line or node.name

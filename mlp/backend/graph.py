@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ...kernels.activations import ACTIVATIONS
 from ..functional.checks import REDUCTIONS
@@ -25,7 +25,11 @@ LOSSES: dict[Any, tuple[str, ...]] = {
     F.binary_cross_entropy_with_logits: tuple(inspect.signature(F.binary_cross_entropy_with_logits).parameters),
     torch.binary_cross_entropy_with_logits: ("input", "target", "weight", "pos_weight", "reduction"),
 }
-ARGUMENTS = {F.linear: ("input", "weight", "bias"), F.dropout: ("input", "p", "training"), **LOSSES}
+DROPOUTS: dict[Any, tuple[str, ...]] = {
+    F.dropout: ("input", "p", "training"),
+    torch.dropout: ("input", "p", "train"),
+}
+ARGUMENTS = {F.linear: ("input", "weight", "bias"), **DROPOUTS, **LOSSES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +80,20 @@ def forget_dropouts(graph: Graph) -> None:
             if given.get("training", True) is False:
                 node.replace_all_uses_with(given["input"])
                 graph.erase_node(node)
+
+
+def misjudges(gm: GraphModule) -> bool:
+    """Whether Dynamo may be wrong on which values of the graph want gradients.
+
+    Where gradients are off, a dropout that does nothing gives its very input, which may want one; Dynamo says no.
+    """
+    parts = [part.graph for part in gm.modules() if isinstance(part, GraphModule)]
+    calls = [node for graph in parts for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]
+    return any(_wants(call) != _wants(arguments_of(call)["input"]) for call in calls)
+
+
+def _wants(node: Node) -> bool:
+    return getattr(value(node), "requires_grad", False)
 
 
 def layers_of(graph: Graph) -> list[Layer]:
@@ -209,19 +227,21 @@ def _writes(node: Node) -> bool:
     if isinstance(target, str):
         return node.op != "call_method" or target.endswith("_") or target.startswith("__i")
     if isinstance(target, OpOverload):
-        return target._schema.is_mutable
+        return target._schema.is_mutable or _is_silent(target._opname)
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
     if not isinstance(target, (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)):
         return True  # ops of others, and operators that run a graph of their own
     if module == "_operator":
         return name.startswith("i") or name in ("setitem", "delitem")
     plain = module.partition(".")[0] in ("torch", "math", "builtins", "")
-    # Some norms write statistics, an embedding may scale its rows.
-    hidden = (name.endswith("_norm") and name not in PURE_NORMS) or name.startswith("embedding")
-    return not plain or hidden or name.endswith("_") or _is_told_to_write(node)
+    known = getattr(getattr(torch.ops.aten, name, None), "default", None)
+    told = name.endswith("_") or (known is not None and known._schema.is_mutable)
+    return not plain or told or _is_silent(name) or _is_told_to_write(node)
 
 
-PURE_NORMS = ("layer_norm", "group_norm", "rms_norm")
+def _is_silent(name: str) -> bool:
+    """Whether what has this name writes where no schema says so: statistics of norms, rows of an embedding."""
+    return "batch_norm" in name or "instance_norm" in name or name.startswith("embedding")
 
 
 def _is_told_to_write(node: Node) -> bool:

@@ -96,10 +96,12 @@ def check_resume(resume: object, job: Job, steps: int, batch_size: int | None, l
         )
 
 
-def check_samples(model: nn.Module, criterion: object, x: Tensor, y: Tensor, whose: str = "") -> None:
+def check_samples(model: nn.Module, criterion: Any, x: Tensor, y: Tensor, whose: str = "") -> None:
     if isinstance(model, Ensemble):
         classes = has_class_ids(criterion, model, x, y)
         _check_ensemble(model, x, y, classes, whose)
+        if classes and type(criterion) in (nn.CrossEntropyLoss, nn.NLLLoss):
+            _check_ids(y, model.sizes[-1], criterion.ignore_index, whose)
         samples, targets = x.shape[-2], y.shape[-1 if classes else -2]
     else:
         samples, targets = (t.shape[0] if t.dim() else None for t in (x, y))
@@ -135,6 +137,13 @@ def _check_ensemble(model: Ensemble, x: Tensor, y: Tensor, classes: bool, whose:
         if not fits or tensor.shape[-1] != width:
             forms = f"(samples, {width}) nor ({members}, samples, {width})"
             raise ValueError(f"{whose}{name} {tuple(tensor.shape)} is neither {forms}")
+
+
+def _check_ids(y: Tensor, classes: int, ignored: int, whose: str) -> None:
+    """Raises ValueError for ids of no class, of which torch's functions would tell in words of their own."""
+    unknown = ((y < 0) | (y >= classes)) & (y != ignored)
+    if not y.is_meta and bool(unknown.any()):
+        raise ValueError(f"{whose}y holds the class id {y[unknown][0]}, but there are {classes} classes, from 0")
 
 
 def check_data(network: Network, config: TrainConfig, x: Tensor, y: Tensor, whose: str = "") -> None:

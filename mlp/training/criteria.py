@@ -131,13 +131,15 @@ def folded(
     y: (samples, O) or (E, samples, O), what `probabilities` makes of ids where there are any. sample_weight: (samples,)
     or (E, samples). batch_size: None for all.
     """
-    weights = _weights(criterion)
+    weights, mean = _weights(criterion), config.reduction == "mean"
+    sample_weight = _tempered(sample_weight) if sample_weight is not None and mean else sample_weight
     counts: Tensor | None = None  # what a sample counts in a mean, None: all alike
     kept = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)  # and not ignored
     if config.loss != "cross_entropy":
         config, y = _weighted(config, y, weights, batch_size) if weights else (config, y)
     else:
         weight, smoothing = weights.get("weight"), criterion.label_smoothing
+        weight = _tempered(weight) if weight is not None and ids is not None and mean else weight
         if ids is None and criterion.ignore_index >= 0:
             raise Refused("the criterion ignores a class of targets that are none")
         # The cross entropy is linear in its targets.
@@ -152,7 +154,7 @@ def folded(
         config, y = _by_sample(config, y, sample_weight)
         counts = sample_weight.double() * (1 if counts is None else counts)
         kept = kept & (sample_weight != 0)
-    if config.reduction == "sum" or counts is None:
+    if not mean or counts is None:
         return config, y, None
     counts = counts * (1 if config.loss == "cross_entropy" else config.widths[-1])
     if batch_size is not None:
@@ -162,6 +164,17 @@ def folded(
         raise Refused("all samples are ignored")
     scale = 1 / counts.sum(-1)[..., None, None]
     return replace(config, reduction="sum"), (y * _of_weights(config, scale)).to(y.dtype), None
+
+
+def _tempered(weights: Tensor) -> Tensor:
+    """Weights that a mean divides by the sum of: far ones are divided by a power of two, so that float32 has both.
+
+    The greatest is then in [1, 2).
+    """
+    greatest = weights.double().amax(-1, keepdim=True)
+    far = (greatest > 0) & ((greatest < 1e-20) | (greatest > 1e20))
+    power = greatest / (2 * torch.frexp(greatest).mantissa)
+    return (weights / torch.where(far, power, 1.0)).to(weights.dtype)
 
 
 def _by_sample(config: TrainConfig, y: Tensor, sample_weight: Tensor) -> tuple[TrainConfig, Tensor]:

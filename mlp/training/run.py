@@ -137,7 +137,7 @@ def fit(
     every = (evaluate_every or per_epoch) if watched else 0  # steps from one evaluation to the next; 0: there are none
     if stop is not None and stop.metric == "training_loss" and log_every > every and steps > every:
         raise ValueError(f"stop watches 'training_loss' each {every} steps, but log_every={log_every} is seldomer")
-    watch = Watch(model, criterion, validation, metrics, stop, resume if watched else None)
+    watch = Watch(model, criterion, validation, metrics, stop, resume)
     order, first = None, 0 if resume is None else resume.steps_taken
     if batch_size is not None:
         order = SampleOrder(job.samples, batch_size, steps, generator, first, resume.state["order"] if resume else ())

@@ -178,8 +178,9 @@ def fit_sharded(
     for part, (_, values, _, _) in busy:
         for own, value in zip(parameters, values, strict=True):
             own[part] = value
-    random.set_state(outcomes[0][3])
     histories = [outcome[0] for _, outcome in busy]
+    # One process draws orders of samples until the last of its members has stopped.
+    random.set_state(busy[_longest(histories)][1][3])
     joined = _joined(histories)
     state = _joined_state(histories, [outcome[2] for _, outcome in busy]) if keep_state else {}
     ran = {"path": history.path, "reason": history.reason, "setup_seconds": history.setup_seconds}
@@ -197,9 +198,14 @@ def _patient(group: "dist.ProcessGroup | None") -> Any:
     return dist.new_group(ranks if own else None, use_local_synchronization=own, **options)
 
 
+def _longest(histories: Sequence[History]) -> int:
+    """The index of one that has taken the most steps."""
+    return max(range(len(histories)), key=lambda i: histories[i].steps_taken)
+
+
 def _joined(histories: Sequence[History]) -> History:
     """That of all members. A share that stopped early is what it was at its last evaluation, and logs no more."""
-    longest = max(histories, key=lambda history: history.steps_taken)
+    longest = histories[_longest(histories)]
     losses = []
     for history in histories:
         missing = history.loss.new_full((len(longest.steps) - len(history.loss), history.loss.shape[1]), torch.nan)
@@ -216,7 +222,7 @@ def _joined(histories: Sequence[History]) -> History:
 
 def _joined_state(histories: Sequence[History], states: Sequence[tuple]) -> dict:
     """Of an optimizer of all members, and of its scheduler, as the share that trained longest has left them."""
-    latest, scheduler = states[max(range(len(states)), key=lambda rank: histories[rank].steps_taken)]
+    latest, scheduler = states[_longest(histories)]
 
     def join(values: Sequence[Any]) -> Any:
         """What is no stack counts steps, of which some shares took fewer."""

@@ -615,6 +615,12 @@ def gradients_off_for_the_loss(x, w1, w2):
         return loss(z, x)
 
 
+def observe(x, low, high):
+    """Tells a quantizer the range of x, which it writes to low and high."""
+    on, scale, zero = (torch.ones(1, dtype=dtype, device=x.device) for dtype in (torch.long, torch.float, torch.int32))
+    return torch.fused_moving_avg_obs_fake_quant(x, on, on, low, high, scale, zero, 0.1, 0, 255, 0, False, False)
+
+
 # What writes over x between two layers that are a network without it: by a flag that is true by whatever value or name,
 # and by an output in whatever place. What only seems to write leaves the network whole.
 TWICE = {"linear_act": 2}
@@ -631,6 +637,16 @@ BETWEEN = {
     "tensordot-by-place": (TWICE, lambda x: torch.tensordot(x, torch.eye(5), 1, x)),
     "sum-out": (TWICE, lambda x: torch.add(x, 1, out=x)),
     "op": (TWICE, lambda x: torch.ops.aten.mul_.Tensor(x, 2)),
+    "norm-op": (
+        TWICE,
+        lambda x: torch.ops.aten.native_batch_norm.default(x * 2, None, None, x[0], x[1], True, 0.5, 1e-5),
+    ),
+    "norm-function": (TWICE, lambda x: torch.batch_norm(x * 2, None, None, x[0], x[1], True, 0.5, 1e-5, False)),
+    "norm-statistics": (TWICE, lambda x: torch.batch_norm_update_stats(x * 2, x[0], x[1], 0.5)),
+    "norm-legit": (TWICE, lambda x: torch._native_batch_norm_legit(x * 2, None, None, x[0], x[1], True, 0.5, 1e-5)),
+    "observer": (TWICE, lambda x: observe(x * 2, x[0, :1], x[1, :1])),
+    "pure-sort": ({"mlp": 1}, lambda x: torch.sort(x)[0]),
+    "pure-weight-norm": ({"mlp": 1}, lambda x: torch._weight_norm(x, x[:, :1])),
     "pure-op": ({"mlp": 1}, lambda x: torch.ops.aten.mul.Tensor(x, 2)),
     "pure-flag": ({"mlp": 1}, lambda x: torch.sum(x, 1, True)),
     "pure-relu": ({"mlp": 1}, lambda x: F.relu(x, False)),
@@ -702,6 +718,32 @@ def test_a_frozen_network_whose_input_changes_later(chip):
         if leaf:
             close(*(torch.autograd.grad(y.square().sum(), w2) for y in (found, expected)))
         assert calls(record) == ops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "dropout",
+    [nn.Dropout().eval(), nn.Dropout(0.0), lambda h: torch.dropout(h, 0.5, False)],
+    ids=["evaluation", "of-none", "builtin"],
+)
+def test_a_dropout_that_does_nothing_with_gradients_off(dropout, inner, chip):
+    # It gives its very input, which wants a gradient; torch's own tool for ahead-of-time autograd has none.
+    def call(x, w1, w2):
+        h = first(x, w1)
+        with torch.no_grad():
+            dropped = dropout(h)
+        return F.binary_cross_entropy_with_logits(F.linear(dropped, w2), dropped[:, :3].sigmoid())
+
+    w1 = W1.clone().to(DEVICE).requires_grad_()
+    found = []
+    for net in (compiled(call, inner), torch.compile(call, backend=inner)):
+        torch._dynamo.reset()
+        y = net(X.to(DEVICE), w1, W2.to(DEVICE))
+        found.append([y.detach(), y.requires_grad and torch.autograd.grad(y, w1, allow_unused=True)[0]])
+    close(*found)
+    (layer, head) = explain(call, X.to(DEVICE), w1, W2.to(DEVICE))
+    assert layer.reason == head.reason == "the graph holds a dropout with gradients off, of what wants one"
 
 
 # --- networks that end in the cross entropy -------------------------------------------------------------------------
@@ -985,6 +1027,28 @@ def test_the_list_names_places_and_reasons(chip, caplog):
     assert [record.getMessage() for record in caplog.records if record.name.startswith("perceptriton")] == [
         str(one) for one in (gate, mix, out)
     ]
+
+
+@pytest.mark.slow
+def test_the_list_names_modules_whatever_the_model_is_called(chip):
+    class Outer(nn.Module):
+        def __init__(me):
+            super().__init__()
+            me.inner = nn.Sequential(nn.Linear(6, 3), nn.Sigmoid())
+
+        def forward(me, x):
+            return me.inner(x)
+
+    model, x = Outer().to(DEVICE), torch.randn(ROWS, 6, device=DEVICE)
+    named = {
+        "inner.0": model,
+        "0": model.inner,
+        "1.inner.0": nn.Sequential(nn.Identity(), model),
+        "model.inner.0": lambda x: model(x),
+    }
+    for name, call in named.items():
+        (one,) = explain(call, x)
+        assert one.place.partition(" (")[0] == name
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from training_cases import chunks_of, make, ordinary, relative, values
 
 from perceptriton.kernels import plan
 from perceptriton.kernels.records import LoopPlan, TrainPlan
-from perceptriton.mlp import Ensemble, fit, fit_sharded
+from perceptriton.mlp import MLP, Ensemble, fit, fit_sharded
 from perceptriton.mlp.training import run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
@@ -488,6 +488,23 @@ def test_targets_that_do_not_fit_an_ensemble(case):
     assert same_bits(values(ensemble), before)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(ignore_index=7), nn.NLLLoss(ignore_index=7)], ids=str)
+def test_an_ensemble_names_ids_of_no_class(criterion, own):
+    models, x, y = Case(nn.CrossEntropyLoss(), ids=True, members=3, own=(False, own)).data()
+    y[..., 1] = 7  # and is ignored
+    ensemble = Ensemble.from_models(models)
+    options = {"criterion": criterion, "optimizer": torch.optim.SGD(ensemble.parameters(), 0.1), "steps": 2}
+    for unknown in (3, -1, -100):
+        wrong = y.clone()
+        wrong[..., -1] = unknown
+        message = f"y holds the class id {unknown}, but there are 3 classes, from 0$"
+        with pytest.raises(ValueError, match=f"^{message}"):
+            fit(ensemble, x, wrong, **options)
+        with pytest.raises(ValueError, match=f"^validation's {message}"):
+            fit(ensemble, x, y, validation=(x, wrong), **options)
+
+
 @pytest.mark.parametrize("kind", [nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss])
 def test_targets_of_another_dtype_are_what_torch_says(kind):
     model, x, y = make((2, 4, 3), "tanh", "identity", True, 7, torch.float32)
@@ -539,3 +556,45 @@ def test_weights_and_targets_may_each_be_shared(targets, weights, members, batch
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+@pytest.mark.parametrize(
+    ("whose", "criterion"),
+    [
+        *itertools.product(["samples", "members"], [nn.CrossEntropyLoss, nn.MSELoss]),
+        ("classes", nn.CrossEntropyLoss),
+    ],
+)
+def test_a_mean_tells_only_how_weights_relate(whose, criterion, batch_size):
+    ids = criterion is nn.CrossEntropyLoss
+    data = torch.Generator().manual_seed(2)
+    x, numbers = torch.randn(20, 3, generator=data), torch.randn(20, 3, generator=data)
+    y = numbers.argmax(1) if ids else numbers
+    weight = torch.tensor([0.0, 1.0, 3.0, 2.0]).repeat(5)
+    weight = torch.stack([weight, weight.roll(1)]) if whose == "members" else weight
+    # Powers of two change no bit of a small number, not even where the product has but two.
+    scales = [torch.tensor(2.0**power) for power in (0, -148, 125)]
+    scales += [torch.tensor([[2.0**-148], [1.0]])] if whose == "members" else []
+    ends = []
+    for scale in scales:
+        ensemble = Ensemble(2, [3, 4, 3], output_activation="identity", generator=torch.Generator().manual_seed(3))
+        own = {"weight": scale * torch.tensor([1.0, 2.0, 3.0])} if whose == "classes" else {}
+        options = {"criterion": criterion(**own), "batch_size": batch_size, "steps": 5, "log_every": 1}
+        options |= {} if whose == "classes" else {"sample_weight": scale * weight}
+        optimizer, order = torch.optim.SGD(ensemble.parameters(), lr=0.3), torch.Generator().manual_seed(1)
+        history = fit(ensemble, x, y, optimizer=optimizer, generator=order, impl="torch", **options)
+        ends.append([history.loss, *(p.detach() for p in ensemble.parameters())])
+    assert ends[0][0].isfinite().all()
+    for end in ends[1:]:
+        assert all(map(torch.equal, end, ends[0]))
+
+
+def test_weights_of_doubles_may_be_smaller_than_floats():
+    model, x, y = MLP([3, 4, 3]), torch.randn(8, 3), torch.randn(8, 3)
+    options = {"criterion": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.0), "steps": 1}
+    for weight in (1e-320, 1e-60, 1e300):
+        loss = fit(
+            model, x, y, log_every=1, sample_weight=torch.full((8,), weight, dtype=torch.float64), **options
+        ).loss
+        torch.testing.assert_close(loss, nn.MSELoss()(model(x), y).detach()[None])

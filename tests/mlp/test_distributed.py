@@ -91,6 +91,7 @@ def test_two_processes_stop_as_one(ranks):
             assert torch.equal(found["stopped"], expected["stopped"])
             assert found["steps"] == expected["steps"]
             assert found["rate"] == expected["rate"]
+            assert torch.equal(found["random"], expected["random"])
             for name in ("parameters", "state", "validation"):
                 assert relative(found[name], expected[name]) < 1e-5
             for one, other in zip(found["loss"].t(), expected["loss"].t(), strict=True):

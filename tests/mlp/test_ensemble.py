@@ -6,6 +6,7 @@ import functools
 import pickle
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from cases import same_bits, sequential
@@ -135,7 +136,8 @@ def test_from_models_and_member_are_exact():
         with torch.no_grad():
             member[0].weight.zero_()  # a copy
     assert torch.equal(ensemble.weights[0][2], models[2][0].weight)
-    assert torch.equal(ensemble.member(-1)[0].weight, models[2][0].weight)
+    for last in (-1, np.int64(2)):
+        assert torch.equal(ensemble.member(last)[0].weight, models[2][0].weight)
     plain = sequential((3, 4, 3, 2), "tanh", "sigmoid", dtype=torch.float64)
     assert torch.equal(Ensemble.from_models([plain, models[0]]).member(0)[0].weight, plain[0].weight)
 
@@ -289,6 +291,10 @@ ERRORS = {
         r"^input \(4, 2\) is neither \(B, 3\) nor \(2, B, 3\)$",
     ),
     "input-members": (lambda: Ensemble(2, [3, 1])(torch.ones(1, 4, 3)), ValueError, r"^input \(1, 4, 3\) is neither"),
+    "members-bool": (lambda: Ensemble(True, [2, 1]), TypeError, r"^num_members must be an int, not True$"),
+    "member-bool": (lambda: Ensemble(2, [3, 1]).member(True), TypeError, r"^index must be an int, not True$"),
+    "member-float": (lambda: Ensemble(2, [3, 1]).member(1.0), TypeError, r"^index must be an int, not 1.0$"),
+    "member-text": (lambda: Ensemble(2, [3, 1]).member("a"), TypeError, r"^index must be an int, not 'a'$"),
     "member": (lambda: Ensemble(2, [3, 1]).member(2), IndexError, r"^index 2 is outside an ensemble of 2$"),
     "best": (lambda: Ensemble(2, [3, 1]).best(torch.ones(3)), ValueError, r"^losses \(3,\) are not one for each of 2"),
     "best-k": (lambda: Ensemble(2, [3, 1]).best(torch.ones(2), 3), ValueError, r"^k must lie in \[1, 2\], not 3$"),

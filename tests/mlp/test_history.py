@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -89,6 +90,20 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="the disk is full"):
         SINGLE.to_csv(path)
     assert [(p, p.read_text()) for p in tmp_path.iterdir()] == [(path, "what was there before")]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for name, error in (
+        ("nowhere/h.csv", FileNotFoundError),
+        ("folder", IsADirectoryError),
+        ("file/h.csv", NotADirectoryError),
+    ):
+        path = tmp_path / name
+        with pytest.raises(error, match=rf": {re.escape(repr(str(path)))}$"):
+            SINGLE.to_csv(path)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
 
 
 @pytest.mark.parametrize("history", [SINGLE, MANY], ids=["single", "ensemble"])

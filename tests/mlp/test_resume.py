@@ -195,6 +195,8 @@ def test_what_does_not_go_on_is_refused():
     for options, message in (
         ({**validation, "stop": EarlyStopping(2)}, r"^resume is of a run without this stop"),
         ({**validation, "metrics": ["accuracy"]}, r"^resume is of a run that evaluated loss, not loss, accuracy$"),
+        ({}, r"^resume is of a run that evaluated loss, not nothing$"),
+        ({"stop": EarlyStopping(metric="training_loss")}, r"^resume is of a run that evaluated loss, not nothing$"),
     ):
         seen = Run("mlp", "adam", "batches")
         half = seen.fit(steps=6, **validation)
@@ -209,6 +211,14 @@ def test_what_does_not_go_on_is_refused():
     # Nothing is left to do.
     assert run.fit(steps=6, resume=history).steps_taken == 6
     assert same_bits(values(run.model), before)
+
+
+def test_a_run_goes_on_without_its_stop():
+    run, stop = Run("mlp", "adam", "batches"), EarlyStopping(1, threshold=1.0, metric="training_loss")
+    history = run.fit(stop=stop, evaluate_every=2)
+    assert history.steps_taken < STEPS
+    longer = run.fit(resume=history)
+    assert (longer.steps_taken, longer.evaluated, longer.stopped) == (STEPS, history.evaluated, None)
 
 
 @pytest.mark.parametrize("samples", [7, 12])
