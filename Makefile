@@ -212,6 +212,11 @@ test-matrix-new: $(NEW_OVERLAY)/.ready
 test-matrix-compile: $(NEW_OVERLAY)/.ready
 	$(call step,compile-only on triton $(NEW_TRITON),PYTHONPATH=$(<D) $(PYTEST) -m compiles)
 
+.PHONY: test-old-torch
+test-old-torch: $(CUDA_ENV)/.ready ## fast tests, and those of torch.compile, on the oldest torch (minutes; an install of GBs)
+	@bash .ci/link .build/links
+	$(call step,on torch 2.11,PYTHONPATH=$(CURDIR)/.build/links OMP_NUM_THREADS=1 $(CUDA_ENV)/bin/pytest -m '(traced or not slow) and not (more or compiles)' tests/mlp tests/kernels)
+
 .PHONY: test-tiles
 test-tiles: $(OVERLAY)/.ready $(NEW_OVERLAY)/.ready ## compile what tests/compiled has no row for, on each triton, and write it (minutes; PYTEST_ADDOPTS=--all-tiles: everything)
 	$(PYTEST) -q --write-tiles $(TILES)

@@ -1227,6 +1227,8 @@ CAPABILITIES = [(9, 0), (8, 0), (7, 5), (10, 0), (8, 9)]  # an H200, an A100, a 
 def test_each_gpu_of_a_process_has_plans_of_its_own(pretend, monkeypatch):
     pretend(capabilities=CAPABILITIES)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # A torch with CUDA starts the driver for a fake tensor.
+    monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None, raising=False)
     devices = [torch.device("cuda", index) for index in range(len(CAPABILITIES))]
     recipe = records.TrainConfig((64, 32, 8))
     for _ in range(2):  # found, and found again
