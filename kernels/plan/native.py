@@ -25,6 +25,9 @@ STACK_US = (0.0, 7e-3, 1.75e-2, 1.2e-3, 0.72, 3.2, 8.8e-5, 2.9e-4)
 NEURONS_US = (0.06, 2.3e-4, 6.7e-5, 5e-3, 2.1e-2, 1.55e-3, 3.65e-3, 5.6e-3, 6e-4)
 # Bytes; the second is between Zen 4's 1 MB and the Xeon's 2 MB.
 FIRST_CACHE, SECOND_CACHE = 48 << 10, 3 << 19
+# Per number of a stack that goes back to model and optimizer after a chunk of steps, and comes again: the vectors of
+# compiled loops have to be taken apart. And how long `fit` lets a chunk take.
+BACK_US, TORCH_BACK_US, CHUNK_US = 3.4e-3, 1.3e-3, 2e5
 # Numbers that an optimizer keeps for each parameter.
 STATES = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2, "rmsprop": 1, "rmsprop_momentum": 2}
 
@@ -48,7 +51,15 @@ def native(
         (cdiv(members, NETWORKS) * stack, "networks side by side", STACK_ROWS, NETWORKS),
     )
     us, reason, rows, networks = min(options)
+    us += returns_us(us, members, config, BACK_US)
     return us, TrainPlan("native", f"{reason} in compiled loops", rows, networks)
+
+
+def returns_us(us: float, members: int, config: TrainConfig, number_us: float) -> float:
+    """The share of a step in what a stack's chunk costs besides, if chunks are as long as the first step says."""
+    numbers = members * sum(n * (k + config.bias) for k, n in config.layers) * (1 + STATES[update_kind(config)])
+    back = number_us * numbers if members > 1 else 0.0
+    return back * min(1.0, (us + back) / CHUNK_US)
 
 
 def beyond(size: float, cache: float) -> float:

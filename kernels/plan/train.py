@@ -7,7 +7,7 @@ import math
 
 from ..records import EMPTY, Device, LoopPlan, TrainConfig, TrainPlan
 from .chips import device_refusal
-from .native import TILES, beyond, native
+from .native import TILES, TORCH_BACK_US, beyond, native, returns_us
 from .train_gpu import block, graph, lane, ordinary, update_kind
 
 
@@ -144,6 +144,7 @@ MAC_US, SHORT_MAC_US = 1.3e-5, 3e-5
 # Likewise in a stack, of which compiled loops make use of several threads too, and how much more an output is beyond
 # the cache.
 STACK_MAC_US, STACK_OUTPUT_US, FAR_OUTPUT_US = 1.65e-5, 3e-4, 1.3e-3
+SOFTMAX_US = 2e-3  # more per output of the last layer for a cross entropy
 FETCH_US = 6e-4  # per number of a minibatch
 CACHED_NUMBERS, OUT_OF_CACHE = 1 << 19, 2  # from where on elementwise calls over members wait for memory, and how long
 # Per number that products and updates read or write, and how much more beyond the cache.
@@ -160,7 +161,7 @@ JOINT_MACS = 1 << 16
 # Below these sizes a second thread waits longer for the first than it works, far longer where cores are shared.
 THREADED_MACS = 1 << 21  # of one product
 THREADED_US = 30  # of a product on two threads, which halve the rest
-THREADED_UPDATE = 0.75  # of what an update costs beside such products, be it on one thread or on two
+THREADED_UPDATE = 0.65  # of what an update costs beside such products, be it on one thread or on two
 THREADED_ELEMENTS = 1 << 17  # of one elementwise call
 
 
@@ -198,20 +199,22 @@ def loop_us(members: int, batch: int, config: TrainConfig, fetches: bool, vendor
     parameters = members * sum((k + config.bias) * n for k, n in layers)
     far = FAR_NUMBER_US * beyond(KEPT[kind] * parameters, CACHED_NUMBERS)
     us = (NUMBER_US + far) * parameters * (FUSED_TOUCHED if fused else TOUCHED[kind])
-    fetch = fetches * (CALL_US * FETCH_CALLS + FETCH_US * batch * (config.widths[0] + config.widths[-1]))
+    data = fetches * (CALL_US * FETCH_CALLS + FETCH_US * batch * (config.widths[0] + config.widths[-1]))
+    data += SOFTMAX_US * members * batch * config.widths[-1] * (config.loss == "cross_entropy")
     outputs = members * batch * sum(n for _, n in layers)
     if members == 1:
         us *= THREADED_UPDATE if max(macs) >= THREADED_MACS else 1
         products = [min(mac_us * mac, THREADED_US + mac_us * mac / 2) for mac in macs]
         calls = CALL_US * (FUSED_CALLS if fused else UPDATE_CALLS[kind]) + LAYER_US * len(layers)
-        return us + fetch + calls + 2 * sum(products) + sum(products[1:]) + OUTPUT_US * outputs
+        return us + data + calls + 2 * sum(products) + sum(products[1:]) + OUTPUT_US * outputs
     # The first layers of all members are one product, and have no gradient to pass on.
-    us += fetch + 3 * CALL_US + 2 * mac_us * members * macs[0]
+    us += data + 3 * CALL_US + 2 * mac_us * members * macs[0]
     # Beside the outputs there are their gradients and targets.
     us += (STACK_OUTPUT_US + FAR_OUTPUT_US * beyond(3 * outputs, CACHED_NUMBERS)) * outputs
     arrays, matrices = _stack_us(members, batch, config, layers[1:], STACK_MAC_US * mac_us / MAC_US)
     numbers = parameters + 2 * members * batch * sum(config.widths)
-    return us + min(arrays * (OUT_OF_CACHE if numbers > CACHED_NUMBERS else 1), matrices)
+    us += min(arrays * (OUT_OF_CACHE if numbers > CACHED_NUMBERS else 1), matrices)
+    return us + returns_us(us, members, config, TORCH_BACK_US)
 
 
 def _stack_us(

@@ -20,7 +20,9 @@ ON_CPUS = {
     "momentum beyond the cache": (XEON, 1, (512, 8, 512, 512), 16, None, {"momentum": 0.9}, "torch"),
     # Torch passes over parameters and state several times, compiled loops once: it shows where batches are tiny.
     "passes beyond the cache": (XEON, 1, (20, 784, 512, 32), 4, 2, {"optimizer": "rmsprop"}, "native"),
-    "members one by one, each in the cache": (XEON, 1000, (256, 128, 8, 16), 4, None, {}, "native"),
+    # All members' parameters go back to the model after each chunk of steps, here after each step.
+    "millions of parameters": (XEON, 1000, (256, 128, 8, 16), 4, None, {}, "torch"),
+    "members one by one, each in the cache": (XEON, 1000, (256, 8), 4, None, ADAM, "native"),
     # Torch copies what compiled loops read where it lies.
     "wide samples fetched": (XEON, 1, (784, 10, 4), 4000, 512, {"momentum": 0.9}, "native"),
     # As `benches/results/training-*.json` has them.
