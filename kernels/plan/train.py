@@ -6,7 +6,7 @@ import functools
 import math
 
 from ..records import EMPTY, Device, LoopPlan, TrainConfig, TrainPlan
-from .chips import device_refusal
+from .chips import cdiv, device_refusal
 from .native import TILES, TORCH_BACK_US, beyond, native, returns_us
 from .train_gpu import block, graph, lane, ordinary, update_kind
 
@@ -133,7 +133,7 @@ SMALL_PRODUCT_MACS = 400  # from here on the BLAS does, at a price per product a
 PRODUCT_US, PRODUCT_MAC_US = 0.25, 4e-5
 # Elementwise, beside the products.
 UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7, "rmsprop": 5, "rmsprop_momentum": 7}
-FETCH_CALLS = 6  # of a minibatch, in calls
+FETCH_CALLS = 12  # of a minibatch, in calls
 
 # What decides between torch and compiled loops, on the core and by the shapes of `native.py`; of one network between
 # the times on one thread and on two.
@@ -145,7 +145,7 @@ MAC_US, SHORT_MAC_US = 1.3e-5, 3e-5
 # the cache.
 STACK_MAC_US, STACK_OUTPUT_US, FAR_OUTPUT_US = 1.65e-5, 3e-4, 1.3e-3
 SOFTMAX_US = 2e-3  # more per output of the last layer for a cross entropy
-FETCH_US = 6e-4  # per number of a minibatch
+FETCH_US = 6e-4  # per number of a minibatch, and per target that a member reads where it lies
 CACHED_NUMBERS, OUT_OF_CACHE = 1 << 19, 2  # from where on elementwise calls over members wait for memory, and how long
 # Per number that products and updates read or write, and how much more beyond the cache.
 NUMBER_US, FAR_NUMBER_US = 4.5e-5, 1.3e-4
@@ -194,24 +194,26 @@ def loop_us(members: int, batch: int, config: TrainConfig, fetches: bool, vendor
     """
     layers, kind = config.layers, update_kind(config)
     fused = members == 1 and kind in ("adam", "adamw")
-    macs = [batch * n * k for k, n in layers]
-    mac_us = MAC_US if vendor.startswith("Intel") else SHORT_MAC_US
+    mac_us, lanes = (MAC_US, 16) if vendor.startswith("Intel") else (SHORT_MAC_US, 8)
+    # A BLAS fills its vectors with samples, and those of dweight with inputs.
+    rows = cdiv(batch, lanes) * lanes
+    forward, dweight = [rows * n * k for k, n in layers], [batch * n * cdiv(k, lanes) * lanes for k, n in layers]
     parameters = members * sum((k + config.bias) * n for k, n in layers)
     far = FAR_NUMBER_US * beyond(KEPT[kind] * parameters, CACHED_NUMBERS)
     us = (NUMBER_US + far) * parameters * (FUSED_TOUCHED if fused else TOUCHED[kind])
-    data = fetches * (CALL_US * FETCH_CALLS + FETCH_US * batch * (config.widths[0] + config.widths[-1]))
+    data = fetches * (CALL_US * FETCH_CALLS + FETCH_US * batch * (config.widths[0] + members * config.widths[-1]))
     data += SOFTMAX_US * members * batch * config.widths[-1] * (config.loss == "cross_entropy")
     outputs = members * batch * sum(n for _, n in layers)
     if members == 1:
-        us *= THREADED_UPDATE if max(macs) >= THREADED_MACS else 1
-        products = [min(mac_us * mac, THREADED_US + mac_us * mac / 2) for mac in macs]
+        us *= THREADED_UPDATE if batch * max(n * k for k, n in layers) >= THREADED_MACS else 1
+        products = [min(mac_us * mac, THREADED_US + mac_us * mac / 2) for mac in (*forward, *forward[1:], *dweight)]
         calls = CALL_US * (FUSED_CALLS if fused else UPDATE_CALLS[kind]) + LAYER_US * len(layers)
-        return us + data + calls + 2 * sum(products) + sum(products[1:]) + OUTPUT_US * outputs
+        return us + data + calls + sum(products) + OUTPUT_US * outputs
     # The first layers of all members are one product, and have no gradient to pass on.
-    us += data + 3 * CALL_US + 2 * mac_us * members * macs[0]
+    us += data + 3 * CALL_US + mac_us * members * (forward[0] + dweight[0])
     # Beside the outputs there are their gradients and targets.
     us += (STACK_OUTPUT_US + FAR_OUTPUT_US * beyond(3 * outputs, CACHED_NUMBERS)) * outputs
-    arrays, matrices = _stack_us(members, batch, config, layers[1:], STACK_MAC_US * mac_us / MAC_US)
+    arrays, matrices = _stack_us(members, batch, config, layers[1:], STACK_MAC_US * mac_us / MAC_US * rows / batch)
     numbers = parameters + 2 * members * batch * sum(config.widths)
     us += min(arrays * (OUT_OF_CACHE if numbers > CACHED_NUMBERS else 1), matrices)
     return us + returns_us(us, members, config, TORCH_BACK_US)
