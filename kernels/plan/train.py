@@ -6,8 +6,8 @@ import functools
 import math
 
 from ..records import EMPTY, Device, LoopPlan, TrainConfig, TrainPlan
-from .chips import device_refusal
-from .native import TILES, native
+from .chips import cdiv, device_refusal
+from .native import TILES, TORCH_BACK_US, beyond, native, returns_us
 from .train_gpu import block, graph, lane, ordinary, update_kind
 
 
@@ -76,10 +76,10 @@ def _compiled_loop(
     if 0 in (members, samples, *config.widths):
         return TrainPlan("torch", EMPTY)
     batch = min(batch_size or samples, samples)
-    us, plan = native(members, batch, config, dtype, device)
+    us, plan = native(members, batch, config, dtype, device, batch < samples)
     if impl == "native" or plan.impl == "torch":
         return plan
-    torch_us = loop_us(members, batch, config, batch < samples)
+    torch_us = loop_us(members, batch, config, batch < samples, device.vendor)
     if us > torch_us:
         return TrainPlan("torch", f"{torch_us:.3g} us a step, and {us:.3g} by compiled loops")
     wait = native_seconds[TILES.index((plan.rows, plan.networks))] if native_seconds else 0.0
@@ -127,23 +127,41 @@ def _bytes(dtype: str) -> int:
 # Microseconds on one core, read off layouts that were timed against each other: 2-2-1, 2-10-10-10-1, 4-8-1 and others
 # to 32-64-5, with 2 to 8,192 members. They decide between two layouts, so only their ratios count.
 CALL_US = 1.5  # of torch, whatever it computes
-# Of a layer of one network: its calls, per multiply-add of a product, and per output.
-LAYER_US, LAYER_MAC_US, OUTPUT_US = 4.7, 3e-5, 8e-4
 ARRAY_MAC_US = 2.5e-4  # per multiply-add of an elementwise call over members
-CACHED_NUMBERS, OUT_OF_CACHE = 1 << 19, 2  # from where on such calls wait for memory, and how much longer they take
 SMALL_PRODUCT_MAC_US = 2e-3  # per multiply-add of a stack of products that torch computes itself
 SMALL_PRODUCT_MACS = 400  # from here on the BLAS does, at a price per product and another per multiply-add
 PRODUCT_US, PRODUCT_MAC_US = 0.25, 4e-5
 # Elementwise, beside the products.
 UPDATE_CALLS = {"sgd": 0, "momentum": 3, "adam": 7, "adamw": 7, "rmsprop": 5, "rmsprop_momentum": 7}
-FETCH_CALLS = 6  # of a minibatch, in calls
+FETCH_CALLS = 12  # of a minibatch, in calls
+
+# What decides between torch and compiled loops, on the core and by the shapes of `native.py`; of one network between
+# the times on one thread and on two.
+LAYER_US, OUTPUT_US = 3.7, 7.5e-4  # of a layer of one network: its calls, and per output
+# Per multiply-add of a large product in vectors of 512 bits, which Intel's CPUs are taken to have; and in shorter ones,
+# of 256 bits, that MKL uses on AMD, timed on Zen 4.
+MAC_US, SHORT_MAC_US = 1.3e-5, 3e-5
+# Likewise in a stack, of which compiled loops make use of several threads too, and how much more an output is beyond
+# the cache.
+STACK_MAC_US, STACK_OUTPUT_US, FAR_OUTPUT_US = 1.65e-5, 3e-4, 1.3e-3
+SOFTMAX_US = 2e-3  # more per output of the last layer for a cross entropy
+FETCH_US = 6e-4  # per number of a minibatch, and per target that a member reads where it lies
+CACHED_NUMBERS, OUT_OF_CACHE = 1 << 19, 2  # from where on elementwise calls over members wait for memory, and how long
+# Per number that products and updates read or write, and how much more beyond the cache.
+NUMBER_US, FAR_NUMBER_US = 4.5e-5, 1.3e-4
+# For each parameter a step keeps so many numbers, itself included, and reads or writes so many; a root counts for
+# several.
+KEPT = {"sgd": 1, "momentum": 2, "adam": 4, "adamw": 4, "rmsprop": 4, "rmsprop_momentum": 5}
+TOUCHED = {"sgd": 4, "momentum": 7, "adam": 25, "adamw": 25, "rmsprop": 25, "rmsprop_momentum": 29}
+FUSED_CALLS, FUSED_TOUCHED = 2, 12  # of Adam's step of one network, in which torch does all of it in one pass
 
 # Multiply-adds of the one product of a joint update, those that nobody needs included, to which it costs less than
 # several.
 JOINT_MACS = 1 << 16
 # Below these sizes a second thread waits longer for the first than it works, far longer where cores are shared.
 THREADED_MACS = 1 << 21  # of one product
-THREADED_US, THREADED_MAC_US = 30, 1.3e-5  # of a product on two threads, and per multiply-add of it
+THREADED_US = 30  # of a product on two threads, which halve the rest
+THREADED_UPDATE = 0.65  # of what an update costs beside such products, be it on one thread or on two
 THREADED_ELEMENTS = 1 << 17  # of one elementwise call
 
 
@@ -170,31 +188,48 @@ def train_loop(members: int, batch: int, config: TrainConfig, shared: bool, kind
     return LoopPlan("matrices", one_thread, "few members or wide layers: stacks of products")
 
 
-def loop_us(members: int, batch: int, config: TrainConfig, fetches: bool) -> float:
-    """About the time of a step of the plain torch loop, if the members see the same samples. fetches: minibatches."""
-    layers = config.layers
-    macs = [batch * n * k for k, n in layers]
+def loop_us(members: int, batch: int, config: TrainConfig, fetches: bool, vendor: str = "") -> float:
+    """About the time of a step of the plain torch loop, if the members see the same samples. fetches: minibatches.
+    vendor: of the CPU.
+    """
+    layers, kind = config.layers, update_kind(config)
+    fused = members == 1 and kind in ("adam", "adamw")
+    mac_us, lanes = (MAC_US, 16) if vendor.startswith("Intel") else (SHORT_MAC_US, 8)
+    # A BLAS fills its vectors with samples, and those of dweight with inputs.
+    rows = cdiv(batch, lanes) * lanes
+    forward, dweight = [rows * n * k for k, n in layers], [batch * n * cdiv(k, lanes) * lanes for k, n in layers]
+    parameters = members * sum((k + config.bias) * n for k, n in layers)
+    far = FAR_NUMBER_US * beyond(KEPT[kind] * parameters, CACHED_NUMBERS)
+    us = (NUMBER_US + far) * parameters * (FUSED_TOUCHED if fused else TOUCHED[kind])
+    data = fetches * (CALL_US * FETCH_CALLS + FETCH_US * batch * (config.widths[0] + members * config.widths[-1]))
+    data += SOFTMAX_US * members * batch * config.widths[-1] * (config.loss == "cross_entropy")
+    outputs = members * batch * sum(n for _, n in layers)
     if members == 1:
-        products = [THREADED_US + THREADED_MAC_US * mac if mac >= THREADED_MACS else LAYER_MAC_US * mac for mac in macs]
-        outputs = OUTPUT_US * batch * sum(n for _, n in layers)
-        calls = CALL_US * (UPDATE_CALLS[update_kind(config)] + FETCH_CALLS * fetches)
-        return calls + LAYER_US * len(layers) + 2 * sum(products) + sum(products[1:]) + outputs
-    first = CALL_US * (3 + FETCH_CALLS * fetches) + 3 * PRODUCT_MAC_US * members * macs[0]
-    first += OUTPUT_US * members * batch * sum(n for _, n in layers)
-    arrays, matrices = _stack_us(members, batch, config, layers[1:])
-    numbers = members * (sum((k + 1) * n for k, n in layers) + 2 * batch * sum(config.widths))
-    return first + min(arrays * (OUT_OF_CACHE if numbers > CACHED_NUMBERS else 1), matrices)
+        us *= THREADED_UPDATE if batch * max(n * k for k, n in layers) >= THREADED_MACS else 1
+        products = [min(mac_us * mac, THREADED_US + mac_us * mac / 2) for mac in (*forward, *forward[1:], *dweight)]
+        calls = CALL_US * (FUSED_CALLS if fused else UPDATE_CALLS[kind]) + LAYER_US * len(layers)
+        return us + data + calls + sum(products) + OUTPUT_US * outputs
+    # The first layers of all members are one product, and have no gradient to pass on.
+    us += data + 3 * CALL_US + mac_us * members * (forward[0] + dweight[0])
+    # Beside the outputs there are their gradients and targets.
+    us += (STACK_OUTPUT_US + FAR_OUTPUT_US * beyond(3 * outputs, CACHED_NUMBERS)) * outputs
+    arrays, matrices = _stack_us(members, batch, config, layers[1:], STACK_MAC_US * mac_us / MAC_US * rows / batch)
+    numbers = parameters + 2 * members * batch * sum(config.widths)
+    us += min(arrays * (OUT_OF_CACHE if numbers > CACHED_NUMBERS else 1), matrices)
+    return us + returns_us(us, members, config, TORCH_BACK_US)
 
 
-def _stack_us(members: int, batch: int, config: TrainConfig, layers: list[tuple[int, int]]) -> tuple[float, float]:
+def _stack_us(
+    members: int, batch: int, config: TrainConfig, layers: list[tuple[int, int]], mac_us: float = PRODUCT_MAC_US
+) -> tuple[float, float]:
     """Of arrays and of matrices: what these layers of all members cost in a step. It has three products of one size."""
     update = UPDATE_CALLS[update_kind(config)]
     arrays = CALL_US * (update + sum(2 + k + n + batch for k, n in layers))
     arrays += members * ARRAY_MAC_US * sum(3 * batch * n * k for k, n in layers)
     matrices = CALL_US * (update * (len(config.widths) - 1) + 5 * len(layers))
-    matrices += members * sum(3 * _stacked_product_us(batch * n * k) for k, n in layers)
+    matrices += members * sum(3 * _stacked_product_us(batch * n * k, mac_us) for k, n in layers)
     return arrays, matrices
 
 
-def _stacked_product_us(macs: int) -> float:
-    return SMALL_PRODUCT_MAC_US * macs if macs < SMALL_PRODUCT_MACS else PRODUCT_US + PRODUCT_MAC_US * macs
+def _stacked_product_us(macs: int, mac_us: float) -> float:
+    return SMALL_PRODUCT_MAC_US * macs if macs < SMALL_PRODUCT_MACS else PRODUCT_US + mac_us * macs
