@@ -115,9 +115,9 @@ def allow_fp32_split(mode: str | None) -> str | None:
 
     mode: "tf32x3" or "bf16x6" (errors like fp32's, three and six products), "bf16x3" (three products, some 16 bits) or
     None, the default: nothing but what torch's own setting says. A permission for this process, like torch's: taken
-    where the kernels for wide layers apply (compute capability 9.0, rows that start at multiples of 16 bytes), forward
-    and, inside a network, backward in all but dx of its input; nowhere else. docs/precision.md lists
-    errors and what happens at the ends of fp32's range.
+    where the kernels for wide layers apply (compute capability 9.0 and 10.x, rows that start at multiples of 16 bytes),
+    forward and, inside a network, backward in all but dx of its input; nowhere else. docs/precision.md lists errors and
+    what happens at the ends of fp32's range.
     Raises ValueError for any other mode.
     """
     global _fp32_split

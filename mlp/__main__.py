@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("directory", metavar="DIR", help="a folder that is empty or does not exist yet")
     export.add_argument("--repo-id", metavar="OWNER/NAME", help="where on the hub it is to be published")
     export.set_defaults(run=_export_hub)
-    train = add(commands, "lesson", "train a classic example and compare it with the textbook's numbers")
+    train = add(commands, "lesson", "train a classic example and check its numbers")
     names = train.add_subparsers(title="lessons", metavar="LESSON", required=True)
     default = "(default: %(default)s)"
     for lesson in LESSONS.values():

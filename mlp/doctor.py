@@ -81,7 +81,7 @@ def _facts(cuda: bool) -> list[tuple[str, str]]:
         ("triton", _version("triton")),
         ("numpy", _version("numpy")),
         ("numba", _numba()),
-        ("CPU", f"{devices.cpu_kind() or 'unknown vendor'}, torch uses {torch.get_num_threads()} threads"),
+        ("CPU", f"{devices.cpu_kind() or 'unknown vendor'}, threads of torch: {torch.get_num_threads()}"),
     ]
     for index in range(torch.cuda.device_count() if cuda else 0):
         properties = torch.cuda.get_device_properties(index)

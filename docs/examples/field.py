@@ -25,7 +25,7 @@ def features(places: Tensor, octaves: int = 4) -> Tensor:
 
 
 def main(size: int = 64, steps: int = 1000) -> float:
-    """Trains the field on every other place; returns the signal-to-noise ratio at the others, in dB."""
+    """Trains the field on a random half of the places; returns the signal-to-noise ratio at the others, in dB."""
     torch.manual_seed(0)
     places, brightness = picture(size)
     x = features(places)

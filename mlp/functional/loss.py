@@ -66,8 +66,9 @@ def mlp_sigmoid_bce(
 
     It equals `torch.nn.BCEWithLogitsLoss` of the logits, the dtype of the result included: that of target, fp32 under
     autocast, where `torch.nn.BCELoss` refuses to run on a GPU. `nn.Sigmoid` followed by `nn.BCELoss` differs from both
-    where p rounds to 0 or 1: in fp32 from |z| = 16 on its gradient (p - t) / (p (1 - p)) * p (1 - p) loses digits and
-    from z = 17 on vanishes, and it cuts log p off at -100. Here the gradient is p - t everywhere.
+    where p comes near 1: in fp32 it loses digits as z grows (1 % of the loss at z = 12), its gradient
+    (p - t) / (p (1 - p)) * p (1 - p) vanishes from z = 17 on, and it cuts log p off at -100. Here the gradient is p - t
+    everywhere.
 
     On a GPU a network of one segment takes two launches for loss and gradients when one program covers the batch;
     predictions are never written to memory. Gradients reach x and the parameters; where target wants one too, the

@@ -113,12 +113,12 @@ def _report(result: Gates, view: View) -> str:
         [
             fill(
                 "XOR stays at ln 2 = 0.6931 and answers 1/2 to everything. That is no accident of these weights: the "
-                "loss of one layer has a single lowest point, and for XOR that is where all weights are 0. It takes a "
-                "hidden layer: see the lesson xor."
+                "loss of one layer is convex, without valleys to get stuck in, and for XOR its lowest point is where "
+                "all weights are 0. It takes a hidden layer: see the lesson xor."
             )
         ],
         [fill(f"Losses of nn, fused and fit differ by up to {largest:.1e} of their size, by rounding.{verdict}")],
-        ["This stops with an error:"],
+        ["Ten outputs for one target stop with an error:"],
         ["    network = nn.Sequential(nn.Linear(2, 10), nn.Sigmoid())", "    nn.BCELoss()(network(x), y)"],
         [fill(result.crash, "    ", "    ")],
         [
