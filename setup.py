@@ -57,7 +57,7 @@ setup(
         "cli": ["matplotlib", "tqdm"],
         "native": ["numba>=0.61"],
         "sklearn": ["scikit-learn>=1.6"],
-        "bench": ["jax"],
+        "bench": ["jax", "skorch"],
         "docs": ["sphinx>=8.1", "myst-parser>=4", "furo>=2025.7"],
         "dev": [
             "matplotlib",

@@ -229,6 +229,26 @@ def jitted(problem: Problem) -> Contender:
     return Contender(loop.advance, parameters, case.nets, lambda: loop.first_call)
 
 
+def in_skorch(problem: Problem) -> Contender:
+    """Steps of skorch, where it is installed, without its loader and its epochs: its networks take turns."""
+    from skorch import NeuralNet
+
+    nets = []
+    for i in range(min(problem.case.nets, SEQUENTIAL_MEMBERS)):
+        options = {"optimizer": getattr(torch.optim, problem.case.optimizer), "lr": problem.rates[i].item()}
+        options |= {"criterion": type(problem.criterion), "train_split": None, "verbose": 0}
+        nets.append(NeuralNet(plain(problem.ensemble.member(i)), **options).initialize())
+    batches = problem.batches()
+
+    def advance(steps: int) -> None:
+        for _ in range(steps):
+            batch = next(batches)
+            for net in nets:
+                net.train_step(batch)
+
+    return Contender(advance, lambda: stacked(Ensemble.from_models([net.module_ for net in nets])), len(nets))
+
+
 def captured(problem: Problem) -> Contender:
     """The eager step in a CUDA graph, on the whole data at each step."""
     model = plain(problem.ensemble.member(0))
@@ -274,6 +294,7 @@ IMPLS = {
     "compiled": Impl("torch.compile", lambda problem: eager(problem, True), lambda case: case.members is None),
     "vmap": Impl("torch.func.vmap", vmapped, lambda case: case.members is not None),
     **({"jax": Impl("JAX", jitted, devices=("cpu",))} if importlib.util.find_spec("jax") else {}),
+    **({"skorch": Impl("skorch", in_skorch, lambda case: case.sweep)} if importlib.util.find_spec("skorch") else {}),
     # SGD alone: of the others a graph would freeze the number of the step.
     "graph": Impl(
         "eager in a CUDA graph",

@@ -79,7 +79,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "cuda": torch.version.cuda,
     }
     if config.getoption("--suite") == "training":
-        machine_info["versions"] |= {name: _version(name) for name in ("numba", "jax")}
+        machine_info["versions"] |= {name: _version(name) for name in ("numba", "jax", "skorch")}
     machine_info["cpu_kind"] = devices.cpu_kind()
     machine_info["threads"] = torch.get_num_threads()
     machine_info["openmp"] = {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_"))}
