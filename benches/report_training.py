@@ -145,8 +145,16 @@ def _figure(document: dict, title: str, height: float):
     axes = figure.add_subplot()
     axes.tick_params(colors=INK)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=13, color=INK, pad=22)
-    axes.text(0, 1.012, machine(document), transform=axes.transAxes, fontsize=7.5, color=INK, va="bottom")
+    axes.set_title(title, loc="left", fontsize=13, color=INK, pad=32)
+    axes.text(
+        0,
+        1.012,
+        machine(document).replace("; ", "\n", 1),
+        transform=axes.transAxes,
+        fontsize=7.5,
+        color=INK,
+        va="bottom",
+    )
     return figure, axes
 
 
