@@ -115,8 +115,8 @@ class Chain:
         if on_cpu := input.is_cpu:
             if self.few is None:
                 self.few = small.few_of_any(self.widths)
-            few = (count := input.numel()) < self.few
-            few = few or count < small.few_elements(self.widths, input.dtype, is_grad_enabled())
+            count = input.numel()
+            few = count < self.few or count < small.few_elements(self.widths, input.dtype, is_grad_enabled())
         else:
             few = small.prefers_torch(input, self.widths)
         for kind, forward in self.forwards:

@@ -79,7 +79,10 @@ class Layout(ABC):
             target.copy_(self.y)
         else:
             torch.index_select(self.x, self.axis, indices, out=inputs)
-            torch.index_select(self.y, self.axis, indices, out=target)
+            if target.is_contiguous():
+                torch.index_select(self.y, self.axis, indices, out=target)
+            else:
+                target.copy_(self.y.index_select(self.axis, indices))
 
     def split(self, target: Tensor) -> "tuple[Tensor, Tensor | None]":
         """A batch's targets, and their weights."""

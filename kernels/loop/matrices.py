@@ -64,12 +64,10 @@ class Matrices(Layout):
             batch.dz = [new(*self.stack, n, size) for n in self.rows]
         batch.output = new(*self.stack, self.rows[-1], size)
         *stack, samples_of_y, columns = self.y.shape
-        if size == samples_of_y or size * columns > SLOW_TO_CROSS:
-            target = new(*stack, columns, size)
-        else:
-            target = new(*stack, size, columns).mT
-        (batch.target, batch.weights), batch.summed = self.split(target), (-2, -1)
-        batch.load = partial(self.load, batch.inputs[0][..., : self.layers[0][0], :].mT, target)
+        crossed = size == samples_of_y or size * columns > SLOW_TO_CROSS
+        rows = new(*stack, columns, size).mT if crossed else new(*stack, size, columns)
+        (batch.target, batch.weights), batch.summed = self.split(rows.mT), (-2, -1)
+        batch.load = partial(self.load, batch.inputs[0][..., : self.layers[0][0], :].mT, rows)
 
         outputs = [*(h[..., :n, :] for h, n in zip(batch.inputs[1:], self.rows, strict=False)), batch.output]
         for l, (weight, h, out) in enumerate(zip(self.parameters.views, batch.inputs, outputs, strict=True)):
@@ -85,14 +83,6 @@ class Matrices(Layout):
             dz, weight = batch.dz[l - 1], self.parameters.views[l][..., : self.layers[l][0]]
             batch.backward.append(partial(torch.bmm if self.stack else torch.mm, weight.mT, batch.dz[l], out=dz))
             batch.through(self.activations[l - 1], dz, outputs[l - 1])
-
-    def load(self, inputs: Tensor, target: Tensor, indices: Tensor | None) -> None:
-        rows = target.mT
-        if indices is None or rows.is_contiguous():
-            super().load(inputs, rows, indices)
-        else:
-            torch.index_select(self.x, self.axis, indices, out=inputs)
-            rows.copy_(self.y.index_select(self.axis, indices))
 
     def _as_one(self, l: int) -> bool:
         """Whether the members' first layers are the rows of one matrix: they see the same samples."""

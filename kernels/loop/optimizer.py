@@ -71,7 +71,8 @@ class Optimizer:
             self.keep = torch.empty_like(self.rates) if config.weight_decay else None
             decay = own.of(config, "weight_decay")
             self.decay = decay.to(like).view(layout.rates_shape) if isinstance(decay, Tensor) else decay
-            self.per_rate = [torch.empty_like(self.rates) for _ in range(2 * (config.optimizer == "rmsprop"))]
+            divides = config.optimizer == "rmsprop" and not second
+            self.per_rate = [torch.empty_like(self.rates) for _ in range(2 * divides)]
             changing = [self.rates, *self.per_rate, *([] if self.keep is None else [self.keep])]
             self.changing = [_memory(own) for own in changing]
             if lr is not None:

@@ -175,7 +175,8 @@ class NativeLoop:
         }
         rows = [torch.as_tensor(numbers[name], dtype=like.dtype, device="cpu") for name in steps.HYPERPARAMETERS]
         self.hyper = self._in_lanes(steps, rows)
-        powers = [*betas, *(_powers(beta, self.taken, steps.NEGLIGIBLE) for beta in betas)]
+        seen = self.taken if config.optimizer in ("adam", "adamw") else 0  # others correct nothing
+        powers = [*betas, *(_powers(beta, seen, steps.NEGLIGIBLE) for beta in betas)]
         if any(beta.dim() for beta in betas):
             self.powers = self._in_lanes(steps, powers)
         else:
