@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run of training steps in compiled code: what lies where, and which thread trains what."""
 
+import contextlib
+import ctypes
+import functools
 import itertools
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -24,7 +27,7 @@ PIECES = 4  # of work, for each thread
 _lock = forks.lock()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _compiler() -> Iterator[tuple[Any, Any]]:
     """The modules of compiled functions, which compile while this lasts. The first call imports numba."""
     try:
@@ -42,6 +45,29 @@ def _compiler() -> Iterator[tuple[Any, Any]]:
             yield steps, neurons
         finally:
             settings.DISABLE_JIT = disabled
+
+
+@functools.cache
+def _places() -> frozenset[int]:
+    """The CPUs on which OpenMP runs the threads of torch, if its settings (OMP_PROC_BIND, OMP_PLACES) bind them."""
+    if not hasattr(os, "sched_setaffinity"):
+        return frozenset()
+    runtime, cpus = ctypes.CDLL(None), set[int]()
+    try:
+        for place in range(runtime.omp_get_num_places()):
+            ids = (ctypes.c_int * runtime.omp_get_place_num_procs(place))()
+            runtime.omp_get_place_proc_ids(place, ids)
+            cpus.update(ids)
+    except AttributeError:  # torch was built without OpenMP, or keeps it to itself
+        return frozenset()
+    return frozenset(cpus)
+
+
+def _leave_place() -> None:
+    """Lets this thread run on all places. One that OpenMP bound began it, and a thread inherits that."""
+    if _places():
+        with contextlib.suppress(OSError):  # a container may have taken CPUs away since
+            os.sched_setaffinity(0, _places())
 
 
 class NativeLoop:
@@ -121,7 +147,7 @@ class NativeLoop:
         each = -(-blocks // (PIECES * threads))
         pieces = [(begin, min(begin + each, blocks)) for begin in range(0, blocks, each)]
         if threads > 1 and steps:
-            with ThreadPoolExecutor(threads) as pool:
+            with ThreadPoolExecutor(threads, initializer=_leave_place) as pool:
                 for _ in pool.map(work, pieces):
                     pass
         else:

@@ -560,6 +560,26 @@ print(*statuses)
     assert printed(start(script, chosen_folder)) == ["7"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_threads_leave_the_place_that_their_beginner_is_bound_to(monkeypatch):
+    """OpenMP binds the thread that imports torch. Threads that it begins inherit that: all would share one CPU."""
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    script = """
+from perceptriton.kernels.native import steps
+own, used, real = os.sched_getaffinity(0), set(), steps.train
+def noting(*arguments):
+    used.add(frozenset(os.sched_getaffinity(0)))
+    return real(*arguments)
+torch.set_num_threads(2)
+steps.train = noting
+train()
+print(len(own), own == os.sched_getaffinity(0), used - {frozenset(own)} == {frozenset(ALLOWED)})
+"""
+    script = script.replace("ALLOWED", repr(os.sched_getaffinity(0)))
+    assert printed(start(script, os.environ.get("NUMBA_CACHE_DIR", ""))) == ["1", "True", "True"]
+
+
 @pytest.mark.more
 def test_numba_may_be_switched_off_for_others(tmp_path):
     script = "import numba; numba.config.DISABLE_JIT = 1; print(train(), numba.config.DISABLE_JIT)"
