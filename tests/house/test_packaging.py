@@ -295,7 +295,7 @@ result = {{
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_hub_export_of_the_installed_package_runs_beside_it(installed, tmp_path):
-    pytest.importorskip("kernels._rust", reason="the package kernels is not installed")
+    pytest.importorskip("kernels._rust", exc_type=ImportError, reason="the package kernels is not installed")
     folder = tmp_path / "repository"
     assert "_perceptriton_cpu_" in python("-m", "perceptriton.mlp", "export-hub", str(folder), path=installed)
     result = python_json(HUB.format(folder=str(folder)), installed)
