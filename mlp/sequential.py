@@ -148,8 +148,8 @@ class Chain:
                     if (sort := type(weight)) is not nn.Parameter and sort not in eligibility.PLAIN:
                         called, y = True, module(y)  # which says what is missing, if anything is
                         continue
-                    # torch misses a weight on the meta device; the layer has an error for it.
-                    if not (weight.is_cpu if on_cpu else weight.device == y.device):
+                    # torch misses a weight on the meta device; the layer has an error for it. A hook may have moved y.
+                    if not (on_cpu and weight.is_cpu) and weight.device != y.device:
                         raise ValueError(f"weight is on {weight.device}, but x on {y.device}")
                     y = F.linear(y, weight, bias)
                 if activation is not None:

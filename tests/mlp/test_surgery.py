@@ -446,6 +446,15 @@ def test_modules_with_an_equality_of_their_own(size):
     torch.testing.assert_close(model(x), twin(x))
 
 
+def test_a_hook_moves_what_goes_on():
+    """As between the halves of a model on two devices."""
+    model, twin = pairs()
+    for net in (model, twin):
+        net[2].to("meta")
+        net[1].register_forward_hook(lambda module, args, y: y.to("meta"))
+    assert model(torch.randn(3, 4)).device == twin(torch.randn(3, 4)).device == torch.device("meta")
+
+
 def test_a_weight_on_another_device_behind_a_hook():
     model, _ = pairs()
     model[0].register_forward_hook(lambda *_: None)
