@@ -219,6 +219,7 @@ class NativeLoop:
             steps.LOSSES.index(config.loss),
             steps.OPTIMIZERS.index(optimizer),
             *map(int, (config.bias, config.reduction == "mean", config.weight_decay != 0, config.weighted)),
+            int(_flushes(config, like.dtype)),
             x.shape[1],
             config.beta,
             config.factor,
@@ -230,6 +231,12 @@ class NativeLoop:
         numbers = layout.side_by_side(torch.stack([row.expand(layout.members) for row in rows], 1))
         numbers = numbers.view(layout.blocks, len(rows), layout.networks)
         return numbers.expand(-1, -1, steps.LANES).flatten(1).contiguous()
+
+
+def _flushes(config: TrainConfig, dtype: torch.dtype) -> bool:
+    """Whether denormal numbers are 0. Not where squares of gradients are, beside an eps that does not outweigh them."""
+    numbers = torch.finfo(dtype)
+    return config.optimizer == "sgd" or config.eps * numbers.eps > numbers.tiny**0.5
 
 
 def _powers(betas: Tensor, taken: int, negligible: float) -> Tensor:

@@ -13,6 +13,7 @@ from numba import njit
 from .cache import cached
 from .functions import activate, clamped, exponential, through
 from .memory import fill, load_members, members_of, repeat, samples_of, spread, spread_next, store, store_rows
+from .mode import FLUSHING, float_mode, set_float_mode
 from .optimizers import correct, inline, rate_of, update
 from .steps import loss_of, softmax_loss
 from .vectors import muladd
@@ -64,12 +65,14 @@ def _sums(tile, a, places, first, count, inputs, dz, at, columns, bias, g, to):
 
 
 @inline
-def _forward(tile, widths, bias, hidden, output, count, x, w, h, places, rows):
-    """The vector of h where the last layer's outputs begin, that of w behind its parameters."""
+def _forward(tile, widths, bias, hidden, output, count, x, w, h, places, rows, mode):
+    """The vectors where, in h, the last outputs begin and, in w, all parameters end. mode: of the last layer."""
     at = to = above = 0
     for l in range(len(widths) - 1):
         inputs, columns = widths[l], _columns(tile, widths[l + 1])
         above = to
+        if mode and l + 2 == len(widths):
+            set_float_mode(mode)
         if l == 0:
             _product(tile, x, places, 0, count, inputs, w, at, columns, bias, h, to)
         else:
@@ -159,7 +162,7 @@ def train(
 
     Inputs are read a whole tile of numbers at a time. Where a sample's are none, each batch is copied with filling.
     """
-    hidden, output, loss, optimizer, bias, mean, decays, weighted, samples, beta, factor, new = kinds
+    hidden, output, loss, optimizer, bias, mean, decays, weighted, flushes, samples, beta, factor, new = kinds
     g, h, dz, turned, near, t, places = memory
     rows, features, neurons = len(places) // len(widths), widths[0], widths[-1]
     columns, stride = _columns(tile, neurons), _rows(tile, features, 0)
@@ -169,6 +172,9 @@ def train(
         for s in range(rows):
             places[l * rows + s] = (to + s * wide) * members_of(tile)
         to += rows * wide
+    given = float_mode()
+    mode = given | FLUSHING if flushes else given
+    set_float_mode(mode)
     for block in range(blocks[0], blocks[1]):
         x, y = inputs[block % len(inputs)], targets[block % len(targets)]
         w, m, v = parameters[block], firsts[block], seconds[block]
@@ -193,8 +199,10 @@ def train(
                             i = (half * rows + s) * columns * members_of(tile) + n
                             t[i] = y[(sample * (1 + weighted) + half) * neurons + n]
                 fetched = not len(order)
-            above, at = _forward(tile, widths, bias, hidden, output, count, source, w, h, places, rows)
-            if log_every > 0 and step % log_every == 0:
+            logs = log_every > 0 and step % log_every == 0
+            exact = given if logs and loss == 1 else 0  # see `steps.train`
+            above, at = _forward(tile, widths, bias, hidden, output, count, source, w, h, places, rows, exact)
+            if logs:
                 total = 0.0
                 for s in range(count):
                     p, target = (above + s * columns) * members_of(tile), s * columns * members_of(tile)
@@ -205,6 +213,8 @@ def train(
                         total += value * t[rows * columns * members_of(tile) + target + n] if weighted else value
                 losses[block, logged] += share * total
                 logged += 1
+            if exact:
+                set_float_mode(mode)
             for s in range(count if loss == 3 else 0):
                 _softmax_gradient(tile, neurons, scale, above + s * columns, s * columns, h, t, dz)
             link = 1 if loss == 2 else 0
@@ -228,3 +238,4 @@ def train(
             correct(optimizer, powers[block], hypers[block])
             lr = rate_of(rates[(step - start) % len(rates)], block, len(parameters))
             update(optimizer, decays, new and step == start, lr, hypers[block], w, g, m, v)
+    set_float_mode(given)

@@ -15,6 +15,7 @@ from numba import njit
 from .cache import cached
 from .functions import ACTIVATIONS, activate, clamped, exponential, through
 from .memory import add_products, fill, load, load_members, members_of, repeat, samples_of, store
+from .mode import FLUSHING, float_mode, set_float_mode
 from .optimizers import HYPERPARAMETERS, LANES, NEGLIGIBLE, OPTIMIZERS, ROW, correct, inline, rate_of, update
 from .vectors import Tile, muladd, select
 
@@ -52,11 +53,13 @@ def _fetch(tile, data, shared, order, first, used, out, width):
 
 
 @inline
-def _forward(tile, widths, bias, hidden, output, w, h, partly, there):
-    """there: a tile row, 1 where there is a sample; read where the tile is filled `partly`."""
+def _forward(tile, widths, bias, hidden, output, w, h, partly, there, mode):
+    """there: a tile row, 1 where there is a sample; read where the tile is filled `partly`. mode: of the last layer."""
     row, below = 0, 0
     for l in range(len(widths) - 1):
         inputs, outputs = widths[l], widths[l + 1]
+        if mode and l + 2 == len(widths):
+            set_float_mode(mode)
         kind = hidden if l + 2 < len(widths) else output
         for n in range(outputs):
             z = repeat(tile, load_members(tile, w, row + inputs) if bias else fill(tile, w, 0.0))
@@ -239,10 +242,13 @@ def train(
     the steps that the state has seen, which are updated; each once, or for each lane of ROW. losses: fp64, member rows
     of zeros, one for each step that is logged.
     """
-    hidden, output, loss, optimizer, bias, mean, decays, weighted, samples, beta, factor, new = kinds
+    hidden, output, loss, optimizer, bias, mean, decays, weighted, flushes, samples, beta, factor, new = kinds
     lanes, outputs = samples_of(tile), widths[-1]
     columns, weighs = outputs * (1 + weighted), bool(weighted or len(factors))
     g, h, dz, t, there = memory
+    given = float_mode()
+    mode = given | FLUSHING if flushes else given
+    set_float_mode(mode)
     for block in range(blocks[0], blocks[1]):
         x, y = inputs[block % len(inputs)], targets[block % len(targets)]
         w, m, v = parameters[block], firsts[block], seconds[block]
@@ -253,6 +259,8 @@ def train(
             share = factor / (count * (1 if loss == 3 else outputs)) if mean else factor
             scale = 2.0 * share if loss == 0 else share
             logs = log_every > 0 and step % log_every == 0
+            # The logarithm of a denormal output is a number, and that of 0 is not.
+            exact = given if logs and loss == 1 else 0
             # Long before it is needed: rates of many steps and networks come from far away.
             lr = rate_of(rates[(step - start) % len(rates)], block, len(parameters))
             for i in range(len(w) // LANES):
@@ -266,9 +274,11 @@ def train(
                     _fetch(tile, x, len(x) == samples * widths[0], order, epoch + begin + first, used, h, widths[0])
                     _fetch(tile, y, len(y) == samples * columns, order, epoch + begin + first, used, t, columns)
                     fetched = not len(order) and count <= lanes
-                row, top = _forward(tile, widths, bias, hidden, output, w, h, partly, there)
+                row, top = _forward(tile, widths, bias, hidden, output, w, h, partly, there, exact)
                 if logs:
                     _plus_losses(tile, loss, beta, weighted, outputs, share, top, h, t, used, losses[block], logged)
+                if exact:
+                    set_float_mode(mode)
                 _output_gradient(tile, loss, beta, output, outputs, scale, top, h, t, dz, partly, there)
                 if weighs:
                     _weigh(tile, outputs, weighted, factors, step - start, block, top, t, dz, there)
@@ -283,3 +293,4 @@ def train(
                 epoch += samples if len(order) else 0
             correct(optimizer, powers[block], hypers[block])
             update(optimizer, decays, new and step == start, lr, hypers[block], w, g, m, v)
+    set_float_mode(given)

@@ -184,6 +184,92 @@ def test_functions_are_right_to_the_last_digits(activation, dtype):
     assert (found / exact - 1)[kept].abs().max() <= 4 * torch.finfo(dtype).eps
 
 
+# --- denormal numbers ------------------------------------------------------------------------------------------
+
+TINY = {torch.float32: 2.0**-130, torch.float64: 2.0**-1030}  # fewer digits than others of their types
+RESTING = {
+    "momentum": (TrainConfig((3, 4, 2), "relu", "identity", loss="mse", momentum=0.5), 0),
+    "read": (TrainConfig((3, 4, 2), "relu", "sigmoid", loss="bce", momentum=0.5), 0),
+    "nesterov": (TrainConfig((3, 4, 2), "relu", "identity", loss="mse", momentum=0.5, nesterov=True), 0),
+    "adam": (TrainConfig((3, 4, 2), "relu", "identity", loss="mse", optimizer="adam", beta1=0.5), 0),
+    "adamw": (TrainConfig((3, 4, 2), "relu", "identity", loss="mse", optimizer="adamw", beta1=0.5, beta2=0.5), 1),
+    "rmsprop": (TrainConfig((3, 4, 2), "relu", "identity", loss="mse", optimizer="rmsprop", beta2=0.5), 0),
+    "decay": (TrainConfig((3, 4, 2), "relu", "identity", loss="mse", weight_decay=0.5), None),
+}
+
+
+@every_tile
+@pytest.mark.parametrize("dtype", TINY, ids=str)
+@pytest.mark.parametrize("resting", RESTING)
+def test_what_fades_away_stays_quick(resting, dtype, tile):
+    """Of neurons that never fire the gradients are 0: what is kept of them halves, down to numbers that are slow."""
+    config, which = RESTING[resting]
+    parameters, x, y, lr = Case(config).tensors(dtype)
+    x = x.abs()
+    parameters[0].fill_(-4 * torch.finfo(dtype).tiny)  # no neuron of the hidden layer fires
+    parameters[1].fill_(-4 * torch.finfo(dtype).tiny)
+    states = len(states_of(config))
+    first, second = ([torch.zeros_like(p) for p in parameters] if states > i else [] for i in range(2))
+    fading = (parameters if which is None else (first, second)[which])[:2]
+    for t in fading:
+        t.fill_(torch.finfo(dtype).tiny * (-4 if which is None else 4))
+    lr = torch.ones_like(lr) if which is None else lr
+    loop = NativeLoop(config, parameters, first, second, lr, x, y, 5, 7, TILES[tile])
+    for steps in (1, 1, 1, 20):
+        loop.run(None, 0, steps, 1, torch.empty(steps, 3, dtype=dtype))
+        for t in fading:
+            assert not ((t != 0) & (t.abs() < torch.finfo(dtype).tiny)).any()
+    assert all((t.abs() <= torch.finfo(dtype).tiny).all() for t in fading)
+
+
+def slow_numbers_are_kept():
+    """Whether this thread computes with denormal numbers, in torch and in Python."""
+    in_torch = {(torch.full((1,), tiny, dtype=dtype) > 0).item() for dtype, tiny in TINY.items()}
+    return in_torch | {TINY[torch.float64] > 0}
+
+
+@pytest.mark.parametrize("members", [1, 40])
+def test_threads_compute_afterwards_as_before(members):
+    config = dataclasses.replace(XOR, momentum=0.9)
+    for flushes in (True, False):
+        assert torch.set_flush_denormal(flushes)
+        try:
+            Case(config, members).run(LANES)
+            assert slow_numbers_are_kept() == {not flushes}
+        finally:
+            torch.set_flush_denormal(False)
+
+
+@every_tile
+def test_reading_the_loss_changes_no_bit(tile):
+    """An output is read as it is, with whatever digits it has, while all else is computed with 0 in its place."""
+
+    def change(parameters, x, y):
+        parameters[0].copy_(torch.linspace(-89, -85, 40).view(-1, 1, 1))
+        x.fill_(1)
+        y.copy_(torch.arange(y.numel()).view(y.shape) % 2)
+
+    case = Case(TrainConfig((1, 1), bias=False, reduction="sum", momentum=0.5), 40, 4)
+    seen, unseen = (case.run(TILES[tile], change=change, log_every=every) for every in (1, 10**6))
+    assert same_bits(seen[:-1], unseen[:-1])
+    theirs = case.run(TORCH, change=change, log_every=1)
+    torch.testing.assert_close(seen[-1][0], theirs[-1][0], rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-30, 1e-15])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop"])
+@every_tile
+def test_an_eps_beside_which_small_squares_count(tile, optimizer, eps):
+    config = TrainConfig((1, 1), output="identity", bias=False, loss="mse", optimizer=optimizer, eps=eps)
+
+    def change(parameters, x, y):
+        x.fill_(3e-19)
+
+    ours, theirs = (Case(config).run(one, change=change) for one in (TILES[tile], TORCH))
+    for a, b in zip(ours[:1], theirs[:1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
+
+
 # --- NaN and inf ---------------------------------------------------------------------------------------------
 
 
