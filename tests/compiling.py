@@ -18,12 +18,15 @@ import torch
 from machine_code import DOTS, dangerous_dots, lost_bounds, overwritten_operands
 
 from perceptriton.kernels import Device, tables
+from perceptriton.kernels.peaks import PEAKS
+from perceptriton.kernels.plan.chips import LAYER_CHIPS
 
-# By compute capability: an A100, an RTX 3090, an RTX 4090, an H100, a B200, an RTX 5090.
-UNITS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
-CHIPS = {arch: Device("cuda", arch, units, triton=True) for arch, units in UNITS.items()}
+# The first of each compute capability, without its name, by which it would have tables of its own.
+CHIPS: dict[int, Device] = {}
+for peaks in sorted(PEAKS.values(), key=lambda peaks: peaks.device.arch):
+    CHIPS.setdefault(peaks.device.arch, dataclasses.replace(peaks.device, name=""))
 # Those that have tiles of their own for layers and networks.
-TILED_FOR = (80, 86, 90, 120)
+TILED_FOR = tuple(sorted(int(chip.removeprefix("sm_")) for chip in LAYER_CHIPS))
 PRINTED = ("HGMMA", "HMMA", "FFMA", "MUFU")
 PER_PROGRAM = ("registers", "stack", "shared", "num_warps")
 TABLES = Path(__file__).with_name("compiled")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import core
+from compiling import TILED_FOR
 
 from perceptriton.kernels import plan, records, tables
 from perceptriton.kernels.records import MlpPlan, MlpSegment, Plan, TrainConfig, TrainPlan
@@ -26,14 +27,13 @@ pytestmark = pytest.mark.emulated
 
 KINDS = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
 ALLOWED = {"tf32": 2e-3, "bf16x3": 2e-5}  # what a product of fewer bits adds, for each layer
-CHIPS = (80, 86, 90, 120)
 NETWORK_OPS = ("mlp_infer", "mlp_fwd", "mlp_bwd")
 
 
 def tiles(table, op, kind, layout):
     """(chip, row) of a table. For sm_86 only those that sm_80 has not: its code is the same (test_compile.py)."""
     known = set()
-    for chip in CHIPS:
+    for chip in TILED_FOR:
         for row in tables.tile_rows(table, f"sm_{chip}", op, kind, layout):
             own = dataclasses.replace(row, chip="sm_80", programs_per_sm=1)
             if chip != 86 or own not in known:
@@ -99,7 +99,7 @@ TILED = {
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", TILED_FOR)
 @pytest.mark.parametrize("name", TILED)
 def test_output_tiles(name, chip):
     kind, tile = TILED[name]
@@ -176,7 +176,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", TILED_FOR)
 @pytest.mark.parametrize("name", core(LOOPS, "lane"))
 def test_training(name, chip):
     """Five steps of two networks; tests/kernels/test_training_kernels.py has the rest."""
