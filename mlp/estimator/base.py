@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the classifier and the regressor share: their parameters, and how they are trained by `fit`."""
 
-import copy
+import contextlib
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -24,7 +24,26 @@ from ..training import EarlyStopping, fit
 from ..training.measures import Measure
 from ..training.validation import name_of
 
+Run = tuple[nn.Module, torch.optim.Optimizer, torch.Generator]
 SOLVERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+@contextlib.contextmanager
+def kept_if_refused(model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> Iterator[None]:
+    """What is refused in its midst, as a rate with which training diverges is, leaves all three as they were."""
+    parameters = [p.detach().clone() for p in model.parameters()]
+    state = [(p, {name: t.clone() for name, t in entry.items()}) for p, entry in optimizer.state.items()]
+    numbers = generator.get_state()
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for p, before in zip(model.parameters(), parameters, strict=True):
+                p.copy_(before)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        generator.set_state(numbers)
+        raise
 
 
 def whole(method):
@@ -64,7 +83,7 @@ class FusedMLP(BaseEstimator):
     device: str = "cpu"
     random_state: Any = None
 
-    def _start(self, features: int, outputs: int):
+    def _start(self, features: int, outputs: int) -> Run:
         """(a new model, its optimizer, the generator of all random numbers)"""
         given: Any = self.hidden_layer_sizes
         hidden = [_count("hidden_layer_sizes", n) for n in (given if np.ndim(given) else [given])]
@@ -87,8 +106,7 @@ class FusedMLP(BaseEstimator):
         """
         metric = metric or self._metric
         self._check()
-        # A copy: what is refused in its midst must leave what was trained before as it was.
-        run = copy.deepcopy(self._run) if more and hasattr(self, "_run") else self._start(X.shape[1], outputs)
+        run = self._run if more and hasattr(self, "_run") else self._start(X.shape[1], outputs)
         model, optimizer, generator = run
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float32, ensure_non_negative=True)
@@ -110,22 +128,23 @@ class FusedMLP(BaseEstimator):
         batch = samples if self.batch_size is None else min(_count("batch_size", self.batch_size), samples)
         per_epoch = -(-samples // batch)
         ready.load_what_is_on_disk()  # one fit is seldom alone, but one of folds and grids
-        history = fit(
-            model,
-            *data[:2],
-            criterion=criterion,
-            optimizer=optimizer,
-            steps=epochs * per_epoch,
-            batch_size=None if batch == samples else batch,
-            log_every=1,
-            sample_weight=data[2] if len(data) > 2 else None,
-            generator=generator,
-            evaluate_every=None if more else per_epoch,
-            **watched,
-        )
-        if not all(bool(p.isfinite().all()) for p in model.parameters()):
-            rate = self.learning_rate
-            raise ValueError(f"the parameters are not finite any more: scale X, or lower learning_rate={rate}")
+        with kept_if_refused(*run):
+            history = fit(
+                model,
+                *data[:2],
+                criterion=criterion,
+                optimizer=optimizer,
+                steps=epochs * per_epoch,
+                batch_size=None if batch == samples else batch,
+                log_every=1,
+                sample_weight=data[2] if len(data) > 2 else None,
+                generator=generator,
+                evaluate_every=None if more else per_epoch,
+                **watched,
+            )
+            if not all(bool(p.isfinite().all()) for p in model.parameters()):
+                rate = self.learning_rate
+                raise ValueError(f"the parameters are not finite any more: scale X, or lower learning_rate={rate}")
         losses = history.loss.double().numpy().reshape(-1, per_epoch)
         batches = [batch] * (per_epoch - 1) + [samples - (per_epoch - 1) * batch]
         curve = np.average(losses, axis=1, weights=batches).tolist()
