@@ -112,8 +112,9 @@ class NativeLoop:
             # Without a schedule those of every step.
             self.rates = self._of_steps(like.new_zeros(1, 1) if lr is None else lr[None])
             self.memory: tuple[np.ndarray, ...] | None = None  # of the thread that trains alone
-            self.run(None, 0, 0, 0, like.new_empty(0, members))
-            ready.loaded.add(kind)
+            if kind not in ready.loaded:
+                self.run(None, 0, 0, 0, like.new_empty(0, members))  # which compiles
+                ready.loaded.add(kind)
         self.setup_seconds = time.perf_counter() - began
 
     def run(
@@ -185,9 +186,7 @@ class NativeLoop:
         self.targets = [t for tensors in self.given for t in tensors]
         self.sources = self._parts() if layout.blocks == 1 else []
         self.data = [layout.data(t).numpy() for t in (x, y)]
-        betas = [
-            torch.as_tensor(own.of(config, name), dtype=torch.float64, device="cpu") for name in ("beta1", "beta2")
-        ]
+        betas = [own.of(config, name) for name in ("beta1", "beta2")]
         numbers = {
             "weight_decay": own.of(config, "weight_decay"),
             "momentum": own.of(config, "momentum"),
@@ -199,14 +198,11 @@ class NativeLoop:
             "factor": 1,
             "root": 1,
         }
-        rows = [torch.as_tensor(numbers[name], dtype=like.dtype, device="cpu") for name in steps.HYPERPARAMETERS]
-        self.hyper = self._in_lanes(steps, rows)
+        self.hyper = self._in_lanes(steps.LANES, [numbers[name] for name in steps.HYPERPARAMETERS], like.dtype)
         seen = self.taken if config.optimizer in ("adam", "adamw") else 0  # others correct nothing
         powers = [*betas, *(_powers(beta, seen, steps.NEGLIGIBLE) for beta in betas)]
-        if any(beta.dim() for beta in betas):
-            self.powers = self._in_lanes(steps, powers)
-        else:
-            self.powers = torch.stack(powers).repeat(layout.blocks, 1)
+        lanes = steps.LANES if any(isinstance(beta, Tensor) for beta in betas) else 1
+        self.powers = self._in_lanes(lanes, powers, torch.float64)
         optimizer = config.optimizer
         if optimizer == "sgd":
             # Without momentum there is no state, whatever nesterov says.
@@ -225,12 +221,14 @@ class NativeLoop:
             config.factor,
         )
 
-    def _in_lanes(self, steps: Any, rows: Sequence[Tensor]) -> Tensor:
-        """Numbers of all members, or (E,) of each, as rows of LANES: one network's number stands in all of them."""
+    def _in_lanes(self, lanes: int, rows: Sequence[float | Tensor], dtype: torch.dtype) -> Tensor:
+        """Numbers of all members, or (E,) of each, as rows of lanes: one network's number stands in all of them."""
         layout = self.layout
-        numbers = layout.side_by_side(torch.stack([row.expand(layout.members) for row in rows], 1))
-        numbers = numbers.view(layout.blocks, len(rows), layout.networks)
-        return numbers.expand(-1, -1, steps.LANES).flatten(1).contiguous()
+        if not any(isinstance(row, Tensor) for row in rows):
+            return torch.tensor(rows, dtype=dtype, device="cpu").repeat_interleave(lanes).repeat(layout.blocks, 1)
+        rows = [torch.as_tensor(row, dtype=dtype, device="cpu").expand(layout.members) for row in rows]
+        numbers = layout.side_by_side(torch.stack(rows, 1)).view(layout.blocks, len(rows), layout.networks)
+        return numbers.expand(-1, -1, lanes).flatten(1).contiguous()
 
 
 def _flushes(config: TrainConfig, dtype: torch.dtype) -> bool:
@@ -239,8 +237,10 @@ def _flushes(config: TrainConfig, dtype: torch.dtype) -> bool:
     return config.optimizer == "sgd" or config.eps * numbers.eps > numbers.tiny**0.5
 
 
-def _powers(betas: Tensor, taken: int, negligible: float) -> Tensor:
+def _powers(betas: float | Tensor, taken: int, negligible: float) -> float | Tensor:
     """betas ** taken as `optimizers.correct` multiplies them up step by step, to the bit: a run may begin anywhere."""
+    if not isinstance(betas, Tensor):
+        return _power(betas, taken, negligible)
     values, places = betas.unique(return_inverse=True)
     return values.new_tensor([_power(beta, taken, negligible) for beta in values.tolist()])[places]
 

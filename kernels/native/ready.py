@@ -19,6 +19,7 @@ loaded: set[tuple[torch.dtype, int, int]] = set()
 # Seconds that runs of this process would have saved with compiled loops, each too short to wait for them. Once that is
 # as much as the wait takes, it is made: so all together lose at most twice what they had to.
 missed = 0.0
+_found: set[tuple[Path, str]] = set()  # folders that hold compiled code, and of which source: none is looked into twice
 
 
 @functools.cache
@@ -43,8 +44,11 @@ def seconds(dtype: torch.dtype) -> tuple[float, ...]:
 
 def _wait(rows: int) -> float:
     source = "neurons" if rows == planning.NEURON_ROWS else "steps"
-    on_disk = any(next(folder.glob(f"{source}.train-*.nbi"), None) for folder in _folders())
-    return planning.LOAD_SECONDS if on_disk else planning.COMPILE_SECONDS
+    for folder in _folders():
+        if (folder, source) in _found or next(folder.glob(f"{source}.train-*.nbi"), None):
+            _found.add((folder, source))
+            return planning.LOAD_SECONDS
+    return planning.COMPILE_SECONDS
 
 
 def _folders() -> Iterator[Path]:
