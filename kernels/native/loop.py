@@ -48,26 +48,25 @@ def _compiler() -> Iterator[tuple[Any, Any]]:
 
 
 @functools.cache
-def _places() -> frozenset[int]:
-    """The CPUs on which OpenMP runs the threads of torch, if its settings (OMP_PROC_BIND, OMP_PLACES) bind them."""
-    if not hasattr(os, "sched_setaffinity"):
-        return frozenset()
-    runtime, cpus = ctypes.CDLL(None), set[int]()
-    try:
+def _places() -> list[set[int]]:
+    """The CPUs that OpenMP binds threads of torch to, if its settings (OMP_PROC_BIND, OMP_PLACES) say so."""
+    runtime, places = ctypes.CDLL(None), list[set[int]]()
+    with contextlib.suppress(AttributeError):  # torch was built without OpenMP, or keeps it to itself
         for place in range(runtime.omp_get_num_places()):
             ids = (ctypes.c_int * runtime.omp_get_place_num_procs(place))()
             runtime.omp_get_place_proc_ids(place, ids)
-            cpus.update(ids)
-    except AttributeError:  # torch was built without OpenMP, or keeps it to itself
-        return frozenset()
-    return frozenset(cpus)
+            places.append(set(ids))
+    return places
 
 
 def _leave_place() -> None:
-    """Lets this thread run on all places. One that OpenMP bound began it, and a thread inherits that."""
-    if _places():
+    """Lets this thread run on all places, if the one that began it was where OpenMP binds the first: that is inherited.
+
+    One that its user has bound elsewhere since stays there.
+    """
+    if hasattr(os, "sched_setaffinity") and (places := _places()) and os.sched_getaffinity(0) == places[0]:
         with contextlib.suppress(OSError):  # a container may have taken CPUs away since
-            os.sched_setaffinity(0, _places())
+            os.sched_setaffinity(0, set().union(*places))
 
 
 class NativeLoop:
@@ -215,7 +214,7 @@ class NativeLoop:
             steps.LOSSES.index(config.loss),
             steps.OPTIMIZERS.index(optimizer),
             *map(int, (config.bias, config.reduction == "mean", config.weight_decay != 0, config.weighted)),
-            int(_flushes(config, like.dtype)),
+            int(_flushes(config, own, like.dtype)),
             x.shape[1],
             config.beta,
             config.factor,
@@ -231,10 +230,13 @@ class NativeLoop:
         return numbers.expand(-1, -1, lanes).flatten(1).contiguous()
 
 
-def _flushes(config: TrainConfig, dtype: torch.dtype) -> bool:
-    """Whether denormal numbers are 0. Not where squares of gradients are, beside an eps that does not outweigh them."""
-    numbers = torch.finfo(dtype)
-    return config.optimizer == "sgd" or config.eps * numbers.eps > numbers.tiny**0.5
+def _flushes(config: TrainConfig, own: Hyperparameters, dtype: torch.dtype) -> bool:
+    """Whether denormal numbers are 0: not where they are squares of gradients, beside an eps that may be as small."""
+    if config.optimizer == "sgd":
+        return True
+    numbers, slowest = torch.finfo(dtype), float(torch.as_tensor(own.of(config, "beta2")).max())
+    # A square that is flushed is less than `tiny`. Adam's eps is multiplied by its correction, the least at first.
+    return config.eps * (1 - slowest) ** 0.5 * numbers.eps > numbers.tiny**0.5
 
 
 def _powers(betas: float | Tensor, taken: int, negligible: float) -> float | Tensor:

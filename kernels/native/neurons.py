@@ -65,13 +65,13 @@ def _sums(tile, a, places, first, count, inputs, dz, at, columns, bias, g, to):
 
 
 @inline
-def _forward(tile, widths, bias, hidden, output, count, x, w, h, places, rows, mode):
-    """The vectors where, in h, the last outputs begin and, in w, all parameters end. mode: of the last layer."""
+def _forward(tile, widths, bias, hidden, output, count, x, w, h, places, rows, exact, mode):
+    """The vectors where, in h, the last outputs begin and, in w, all parameters end. exact: see `steps`."""
     at = to = above = 0
     for l in range(len(widths) - 1):
         inputs, columns = widths[l], _columns(tile, widths[l + 1])
         above = to
-        if mode and l + 2 == len(widths):
+        if exact and l + 2 == len(widths):
             set_float_mode(mode)
         if l == 0:
             _product(tile, x, places, 0, count, inputs, w, at, columns, bias, h, to)
@@ -200,8 +200,8 @@ def train(
                             t[i] = y[(sample * (1 + weighted) + half) * neurons + n]
                 fetched = not len(order)
             logs = log_every > 0 and step % log_every == 0
-            exact = given if logs and loss == 1 else 0  # see `steps.train`
-            above, at = _forward(tile, widths, bias, hidden, output, count, source, w, h, places, rows, exact)
+            exact = logs and loss == 1  # see `steps.train`
+            above, at = _forward(tile, widths, bias, hidden, output, count, source, w, h, places, rows, exact, given)
             if logs:
                 total = 0.0
                 for s in range(count):

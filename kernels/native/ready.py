@@ -19,7 +19,7 @@ loaded: set[tuple[torch.dtype, int, int]] = set()
 # Seconds that runs of this process would have saved with compiled loops, each too short to wait for them. Once that is
 # as much as the wait takes, it is made: so all together lose at most twice what they had to.
 missed = 0.0
-_found: set[tuple[Path, str]] = set()  # folders that hold compiled code, and of which source: none is looked into twice
+_found: set[tuple[Path, str]] = set()  # folders in which compiled code of a source lay: they are asked no more
 
 
 @functools.cache

@@ -53,12 +53,15 @@ def _fetch(tile, data, shared, order, first, used, out, width):
 
 
 @inline
-def _forward(tile, widths, bias, hidden, output, w, h, partly, there, mode):
-    """there: a tile row, 1 where there is a sample; read where the tile is filled `partly`. mode: of the last layer."""
+def _forward(tile, widths, bias, hidden, output, w, h, partly, there, exact, mode):
+    """there: a tile row, 1 where there is a sample; read where the tile is filled `partly`.
+
+    exact: the last layer computes in this mode.
+    """
     row, below = 0, 0
     for l in range(len(widths) - 1):
         inputs, outputs = widths[l], widths[l + 1]
-        if mode and l + 2 == len(widths):
+        if exact and l + 2 == len(widths):
             set_float_mode(mode)
         kind = hidden if l + 2 < len(widths) else output
         for n in range(outputs):
@@ -260,7 +263,7 @@ def train(
             scale = 2.0 * share if loss == 0 else share
             logs = log_every > 0 and step % log_every == 0
             # The logarithm of a denormal output is a number, and that of 0 is not.
-            exact = given if logs and loss == 1 else 0
+            exact = logs and loss == 1
             # Long before it is needed: rates of many steps and networks come from far away.
             lr = rate_of(rates[(step - start) % len(rates)], block, len(parameters))
             for i in range(len(w) // LANES):
@@ -274,7 +277,7 @@ def train(
                     _fetch(tile, x, len(x) == samples * widths[0], order, epoch + begin + first, used, h, widths[0])
                     _fetch(tile, y, len(y) == samples * columns, order, epoch + begin + first, used, t, columns)
                     fetched = not len(order) and count <= lanes
-                row, top = _forward(tile, widths, bias, hidden, output, w, h, partly, there, exact)
+                row, top = _forward(tile, widths, bias, hidden, output, w, h, partly, there, exact, given)
                 if logs:
                     _plus_losses(tile, loss, beta, weighted, outputs, share, top, h, t, used, losses[block], logged)
                 if exact:

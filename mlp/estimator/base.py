@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the classifier and the regressor share: their parameters, and how they are trained by `fit`."""
 
-import contextlib
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -28,38 +27,44 @@ Run = tuple[nn.Module, torch.optim.Optimizer, torch.Generator]
 SOLVERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-@contextlib.contextmanager
-def kept_if_refused(model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> Iterator[None]:
-    """What is refused in its midst, as a rate with which training diverges is, leaves all three as they were."""
-    parameters = [p.detach().clone() for p in model.parameters()]
-    state = [(p, {name: t.clone() for name, t in entry.items()}) for p, entry in optimizer.state.items()]
-    numbers = generator.get_state()
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for p, before in zip(model.parameters(), parameters, strict=True):
-                p.copy_(before)
-        optimizer.state.clear()
-        optimizer.state.update(state)
-        generator.set_state(numbers)
-        raise
-
-
 def whole(method):
-    """A fit that is refused leaves the estimator as it was, what scikit-learn's checks have set included."""
+    """A fit that is refused leaves the estimator as it was, what scikit-learn's checks have set included.
+
+    One that goes on trains the model of the fit before in place, whose numbers are put back.
+    """
 
     @functools.wraps(method)
     def fit(self, *arguments, **options):
         before = dict(vars(self))
+        put_back = _numbers(*before["_run"]) if "_run" in before else None
         try:
             return method(self, *arguments, **options)
         except BaseException:
             vars(self).clear()
             vars(self).update(before)
+            if put_back is not None:
+                put_back()
             raise
 
     return fit
+
+
+@torch.inference_mode(False)  # ordinary steps could not go on with what is cloned in it
+def _numbers(model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> Callable[[], None]:
+    """What gives all three back the numbers that they have now."""
+    parameters = [p.detach().clone() for p in model.parameters()]
+    state = [(p, {name: t.clone() for name, t in entry.items()}) for p, entry in optimizer.state.items()]
+    drawn = generator.get_state()
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for p, before in zip(model.parameters(), parameters, strict=True):
+            p.copy_(before)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        generator.set_state(drawn)
+
+    return put_back
 
 
 @dataclass(eq=False, repr=False)  # scikit-learn has a repr of its own, and estimators are equal to themselves alone
@@ -128,23 +133,22 @@ class FusedMLP(BaseEstimator):
         batch = samples if self.batch_size is None else min(_count("batch_size", self.batch_size), samples)
         per_epoch = -(-samples // batch)
         ready.load_what_is_on_disk()  # one fit is seldom alone, but one of folds and grids
-        with kept_if_refused(*run):
-            history = fit(
-                model,
-                *data[:2],
-                criterion=criterion,
-                optimizer=optimizer,
-                steps=epochs * per_epoch,
-                batch_size=None if batch == samples else batch,
-                log_every=1,
-                sample_weight=data[2] if len(data) > 2 else None,
-                generator=generator,
-                evaluate_every=None if more else per_epoch,
-                **watched,
-            )
-            if not all(bool(p.isfinite().all()) for p in model.parameters()):
-                rate = self.learning_rate
-                raise ValueError(f"the parameters are not finite any more: scale X, or lower learning_rate={rate}")
+        history = fit(
+            model,
+            *data[:2],
+            criterion=criterion,
+            optimizer=optimizer,
+            steps=epochs * per_epoch,
+            batch_size=None if batch == samples else batch,
+            log_every=1,
+            sample_weight=data[2] if len(data) > 2 else None,
+            generator=generator,
+            evaluate_every=None if more else per_epoch,
+            **watched,
+        )
+        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            rate = self.learning_rate
+            raise ValueError(f"the parameters are not finite any more: scale X, or lower learning_rate={rate}")
         losses = history.loss.double().numpy().reshape(-1, per_epoch)
         batches = [batch] * (per_epoch - 1) + [samples - (per_epoch - 1) * batch]
         curve = np.average(losses, axis=1, weights=batches).tolist()

@@ -256,18 +256,20 @@ def test_reading_the_loss_changes_no_bit(tile):
     torch.testing.assert_close(seen[-1][0], theirs[-1][0], rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("eps", [0.0, 1e-30, 1e-15])
+@pytest.mark.parametrize("eps", [0.0, 1e-30, 1e-15, 1e-12, 1e-8])
+@pytest.mark.parametrize("beta2", [0.99, 0.999, 1 - 1e-7])
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop"])
 @every_tile
-def test_an_eps_beside_which_small_squares_count(tile, optimizer, eps):
-    config = TrainConfig((1, 1), output="identity", bias=False, loss="mse", optimizer=optimizer, eps=eps)
+def test_an_eps_beside_which_small_squares_count(tile, optimizer, beta2, eps):
+    config = TrainConfig((1, 1), output="identity", bias=False, loss="mse", optimizer=optimizer, eps=eps, beta2=beta2)
 
     def change(parameters, x, y):
-        x.fill_(3e-19)
+        parameters[0].fill_(1e-3 if eps < 1e-15 else 0)  # nothing beside which an update would be rounded
+        x.fill_(3e-19 if eps < 1e-15 else 3e-17)
 
     ours, theirs = (Case(config).run(one, change=change) for one in (TILES[tile], TORCH))
     for a, b in zip(ours[:1], theirs[:1], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
+        torch.testing.assert_close(a, b, rtol=1e-3 if eps < 1e-15 else 2e-6, atol=0)
 
 
 # --- NaN and inf ---------------------------------------------------------------------------------------------
@@ -661,9 +663,14 @@ torch.set_num_threads(2)
 steps.train = noting
 train()
 print(len(own), own == os.sched_getaffinity(0), used - {frozenset(own)} == {frozenset(ALLOWED)})
+used.clear()
+pinned = ALLOWED - own  # not where OpenMP binds the first thread
+os.sched_setaffinity(0, pinned)
+train()
+print(used == {frozenset(pinned)})
 """
     script = script.replace("ALLOWED", repr(os.sched_getaffinity(0)))
-    assert printed(start(script, os.environ.get("NUMBA_CACHE_DIR", ""))) == ["1", "True", "True"]
+    assert printed(start(script, os.environ.get("NUMBA_CACHE_DIR", ""))) == ["1", "True", "True", "True"]
 
 
 @pytest.mark.more

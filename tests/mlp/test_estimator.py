@@ -426,6 +426,29 @@ def test_a_refused_epoch_leaves_what_was_trained(kind, monkeypatch):
     assert all(map(torch.equal, estimator.model_.parameters(), twin.model_.parameters()))
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("solver", ["sgd", "adam"])
+def test_an_interrupt_behind_the_training_leaves_what_was_trained(solver, inference, monkeypatch):
+    x, y = np.random.RandomState(0).randn(60, 4), np.arange(60) % 2
+    estimator = FusedMLPClassifier(4, solver=solver, random_state=0).partial_fit(x, y, classes=[0, 1])
+    twin, model, before = copy.deepcopy(estimator), estimator.model_, vars(estimator).copy()
+
+    def interrupted(*_, **options):
+        raise KeyboardInterrupt
+
+    for place in ("average", "array_equal"):  # in the midst of the books, and before the training
+        with monkeypatch.context() as patch, torch.inference_mode(inference):
+            patch.setattr(np, place, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                estimator.partial_fit(x, y, classes=[0, 1])
+        assert vars(estimator) == before
+    for one in (estimator, twin):
+        one.partial_fit(x, y)
+    assert estimator.model_ is model
+    assert estimator.loss_curve_ == twin.loss_curve_
+    assert all(map(torch.equal, model.parameters(), twin.model_.parameters()))
+
+
 @pytest.mark.parametrize("labels", [(-1, 1), (0, 2), (1, 2)])
 def test_indicators_are_0_and_1(labels):
     x = np.random.RandomState(0).randn(20, 3)
