@@ -234,7 +234,8 @@ def _flushes(config: TrainConfig, own: Hyperparameters, dtype: torch.dtype) -> b
     """Whether denormal numbers are 0: not where they are squares of gradients, beside an eps that may be as small."""
     if config.optimizer == "sgd":
         return True
-    numbers, slowest = torch.finfo(dtype), float(torch.as_tensor(own.of(config, "beta2")).max())
+    numbers, beta2 = torch.finfo(dtype), own.of(config, "beta2")
+    slowest = float(beta2.max()) if isinstance(beta2, Tensor) else beta2
     # A square that is flushed is less than `tiny`. Adam's eps is multiplied by its correction, the least at first.
     return config.eps * (1 - slowest) ** 0.5 * numbers.eps > numbers.tiny**0.5
 
