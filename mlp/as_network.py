@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.reference import shares_nothing
+from .chains import Chain, chains, runs_only_forward
 from .layers import NAMES
 from .model import MLP
-from .sequential import Chain, FusedSequential, chains, runs_only_forward
+from .sequential import FusedSequential
 
 
 class Refused(Exception):

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .chains import Chain, chains, runs_only_forward
 from .layers import NAMES, LinearAct
 from .model import MLP
-from .sequential import Chain, FusedSequential, chains, runs_only_forward
+from .sequential import FusedSequential
 
 __all__ = ["fuse_", "unfuse_"]
 
@@ -100,7 +101,7 @@ def _is_sequential(module: nn.Module) -> bool:
     return (
         kind.forward in (nn.Sequential.forward, FusedSequential.forward)
         and kind.__iter__ is nn.Sequential.__iter__
-        and kind.__call__ is nn.Module.__call__
+        and kind.__call__ in (nn.Module.__call__, FusedSequential.__call__)
         and "forward" not in module.__dict__
     )
 

@@ -10,9 +10,10 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from .chains import Chain
 from .functional.loss import mlp_sigmoid_bce
 from .layers import MODULES
-from .sequential import Chain, FusedSequential, steps_of
+from .sequential import FusedSequential, steps_of
 
 
 def is_whole(value: object) -> TypeGuard[int]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ...kernels.records import TrainConfig
 from ..as_network import Network, Refused, lie_apart
+from ..chains import runs_only_forward
 from ..ensemble import Ensemble
-from ..sequential import runs_only_forward
 from .pacing import SampleOrder
 
 # The name of the loss, and the output activation that it is for, if it is for one.

@@ -9,8 +9,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ...kernels.records import TrainConfig
 from ..as_network import Network, Refused, as_network, check_trainable, lie_apart
+from ..chains import runs_only_forward
 from ..ensemble import Ensemble, in_order
-from ..sequential import runs_only_forward
 from .checks import check_data
 from .criteria import folded, has_class_ids, loss_fields, probabilities
 from .jobs import FastJob

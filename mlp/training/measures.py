@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..chains import runs_only_forward
 from ..ensemble import Ensemble
-from ..sequential import runs_only_forward
 from .criteria import LOSSES
 
 Measure = Callable[[Tensor, Tensor], Any]

@@ -27,6 +27,7 @@ FLOORS = [
     {"kernels"},
     {"mlp.functional", "mlp.capturing", "mlp.history"},
     {"mlp.layers", "mlp.hub_layers", "mlp.backend"},
+    {"mlp.chains"},
     {"mlp.sequential"},
     {"mlp.model"},
     {"mlp.as_network", "mlp.fusing"},

@@ -185,7 +185,7 @@ def test_launch_bound_calls_take_plain_torch(monkeypatch):
         raise AssertionError("went on to the kernels")
 
     monkeypatch.setattr(functional.layer, "_planned", planned)
-    monkeypatch.setattr("perceptriton.mlp.sequential.mlp_act", planned)
+    monkeypatch.setattr("perceptriton.mlp.chains.mlp_act", planned)
     # Tensors that are neither on a CPU nor here at all.
     x, weight = torch.empty(3, 8, device="meta"), torch.empty(4, 8, device="meta")
     assert linear_act(x, weight).shape == (3, 4)

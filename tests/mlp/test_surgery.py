@@ -20,7 +20,8 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.optim.swa_utils import AveragedModel
 
 from perceptriton.mlp import MLP, LinearReLU, LinearSigmoid, fit, fuse_, unfuse_
-from perceptriton.mlp.sequential import own_forward, steps_of
+from perceptriton.mlp.chains import own_forward
+from perceptriton.mlp.sequential import steps_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.")]
 
@@ -311,10 +312,112 @@ def test_patched_calls_and_sequentials(size, monkeypatch):
     model, twin = Tower(), Tower()
     fused(model).load_state_dict(twin.state_dict())
     for kind in (nn.Sequential, Tower):
+        same(model, twin, x)
         monkeypatch.setattr(kind, "forward", lambda self, x: self[0](x))
         same(model, twin, x)
         monkeypatch.undo()
     same(model, twin, x)
+
+
+def twice(seen, call):
+    """The call with its result doubled; it is counted."""
+
+    def counts(*args, **kwargs):
+        seen.append(1)
+        return 2 * call(*args, **kwargs)
+
+    return counts
+
+
+def seeing(seen, factor=None):
+    def sees(module, *given):
+        seen.append(type(module).__name__.removeprefix("Fused"))
+        return None if factor is None else factor * given[-1]
+
+    return sees
+
+
+def of_all(kind):
+    return getattr(nn.modules.module, f"register_module_{kind}")
+
+
+# What the call of a module runs besides the forward of its class. Each takes the Sequential and the list of what was
+# seen, and returns what undoes it, if it has to be undone.
+CALLS = {
+    "forward": lambda net, seen: net.register_forward_hook(seeing(seen, 2)),
+    "forward-always": lambda net, seen: net.register_forward_hook(seeing(seen), always_call=True),
+    "pre": lambda net, seen: net.register_forward_pre_hook(lambda m, args: seen.append(1) or (2 * args[0],)),
+    "pre-kwargs": lambda net, seen: net.register_forward_pre_hook(
+        lambda m, args, options: seen.append(dict(options)) or (args or (options["input"],), {}), with_kwargs=True
+    ),
+    "backward": lambda net, seen: net.register_full_backward_hook(seeing(seen)),
+    "backward-pre": lambda net, seen: net.register_full_backward_pre_hook(seeing(seen)),
+    "all-forward": lambda net, seen: of_all("forward_hook")(seeing(seen, 2)),
+    "all-pre": lambda net, seen: of_all("forward_pre_hook")(seeing(seen)),
+    "all-backward": lambda net, seen: of_all("full_backward_hook")(seeing(seen)),
+    "all-backward-pre": lambda net, seen: of_all("full_backward_pre_hook")(seeing(seen)),
+    "own-forward": lambda net, seen: setattr(net, "forward", twice(seen, net.forward)),
+    "own-call": lambda net, seen: setattr(net, "_call_impl", twice(seen, net._call_impl)),
+    "own-call-of-a-layer": lambda net, seen: setattr(net[0], "_call_impl", twice(seen, net[0]._call_impl)),
+    "own-call-of-an-activation": lambda net, seen: setattr(net[1], "_call_impl", twice(seen, net[1]._call_impl)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_whatever_a_call_of_the_sequential_runs(name, size):
+    found = []
+    for net in pairs():
+        torch.manual_seed(0)
+        seen, x = [], torch.randn(7, 4, requires_grad=True)
+        handle = CALLS[name](net, seen)
+        try:
+            for _ in range(2):
+                net(x).square().sum().backward()
+        finally:
+            if hasattr(handle, "remove"):
+                handle.remove()
+        found.append(([x.grad, *[p.grad for p in net.parameters()]], seen))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1] != []
+
+
+@pytest.mark.parametrize("name", ["__call__", "_call_impl"])
+def test_patched_calls_of_all_modules(name, size, monkeypatch):
+    model, twin = pairs()
+    x, seen, was = torch.randn(3, 4), [], getattr(nn.Module, name)
+    monkeypatch.setattr(nn.Module, name, lambda module, *args: twice(seen, was)(module, *args))
+    same(model, twin, x)
+    assert len(seen) == 2 * 5
+
+
+@pytest.mark.parametrize("name", ["__call__", "_call_impl", "forward"])
+@pytest.mark.parametrize("make", [lambda: MLP([4, 8, 4]), lambda: fused(Tower()), lambda: pairs()[0]])
+def test_classes_of_sequentials_with_calls_of_their_own(name, make, size, monkeypatch):
+    model, x = make(), torch.randn(3, 4)
+    y, seen, kind = model(x), [], type(model)
+    was = getattr(kind, name)
+    own = type("Own", (kind,), {name: lambda module, x: twice(seen, was)(module, x), "__module__": __name__})
+    model.__class__ = own
+    torch.testing.assert_close(model(x), 2 * y)
+    model.__class__ = kind
+    torch.testing.assert_close(model(x), y)
+    monkeypatch.setattr(kind, name, lambda module, x: twice(seen, was)(module, x))
+    torch.testing.assert_close(model(x), 2 * y)
+    assert seen == [1, 1]
+
+
+def test_arguments_of_a_call():
+    model, twin = pairs()
+    x, messages = torch.randn(3, 4), []
+    torch.testing.assert_close(model(input=x), model(x), rtol=0, atol=0)
+    for net in (model, twin):
+        for args, options in (((), {}), ((x, x), {}), ((x,), {"input": x}), ((x,), {"mask": x}), ((), {"x": x})):
+            with pytest.raises(TypeError) as caught:
+                net(*args, **options)
+            messages.append(str(caught.value))
+        net.register_forward_pre_hook(lambda module, args, options: ((args[0] + options["add"],), {}), with_kwargs=True)
+    assert messages[:5] == [message.replace("Sequential", "FusedSequential") for message in messages[5:]]
+    torch.testing.assert_close(model(x, add=1), twin(x, add=1))
 
 
 @pytest.mark.parametrize("watched", [F.linear, torch.tanh, F.relu], ids=["linear", "tanh", "relu"])
@@ -633,6 +736,21 @@ def test_a_trace_passes_its_own_check(make, width, grad):
     with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(x), model(x))
+
+
+def test_a_trace_records_calls_of_modules():
+    model, twin = pairs()
+    x = torch.randn(3, 4)
+    for nets in ((model, twin), [nn.Sequential(net, nn.Softmax(-1)) for net in (model, twin)]):
+        assert torch.jit.trace(nets[0], x).code == torch.jit.trace(nets[1], x).code
+
+
+def test_compiled_in_place_after_calls(size):
+    model, _ = pairs()
+    y, seen = model(x := torch.randn(3, 4)), []
+    model.compile(backend=lambda graph, _: lambda *args: (twice(seen, lambda: graph(*args)[0])(),))
+    torch.testing.assert_close(model(x), 2 * y)
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("make", [MADE["mlp"], MADE["fused"]], ids=["mlp", "fused"])
