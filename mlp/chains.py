@@ -85,7 +85,7 @@ class Chain:
         self.modules = [module for layer, behind, _ in layers for module in (layer, *behind)]
         self.forwards = [(kind, _KINDS[kind][0]) for kind in dict.fromkeys(map(type, self.modules))]
         self.widths = (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
-        self.few = 0  # elements below which a call on a CPU is known to be small, when one has asked
+        self.few = -1  # elements below which a call on a CPU is known to be small, once one has asked
         # What a call compares of each module, and what it computes.
         self.known = [(module, type(module), *_KINDS[type(module)][1:]) for module in self.modules]
 
@@ -163,7 +163,7 @@ class Chain:
             raise  # what does fit has raised something else, which is not tried again
 
     def _prefers_torch(self, input: Tensor) -> bool:
-        if input.is_cpu:
+        if self.few < 0:
             self.few = small.few_of_any(self.widths)
         return small.prefers_torch(input, self.widths)
 
