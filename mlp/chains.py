@@ -147,7 +147,7 @@ class Chain:
                         weight, bias = parameters["weight"], parameters["bias"]
                     except KeyError:
                         weight = bias = None
-                    if type(weight) not in PLAIN:
+                    if type(weight) is not nn.Parameter and type(weight) not in PLAIN:
                         called, y = True, module(y)  # which says what is missing, if anything is
                         continue
                     # torch misses a weight on the meta device; the layer has an error for it. A hook may have moved y.
