@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack  # pyright: ignore[reportAttributeAccessIssue]
@@ -11,36 +12,41 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import eligibility, small
-from ..kernels.activations import ACTIVATIONS
 from ..kernels.eligibility import PLAIN
 from .functional import linear_act, mlp_act
 from .functional.checks import check_layer
 from .functional.eager import ERRORS
 from .layers import NAMES
 
-# What calls a module, unless it has been patched since.
-CALL, CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+
+def own_method(kind: type[nn.Module], name: str = "forward") -> Callable | None:
+    """The method that the file of a class gives it, or None if it has been patched."""
+    method = getattr(kind, name)
+    return method if getattr(method, "__globals__", {}).get("__name__") == kind.__module__ else None
 
 
-def calls_are_patched() -> bool:
-    """Whether the call of all modules is not torch's own, as where somebody has every one recorded."""
-    return nn.Module.__call__ is not CALL or nn.Module._call_impl is not CALL_IMPL
+# What calls a module. Where they were patched before this file was read, they are nothing's.
+CALL, CALL_IMPL = own_method(nn.Module, "__call__"), own_method(nn.Module, "_call_impl")
 
-
-def own_forward(kind: type[nn.Module]) -> Callable | None:
-    """The `forward` that the file of a class gives it, or None if it has been patched."""
-    return kind.forward if getattr(kind.forward, "__globals__", {}).get("__name__") == kind.__module__ else None
+# What layers and activations call, unless somebody has replaced it since.
+_LINEAR, _SIGMOID, _TANH, _RELU = F.linear, torch.sigmoid, torch.tanh, F.relu
+_FUNCTIONS = {"sigmoid": _SIGMOID, "tanh": _TANH, "relu": _RELU}
 
 
 def _known(kind: type[nn.Module], name: str) -> tuple[Callable | None, int, bool, Callable | None]:
     module = kind(1, 1, device="meta") if issubclass(kind, nn.Linear) else kind()
-    function = {"identity": None, "relu": F.relu}.get(name, ACTIVATIONS[name].forward)  # as the modules call it
-    return own_forward(kind), len(vars(module)), issubclass(kind, nn.Linear), function
+    return own_method(kind), len(vars(module)), issubclass(kind, nn.Linear), _FUNCTIONS.get(name)
 
 
 # Of each class in a chain: its `forward`, since one that is patched must run itself; how many attributes a module has:
-# with as many, none hides the `forward` or a parameter; whether it has a product, and its activation.
+# with as many, none hides the `forward` or a parameter; whether it has a product; its activation, if any.
 _KINDS = {kind: _known(kind, name) for kind, name in NAMES.items()}
+
+
+def _runs(kind: type[nn.Module], forward: Callable | None) -> bool:
+    """Whether a call of a module of the class is torch's own call of this `forward`."""
+    return kind.forward is forward and kind.__call__ is CALL and kind._call_impl is CALL_IMPL
+
 
 # Attributes of a module that have it run something else.
 _RUN_INSTEAD = ("forward", "_call_impl", "_compiled_call_impl")
@@ -65,7 +71,7 @@ def is_plain(module: nn.Module) -> bool:
     kind, own, parameters = type(module), module.__dict__, module._parameters
     return (
         runs_only_forward(module)
-        and kind.forward is _KINDS[kind][0]
+        and _runs(kind, _KINDS[kind][0])
         # An attribute of the instance hides the parameter of that name, or what its class says.
         and not ("weight" in own or "bias" in own or "activation" in own)
         and (not issubclass(kind, nn.Linear) or ("weight" in parameters and "bias" in parameters))
@@ -91,7 +97,7 @@ class Chain:
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor | None]] | None:
         """(weights, biases), or None where calling the modules would run anything but the forwards of their classes."""
-        if _has_any_global_hook() or any([kind.forward is not forward for kind, forward in self.forwards]):
+        if _has_any_global_hook() or not all([_runs(kind, forward) for kind, forward in self.forwards]):
             return None
         # `is_plain`, written out, for calls are what a small network costs on a GPU.
         counts = not is_compiling()  # torch 2.11's compiler does not count attributes
@@ -113,17 +119,23 @@ class Chain:
 
     def __call__(self, input: Tensor) -> Tensor:
         """What calling the modules in turn computes."""
-        if type(input) not in PLAIN or calls_are_patched() or _has_any_global_hook():
+        if type(input) not in PLAIN or _has_any_global_hook():
             return self._run_any(input)
         return self.run_plain(input)
 
     def run_plain(self, input: Tensor) -> Tensor:
-        """The same of a plain tensor, where torch's own call of modules runs no hooks of all modules."""
+        """The same of a plain tensor, where no hooks see all modules."""
         on_cpu = input.is_cpu
-        if not ((on_cpu and input.numel() < self.few) or self._prefers_torch(input)):
+        if (
+            not ((on_cpu and input.numel() < self.few) or self._prefers_torch(input))
+            or F.linear is not _LINEAR
+            or torch.sigmoid is not _SIGMOID
+            or torch.tanh is not _TANH
+            or F.relu is not _RELU
+        ):
             return self._run_any(input)
         for kind, forward in self.forwards:
-            if kind.forward is not forward:
+            if kind.forward is not forward or kind.__call__ is not CALL or kind._call_impl is not CALL_IMPL:
                 return self._run_any(input)
         # Written out, as `is_plain` and a layer have it, since calls are what a tiny network costs.
         called, y = False, input
@@ -138,6 +150,7 @@ class Chain:
                     or own["_backward_pre_hooks"]
                     or len(own) != size
                     or type(module) is not kind
+                    or (called and not linear)  # what a hook has kept is written over by a ReLU in place
                 ):
                     called, y = True, module(y)
                     continue
@@ -168,11 +181,11 @@ class Chain:
         return small.prefers_torch(input, self.widths)
 
     def _run_any(self, input: Tensor) -> Tensor:
-        # Subclasses, what is no tensor (torch.fx records with symbols) and modes have a say in the functions that are
-        # called, a nested tensor has no shape to plan with, and who has patched the call of all modules sees every one.
+        # Subclasses, what is no tensor (torch.fx records with symbols), modes and who has replaced some have a say in
+        # the functions that are called, and a nested tensor has no shape to plan with.
         if (
             (type(input) not in PLAIN and hasattr(type(input), "__torch_function__"))
-            or calls_are_patched()
+            or (F.linear, torch.sigmoid, torch.tanh, F.relu) != (_LINEAR, _SIGMOID, _TANH, _RELU)
             or (_len_torch_function_stack() and eligibility.functions_are_watched())
             or getattr(input, "is_nested", False)
         ):

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch._C import _get_tracing_state  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import profiler
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -15,22 +16,16 @@ from torch.nn.modules.module import (
 
 from ..kernels import eligibility
 from ..kernels.eligibility import PLAIN
-from .chains import CALL, CALL_IMPL, Chain, calls_are_patched, chains, run
+from .chains import CALL, CALL_IMPL, Chain, chains, own_method
 from .functional.eager import product_dtype
 from .layers import NAMES
 
-_FORWARD = nn.Sequential.forward  # unless it has been patched since
+_FORWARD = own_method(nn.Sequential)
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Attributes of modules in a chain that torch.compile is to guard.
-_GUARDED = (
-    "forward",
-    "weight",
-    "bias",
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_GUARDED = ("forward", "weight", "bias", *_HOOKS)
 
 
 class FusedSequential(nn.Sequential):
@@ -42,8 +37,9 @@ class FusedSequential(nn.Sequential):
 
     # Nothing here has a name that a subclass, an attribute or a child of somebody's may have.
     _fused_from: ClassVar[type[nn.Sequential]] = nn.Sequential  # the class that `fuse_` takes this one for
-    # The modules, those that are in no chain, the classes of these, the steps, and the one that is all; see `steps_of`.
-    _fused_plan: tuple[tuple, list[nn.Module], list[type], list[Chain | nn.Module], Chain | None] | None = None
+    # The modules, those that are in no chain, the classes of these, the steps, the one that is all a call runs, and the
+    # class of the Sequential; see `steps_of`.
+    _fused_plan: tuple[tuple, list[nn.Module], list[type], list[Chain | nn.Module], Chain | None, type] | None = None
 
     def __init_subclass__(cls, **options) -> None:
         # The class that `fuse_` makes of another is none that a registry of its subclasses should hear of.
@@ -62,6 +58,7 @@ class FusedSequential(nn.Sequential):
             or len(args) != 1
             or kwargs
             or type(input := args[0]) not in PLAIN
+            or (kind := type(self)) is not planned[5]
             or own["_forward_hooks"]
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
@@ -73,12 +70,13 @@ class FusedSequential(nn.Sequential):
             or _global_forward_pre_hooks
             or _global_backward_hooks
             or _global_backward_pre_hooks
-            # Somebody may have patched a class, or have made a subclass whose methods are others.
-            or (kind := type(self)).forward is not _FUSED_FORWARD
+            # Somebody may have patched a class, or have made one whose methods are others.
+            or kind.forward is not _FUSED_FORWARD
             or kind._call_impl is not CALL_IMPL
             or (before := kind._fused_from).__call__ is not CALL
             or before.forward is not _FORWARD
             or _get_tracing_state() is not None
+            or profiler._is_profiler_enabled
         ):
             return super().__call__(*args, **kwargs)
         return chain.run_plain(input)
@@ -86,7 +84,7 @@ class FusedSequential(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features of the first layer) -> (..., out_features of the last)."""
         if is_compiling():
-            if not eligibility.launchable(input.device, product_dtype(input)[0]) or calls_are_patched():
+            if not eligibility.launchable(input.device, product_dtype(input)[0]):
                 return super().forward(input)
             for module in self._modules.values():
                 # The compiler guards attributes that are asked for, as it does not what `is_plain` looks for. Others
@@ -106,7 +104,9 @@ class FusedSequential(nn.Sequential):
             steps = steps_of(self)
         else:
             steps = planned[3]
-        return run(steps, input)
+        for step in steps:
+            input = step(input)
+        return input
 
     def __prepare_scriptable__(self) -> nn.Sequential:
         # What torch.jit.script compiles, which puts what it makes of the modules into the dict that it finds.
@@ -123,15 +123,32 @@ class FusedSequential(nn.Sequential):
 _FUSED_FORWARD = FusedSequential.forward
 
 
+def _goes_on(module: FusedSequential) -> bool:
+    """Whether `super().__call__` is that of the class it was fused from, and attributes are where modules have them."""
+    kind = type(module)
+    behind = kind.__mro__[kind.__mro__.index(FusedSequential) + 1 :]
+    return (
+        behind == kind._fused_from.__mro__
+        and kind.__getattribute__ is object.__getattribute__
+        and kind._compiled_call_impl is None
+        and all([name in module.__dict__ for name in _HOOKS])
+    )
+
+
 def steps_of(module: FusedSequential) -> list[Chain | nn.Module]:
     """What runs in the place of the modules, planned anew when one has come, gone or changed its class."""
     planned, modules = module._fused_plan, tuple(module._modules.values())
     # A chain looks at the classes of its modules itself.
-    if planned is None or planned[0] != modules or list(map(type, planned[1])) != planned[2]:
+    if (
+        planned is None
+        or planned[0] != modules
+        or list(map(type, planned[1])) != planned[2]
+        or planned[5] is not type(module)
+    ):
         steps = chains(modules)
         alone = [step for step in steps if not isinstance(step, Chain)]
-        only = steps[0] if len(steps) == 1 and not alone else None
-        planned = modules, alone, list(map(type, alone)), steps, only
+        only = steps[0] if len(steps) == 1 and not alone and _goes_on(module) else None
+        planned = modules, alone, list(map(type, alone)), steps, only, type(module)
         # A module with an equality of its own may equal the one that replaces it.
         if all(type(step).__eq__ is object.__eq__ for step in alone):
             module.__dict__["_fused_plan"] = planned

@@ -19,8 +19,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.optim.swa_utils import AveragedModel
 
-from perceptriton.mlp import MLP, LinearReLU, LinearSigmoid, fit, fuse_, unfuse_
-from perceptriton.mlp.chains import own_forward
+from perceptriton.mlp import MLP, LinearReLU, LinearSigmoid, chains, fit, fuse_, sequential, unfuse_
+from perceptriton.mlp.chains import own_method
 from perceptriton.mlp.sequential import steps_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.")]
@@ -289,11 +289,29 @@ def test_patched_classes(kind, size, monkeypatch):
 
 
 def test_classes_that_were_patched_before(monkeypatch):
-    assert own_forward(nn.Linear) is nn.Linear.forward
-    assert own_forward(LinearSigmoid) is LinearSigmoid.forward
+    assert own_method(nn.Linear) is nn.Linear.forward
+    assert own_method(LinearSigmoid) is LinearSigmoid.forward
     forward = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", functools.wraps(forward)(lambda self, x: forward(self, x) + 1))
-    assert own_forward(nn.Linear) is None
+    assert own_method(nn.Linear) is None
+    for name in ("__call__", "_call_impl"):
+        call = getattr(nn.Module, name)
+        assert own_method(nn.Module, name) is call
+        monkeypatch.setattr(
+            nn.Module, name, functools.wraps(call)(lambda module, *args, call=call: call(module, *args))
+        )
+        assert own_method(nn.Module, name) is None
+
+
+@pytest.mark.parametrize("name", ["CALL", "CALL_IMPL"])
+def test_calls_that_were_patched_before(name, size, monkeypatch):
+    model, twin = pairs()
+    for file in (chains, sequential):
+        monkeypatch.setattr(file, name, None)
+    seen, was = [], nn.Module.__call__
+    monkeypatch.setattr(nn.Module, "__call__", lambda module, *args: twice(seen, was)(module, *args))
+    same(model, twin)
+    assert len(seen) == 2 * 5
 
 
 def test_patched_calls_and_sequentials(size, monkeypatch):
@@ -404,6 +422,112 @@ def test_classes_of_sequentials_with_calls_of_their_own(name, make, size, monkey
     monkeypatch.setattr(kind, name, lambda module, x: twice(seen, was)(module, x))
     torch.testing.assert_close(model(x), 2 * y)
     assert seen == [1, 1]
+
+
+class Counts(nn.Module):
+    """A mixin that stands behind the classes of Sequentials, and hears of their calls."""
+
+    calls = 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return super().__call__(*args)
+
+
+class Logs(nn.Module):
+    """Sees what is asked of it."""
+
+    seen: ClassVar[list] = []
+
+    def __getattribute__(self, name):
+        if name in ("forward", "_call_impl"):
+            self.seen.append(name)
+        return super().__getattribute__(name)
+
+
+class CountedMLP(MLP, Counts):
+    pass
+
+
+class LoggedMLP(MLP, Logs):
+    pass
+
+
+def test_calls_of_classes_behind():
+    model, x = CountedMLP([4, 8, 4]), torch.randn(3, 4)
+    for calls in range(1, 4):
+        model(x)
+        assert model.calls == calls
+    model, _ = pairs()
+    model.__class__ = type("Swapped", (type(model), Counts), {})
+    for calls in range(1, 4):
+        model(x)
+        assert model.calls == calls
+    model = LoggedMLP([4, 8, 4])
+    model(x), Logs.seen.clear(), model(x)
+    assert sorted(set(Logs.seen)) == ["_call_impl", "forward"]
+
+
+def test_hooks_that_are_kept_elsewhere():
+    class Elsewhere(nn.Sequential):
+        @property
+        def _forward_hooks(self):
+            return self.__dict__.setdefault("mine", OrderedDict())
+
+        @_forward_hooks.setter
+        def _forward_hooks(self, hooks):
+            self.__dict__["mine"] = hooks
+
+    model, x = fused(Elsewhere(nn.Linear(4, 4), nn.Sigmoid())), torch.randn(3, 4)
+    y = model(x)
+    model.register_forward_hook(lambda module, args, y: 2 * y)
+    torch.testing.assert_close(model(x), 2 * y)
+
+
+@pytest.mark.parametrize("name", ["__call__", "_call_impl"])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Sigmoid, nn.Tanh])
+def test_patched_calls_of_classes_in_a_chain(kind, name, size, monkeypatch):
+    model, twin = pairs()
+    seen, was = [], getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda module, *args: twice(seen, was)(module, *args))
+    same(model, twin)
+    assert len(seen) == (4 if kind is nn.Linear else 2)
+
+
+@pytest.mark.parametrize(
+    ("space", "name"),
+    [(F, "linear"), (torch, "sigmoid"), (torch, "tanh"), (F, "relu")],
+    ids=["linear", "sigmoid", "tanh", "relu"],
+)
+def test_replaced_functions(space, name, size, monkeypatch):
+    """As profilers do that count operations."""
+    layers = [(nn.Linear(4, 4), kind()) for kind in (nn.ReLU, nn.ReLU, nn.Sigmoid, nn.Tanh)]
+    model, twin = twins(*[module for pair in layers for module in pair])
+    seen = []
+    monkeypatch.setattr(space, name, twice(seen, getattr(space, name)))
+    same(model, twin)
+    assert seen
+    assert len(seen) % 2 == 0
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["layer", "identity"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_what_a_hook_keeps_is_written_over_as_in_torch(kind, index, size):
+    kept = []
+    model, twin = twins(nn.Linear(4, 8), nn.Identity(), nn.ReLU(inplace=True), nn.Linear(8, 4), nn.ReLU(inplace=True))
+    x = torch.randn(7, 4)
+    for net in (model, twin):
+        getattr(net[index], kind)(lambda module, *given: kept.append(given[-1]))
+        net(x)
+    torch.testing.assert_close(*kept)
+
+
+def test_a_profile_names_the_network():
+    model, _ = pairs()
+    with torch.profiler.profile(with_stack=True, with_modules=True) as profile:
+        model(torch.randn(3, 4))
+    names = {event.name() for event in profile.profiler.kineto_results.events()}
+    assert "nn.Module: FusedSequential_0" in names
 
 
 def test_arguments_of_a_call():
