@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.reference import shares_nothing
-from .chains import Chain, chains, runs_only_forward
+from .chains import Chain, chains, is_patched, runs_only_forward
 from .layers import NAMES
 from .model import MLP
 from .sequential import FusedSequential
@@ -36,10 +36,12 @@ def as_network(model: nn.Module) -> Network:
     """The network that an `MLP` or an `nn.Sequential` is. Raises Refused where it is none."""
     if not isinstance(model, nn.Sequential) or type(model) not in (MLP, FusedSequential, nn.Sequential):
         raise Refused(f"{type(model).__name__} is neither an MLP nor an nn.Sequential")
-    if found := next(
-        (name or "the model" for name, module in model.named_modules() if not runs_only_forward(module)), None
-    ):
+    modules = list(model.named_modules())
+    if found := next((name or "the model" for name, module in modules if not runs_only_forward(module)), None):
         raise Refused(f"{found} has hooks or a forward of its own")
+    kinds = {nn.Sequential, *[type(module) for _, module in modules]}
+    if found := next(filter(is_patched, kinds), None):
+        raise Refused(f"somebody has patched {found.__name__}")
     if not len(model):
         raise Refused("the model has no layers")
     # An identity behind the last module changes nothing, and makes a layer that stands alone a chain.

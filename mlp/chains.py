@@ -19,10 +19,14 @@ from .functional.eager import ERRORS
 from .layers import NAMES
 
 
-def own_method(kind: type[nn.Module], name: str = "forward") -> Callable | None:
-    """The method that the file of a class gives it, or None if it has been patched."""
+def own_method(kind: type, name: str = "forward") -> Callable | None:
+    """The method that the file of a class, or of one behind it, gives it, or None if it has been patched."""
     method = getattr(kind, name)
-    return method if getattr(method, "__globals__", {}).get("__name__") == kind.__module__ else None
+    written = getattr(method, "__globals__", {}).get("__name__")  # the file
+    for owner in kind.__mro__:
+        if name in owner.__dict__:
+            return method if written == owner.__module__ else None
+    return None
 
 
 # What calls a module. Where they were patched before this file was read, they are nothing's.
@@ -64,6 +68,16 @@ def runs_only_forward(module: nn.Module) -> bool:
         or any([name in own for name in _RUN_INSTEAD])
         or _has_any_global_hook()
     )
+
+
+def is_patched(kind: type[nn.Module]) -> bool:
+    """Whether somebody has patched what a call of a module of the class runs."""
+    return None in [own_method(kind, name) for name in ("__call__", "_call_impl", "forward")]
+
+
+def runs_as_written(module: nn.Module) -> bool:
+    """Whether a call of the module runs the `forward` that the file of its class has, and nothing else."""
+    return runs_only_forward(module) and not is_patched(type(module))
 
 
 def is_plain(module: nn.Module) -> bool:

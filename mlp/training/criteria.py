@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...kernels.records import TrainConfig
 from ..as_network import Network, Refused, lie_apart
-from ..chains import runs_only_forward
+from ..chains import runs_as_written
 from ..ensemble import Ensemble
 from .pacing import SampleOrder
 
@@ -66,7 +66,7 @@ def loss_fields(criterion: Any, network: Network) -> dict[str, Any]:
     kind = type(criterion)
     if kind not in LOSSES:
         raise Refused(f"the criterion is a {kind.__name__}")
-    if not runs_only_forward(criterion):
+    if not runs_as_written(criterion):
         raise Refused("the criterion has hooks or a forward of its own")
     if criterion.reduction not in ("mean", "sum"):
         raise Refused(f"the criterion's reduction is {criterion.reduction!r}")

@@ -9,7 +9,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ...kernels.records import TrainConfig
 from ..as_network import Network, Refused, as_network, check_trainable, lie_apart
-from ..chains import runs_only_forward
+from ..chains import runs_as_written
 from ..ensemble import Ensemble, in_order
 from .checks import check_data
 from .criteria import folded, has_class_ids, loss_fields, probabilities
@@ -73,7 +73,7 @@ def _are_ids(model: nn.Module, criterion: Any, x: Tensor, y: Tensor) -> bool:
 def _network(model: nn.Module) -> Network:
     if type(model) is not Ensemble:
         return as_network(model)
-    if not runs_only_forward(model):
+    if not runs_as_written(model):
         raise Refused("the model has hooks or a forward of its own")
     options = (model.activation, model.output_activation, len(model.biases) > 0)
     return Network(model.sizes, *options, tuple(in_order(model)), len(model))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..chains import runs_only_forward
+from ..chains import runs_as_written
 from ..ensemble import Ensemble
 from .criteria import LOSSES
 
@@ -89,7 +89,7 @@ def _maps(measure: object) -> bool:
     if isinstance(measure, partial):
         return measure.func is accuracy
     known = type(measure) in LOSSES and getattr(measure, "reduction", "none") != "none"
-    return known and isinstance(measure, nn.Module) and runs_only_forward(measure)
+    return known and isinstance(measure, nn.Module) and runs_as_written(measure)
 
 
 def _number(value: object, name: str) -> Tensor:
