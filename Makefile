@@ -143,7 +143,7 @@ check: $(READY) ## while you work: lint, types, the fast tests and the core of t
 	$(call parts,check-mlp check-core check-others lint check-compiled)
 
 test: $(READY) ## everything that needs no GPU, but for what takes long
-	$(call parts,test-mlp test-kernels test-others test-traced test-compile)
+	$(call parts,test-mlp test-kernels test-compile test-traced test-others)
 
 test-more: $(READY) ## what CI runs besides: what takes long, sanitize, test-long and test-matrix (many minutes)
 	$(call parts,sanitize test-long test-matrix-old test-matrix-new test-matrix-compile test-old-triton test-networks test-benches test-slowest test-fuzz test-ampere test-ada test-hopper test-blackwell test-emulator test-changed-ampere test-changed-hopper test-changed-tiles)
