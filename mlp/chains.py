@@ -29,7 +29,7 @@ def own_method(kind: type, name: str = "forward") -> Callable | None:
     return None
 
 
-# What calls a module. Where they were patched before this file was read, they are nothing's.
+# What calls a module; None, which no class has, if somebody had patched it before this file was read.
 CALL, CALL_IMPL = own_method(nn.Module, "__call__"), own_method(nn.Module, "_call_impl")
 
 # What layers and activations call, unless somebody has replaced it since.
