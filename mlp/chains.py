@@ -142,7 +142,6 @@ class Chain:
         on_cpu = input.is_cpu
         if (
             not ((on_cpu and input.numel() < self.few) or self._prefers_torch(input))
-            or F.linear is not _LINEAR
             or torch.sigmoid is not _SIGMOID
             or torch.tanh is not _TANH
             or F.relu is not _RELU

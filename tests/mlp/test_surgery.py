@@ -466,8 +466,13 @@ class CountedMLP(MLP, Counts):
     pass
 
 
-class LoggedMLP(MLP, Logs):
+class LoggedMLP(Logs, MLP):
     pass
+
+
+class CompiledMLP(MLP):
+    def _compiled_call_impl(self, x):
+        return 2 * self._call_impl(x)
 
 
 def test_calls_of_classes_behind():
@@ -483,6 +488,8 @@ def test_calls_of_classes_behind():
     model = LoggedMLP([4, 8, 4])
     model(x), Logs.seen.clear(), model(x)
     assert sorted(set(Logs.seen)) == ["_call_impl", "forward"]
+    model = CompiledMLP([4, 8, 4])
+    assert [torch.equal(model(x), 2 * model.forward(x)) for _ in range(3)] == [True] * 3
 
 
 def test_hooks_that_are_kept_elsewhere():
