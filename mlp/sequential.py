@@ -98,13 +98,7 @@ class FusedSequential(nn.Sequential):
             return super().forward(input)  # torch.jit records calls of modules
         if self._fused_from.forward is not _FORWARD:
             return super().forward(input)  # patched since
-        planned = self._fused_plan
-        # The comparison in `steps_of` is written out here too, for it costs a tiny network less than the call.
-        if planned is None or planned[0] != tuple(self._modules.values()) or planned[1]:
-            steps = steps_of(self)
-        else:
-            steps = planned[3]
-        for step in steps:
+        for step in steps_of(self):
             input = step(input)
         return input
 
