@@ -16,10 +16,10 @@ from .ops import obey
 from .records import IMPLS, Device, MlpPlan, Plan
 
 
-def _listed(plans: dict[str, Plan] | dict[str, MlpPlan]) -> str:
+def _listed(self) -> str:
     return "\n".join(
         f"{name:9} {plan.impl:8}  {plan.reason}" + (f"\n{'':20}{plan.prediction}" if plan.prediction else "")
-        for name, plan in plans.items()
+        for name, plan in self._asdict().items()
     )
 
 
@@ -28,9 +28,7 @@ class Explanation(NamedTuple):
 
     forward: Plan
     backward: Plan
-
-    def __str__(self) -> str:
-        return _listed(self._asdict())
+    __str__ = _listed
 
 
 class MlpExplanation(NamedTuple):
@@ -39,9 +37,7 @@ class MlpExplanation(NamedTuple):
     inference: MlpPlan
     forward: MlpPlan
     backward: MlpPlan
-
-    def __str__(self) -> str:
-        return _listed(self._asdict())
+    __str__ = _listed
 
 
 def _described(device: torch.device | str | Device, impl: str | None) -> Device:

@@ -56,7 +56,7 @@ def few_on_gpu(
     if planning.device_refusal(1, 1, 1, dtype_name(dtype), described):
         return math.inf
     limit = crossover.eager_limit(widths, training, described, autocast)
-    return limit / (dtype.itemsize * crossover.layer_bytes(1, widths)) if limit else 0
+    return limit / max(dtype.itemsize * crossover.layer_bytes(1, widths), 1) if limit else 0
 
 
 def network_prefers_torch(x: Tensor, weights: Sequence[Tensor]) -> bool:

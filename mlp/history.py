@@ -83,7 +83,7 @@ class History:
     def to_csv(self, path: "str | os.PathLike[str]", wide: bool = False) -> None:
         """Writes the table with the names of its columns in the first line. A file of that name is replaced."""
         columns = self.to_dict(wide)
-        target = Path(path)
+        target = Path(os.path.realpath(path))
         partly = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
         try:
             with partly.open("w", newline="", encoding="utf-8") as file:
@@ -92,7 +92,7 @@ class History:
         except OSError as error:
             if error.filename is None:
                 raise
-            raise OSError(error.errno, error.strerror, str(target)) from None  # the other name nobody knows
+            raise OSError(error.errno, error.strerror, str(path)) from None  # the other name nobody knows
         finally:
             with suppress(OSError):  # where there can be no such file
                 partly.unlink()

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The networks, losses and optimizers that whole training loops are tested with, and the loop that they must equal."""
 
-import contextlib
 import itertools
 import os
 import subprocess
@@ -99,17 +98,6 @@ def torch_optimizer(config, parameters, lr, **options):
     return kind(parameters, betas=(config.beta1, config.beta2), **options)
 
 
-@contextlib.contextmanager
-def quick():
-    """One thread: torch's own small steps take many times as long where two wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def two_ranks(script, folder):
     """What each of two processes of torch.distributed has saved that run `script` RANK RANKS STORE OUT."""
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -162,11 +150,13 @@ def make(sizes, hidden, output, bias, samples, dtype=torch.float64, seed=0):
     return model, normal(samples, sizes[0]), y
 
 
-def ordinary(model, x, y, criterion, optimizer, steps, batch_size=None, generator=None, log_every=1):
-    """The loop that everyone writes; losses before the update of every log_every-th step."""
-    losses = []
-    batches = iter(())
+def ordinary(model, x, y, criterion, optimizer, steps, batch_size=None, generator=None, log_every=1, rates=None):
+    """The loop that everyone writes; losses before the update of every log_every-th step. rates: one for each step."""
+    losses, batches = [], iter(())
+    kept = [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
+        for group in optimizer.param_groups if rates else ():
+            group["lr"] = rates[step]
         if batch_size is None:
             rows = slice(None)
         else:
@@ -180,6 +170,8 @@ def ordinary(model, x, y, criterion, optimizer, steps, batch_size=None, generato
             losses.append(loss.item())
         loss.backward()
         optimizer.step()
+    for group, lr in zip(optimizer.param_groups, kept, strict=True):
+        group["lr"] = lr
     for p in model.parameters():
         p.grad = None
     return torch.tensor(losses, dtype=torch.float64)

@@ -77,20 +77,7 @@ class NativeLoop:
     bit. Threads live as long as one call of `run`: there are none that a fork could lose.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        parameters: Sequence[Tensor],
-        first: Sequence[Tensor],
-        second: Sequence[Tensor],
-        lr: Tensor | None,
-        x: Tensor,
-        y: Tensor,
-        batch_size: int,
-        taken: int,
-        plan: TrainPlan,
-        own: Hyperparameters = COMMON,
-    ) -> None:
+    def __init__(self, config, parameters, first, second, lr, x, y, batch_size, taken, plan, own=COMMON) -> None:
         """The arguments are those of `TorchLoop`. `setup_seconds`: compiling, or reading from disk."""
         began, kind = time.perf_counter(), (parameters[0].dtype, plan.rows, plan.networks)
         if kind not in ready.loaded:
@@ -116,16 +103,7 @@ class NativeLoop:
                 ready.loaded.add(kind)
         self.setup_seconds = time.perf_counter() - began
 
-    def run(
-        self,
-        order: Tensor | None,
-        start: int,
-        steps: int,
-        log_every: int,
-        losses: Tensor,
-        rates: Tensor | None = None,
-        factors: Tensor | None = None,
-    ) -> None:
+    def run(self, order, start, steps, log_every, losses, rates=None, factors=None) -> None:
         """As `TorchLoop.run`."""
         samples = np.empty(0, np.int32) if order is None else order.flatten().numpy()
         layout, blocks = self.layout, self.layout.blocks
@@ -140,7 +118,7 @@ class NativeLoop:
 
         def work(piece: tuple[int, int], memory: tuple | None = None) -> None:
             memory = memory or self._memory()
-            self.train(self.tile, piece, self.widths, kinds, *self.data, *pace, *own, memory)
+            self.train(self.tile, piece, self.widths, kinds, self.data, pace, own, memory)
 
         threads = min(torch.get_num_threads(), blocks)
         # Several pieces for each thread: one that another program holds up leaves pieces to the others.
@@ -184,7 +162,7 @@ class NativeLoop:
         self.storages = [w, *state]
         self.targets = [t for tensors in self.given for t in tensors]
         self.sources = self._parts() if layout.blocks == 1 else []
-        self.data = [layout.data(t).numpy() for t in (x, y)]
+        self.data = tuple(layout.data(t).numpy() for t in (x, y))
         betas = [own.of(config, name) for name in ("beta1", "beta2")]
         numbers = {
             "weight_decay": own.of(config, "weight_decay"),

@@ -136,33 +136,14 @@ def _softmax_gradient(tile, neurons, scale, row, target, h, t, dz):
 
 @cached
 @njit(nogil=True, error_model="numpy")
-def train(
-    tile,
-    blocks,
-    widths,
-    kinds,
-    inputs,
-    targets,
-    order,
-    size,
-    start,
-    steps,
-    log_every,
-    rates,
-    factors,
-    hypers,
-    parameters,
-    firsts,
-    seconds,
-    powers,
-    losses,
-    memory,
-):
+def train(tile, blocks, widths, kinds, data, pace, own, memory):
     """As `steps.train`, where a block is one network and a tile's members are its neurons.
 
     Inputs are read a whole tile of numbers at a time. Where a sample's are none, each batch is copied with filling.
     """
     hidden, output, loss, optimizer, bias, mean, decays, weighted, flushes, samples, beta, factor, new = kinds
+    (inputs, targets), (order, size, start, steps, log_every) = data, pace
+    rates, factors, hypers, parameters, firsts, seconds, powers, losses = own
     g, h, dz, turned, near, t, places = memory
     rows, features, neurons = len(places) // len(widths), widths[0], widths[-1]
     columns, stride = _columns(tile, neurons), _rows(tile, features, 0)

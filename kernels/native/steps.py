@@ -210,28 +210,7 @@ def softmax_loss(h, at, t, to, stride, outputs):
 
 @cached
 @njit(nogil=True, error_model="numpy")
-def train(
-    tile,
-    blocks,
-    widths,
-    kinds,
-    inputs,
-    targets,
-    order,
-    size,
-    start,
-    steps,
-    log_every,
-    rates,
-    factors,
-    hypers,
-    parameters,
-    firsts,
-    seconds,
-    powers,
-    losses,
-    memory,
-):
+def train(tile, blocks, widths, kinds, data, pace, own, memory):
     """Takes `steps` steps, the first being number `start` of the run, of the blocks from blocks[0] to blocks[1].
 
     widths: int64. kinds: the numbers of what is trained, as `loop` has them. order: int32, samples by their numbers
@@ -246,6 +225,8 @@ def train(
     of zeros, one for each step that is logged.
     """
     hidden, output, loss, optimizer, bias, mean, decays, weighted, flushes, samples, beta, factor, new = kinds
+    (inputs, targets), (order, size, start, steps, log_every) = data, pace
+    rates, factors, hypers, parameters, firsts, seconds, powers, losses = own
     lanes, outputs = samples_of(tile), widths[-1]
     columns, weighs = outputs * (1 + weighted), bool(weighted or len(factors))
     g, h, dz, t, there = memory

@@ -12,33 +12,3 @@ from .network import MLP_IEEE_ROWS, MlpPlans, mlp_both, mlp_bwd, mlp_bytes, mlp_
 from .predict import predict, predict_bwd, predict_mlp
 from .train import train, train_loop, train_prices
 from .wide import linear_act_dgrad, linear_act_wgrad, wide_candidates, wide_splits
-
-__all__ = [
-    "COMPILE_SECONDS",
-    "LOAD_SECONDS",
-    "MLP_IEEE_ROWS",
-    "NEURON_ROWS",
-    "PEAKS",
-    "TILES",
-    "MlpPlans",
-    "device_refusal",
-    "linear_act_bwd",
-    "linear_act_dgrad",
-    "linear_act_fwd",
-    "linear_act_wgrad",
-    "mlp_both",
-    "mlp_bwd",
-    "mlp_bytes",
-    "mlp_columns",
-    "mlp_fwd",
-    "mlp_slots",
-    "peaks_of",
-    "predict",
-    "predict_bwd",
-    "predict_mlp",
-    "train",
-    "train_loop",
-    "train_prices",
-    "wide_candidates",
-    "wide_splits",
-]

@@ -73,12 +73,9 @@ def layer_bwd(ctx, dy: Tensor | None, backward):
     if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or eligibility.transformed(dy)):
         # With create_graph=True gradients must themselves be differentiable, to any order.
         gradients = reference.linear_act_bwd_differentiable(dy, y, x, weight, ctx.activation, wanted)
-    elif torch.is_autocast_enabled(dy.device.type):
-        # Without autocast the products keep the dtype that they had in the forward pass.
-        with torch.autocast(dy.device.type, enabled=False):
-            gradients = backward(dy, y, x, weight, ctx.activation, wanted, ctx.impl)
     else:
-        gradients = backward(dy, y, x, weight, ctx.activation, wanted, ctx.impl)
+        with _without_autocast(dy.device.type):
+            gradients = backward(dy, y, x, weight, ctx.activation, wanted, ctx.impl)
     return *gradients, None, None
 
 

@@ -106,7 +106,10 @@ class Watch:
             return
         # numpy's calls are the shorter ones, which counts where an epoch takes as long as a few of them.
         if self.stop.metric == "training_loss":
-            value = _last(losses, len(logged_steps(since, taken - since, log_every))).mean(0).numpy()
+            count = len(logged_steps(since, taken - since, log_every))
+            if not count:  # at the end of a run: there is nothing to judge
+                return
+            value = _last(losses, count).mean(0).numpy()
         else:
             value = values[self.stop.metric].double().numpy()
         self._judge(taken, self.stop, self.stop.sign * value)

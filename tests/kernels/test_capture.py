@@ -170,6 +170,14 @@ def test_small_eager_calls_are_launch_bound(monkeypatch, training):
         assert small.prefers_torch(x(1 << 40), (64, 64))
 
 
+@pytest.mark.parametrize("widths", [(0, 0), (0, 0, 0), (0, 5)])
+def test_layers_without_features_are_small(widths, monkeypatch):
+    monkeypatch.setattr(small, "describe", lambda device: Device("cuda", 90, 132, triton=True))
+    limit_eager_calls(monkeypatch, 1000, 3000)
+    for autocast in (False, True):
+        assert small.few_on_gpu(widths, torch.float32, False, torch.device("cuda", 0), autocast) > 0
+
+
 def test_bytes_are_those_of_the_average_layer():
     assert crossover.layer_bytes(10, (64, 64)) == 20
     assert crossover.layer_bytes(10, (8, 24)) == 40

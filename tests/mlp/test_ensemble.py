@@ -19,7 +19,6 @@ from training_cases import (
     chunks_of,
     make,
     ordinary,
-    quick,
     relative,
     state_of,
     values,
@@ -29,15 +28,10 @@ from perceptriton.kernels import plan, records
 from perceptriton.mlp import MLP, Ensemble, History, fit, fit_sharded
 from perceptriton.mlp.ensemble import in_order
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = 1e-10
 LAYOUTS = ("matrices", "arrays")
 NO_MEMBER = r"^indices must name at least one of 2 members, not 0$"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quick():
-        yield
 
 
 @pytest.fixture(params=LAYOUTS)

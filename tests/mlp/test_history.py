@@ -10,16 +10,10 @@ import re
 
 import pytest
 import torch
-from training_cases import quick
 
 from perceptriton.mlp import EarlyStopping, Ensemble, History, fit
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quick():
-        yield
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SINGLE = History(
     [0, 2, 4], torch.tensor([0.5, 0.25, 0.125]), 1.0, "torch",
@@ -72,6 +66,15 @@ def test_tables(case, tmp_path):
         header, *rows = csv.reader(file)
     assert_table({name: [float(row[i]) for row in rows] for i, name in enumerate(header)}, expected)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "runs").mkdir()
+    link = tmp_path / "newest.csv"
+    link.symlink_to("runs/7.csv")
+    SINGLE.to_csv(link)
+    assert link.is_symlink()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["7.csv"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

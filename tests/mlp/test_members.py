@@ -8,12 +8,13 @@ import pytest
 import torch
 from cases import negated, same_bits
 from torch import nn
-from training_cases import chunks_of, make, ordinary, quick, relative, state_of, values
+from training_cases import chunks_of, make, ordinary, relative, state_of, values
 
 from perceptriton.mlp import MLP, Ensemble, fit, fit_sharded
 from perceptriton.mlp.ensemble import in_order
 from perceptriton.mlp.training.members import numbers_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = 1e-10
 # name: (optimizer, what all members have, what each may have of its own)
 KINDS = {
@@ -29,12 +30,6 @@ KINDS = {
         ("weight_decay", "momentum"),
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quick():
-        yield
 
 
 @pytest.fixture(params=["torch", "native"])
@@ -72,17 +67,6 @@ def of_member(per_member, e):
 def problem(members, sizes=(3, 4, 2), samples=7, dtype=torch.float64):
     made = [make(sizes, "tanh", "sigmoid", True, samples, dtype, seed) for seed in range(members)]
     return [model for model, _, _ in made], *made[0][1:]
-
-
-def steps_of_its_own(optimizer, rates):
-    """Each step of the optimizer takes the next of the rates."""
-    step, rest = optimizer.step, iter(rates)
-
-    def scheduled():
-        optimizer.param_groups[0]["lr"] = next(rest)
-        step()
-
-    optimizer.step = scheduled
 
 
 def assert_members_are(ensemble, stacked, models, singles, bound=EXACT):
@@ -124,8 +108,7 @@ def test_members_train_as_with_optimizers_of_their_own(kind, seed, impl):
     singles = [make_optimizer(m.parameters(), **shared | of_member(per_member, e)) for e, m in enumerate(models)]
     for e, (model, single) in enumerate(zip(models, singles, strict=True)):
         own = [shared["lr"]] * steps if rates is None else rates.expand(steps, members)[:, e].tolist()
-        steps_of_its_own(single, own)
-        common = options | {"generator": torch.Generator().manual_seed(1), "log_every": 2}
+        common = options | {"generator": torch.Generator().manual_seed(1), "log_every": 2, "rates": own}
         losses = ordinary(model, x, y, optimizer=single, **common)
         assert relative([history.loss[:, e]], [losses]) <= EXACT
     assert_members_are(ensemble, stacked, models, singles)

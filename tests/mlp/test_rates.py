@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import same_bits
 from torch import nn
-from training_cases import OPTIMIZERS, assert_same_state, chunks_of, interrupt_after, make, relative, values
+from training_cases import OPTIMIZERS, assert_same_state, chunks_of, interrupt_after, make, ordinary, relative, values
 
 from perceptriton.mlp import MLP, EarlyStopping, Ensemble, fit, fit_sharded
 from perceptriton.mlp.training import run, validation
@@ -33,25 +33,10 @@ def rate_of(schedule, step):
     return float(schedule[step] if isinstance(schedule, torch.Tensor) else schedule(step))
 
 
-def ordinary(model, x, y, criterion, optimizer, schedule, batch_size=None, generator=None):
-    """The loop that everyone writes; its losses."""
-    losses, batches = [], iter(())
-    kept = [group["lr"] for group in optimizer.param_groups]
-    for step in range(STEPS):
-        rows = slice(None) if batch_size is None else next(batches, None)
-        if rows is None:
-            batches = iter(torch.randperm(len(x), generator=generator).split(batch_size))
-            rows = next(batches)
-        for group in optimizer.param_groups:
-            group["lr"] = rate_of(schedule, step)
-        optimizer.zero_grad()
-        loss = criterion(model(x[rows]), y[rows])
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-    for group, lr in zip(optimizer.param_groups, kept, strict=True):
-        group["lr"] = lr
-    return torch.tensor(losses, dtype=torch.float64)
+def scheduled(model, x, y, criterion, optimizer, schedule, *batches):
+    """The ordinary loop by that schedule; its losses."""
+    rates = [rate_of(schedule, step) for step in range(STEPS)]
+    return ordinary(model, x, y, criterion, optimizer, STEPS, *batches, rates=rates)
 
 
 def absolute(p, t):
@@ -76,7 +61,7 @@ def test_a_schedule_is_that_of_a_loop_that_sets_the_rate(criterion, optimizer, s
     order = torch.Generator().manual_seed(3)
     options = {"criterion": criterion, "optimizer": own, "steps": STEPS, "log_every": 1, "batch_size": 3}
     history = fit(model, x, y, lr=rates, generator=order, **options)
-    losses = ordinary(twin, x, y, criterion, other, rates, 3, torch.Generator().manual_seed(3))
+    losses = scheduled(twin, x, y, criterion, other, rates, 3, torch.Generator().manual_seed(3))
     assert history.path == ("general" if criterion is absolute else "torch")
     assert relative([history.loss], [losses]) <= EXACT
     assert relative(model.parameters(), twin.parameters()) <= EXACT
@@ -90,7 +75,7 @@ def test_compiled_loops_take_a_schedule():
     own, other = (torch.optim.AdamW(m.parameters(), lr=1) for m in (model, twin))
     options = {"criterion": nn.BCELoss(), "optimizer": own, "steps": STEPS, "impl": "native"}
     assert fit(model, x, y, lr=falling, **options).path == "native"
-    ordinary(twin, x, y, nn.BCELoss(), other, falling)
+    scheduled(twin, x, y, nn.BCELoss(), other, falling)
     assert relative(model.parameters(), twin.parameters()) <= EXACT
     assert_same_state(own, other, EXACT)
 
@@ -104,7 +89,7 @@ def test_every_group_has_the_rate_and_gets_its_own_back():
     )
     rates = [group["lr"] for group in own.param_groups]
     fit(model, x, y, criterion=nn.BCELoss(), optimizer=own, steps=STEPS, lr=falling)
-    ordinary(twin, x, y, nn.BCELoss(), other, falling)
+    scheduled(twin, x, y, nn.BCELoss(), other, falling)
     assert relative(model.parameters(), twin.parameters()) <= EXACT
     assert all(group["lr"] is rate for group, rate in zip(own.param_groups, rates, strict=True))
 
@@ -177,7 +162,7 @@ def test_members_have_schedules(schedule, impl):
     rows = given if isinstance(given, torch.Tensor) else [torch.as_tensor(given(s), **double) for s in range(STEPS)]
     rows = torch.stack([row.expand(4) for row in rows])
     for e, model in enumerate(models):
-        losses = ordinary(model, x, y, nn.BCELoss(), torch.optim.Adam(model.parameters()), rows[:, e])
+        losses = scheduled(model, x, y, nn.BCELoss(), torch.optim.Adam(model.parameters()), rows[:, e])
         assert relative([history.loss[:, e]], [losses]) <= EXACT
         assert relative(ensemble.member(e).parameters(), model.parameters()) <= EXACT
     assert optimizer.param_groups[0]["lr"] == 7.0
@@ -199,7 +184,7 @@ def test_a_tensor_of_one_dimension_is_never_a_schedule():
         lr=rates,
     )
     for e, model in enumerate(models):
-        ordinary(model, x, y, nn.BCELoss(), torch.optim.SGD(model.parameters(), lr=1), lambda _, e=e: rates[e])
+        scheduled(model, x, y, nn.BCELoss(), torch.optim.SGD(model.parameters(), lr=1), lambda _, e=e: rates[e])
         assert relative(ensemble.member(e).parameters(), model.parameters()) <= EXACT
 
 
@@ -211,7 +196,7 @@ def test_one_schedule_for_all_members_of_an_ordinary_loop():
     optimizer = torch.optim.SGD(ensemble.parameters(), lr=5.0)
     assert fit(ensemble, x, y, criterion=absolute, optimizer=optimizer, steps=STEPS, lr=falling).path == "general"
     for e, model in enumerate(models):
-        ordinary(model, x, y, absolute, torch.optim.SGD(model.parameters(), lr=1), falling)
+        scheduled(model, x, y, absolute, torch.optim.SGD(model.parameters(), lr=1), falling)
         assert relative(ensemble.member(e).parameters(), model.parameters()) <= EXACT
     before = values(ensemble)
     for lr in (FALL.expand(STEPS, 3), lambda step: torch.ones(3)):
@@ -299,7 +284,7 @@ def test_cross_entropy(targets, reduction):
     own, other = (torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5) for m in (model, twin))
     options = {"criterion": criterion, "steps": STEPS, "log_every": 1, "batch_size": 3}
     history = fit(model, x, y, optimizer=own, generator=torch.Generator().manual_seed(1), **options)
-    losses = ordinary(twin, x, y, criterion, other, lambda _: 0.1, 3, torch.Generator().manual_seed(1))
+    losses = scheduled(twin, x, y, criterion, other, lambda _: 0.1, 3, torch.Generator().manual_seed(1))
     assert history.path == "torch"
     assert relative([history.loss], [losses]) <= EXACT
     assert relative(model.parameters(), twin.parameters()) <= EXACT

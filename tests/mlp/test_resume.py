@@ -13,19 +13,14 @@ import pytest
 import torch
 from cases import same_bits
 from torch import nn
-from training_cases import chunks_of, interrupt_after, quick, values
+from training_cases import chunks_of, interrupt_after, values
 
 from perceptriton.mlp import MLP, EarlyStopping, Ensemble, fit
 from perceptriton.mlp.training import jobs
 from perceptriton.mlp.training.pacing import SampleOrder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 23
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quick():
-        yield
 
 
 def dropout():

@@ -175,16 +175,9 @@ def test_errors_of_losses_are_those_of_torch(widths, reduction, weighted, dtype,
 @pytest.mark.gpu
 @pytest.mark.interpreter
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
-def test_a_loss_of_every_number_of_rows(leading):
-    tensors = make((5, 17, 3), leading, dtype=torch.float32)
-    torch.testing.assert_close(results(loss_op([]), *tensors), results(plain_loss, *tensors), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.interpreter
-@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
+@every_op
 @every_network
-def test_every_number_of_rows(widths, save, leading):
+def test_every_number_of_rows(widths, save, op, plain, leading):
     tensors = make(widths, leading, dtype=torch.float32)
     torch.testing.assert_close(results(op(save), *tensors), results(plain, *tensors), rtol=1e-4, atol=1e-5)
 
@@ -223,41 +216,34 @@ def test_plans_that_change_on_the_way(op, plain, first, monkeypatch):
     torch.testing.assert_close(found, results(plain, *tensors), rtol=1e-4, atol=1e-5)
 
 
+# widths, save, bias, reduction of a loss behind it
+REGISTERED = {
+    **{f"{name}-{bias}": (*network, bias, None) for name, network in NETWORKS.items() for bias in (True, False)},
+    "loss": (*NETWORKS["cut"], True, "none"),
+    "mean-loss": (*NETWORKS["cut"], False, "mean"),
+}
+
+
 @pytest.mark.interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@every_network
-def test_ops_are_registered_right(widths, save, bias):
+@pytest.mark.parametrize(("widths", "save", "bias", "reduction"), REGISTERED.values(), ids=REGISTERED)
+def test_ops_are_registered_right(widths, save, bias, reduction):
     x, weights, biases, dy = make(widths, bias=bias, dtype=torch.float32)
+    forward, backward, acts, behind = mlp, mlp_backward, ("tanh", "sigmoid", save), ()
+    if reduction:
+        target, pos_weight, _ = head(x, weights)
+        forward, backward, acts = mlp_bce, mlp_bce_backward, ("tanh", "identity", save)
+        behind = (target, pos_weight if bias else None, reduction, torch.float32)
     inputs = [t.requires_grad_() for t in (x, *weights, *biases)]
-    options = ("tanh", "sigmoid", save, IMPL)
-    forward = torch.library.opcheck(mlp, (x, weights, biases, *options))
+    checked = torch.library.opcheck(forward, (x, weights, biases, *acts, IMPL, *behind))
     x, *parameters = (t.detach() for t in inputs)
     weights, biases = parameters[: len(weights)], parameters[len(weights) :]
-    _, saved = mlp(x, weights, biases, *options)
+    y, saved = forward(x, weights, biases, *acts, IMPL, *behind)
     wanted = [index % 3 != 1 for index in range(len(inputs))]
-    arguments = (dy, x, weights, biases, saved, *options[:3], wanted, IMPL)
-    backward = torch.library.opcheck(mlp_backward, arguments)
-    assert set(forward.values()) | set(backward.values()) == {"SUCCESS"}
-
-
-@pytest.mark.interpreter
-@pytest.mark.slow
-@pytest.mark.parametrize(("reduction", "bias"), [("none", True), ("mean", False)], ids=["none", "mean"])
-def test_ops_of_losses_are_registered_right(reduction, bias):
-    x, weights, biases, dy = make((3, 64, 60, 2), bias=bias, dtype=torch.float32)
-    target, pos_weight, _ = head(x, weights)
-    options = (target, pos_weight if bias else None, reduction, torch.float32)
-    own = [t.requires_grad_() for t in (x, *weights, *biases)]
-    forward = torch.library.opcheck(mlp_bce, (x, weights, biases, "tanh", "identity", [2], IMPL, *options))
-    x, *parameters = (t.detach() for t in own)
-    weights, biases = parameters[:3], parameters[3:]
-    loss, saved = mlp_bce(x, weights, biases, "tanh", "identity", [2], IMPL, *options)
-    wanted = [index % 3 != 1 for index in range(len(own))]
-    dy = dy if reduction == "none" else torch.ones_like(loss)
-    arguments = (dy, x, weights, biases, saved, "tanh", "identity", [2], wanted, IMPL, *options)
-    backward = torch.library.opcheck(mlp_bce_backward, arguments)
-    assert set(forward.values()) | set(backward.values()) == {"SUCCESS"}
+    dy = torch.ones_like(y) if reduction == "mean" else dy
+    arguments = (dy, x, weights, biases, saved, *acts, wanted, IMPL, *behind)
+    checked |= {f"{name} backward": found for name, found in torch.library.opcheck(backward, arguments).items()}
+    assert set(checked.values()) == {"SUCCESS"}
 
 
 @every_op

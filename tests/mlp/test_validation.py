@@ -10,20 +10,15 @@ import torch
 import torch.nn.functional as F
 from cases import same_bits
 from torch import nn
-from training_cases import chunks_of, make, quick, relative, values
+from training_cases import chunks_of, make, relative, values
 
 from perceptriton.mlp import MLP, EarlyStopping, Ensemble, fit
 from perceptriton.mlp.ensemble import in_order
 from perceptriton.mlp.training.measures import accuracy, losses_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = 1e-10
 SGD = functools.partial(torch.optim.SGD, lr=0.5, momentum=0.5)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quick():
-        yield
 
 
 def problem(seed=0, output="sigmoid", sizes=(3, 5, 2)):
@@ -209,6 +204,17 @@ def test_the_training_loss_may_be_the_one_to_watch(path, every, log_every, monke
                 if waited == 2:
                     break
             assert stopped == taken < 400
+
+
+@pytest.mark.parametrize("path", ["torch", "general", "native"])
+@pytest.mark.parametrize("steps", [20, 21, 22])
+def test_a_run_that_ends_before_another_loss_was_logged_is_not_judged(path, steps):
+    model, x, y, *_ = problem()
+    net = nn.Sequential(*model, nn.Dropout(0.0)) if path == "general" else model
+    stop, options = EarlyStopping(1, metric="training_loss"), {"evaluate_every": 10, "log_every": 3, "steps": steps}
+    optimizer, impl = torch.optim.SGD(net.parameters(), lr=0.01), "native" if path == "native" else None
+    history = fit(net, x, y, criterion=nn.BCELoss(), optimizer=optimizer, stop=stop, impl=impl, **options)
+    assert (history.path, history.steps_taken, history.stopped.item()) == (path, steps, -1)
 
 
 @pytest.mark.parametrize("criterion", [
