@@ -75,6 +75,8 @@ def check_trainable(network: Network) -> None:
             raise Refused("a parameter is frozen")
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             raise Refused("a parameter has hooks")
+        if hasattr(p, "_in_backward_optimizers"):
+            raise Refused("a parameter has an optimizer that steps in the backward pass")
     first = network.parameters[0]
     if any(p.dtype != first.dtype or p.device != first.device for p in network.parameters):
         raise Refused("parameters differ in dtype or device")
@@ -89,11 +91,11 @@ def check_trainable(network: Network) -> None:
         raise Refused("a layer has no inputs or no outputs")
     if len({id(p) for p in network.parameters}) < len(network.parameters):
         raise Refused("parameters are tied")
-    if _share_memory(network.parameters):
+    if share_memory(network.parameters):
         raise Refused("parameters share memory")
 
 
-def _share_memory(parameters: Sequence[Tensor]) -> bool:
+def share_memory(parameters: Sequence[Tensor]) -> bool:
     """Whether any two elements, of one parameter or of two, lie at the same address. No parameter is empty."""
     spans = sorted(map(_span, parameters))
     if all(map(shares_nothing, parameters)) and all(end <= start for (_, end), (start, _) in pairwise(spans)):

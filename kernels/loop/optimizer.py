@@ -122,9 +122,10 @@ class Optimizer:
         rates = rates.view(*rates.shape, *self.rates.shape[1:]) if self.rates.dim() else rates[:, 0]
         rows = [rates]
         if self.per_rate:
-            # 1 / rate and eps / rate. A rate of 0 divides by infinity, and 0 times infinity is nowhere.
-            inverse = 1 / rates.clamp_min(torch.finfo(rates.dtype).tiny)
-            rows += [inverse, torch.where(rates > 0, self.config.eps * inverse, torch.inf)]
+            # 1 / rate and eps / rate. A rate of 0 divides by infinity, and 0 times infinity is nowhere. Schedulers may
+            # pass below 0.
+            inverse = 1 / rates.abs().clamp_min(torch.finfo(rates.dtype).tiny).copysign(rates)
+            rows += [inverse, torch.where(rates == 0, torch.inf, self.config.eps * inverse)]
         if self.keep is not None:
             rows.append(1 - rates * self.decay)
         return zip(*map(_memory, rows), strict=True)

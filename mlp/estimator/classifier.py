@@ -76,8 +76,9 @@ class FusedMLPClassifier(ClassifierMixin, FusedMLP):
         y = y if multilabel else column_or_1d(y, warn=True)
         labels = y if classes is None or multilabel else classes
         known = LabelBinarizer().fit(labels).classes_ if first else self.classes_
-        if not first and classes is not None and not np.array_equal(np.unique(classes), known):
-            raise ValueError(f"classes must be {known}, as in the first call, not {classes}")
+        if classes is not None and not np.array_equal(np.unique(classes), known):
+            why = "the columns of y" if multilabel else "as in the first call"
+            raise ValueError(f"classes must be {known}, {why}, not {classes}")
         if len(known) < 2 and not multilabel:
             raise ValueError(f"y must hold at least two classes, not one class only: {known[0]!r}")
         if not multilabel and (strange := np.setdiff1d(y, known)).size:

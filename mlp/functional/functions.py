@@ -70,7 +70,7 @@ def layer_bwd(ctx, dy: Tensor | None, backward):
     if y is None:
         y = dy  # the derivative of the identity reads nothing but y's shape
     wanted = ctx.needs_input_grad[:3]
-    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or eligibility.transformed(dy)):
+    if torch.is_grad_enabled() or eligibility.transformed(dy):
         # With create_graph=True gradients must themselves be differentiable, to any order.
         gradients = reference.linear_act_bwd_differentiable(dy, y, x, weight, ctx.activation, wanted)
     else:

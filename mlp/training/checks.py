@@ -16,6 +16,9 @@ from .jobs import Job
 from .pacing import logged_steps
 from .rates import check_rates
 
+# Of torch.optim; not every torch has all of them.
+MIXING = tuple(getattr(torch.optim, name) for name in ("LBFGS", "Adafactor", "Muon") if hasattr(torch.optim, name))
+
 
 def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl) -> None:
     kinds = {
@@ -50,6 +53,9 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
         for p in group["params"]:
             if id(p) not in own:
                 raise ValueError(f"optimizer holds a parameter {tuple(p.shape)} that is none of the model's {len(own)}")
+    if isinstance(model, Ensemble) and isinstance(optimizer, MIXING):
+        own = f"a {type(optimizer).__name__} looks at whole tensors, and would mix the members"
+        raise ValueError(f"optimizer of an Ensemble must update each element by itself: {own}")
     check_samples(model, criterion, x, y)
     if lr is not None:
         check_rates(lr, model, optimizer, steps)

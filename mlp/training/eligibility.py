@@ -32,6 +32,8 @@ def fast_job(model, x, y, criterion, optimizer, steps, batch_size, lr, impl, per
         raise Refused(f"parameters are {p.dtype}")
     if torch.is_autocast_enabled(p.device.type):
         raise Refused("autocast is on")
+    if torch.is_anomaly_enabled():
+        raise Refused("autograd looks for anomalies")
     if any(type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided for t in (x, y)):
         raise Refused("x or y is a subclass of Tensor, or not dense")
     if network.members is None and x.dim() != 2:
@@ -93,8 +95,9 @@ def _optimizer_fields(optimizer: torch.optim.Optimizer, network: Network) -> tup
     if own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
         raise Refused("the optimizer has hooks")
     # A learning rate scheduler replaces `step` too, by one that only counts its calls.
-    if "step" in optimizer.__dict__ and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        raise Refused("the optimizer has a step of its own")
+    own_step = "step" in optimizer.__dict__ and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    if own_step or "zero_grad" in optimizer.__dict__:
+        raise Refused("the optimizer has a step or zero_grad of its own")
     for flag in ("amsgrad", "centered", "maximize", "differentiable", "capturable"):
         if group.get(flag):
             raise Refused(f"the optimizer has {flag}=True")

@@ -195,7 +195,7 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.installed:
+        if self.installed and signal.getsignal(signal.SIGINT) == self._handle:  # else a checkpoint has set another
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _handle(self, *_: object) -> None:

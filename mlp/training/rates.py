@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ..as_network import Refused
 from ..ensemble import Ensemble
 
 Rates = Tensor | Callable[[int], float | Tensor]
@@ -64,6 +65,15 @@ class Scheduled(Schedule):
         """every: after each so many steps the scheduler takes one."""
         self.scheduler, self.every = scheduler, every
 
+    def check(self) -> None:
+        """Raises Refused where its rates cannot be drawn ahead of the steps."""
+        if _momentum_cycles(self.scheduler):
+            raise Refused(f"a {type(self.scheduler).__name__} may change more than rates")
+        try:
+            copy.deepcopy(self.scheduler.state_dict())
+        except Exception as error:  # of a function's attributes, which may raise anything
+            raise Refused(f"the {type(self.scheduler).__name__} cannot be copied: {error}") from None
+
     def rows(self, start: int, steps: int) -> Tensor:
         optimizer = self.scheduler.optimizer
         (group,) = optimizer.param_groups
@@ -91,11 +101,11 @@ class Scheduled(Schedule):
             group["lr"] = rate
 
 
-def momentum_cycles(scheduler: LRScheduler) -> bool:
+def _momentum_cycles(scheduler: LRScheduler) -> bool:
     """Whether it changes more than rates, or is not one of torch's, of which that is known."""
     parts = getattr(scheduler, "_schedulers", [])
     foreign = type(scheduler).__module__ != LRScheduler.__module__
-    return foreign or bool(getattr(scheduler, "cycle_momentum", False)) or any(map(momentum_cycles, parts))
+    return foreign or bool(getattr(scheduler, "cycle_momentum", False)) or any(map(_momentum_cycles, parts))
 
 
 def check_rates(lr: object, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:

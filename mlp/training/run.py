@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from .jobs import FastJob, GeneralJob, Job
 from .measures import Measure
 from .members import PerMember, check_members
 from .pacing import Bar, Interrupts, SampleOrder, chunks, logged_steps
-from .rates import Rates, Schedule, Scheduled, check_scheduler, momentum_cycles
+from .rates import Rates, Schedule, Scheduled, check_scheduler
 from .validation import EarlyStopping, Watch, check_watch
 
 
@@ -114,7 +115,8 @@ def fit(
     None afterwards. x and y are not written to.
 
     Raises TypeError and ValueError for arguments that do not fit, which leaves the model as it was, TypeError too for
-    a criterion that returns no tensor.
+    a criterion that returns no tensor, and RuntimeError where `checkpoint`, or a function that gives rates, changes the
+    optimizer's numbers, which only an ordinary loop would see.
     """
     began = time.perf_counter()
     steps, batch_size, log_every, evaluate_every = map(plain_int, (steps, batch_size, log_every, evaluate_every))
@@ -131,7 +133,10 @@ def fit(
         if isinstance(job, FastJob):
             check_validation(job, model, criterion, *validation)
     if isinstance(model, Ensemble) and isinstance(job, GeneralJob):
-        warnings.warn(f"an ordinary loop trains this Ensemble, one operation at a time: {job.reason}", stacklevel=2)
+        foreign = type(optimizer).__module__.partition(".")[0] != "torch"
+        mixing = "; members stay apart only if it updates each element by itself" if foreign else ""
+        why = f"{job.reason}{mixing}"
+        warnings.warn(f"an ordinary loop trains this Ensemble, one operation at a time: {why}", stacklevel=2)
     watched = validation is not None or stop is not None
     per_epoch = steps if batch_size is None else -(-job.samples // batch_size)
     every = (evaluate_every or per_epoch) if watched else 0  # steps from one evaluation to the next; 0: there are none
@@ -150,6 +155,15 @@ def fit(
         take = partial(job.run, review=partial(watch.review, every, steps, log_every, job))
         most = partial(watch.most, every)
     bar = Bar(steps, progress, began)
+    own_rate = lr is None and scheduler is None
+    numbers = _numbers(optimizer, own_rate)
+
+    def check_optimizer() -> None:
+        now = _numbers(optimizer, own_rate) if isinstance(job, FastJob) else numbers
+        for name in [name for name in numbers | now if now.get(name) != numbers.get(name)]:
+            change = f"from {numbers.get(name)} to {now.get(name)}"
+            how = "rates change by a scheduler or a function as lr, other numbers between calls"
+            raise RuntimeError(f"optimizer's {name} was changed while fit ran, {change}: {how}")
 
     def row(values: Tensor) -> Tensor:
         return values if isinstance(model, Ensemble) else values.squeeze(-1)
@@ -185,7 +199,9 @@ def fit(
                     break
                 if watch.done.any():
                     job.freeze(watch.done)
+                check_optimizer()
                 take(start, count, order, log_every)
+                check_optimizer()
                 if every and not most and (job.taken == steps or job.taken % every == 0):
                     watch.evaluate(job.taken, job.rows, log_every)
                 if checkpoint is not None:
@@ -193,6 +209,7 @@ def fit(
                 bar.show(start + count)
                 interrupts.raise_pending()
             watch.finish()
+            interrupts.raise_pending()
     except KeyboardInterrupt as interrupt:
         interrupt.history = history()  # pyright: ignore[reportAttributeAccessIssue]
         raise
@@ -205,6 +222,13 @@ def fit(
     return history()
 
 
+def _numbers(optimizer: torch.optim.Optimizer, own_rate: bool) -> dict[str, Any]:
+    """What the first group of the optimizer says. own_rate: its rate too."""
+    group = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    rate = group.pop("lr", None)
+    return group | ({"lr": rate.item() if isinstance(rate, Tensor) else rate} if own_rate else {})
+
+
 def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, own, generator, nan, impl) -> Job:
     """The job that will train, of which nothing is computed or copied yet. Raises all that `fit` refuses.
 
@@ -214,6 +238,7 @@ def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, own
     check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_every, lr, generator, impl)
     check_members(per_member, model, optimizer)
     check_weight(weight, model, x)
+    weight = None if weight is None else weight.detach()
     members, samples = (len(model), x.shape[-2]) if isinstance(model, Ensemble) else (1, x.shape[0])
     schedule = None
     if scheduler is not None:
@@ -223,8 +248,8 @@ def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, own
         schedule = Schedule(lr, members)
     x, y = x.detach(), y.detach()
     try:
-        if scheduler is not None and momentum_cycles(scheduler):
-            raise Refused(f"a {type(scheduler).__name__} may change more than rates")
+        if isinstance(schedule, Scheduled):
+            schedule.check()
         rates = lr if schedule is None else schedule
         job = fast_job(model, x, y, criterion, optimizer, steps, batch_size, rates, impl, per_member, weight)
     except Refused as reason:

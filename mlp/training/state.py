@@ -9,7 +9,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from ...kernels.hyperparameters import Hyperparameters
 from ...kernels.records import TrainConfig
-from ..as_network import Network, Refused
+from ..as_network import Network, Refused, share_memory
 
 COUNTED = ("exp_avg", "square_avg")  # which torch.optim keeps a counter of steps with
 
@@ -35,6 +35,9 @@ class State:
         for p, values in zip(network.parameters, found, strict=True):
             if any(not isinstance(v, Tensor) or (v.shape, v.dtype) != (p.shape, p.dtype) for v in values):
                 raise Refused("the optimizer's state does not fit the parameters, or is there for some only")
+        tensors = [v for values in found for v in values]
+        if any(v.is_inference() for v in tensors) or share_memory([*network.parameters, *tensors]):
+            raise Refused("the optimizer's state cannot be written to, or shares memory")
         taken = 1  # of SGD's steps only the first differs from the others
         if config.optimizer != "sgd":
             counts = {float(entry.get("step", 0)) for entry in entries}

@@ -84,7 +84,8 @@ class Watch:
         self.best = torch.full((self.members,), torch.inf, dtype=torch.float64, device="cpu")
         self.waited = torch.zeros(self.members, dtype=torch.int64, device="cpu")
         self.stopped = torch.full((self.members,), -1, dtype=torch.int64, device="cpu")
-        self.best_values = [t.detach().clone() for t in self.kept] if stop and stop.keep_best else []
+        # Of the best evaluation, the first before that: what is there now may still be without a shape.
+        self.keeps, self.best_values = stop is not None and stop.keep_best, list[Tensor]()
         self.best_at = torch.zeros(self.members, dtype=torch.int64, device="cpu")  # steps that had been taken
         self.finished = False
         if resume is not None:
@@ -123,7 +124,8 @@ class Watch:
         better = training & (value < best)
         best[better] = value[better]
         self.best_at.numpy()[better] = taken
-        if self.best_values:
+        if self.keeps:
+            self.best_values = self.best_values or [t.detach().clone() for t in self.kept]
             _copy(self.best_values, self.kept, torch.from_numpy(better))
         if stop.patience is not None:
             stopped[training & (waited >= stop.patience)] = taken
@@ -131,7 +133,7 @@ class Watch:
     @property
     def late(self) -> bool:
         """Whether what it looks at is there after more steps too: the losses of one network alone."""
-        return self.stop is not None and self.data is None and not self.best_values and self.members == 1
+        return self.stop is not None and self.data is None and not self.keeps and self.members == 1
 
     def most(self, every: int, taken: int, seconds: float) -> int:
         """How many steps to take before a review: no more than there surely are, an eighth of those taken, or as many
@@ -185,7 +187,7 @@ class Watch:
             raise ValueError(f"resume is of a run that evaluated {told}, not {asked}")
         if self.stop is not None and (
             not {"best", "best_at"} <= history.state.keys()
-            or len(history.state["best_values"]) != len(self.best_values)
+            or len(history.state["best_values"]) != len(self.kept) * self.keeps * bool(history.evaluated)
         ):
             raise ValueError("resume is of a run without this stop, which knows neither what was best nor for how long")
         self.evaluated += history.evaluated
@@ -195,8 +197,8 @@ class Watch:
             state, stopped = history.state, history.stopped
             self.best, self.waited, self.best_at = (state[name].clone() for name in ("best", "waited", "best_at"))
             self.stopped = stopped.clone().view(-1) if stopped is not None else self.stopped
-            for own, given in zip(self.best_values, state["best_values"], strict=True):
-                own.copy_(given)
+            kept = zip(self.kept, state["best_values"], strict=False)  # none before the first evaluation
+            self.best_values = [given.to(own, copy=True) for own, given in kept]
 
     @torch.no_grad()
     def _values(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -520,6 +520,19 @@ def test_targets_of_another_dtype_are_what_torch_says(kind):
     assert same_bits(values(model), values(twin))
 
 
+@pytest.mark.parametrize("impl", ["torch", "native"])
+def test_weights_of_samples_may_want_gradients(impl):
+    ends = []
+    for wants in (False, True):
+        model, x, y = make((3, 4, 1), "tanh", "sigmoid", True, 8)
+        weight = torch.linspace(0.1, 2, 8, dtype=torch.float64).requires_grad_(wants)
+        order = {"batch_size": 3, "generator": torch.Generator().manual_seed(1)}
+        options = {"criterion": nn.BCELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.5), "steps": 7}
+        fit(model, x, y, sample_weight=weight, impl=impl, **order, **options)
+        ends.append(values(model))
+    assert same_bits(*ends)
+
+
 @pytest.mark.parametrize("batch_size", [None, 5])
 @pytest.mark.parametrize("members", [1, 2, 3, 17])
 @pytest.mark.parametrize("weights", ["shared", "own"])

@@ -513,6 +513,28 @@ def test_another_criterion_applies_to_each_member(own):
     assert history.reason == "the criterion is a function"
 
 
+class Foreign(torch.optim.SGD):
+    pass
+
+
+Foreign.__module__ = "somebody.optim"
+
+
+def test_optimizers_that_would_mix_members():
+    ensemble = Ensemble.from_models(networks(3)[0]).float()
+    x, y = torch.randn(5, 3), torch.rand(5, 2)
+    options = {"criterion": nn.MSELoss(), "steps": 2}
+    for name in {"LBFGS", "Adafactor", "Muon"} & {*dir(torch.optim)}:
+        optimizer = torch.optim.SGD(ensemble.parameters())
+        optimizer.__class__ = getattr(torch.optim, name)  # Muon itself takes no biases
+        with pytest.raises(ValueError, match=rf"^optimizer of an Ensemble must .* itself: a {name} looks at whole"):
+            fit(ensemble, x, y, optimizer=optimizer, **options)
+    with pytest.warns(
+        UserWarning, match=r"is a Foreign; members stay apart only if it updates each element"
+    ):
+        fit(ensemble, x, y, optimizer=Foreign(ensemble.parameters()), **options)
+
+
 BAD = {
     "x": ({"x": torch.ones(4, 6, 3)}, ValueError, r"^x \(4, 6, 3\) is neither \(samples, 3\) nor \(3, samples, 3\)$"),
     "y": ({"y": torch.ones(6)}, ValueError, r"^y \(6,\) is neither \(samples, 2\) nor \(3, samples, 2\)$"),

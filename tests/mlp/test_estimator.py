@@ -457,6 +457,15 @@ def test_indicators_are_0_and_1(labels):
         FusedMLPClassifier().fit(x, y)
 
 
+def test_classes_of_several_labels_are_the_columns():
+    x = np.random.RandomState(0).randn(20, 3)
+    y = (x > 0).astype(int)
+    with pytest.raises(ValueError, match=r"^classes must be \[0 1 2\], the columns of y, not \[0, 1\]$"):
+        FusedMLPClassifier().partial_fit(x, y, classes=[0, 1])
+    estimator = FusedMLPClassifier().partial_fit(x, y, classes=[0, 1, 2]).partial_fit(x, y)
+    assert estimator.predict(x).shape == (20, 3)
+
+
 def test_scores_of_several_labels_are_exact_matches():
     x = np.random.RandomState(0).randn(100, 3)
     y = (x > 0).astype(int)

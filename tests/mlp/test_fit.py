@@ -43,7 +43,7 @@ from perceptriton.kernels.loop import optimizer as optimizers
 from perceptriton.kernels.loop.matrices import Matrices
 from perceptriton.mlp import MLP, EarlyStopping, Ensemble, History, LinearSigmoid, fit, lessons
 from perceptriton.mlp.as_network import Refused, as_network
-from perceptriton.mlp.training import criteria, jobs, pacing
+from perceptriton.mlp.training import criteria, jobs, pacing, validation
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
 # Two orders of the same fp64 sums over 100 steps.
@@ -566,6 +566,25 @@ def test_a_second_interrupt_comes_through():
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_at_the_very_end_is_not_lost(monkeypatch):
+    finish = validation.Watch.finish
+    monkeypatch.setattr(validation.Watch, "finish", lambda watch: (finish(watch), os.kill(os.getpid(), signal.SIGINT)))
+    model, x, y = make_net("tanh")
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        fit(model, x, y, criterion=nn.BCELoss(), optimizer=sgd(model), steps=7)
+    assert interrupt.value.history.steps_taken == 7
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_handler_that_a_checkpoint_sets_stays():
+    model, x, y = make_net("tanh")
+    own = lambda *_: None  # noqa: E731
+    options = {"criterion": nn.BCELoss(), "optimizer": sgd(model), "steps": 3}
+    fit(model, x, y, checkpoint=lambda _: signal.signal(signal.SIGINT, own), **options)
+    assert signal.getsignal(signal.SIGINT) is own
+
+
 def test_losses_that_are_not_finite_are_reported():
     model, x, y = make((4, 6, 3), "identity", "identity", True, 7, torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=100.0)
@@ -601,6 +620,21 @@ def two_groups(model):
 def hooked_optimizer(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+def own_zero_grad(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer.zero_grad = lambda: torch.optim.SGD.zero_grad(optimizer)
+    return optimizer
+
+
+def tied_state(model):
+    """Momentum buffers of equal shapes in the same memory, as a careless checkpoint may have them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    shared = torch.zeros(16)
+    for p in model.parameters():
+        optimizer.state[p]["momentum_buffer"] = shared[: p.numel()].view(p.shape)
     return optimizer
 
 
@@ -684,6 +718,8 @@ OTHER_OPTIMIZERS = {
     "frozen": frozen,
     "two-groups": two_groups,
     "hooked-optimizer": hooked_optimizer,
+    "own-zero-grad": own_zero_grad,
+    "tied-state": tied_state,
     "half-of-a-state": half_of_a_state,
     "amsgrad": lambda m: torch.optim.Adam(m.parameters(), lr=0.1, amsgrad=True),
     "maximize": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True),
@@ -739,6 +775,43 @@ def test_parameters_that_share_one_number_fail_as_in_an_ordinary_loop():
     with pytest.raises(NotImplementedError, match="parameters share memory"):
         fit(model, x, y, criterion=nn.MSELoss(), optimizer=sgd(model), steps=1, impl="torch")
     assert torch.equal(values(model)[-1], before[-1])
+
+
+def inference_state(p):
+    with torch.inference_mode():
+        return torch.zeros_like(p)
+
+
+@pytest.mark.parametrize(
+    "state", [inference_state, lambda p: torch.zeros(1).expand(p.shape)], ids=["inference", "expanded"]
+)
+def test_a_state_that_cannot_be_written_fails_as_in_an_ordinary_loop(state):
+    model = plain()
+    before, (x, y) = values(model), some_data(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    for p in model.parameters():
+        optimizer.state[p]["momentum_buffer"] = state(p)
+    with pytest.raises(RuntimeError, match=r"inference tensor|single memory location"):
+        fit(model, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=3)
+    assert same_bits(values(model), before)
+
+
+def test_optimizers_that_step_in_the_backward_pass_do():
+    model, x, y = make_net("tanh", torch.float32)
+    optim = pytest.importorskip("torch.distributed.optim", reason="needs a torch with torch.distributed")
+    optim._apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.5})
+    before = values(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    assert fit(model, x, y, criterion=nn.BCELoss(), optimizer=optimizer, steps=3).path == "general"
+    assert relative(values(model), before) > 1e-3
+
+
+def test_anomalies_are_found_as_in_an_ordinary_loop():
+    model, x, y = make_net("tanh")
+    with torch.no_grad():
+        next(model.parameters())[0] = torch.nan
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(RuntimeError, match="returned nan values"):
+        fit(model, x, y, criterion=nn.MSELoss(), optimizer=sgd(model), steps=1)
 
 
 def test_lbfgs_gets_its_closure():

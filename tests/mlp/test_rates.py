@@ -3,6 +3,7 @@
 
 import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -294,6 +295,18 @@ def test_cross_entropy(targets, reduction):
 # --- torch's schedulers ------------------------------------------------------------------------------------------
 
 L = torch.optim.lr_scheduler
+
+
+class Locked:
+    """A rate by a function that cannot be copied."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, step):
+        return 0.8**step
+
+
 SCHEDULERS = {
     "step": lambda o: L.StepLR(o, 2, 0.5),
     "cosine": lambda o: L.CosineAnnealingLR(o, 7),
@@ -303,6 +316,7 @@ SCHEDULERS = {
     "chained": lambda o: L.ChainedScheduler([L.LinearLR(o, 0.1, total_iters=3), L.ExponentialLR(o, 0.8)]),
     "one-cycle": lambda o: L.OneCycleLR(o, 0.5, total_steps=20),  # of the momentum too
     "one-cycle-of-rates": lambda o: L.OneCycleLR(o, 0.5, total_steps=20, cycle_momentum=False),
+    "locked": lambda o: L.LambdaLR(o, Locked()),
     "mine": lambda o: Halving(o),
 }
 
@@ -336,13 +350,64 @@ def test_a_scheduler_steps_as_in_an_ordinary_loop(kind, batch_size, interval, mo
             taken += 1
             if interval == "step" or taken % len(rows) == 0:
                 expected.step()
-    assert history.path == ("general" if kind in ("one-cycle", "mine") else "torch")
+    assert history.path == ("general" if kind in ("one-cycle", "locked", "mine") else "torch")
     assert relative([history.loss], [torch.tensor(losses, dtype=torch.float64)]) <= EXACT
     assert relative(model.parameters(), twin.parameters()) <= EXACT
     assert_same_state(own, other, EXACT)
     assert scheduler.get_last_lr() == expected.get_last_lr()
     assert scheduler.state_dict().keys() == expected.state_dict().keys()
     assert own.param_groups[0]["lr"] == other.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("impl", ["torch", "native"])
+def test_a_scheduler_may_pass_below_0(impl, momentum):
+    models, data, _ = zip(*(problem(seed) for seed in range(2)), strict=True)
+    ensemble, x, y = Ensemble.from_models(models), data[0], problem()[2]
+    optimizer = torch.optim.RMSprop(ensemble.parameters(), lr=0.01, momentum=momentum)
+    scheduler = L.LambdaLR(optimizer, lambda step: 1 - step / 5)
+    options = {"criterion": nn.BCELoss(), "scheduler": scheduler, "scheduler_interval": "step", "impl": impl}
+    fit(ensemble, x, y, optimizer=optimizer, steps=STEPS, **options)
+    for e, model in enumerate(models):
+        own = torch.optim.RMSprop(model.parameters(), lr=1, momentum=momentum)
+        scheduled(model, x, y, nn.BCELoss(), own, lambda step: 0.01 * (1 - step / 5))
+        assert relative(ensemble.member(e).parameters(), model.parameters()) <= EXACT
+
+
+def decaying(group, value):
+    group["weight_decay"] = 0.5 * value
+    return 1.0
+
+
+CHANGES = {
+    "checkpoint": lambda o: {"checkpoint": lambda history: o.param_groups[0].update(lr=0.0)},
+    "rates": lambda o: {"lr": lambda step: decaying(o.param_groups[0], step)},
+    "scheduler": lambda o: {
+        "scheduler": L.LambdaLR(o, lambda step: decaying(o.param_groups[0], step)),
+        "scheduler_interval": "step",
+    },
+}
+
+
+@pytest.mark.parametrize("impl", ["torch", "native"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_numbers_that_change_on_the_way_are_refused(change, impl, monkeypatch):
+    monkeypatch.setattr(run, "chunks", chunks_of(4))
+    model, x, y = problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    name = "lr" if change == "checkpoint" else "weight_decay"
+    options = {"criterion": nn.BCELoss(), "optimizer": optimizer, "steps": STEPS, **CHANGES[change](optimizer)}
+    with pytest.raises(RuntimeError, match=rf"^optimizer's {name} was changed while fit ran, from \S+ to \S+: rates"):
+        fit(model, x, y, impl=impl, **options)
+    fit(model, x, y, **options | {"criterion": absolute, "steps": 2})  # which an ordinary loop sees
+
+
+def test_a_last_checkpoint_may_set_the_rate():
+    model, x, y = problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    options = {"criterion": nn.BCELoss(), "optimizer": optimizer, "steps": 1}
+    fit(model, x, y, checkpoint=lambda history: optimizer.param_groups[0].update(lr=0.1), **options)
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_a_scheduler_is_where_the_model_is_after_an_interrupted_chunk(monkeypatch):

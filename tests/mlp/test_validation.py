@@ -339,6 +339,16 @@ def test_an_interrupt_during_an_evaluation_loses_none(every, monkeypatch):
     assert same_bits(ends[0][2], ends[1][2])
 
 
+def test_parameters_that_have_no_shape_yet_are_kept():
+    _, x, y, *other = problem()
+    model = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(2), nn.Sigmoid()).double()
+    options = {"criterion": nn.BCELoss(), "optimizer": SGD(model.parameters()), "steps": 12, "validation": other}
+    stop = EarlyStopping(None, keep_best=True)
+    history = fit(model, x, y, evaluate_every=3, stop=stop, **options)
+    best = history.validation["loss"].min()
+    torch.testing.assert_close(nn.BCELoss()(model(other[0]), other[1]).detach(), best)
+
+
 def test_a_network_that_is_nan_is_evaluated_as_nan():
     model, x, y, *other = problem()
     options = {"criterion": nn.BCELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=torch.inf), "steps": 8}
