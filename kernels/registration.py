@@ -3,6 +3,7 @@
 
 import itertools
 import math
+import types
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,16 +17,19 @@ from .operands import widths_of
 from .ops import NAMESPACE, in_features_of, linear_act_bwd, linear_act_fwd
 from .plan import mlp_columns, mlp_slots
 
-registered = getattr(torch.ops, NAMESPACE)  # the ops by name
+# The overload of every op. Inductor keeps programs on disk by the names of ops, not by what they were made of: fakes,
+# autograd formulas, `mlp_slots`. With those the name changes, or an old program would run with what is new.
+OVERLOAD = "v1"
 library = torch.library.Library(NAMESPACE, "DEF")
-library.define("linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str? impl) -> Tensor")
+library.define(f"linear_act.{OVERLOAD}(Tensor x, Tensor weight, Tensor? bias, str activation, str? impl) -> Tensor")
 library.define(
-    "linear_act_backward(Tensor dy, Tensor y, Tensor? x, Tensor? weight, str activation, bool[3] wanted, str? impl)"
-    " -> (Tensor, Tensor, Tensor)"
+    f"linear_act_backward.{OVERLOAD}(Tensor dy, Tensor y, Tensor? x, Tensor? weight, str activation, bool[3] wanted,"
+    " str? impl) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def _register(op: str, own: Callable, batched: Callable, fake: Callable) -> None:
+    op = f"{op}.{OVERLOAD}"
     library.impl(op, own, "CompositeExplicitAutograd")
     # torch.vmap would call an op without a rule once for each member: torch has rules for plain operations.
     for key in ("FuncTorchBatched", "Batched"):  # "Batched" is torch.autograd.grad(..., is_grads_batched=True)
@@ -102,12 +106,12 @@ _register("linear_act_backward", _linear_act_backward, _batched_linear_act_backw
 # "identity", and dy the gradient of the loss. Both ops are the same functions, which take what a loss adds as `head`.
 for _name, _head in (("mlp", ""), ("mlp_bce", ", Tensor target, Tensor? pos_weight, str reduction, ScalarType dtype")):
     library.define(
-        f"{_name}(Tensor x, Tensor[] weights, Tensor[] biases, str hidden, str output, int[] save, str? impl{_head})"
-        " -> (Tensor, Tensor[])"
+        f"{_name}.{OVERLOAD}(Tensor x, Tensor[] weights, Tensor[] biases, str hidden, str output, int[] save,"
+        f" str? impl{_head}) -> (Tensor, Tensor[])"
     )
     library.define(
-        f"{_name}_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] saved, str hidden,"
-        f" str output, int[] save, bool[] wanted, str? impl{_head}) -> (Tensor, Tensor)"
+        f"{_name}_backward.{OVERLOAD}(Tensor dy, Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] saved,"
+        f" str hidden, str output, int[] save, bool[] wanted, str? impl{_head}) -> (Tensor, Tensor)"
     )
 
 
@@ -227,3 +231,6 @@ def _fake_mlp_backward(dy, x, weights, biases, saved, hidden, output, save, want
 for _name in ("mlp", "mlp_bce"):
     _register(_name, _mlp, _plain_mlp, _fake_mlp)
     _register(f"{_name}_backward", _mlp_backward, _plain_mlp_backward, _fake_mlp_backward)
+
+_OPS = (op + end for op in ("linear_act", "mlp", "mlp_bce") for end in ("", "_backward"))
+registered = types.SimpleNamespace(**{op: getattr(getattr(getattr(torch.ops, NAMESPACE), op), OVERLOAD) for op in _OPS})

@@ -42,6 +42,10 @@ def fuse(gm: GraphModule, example_inputs: Sequence[object], replayed: bool = Fal
     layers, found = layers_of(gm.graph), {}
     for chain in chains_of(gm.graph, layers):
         found |= _fuse_chain(gm, chain, replayed)
+        if chain[0].apart:
+            why = "; not one network with the layer below, whose tensors or mode a call beside them may change"
+            first = found[chain[0].linear]
+            found[chain[0].linear] = first._replace(reason=first.reason + why)
     gm.graph.lint()
     gm.recompile()
     return [found[layer.linear] for layer in layers] + [
@@ -175,13 +179,13 @@ def _replace(gm: GraphModule, chain: list[Layer], save: tuple[int, ...]) -> None
     with gm.graph.inserting_before(last.loss or last.linear):
         if len(chain) == 1 and not head:
             arguments = (*map(cast, last.operands), last.name, None)
-            made.append(gm.graph.call_function(registered.linear_act.default, arguments))
+            made.append(gm.graph.call_function(registered.linear_act, arguments))
         else:
             x, *parameters = _operands(chain)
             operands = (cast(x), *([*map(cast, of)] for of in parameters))
             op = registered.mlp_bce if head else registered.mlp
             arguments = (*operands, chain[0].name, last.name, [*save], None, *head)
-            made.append(gm.graph.call_function(op.default, arguments))
+            made.append(gm.graph.call_function(op, arguments))
             made.append(gm.graph.call_function(operator.getitem, (made[-1], 0)))
     for node in made:
         node.meta = {name: of for name, of in last.y.meta.items() if name != "example_value"}

@@ -40,6 +40,7 @@ class Layer:
     activation: Node | None
     name: str  # of the activation, "identity" without one
     loss: Node | None = None  # the binary cross entropy, of which a layer without activation gives the logit
+    apart: bool = False  # from the layer below, by what else the graph calls
 
     @property
     def y(self) -> Node:
@@ -56,7 +57,9 @@ class Layer:
         """The loss's target, pos_weight, reduction and dtype, or None without a loss."""
         if self.loss is None:
             return None
-        given = {"reduction": "mean", "pos_weight": None} | arguments_of(self.loss)
+        # Without a reduction the function takes the mean. torch's builtin of that name takes none, as its shape tells.
+        default = "none" if value(self.loss).dim() else "mean"
+        given = {"reduction": default, "pos_weight": None} | arguments_of(self.loss)
         reduction = given["reduction"]
         reduction = REDUCTIONS[reduction] if isinstance(reduction, int) else reduction
         return given["target"], given["pos_weight"], reduction, value(self.loss).dtype
@@ -150,13 +153,14 @@ def chains_of(graph: Graph, layers: Sequence[Layer]) -> list[list[Layer]]:
     """
     effects = Effects(graph)
     following = {layer.operands[0]: layer for layer in layers}
-    chains, taken = [], set()
+    chains, taken, apart = [], set(), set()
     for layer in layers:
         if layer.linear in taken:
             continue
-        chain = [layer]
+        chain = [replace(layer, apart=layer.linear in apart)]
         while (above := following.get(chain[-1].y)) is not None and _joins(chain, above):
             if effects.interfere([*chain, above]):
+                apart.add(above.linear)
                 break
             chain.append(above)
         taken |= {one.linear for one in chain}
@@ -180,8 +184,8 @@ class Effects:
     def __init__(self, graph: Graph) -> None:
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         calls = [node for node in graph.nodes if node.op.startswith("call")]
-        # What gives nothing changes a mode, as those of gradients and autocast, or a tensor.
-        self.nothing = [self.order[node] for node in calls if value(node) is None]
+        # What gives nothing changes a mode, as those of gradients and autocast, or a tensor, or only looks.
+        self.nothing = [self.order[node] for node in calls if value(node) is None and not _only_checks(node)]
         self.writes = {node: {*map(_storage, node.all_input_nodes)} for node in calls if _writes(node)}
 
     def change_the_mode(self, first: Node, last: Node) -> bool:
@@ -208,6 +212,11 @@ class Effects:
                 for node, written in self.writes.items()
             )
         )
+
+
+def _only_checks(node: Node) -> bool:
+    module, name = (getattr(node.target, of, None) or "" for of in ("__module__", "__name__"))
+    return module.partition(".")[0] == "torch" and name.startswith(("_check", "_assert"))
 
 
 def _storage(node: Node) -> int | None:
@@ -266,4 +275,5 @@ def _transforms(node: Node) -> bool:
     if not isinstance(node.target, (types.FunctionType, types.BuiltinFunctionType)):
         return False
     module, name = getattr(node.target, "__module__", None) or "", node.target.__name__
-    return module.startswith(("torch._functorch", "torch._C._functorch")) or "dual" in name
+    dual = "dual" in name and module.partition(".")[0] in ("torch", "")  # what is built in has no module
+    return dual or module.startswith(("torch._functorch", "torch._C._functorch"))

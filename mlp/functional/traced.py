@@ -53,12 +53,12 @@ def _mlp_bwd(ctx, dy, _):
 
 
 torch.library.register_autograd(
-    registered.linear_act.default,
+    registered.linear_act,
     partial(layer_bwd, backward=linear_act_backward),
     setup_context=save_layer,
     lib=library,
 )
-for _op in (registered.mlp.default, registered.mlp_bce.default):
+for _op in (registered.mlp, registered.mlp_bce):
     torch.library.register_autograd(_op, _mlp_bwd, setup_context=_save_mlp, lib=library)
 
 

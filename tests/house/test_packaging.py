@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from perceptriton.kernels.registration import OVERLOAD
+
 pytestmark = pytest.mark.more
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("kernels", "mlp")
@@ -303,7 +305,7 @@ def test_hub_export_of_the_installed_package_runs_beside_it(installed, tmp_path)
     assert Path(result["installed"]).is_relative_to(installed)
     assert set(result["beside"]) == {"perceptriton", result["id"]}
     for namespace, (eager, names, compiled) in result["beside"].items():
-        assert names == [f"{namespace}.linear_act.default", f"{namespace}.linear_act_backward.default"]
+        assert names == [f"{namespace}.{op}.{OVERLOAD}" for op in ("linear_act", "linear_act_backward")]
         assert eager == compiled == result["alone"]
     for actual, expected in zip(result["alone"], result["torch"], strict=True):
         torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected))

@@ -48,6 +48,7 @@ from emulation import round_tf32
 from interpreting import let_integers_wrap
 
 from perceptriton.kernels import Plan, Tile
+from perceptriton.kernels.registration import registered
 from perceptriton.mlp import linear_act
 
 DEVICE = kernel_device()
@@ -378,9 +379,7 @@ def test_output_in_another_layout(path, path_shape):
     x, weight, bias, dy = make_layer(*path_shape, torch.float32, DEVICE)
     y, *expected = run(x, weight, bias, dy)
     for layout in (transposed, every_other):
-        actual = torch.ops.perceptriton.linear_act_backward(
-            dy, layout(y), x, weight, "sigmoid", (True, True, True), "triton"
-        )
+        actual = registered.linear_act_backward(dy, layout(y), x, weight, "sigmoid", (True, True, True), "triton")
         assert same_bits(actual, expected)
 
 
@@ -639,9 +638,7 @@ def test_triton_refuses_a_plan_without_kernels(force):
 def test_forward_op_is_registered_right(leading):
     x, weight, bias, _ = make_layer(6, 5, 3, torch.float32, DEVICE)
     for b in (bias, None):
-        result = torch.library.opcheck(
-            torch.ops.perceptriton.linear_act.default, (x.view(*leading, 5), weight, b, "tanh", "triton")
-        )
+        result = torch.library.opcheck(registered.linear_act, (x.view(*leading, 5), weight, b, "tanh", "triton"))
         assert set(result.values()) == {"SUCCESS"}
 
 
@@ -649,9 +646,7 @@ def test_forward_op_is_registered_right(leading):
 def test_backward_op_is_registered_right(wanted):
     x, weight, bias, dy = make_layer(6, 5, 3, torch.float32, DEVICE)
     y = torch.tanh(F.linear(x, weight, bias))
-    result = torch.library.opcheck(
-        torch.ops.perceptriton.linear_act_backward.default, (dy, y, x, weight, "tanh", wanted, "triton")
-    )
+    result = torch.library.opcheck(registered.linear_act_backward, (dy, y, x, weight, "tanh", wanted, "triton"))
     assert set(result.values()) == {"SUCCESS"}
 
 

@@ -23,6 +23,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from perceptriton.kernels import Device, devices, eligibility
+from perceptriton.kernels.registration import registered
 from perceptriton.mlp import MLP, backend
 from perceptriton.mlp.backend import explain, perceptriton
 from perceptriton.mlp.backend.fuse import fuse
@@ -248,7 +249,7 @@ def test_models_in_kernels(name, chip, monkeypatch):
     assert (held["mlp"], held["linear_act"]) == (NETWORKS[name], MODELS[name][1].get("linear_act", 0))
     backward = {str(node.target) for graph in record.bw_graphs for node in graph.graph.nodes}
     assert {target for target in backward if "perceptriton" in target} == {
-        f"perceptriton.{op}_backward.default" for op in held
+        str(getattr(registered, f"{op}_backward")) for op in held
     }
 
 
@@ -586,6 +587,41 @@ def broadcasts_the_logit(x, w1, w2):
     return torch.binary_cross_entropy_with_logits(F.linear(x[0], w1[:3]), x.detach()[:, :3].sigmoid())
 
 
+@function({"mlp_bce": 1})
+def takes_the_builtin_loss(x, w1, w2):
+    # Which sums nothing unless told to.
+    return torch.binary_cross_entropy_with_logits(F.linear(first(x, w1), w2), x.detach()[:, :3].sigmoid())
+
+
+@function({"mlp_bce": 1})
+def weighs_the_builtin_loss(x, w1, w2):
+    target = x.detach()[:, :3].sigmoid()
+    z = F.linear(first(x, w1), w2)
+    return torch.binary_cross_entropy_with_logits(z, target, pos_weight=target[0].detach() + 1).sum()
+
+
+@function({"mlp_bce": 1})
+def takes_the_mean_of_the_builtin_loss(x, w1, w2):
+    return torch.binary_cross_entropy_with_logits(F.linear(first(x, w1), w2), x.detach()[:, :3].sigmoid(), reduction=1)
+
+
+@function({"mlp": 1})
+def checks_a_size_between(x, w1, w2):
+    h = first(x, w1)
+    torch._check(x.shape[0] < 99)
+    return last(h, w2)
+
+
+@torch._dynamo.allow_in_graph
+def add_residual(x, y):
+    return x + y
+
+
+@function({"mlp": 1})
+def adds_what_is_left(x, w1, w2):
+    return add_residual(last(first(x, w1), w2), x.new_ones(3))
+
+
 @function({"linear_act": 1, "mlp_bce": 1})
 def writes_to_the_input_before_the_loss(x, w1, w2):
     z = F.linear(first(x, w1), w2)
@@ -669,6 +705,12 @@ def test_what_others_write_to_keeps_layers_apart(ops, between, chip):
         record, x, own = AotEagerAndRecordGraphs(), X.to(DEVICE).clone(), X.to(DEVICE).clone()
         close([*compiled(call, record)(x), x], [*call(own), own])
     assert calls(record) == ops
+    if ops == TWICE:
+        below, above = explain(call, X.to(DEVICE).clone())
+        assert (below.reason, above.reason.partition(";")[0]) == ("tanh", "sigmoid")
+        assert above.reason.endswith(
+            "; not one network with the layer below, whose tensors or mode a call beside them may change"
+        )
 
 
 CASES = [case for case in list(globals().values()) if type(case).__name__ == "ParameterSet"]

@@ -54,6 +54,7 @@ from training_cases import xor
 from perceptriton.kernels import Device, Plan, crossover, eligibility, explain, ops, records, reference, small, tables
 from perceptriton.kernels import devices as device_questions
 from perceptriton.kernels import plan as planning
+from perceptriton.kernels.registration import OVERLOAD, registered
 from perceptriton.kernels.train import plan_train
 from perceptriton.mlp import MLP, linear_act, linear_sigmoid, mlp_act
 from perceptriton.mlp.functional.functions import LinearActFunction
@@ -725,12 +726,10 @@ def test_registered_ops(wanted):
     x, weight, bias, dy = make_layer(6, 5, 3, torch.float32)
     y = torch.tanh(F.linear(x, weight, bias))
     forward = torch.library.opcheck(
-        torch.ops.perceptriton.linear_act.default,
+        registered.linear_act,
         (x.view(2, 3, 5), weight, bias if all(wanted) else None, "tanh", None),
     )
-    backward = torch.library.opcheck(
-        torch.ops.perceptriton.linear_act_backward.default, (dy, y, x, weight, "tanh", wanted, None)
-    )
+    backward = torch.library.opcheck(registered.linear_act_backward, (dy, y, x, weight, "tanh", wanted, None))
     assert set(forward.values()) | set(backward.values()) == {"SUCCESS"}
 
 
@@ -785,9 +784,9 @@ def test_registered_ops_name_what_does_not_fit(direction, changes, message, mode
     with mode():
         operands = operands_for(direction)
         operands |= {name: change(operands[name], to) for name, to in changes.items()}
-        op, options = torch.ops.perceptriton.linear_act, ("sigmoid", None)
+        op, options = registered.linear_act, ("sigmoid", None)
         if direction == "backward":
-            op, options = torch.ops.perceptriton.linear_act_backward, ("sigmoid", ALL, None)
+            op, options = registered.linear_act_backward, ("sigmoid", ALL, None)
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             op(*operands.values(), *options)
 
@@ -804,7 +803,7 @@ def test_vmap_takes_a_registered_op_for_plain_operations(in_dims, no_launches):
     x, weight, bias, _ = make_layer(6, 5, 3, torch.float32)
     stacked = zip((x, weight, bias), in_dims, strict=True)
     inputs = [t if dim is None else torch.stack([t, 2 * t, -t], dim) for t, dim in stacked]
-    op = functools.partial(torch.ops.perceptriton.linear_act, activation="tanh", impl=None)
+    op = functools.partial(registered.linear_act, activation="tanh", impl=None)
     expected = torch.vmap(lambda *layer: torch.tanh(F.linear(*layer)), in_dims)(*inputs)
     torch.testing.assert_close(torch.vmap(op, in_dims)(*inputs), expected)
 
@@ -813,7 +812,7 @@ def test_vmap_takes_a_registered_op_for_plain_operations(in_dims, no_launches):
 def test_vmap_takes_a_registered_backward_for_plain_operations(wanted, no_launches):
     x, weight, bias, dy = make_layer(6, 5, 3, torch.float32)
     y, many = plain(x, weight, bias), torch.stack([dy, 2 * dy, -dy], 1)
-    op = torch.ops.perceptriton.linear_act_backward
+    op = registered.linear_act_backward
     found = torch.vmap(lambda dy: op(dy, y, x, weight, "sigmoid", wanted, None), 1)(many)
     expected = reference.linear_act_bwd_differentiable(dy, y, x, weight, "sigmoid", ALL)
     for gradients, single, want in zip(found, expected, wanted, strict=True):
@@ -826,7 +825,7 @@ def ops_held(record):
     """The registered ops in the graphs that a backend has recorded."""
     graphs = [*record.graphs, *getattr(record, "fw_graphs", ()), *getattr(record, "bw_graphs", ())]
     parts = [part for graph in graphs for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
-    targets = {str(node.target).removesuffix(".default") for part in parts for node in part.graph.nodes}
+    targets = {str(node.target).removesuffix(f".{OVERLOAD}") for part in parts for node in part.graph.nodes}
     return {target for target in targets if target.startswith("perceptriton.")}
 
 
@@ -1199,7 +1198,7 @@ def held_in_a_program_on(device, function=linear_act, rows=1 << 22, **options):
     with FakeTensorMode(), torch.no_grad():
         x, weight, bias = (torch.empty(shape, device=device) for shape in ((rows, 16), (8, 16), (8,)))
         torch.compile(function, fullgraph=True, backend=look, **options)(x, weight, bias)
-    return [name for name in held if name.startswith("perceptriton.")]
+    return [name.removesuffix(f".{OVERLOAD}") for name in held if name.startswith("perceptriton.")]
 
 
 # The compiler itself uses what torch deprecates.

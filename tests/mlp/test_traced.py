@@ -3,6 +3,8 @@
 
 import copy
 import functools
+import hashlib
+import inspect
 import itertools
 import math
 import re
@@ -15,8 +17,10 @@ from cases import FLOOR, kernel_device, relative_error, spy_on
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
-from perceptriton.kernels import Device, eligibility, ops
-from perceptriton.mlp import MLP, LinearSigmoid, fuse_, linear_act, mlp_act, mlp_sigmoid_bce
+from perceptriton.kernels import Device, eligibility, ops, plan, reference, registration
+from perceptriton.kernels.registration import registered
+from perceptriton.mlp import MLP, LinearSigmoid, LinearTanh, fuse_, linear_act, mlp_act, mlp_sigmoid_bce
+from perceptriton.mlp.functional import functions, traced
 from perceptriton.mlp.functional.functions import LinearActFunction
 
 KERNELS = kernel_device()
@@ -28,8 +32,8 @@ pytestmark = [
     # The compiler itself uses what torch deprecates.
     pytest.mark.filterwarnings("default"),
 ]
-mlp, mlp_backward = torch.ops.perceptriton.mlp.default, torch.ops.perceptriton.mlp_backward.default
-mlp_bce, mlp_bce_backward = torch.ops.perceptriton.mlp_bce.default, torch.ops.perceptriton.mlp_bce_backward.default
+mlp, mlp_backward = registered.mlp, registered.mlp_backward
+mlp_bce, mlp_bce_backward = registered.mlp_bce, registered.mlp_bce_backward
 
 # widths and what a network of them saves: where its backward pass is cut, as is that of three layers of 64 in fp32
 NETWORKS = {"xor": ((2, 2, 1), []), "ragged": ((5, 17, 3), []), "cut": ((3, 64, 60, 2), [2])}
@@ -476,6 +480,36 @@ def test_wrong_calls_raise_what_eager_ones_do(function, chip):
     compiled = torch.compile(function, backend="eager")
     with pytest.raises(TypeError, match=r"must be a Tensor, not list$"):
         compiled(torch.ones(2, 5), [1.0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="torch traces no autograd.grad")
+@pytest.mark.parametrize("net", [LinearTanh(5, 4), MLP([5, 7, 4], "tanh", "tanh")], ids=["layer", "network"])
+def test_gradients_of_gradients_inside_a_program(net, chip):
+    def penalty(x):
+        y = net(x)
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return y.square().sum() + slope.square().sum()
+
+    found, point = [], torch.linspace(-1, 1, 30).view(6, 5)
+    for function in (penalty, torch.compile(penalty, backend="aot_eager", fullgraph=True)):
+        x = point.clone().requires_grad_()
+        net.zero_grad()
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            function(x).backward()
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_programs_of_another_version_are_told_apart():
+    """What Inductor keeps on disk was made of these. If they change for a program, so must `registration.OVERLOAD`."""
+    formulas = [functions.save_layer, functions.layer_bwd, functions.network_bwd, functions._differentiable_bwd]
+    formulas += [functions.linear_act_backward, traced._save_mlp, traced._mlp_bwd, plan.mlp_slots, plan.mlp_columns]
+    formulas += [reference.linear_act_bwd_differentiable, registration._saved_shapes, registration._tensors]
+    formulas += [getattr(registration, f"_fake_{op}") for op in ("linear_act", "linear_act_backward")]
+    formulas += [registration._fake_mlp, registration._fake_mlp_backward]
+    digest = hashlib.sha256("".join(map(inspect.getsource, formulas)).encode()).hexdigest()[:16]
+    assert (registration.OVERLOAD, digest) == ("v1", "d6ab463df77a45bc")
 
 
 @pytest.mark.slow
