@@ -48,7 +48,8 @@ class LinearAct(nn.Linear):
             try:
                 return ACTIVATIONS[self.activation].forward(F.linear(input, weight, parameters["bias"]))
             except ERRORS:
-                check_layer(input, weight, parameters["bias"], self.activation, None)
+                if not input.is_nested:
+                    check_layer(input, weight, parameters["bias"], self.activation, None)
                 raise
         return linear_act(input, self.weight, self.bias, self.activation)
 

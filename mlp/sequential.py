@@ -3,7 +3,7 @@
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch._C import _get_tracing_state  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import profiler
 from torch.compiler import is_compiling, is_dynamo_compiling
@@ -81,7 +81,7 @@ class FusedSequential(nn.Sequential):
             return super().__call__(*args, **kwargs)
         return chain.run_plain(input)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input):  # without types, as torch's own, which torch.fx would write into its code
         """input (..., in_features of the first layer) -> (..., out_features of the last)."""
         if is_compiling():
             if not eligibility.launchable(input.device, product_dtype(input)[0]):

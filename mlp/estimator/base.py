@@ -87,12 +87,13 @@ class FusedMLP(BaseEstimator):
     validation_fraction: float = 0.1
     device: str = "cpu"
     random_state: Any = None
+    impl: str | None = None
 
     def _start(self, features: int, outputs: int) -> Run:
         """(a new model, its optimizer, the generator of all random numbers)"""
         given: Any = self.hidden_layer_sizes
         hidden = [_count("hidden_layer_sizes", n) for n in (given if np.ndim(given) else [given])]
-        if self.solver not in SOLVERS:
+        if not isinstance(self.solver, str) or self.solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         generator = torch.Generator().manual_seed(int(seed))
@@ -144,6 +145,7 @@ class FusedMLP(BaseEstimator):
             sample_weight=data[2] if len(data) > 2 else None,
             generator=generator,
             evaluate_every=None if more else per_epoch,
+            impl=self.impl,
             **watched,
         )
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
@@ -166,6 +168,9 @@ class FusedMLP(BaseEstimator):
                 raise TypeError(f"{name} must be a number, not {value!r}")
             if not float(value) >= 0:
                 raise ValueError(f"{name} must be at least 0, not {value!r}")
+        share = self.validation_fraction
+        if self.early_stopping and not (isinstance(share, Real) and 0 < float(share) < 1):
+            raise ValueError(f"validation_fraction must be a number between 0 and 1, not {share!r}")
 
     def _parts(self, targets, generator: torch.Generator) -> list:
         """The indices that are held back, with as many of each class as there are in all, and the others."""

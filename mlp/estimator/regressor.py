@@ -31,6 +31,8 @@ class FusedMLPRegressor(MultiOutputMixin, RegressorMixin, FusedMLP):
     the best one are kept.
     device: where torch trains and predicts, "cpu" or "cuda".
     random_state: int, RandomState or None: what first weights and the order of samples are drawn with.
+    impl: as `fit`'s. None takes another loop, which rounds otherwise, once compiled ones are there; "torch" and
+    "native" give the same numbers in every run, from the same random_state.
 
     Everything is computed in float32, so that inputs should be of order 1: `StandardScaler` in a pipeline. Sparse
     matrices are made dense.

@@ -8,10 +8,11 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels import small
+from ...kernels import eligibility, small
 from ...kernels.activations import ACTIVATIONS
-from ...kernels.eligibility import PLAIN
 from ...kernels.records import IMPLS, NotCompiledError
+
+_UNASKED = torch._C._disabled_torch_function_impl  # of classes that leave all to torch, as nn.Parameter
 
 # Arguments that do not fit together make torch raise one of these; only then is the reason looked for.
 ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
@@ -59,13 +60,14 @@ def under_autocast(call: Callable, dtype: torch.dtype, decide: Callable) -> Call
     return autocast_call
 
 
-def is_for_torch(error: Exception, x, weights, activations, impl) -> bool:
+def is_for_torch(error: Exception, x, weights, biases, activations, impl) -> bool:
     """Whether torch's own operations take a call that failed with this error, one of ERRORS.
 
     They do while torch.fx traces: x is a symbol then, without a shape to plan with or to check. They do for a nested x,
-    which has no shape, and where weights are of a class that answers nothing but some of torch's functions, as those of
-    per-sample gradients. They do too while a CUDA graph is captured whose kernels are not compiled, if an eager call of
-    this size launches none: whoever has warmed up on the default stream has done all that `torch.nn` asks for.
+    which has no shape, and under classes and modes that answer some of torch's functions themselves, and may answer no
+    others: those of per-sample gradients do not tell a device. They do too while a CUDA graph is captured whose kernels
+    are not compiled, if an eager call of this size launches none: whoever has warmed up on the default stream has done
+    all that `torch.nn` asks for.
     """
     if impl not in IMPLS or not all(isinstance(act, str) and act in ACTIVATIONS for act in activations):
         return False
@@ -73,19 +75,19 @@ def is_for_torch(error: Exception, x, weights, activations, impl) -> bool:
         if impl == "triton":
             raise NotImplementedError('impl="triton": torch.fx is tracing') from None
         return True
-    given = weights if isinstance(weights, Sequence) else ()
-    if impl != "triton" and (getattr(x, "is_nested", False) or any(map(_answers_nothing, given))):
-        return True
+    if impl != "triton":
+        tensors = [tensor for given in (weights, biases) if isinstance(given, Sequence) for tensor in given]
+        if any(map(_answers_itself, (x, *tensors))) or eligibility.functions_are_watched():
+            return True
+        if getattr(x, "is_nested", False):
+            return True
     if not isinstance(error, NotCompiledError) or impl is not None:
         return False
     widths = (x.shape[-1], *(weight.shape[0] for weight in weights))
     return small.is_small(x, widths)
 
 
-def _answers_nothing(weight: object) -> bool:
-    if not isinstance(weight, Tensor) or type(weight) in PLAIN:
-        return False
-    try:
-        return weight.is_cpu and weight.stride() is None
-    except RuntimeError:
-        return True
+def _answers_itself(operand: object) -> bool:
+    """Whether a class of somebody's is asked instead of torch, by the functions that take the operand."""
+    answer = getattr(type(operand), "__torch_function__", _UNASKED)
+    return answer is not _UNASKED and getattr(answer, "__func__", answer) is not Tensor.__torch_function__.__func__

@@ -60,7 +60,7 @@ def linear_act(
                 return ACTIVATIONS[activation].forward(F.linear(x, weight, bias))
         return _planned(x, weight, bias, activation, impl)
     except ERRORS as error:
-        if _is_vector(x, weight, bias, impl) or is_for_torch(error, x, (weight,), (activation,), impl):
+        if _is_vector(x, weight, bias, impl) or is_for_torch(error, x, (weight,), (bias,), (activation,), impl):
             return torch_network(x, (weight,), None if bias is None else (bias,), activation, activation)
         check_layer(x, weight, bias, activation, impl)
         raise

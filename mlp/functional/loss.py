@@ -104,7 +104,7 @@ def mlp_sigmoid_bce(
         parameters = (*weights, *(biases or ()))
         return MlpBceFunction.apply(x, *head, activation, plans, len(weights), *parameters)
     except ERRORS as error:
-        if is_for_torch(error, x, weights, (activation,), impl):
+        if is_for_torch(error, x, weights, biases, (activation,), impl):
             return torch_network(x, weights, biases, activation, "identity", (target, pos_weight, reduction))
         check_network(x, weights, biases, (activation, "identity"), impl)
         check_loss(x, weights, target, pos_weight, reduction)

@@ -51,7 +51,7 @@ def mlp_act(
             return call(x, tuple(weights), None if biases is None else tuple(biases))
         return _decided(x, weights, biases, activation, output, impl, key)
     except ERRORS as error:
-        if is_for_torch(error, x, weights, (activation, output), impl):
+        if is_for_torch(error, x, weights, biases, (activation, output), impl):
             return torch_network(x, weights, biases, activation, output)
         check_network(x, weights, biases, (activation, output), impl)
         raise

@@ -332,6 +332,17 @@ ERRORS = {
     "width-float": ({"hidden_layer_sizes": 4.0}, Y, TypeError, "hidden_layer_sizes must be an int, not 4.0"),
     "activation": ({"activation": "gelu"}, Y, ValueError, "activation must be one of sigmoid, .*, not 'gelu'"),
     "solver": ({"solver": "lbfgs"}, Y, ValueError, "solver must be one of sgd, adam, adamw, not 'lbfgs'"),
+    "solvers": ({"solver": ["adam"]}, Y, ValueError, r"solver must be one of sgd, adam, adamw, not \['adam'\]"),
+    "impl": ({"impl": "fast"}, Y, ValueError, "impl must be one of .*, not 'fast'"),
+    **{
+        f"share-{share}": (
+            {"early_stopping": True, "validation_fraction": share},
+            Y,
+            ValueError,
+            f"validation_fraction must be a number between 0 and 1, not {share!r}",
+        )
+        for share in (0, 1.0, "a", float("nan"))
+    },
     "no-epochs": ({"max_iter": 0}, Y, ValueError, "max_iter must be at least 1, not 0"),
     "batch-float": ({"batch_size": 2.5}, Y, TypeError, "batch_size must be an int, not 2.5"),
     "rate": ({"learning_rate": -1.0}, Y, ValueError, "learning_rate must be at least 0, not -1.0"),
@@ -351,6 +362,18 @@ def test_errors(options, y, error, message):
         estimator.fit(X, y)
     with pytest.raises(NotFittedError):
         estimator.predict(X)
+
+
+@pytest.mark.parametrize("impl", ["torch", "native"])
+def test_a_loop_that_is_asked_for_gives_the_same_numbers(impl, monkeypatch):
+    """Whether compiled loops are there or not, which decides otherwise."""
+    x, y = blobs(3)
+    estimators = []
+    for seconds in (0.0, 1e9):
+        monkeypatch.setattr("perceptriton.kernels.native.ready.seconds", lambda kind, s=seconds: (s, s, s))
+        options = {"activation": "relu", "max_iter": 20, "n_iter_no_change": None, "random_state": 0}
+        estimators.append(FusedMLPClassifier((8,), impl=impl, **options).fit(x, y))
+    assert np.array_equal(*(estimator.predict_proba(x) for estimator in estimators))
 
 
 def test_a_refused_fit_leaves_the_one_before():

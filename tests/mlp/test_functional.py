@@ -58,6 +58,7 @@ from perceptriton.kernels.registration import OVERLOAD, registered
 from perceptriton.kernels.train import plan_train
 from perceptriton.mlp import MLP, linear_act, linear_sigmoid, mlp_act
 from perceptriton.mlp.functional.functions import LinearActFunction
+from perceptriton.mlp.layers import MODULES, NAMES
 
 # torch itself uses what it deprecates when it differentiates forward, compiles or traces.
 pytestmark = [
@@ -658,6 +659,24 @@ def test_subclasses_are_left_to_torch(operand, take, fused):
     assert type(y) is Marked
     assert not fused
     torch.testing.assert_close(y.as_subclass(torch.Tensor), plain(*(t.as_subclass(torch.Tensor) for t in tensors)))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu"])
+def test_nested_tensors_are_left_to_torch(activation):
+    x = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)])
+    layer = next(kind for kind in NAMES if getattr(kind, "activation", None) == activation)(4, 3)
+
+    def torchs(x):
+        return MODULES[activation]()(F.linear(x, layer.weight, layer.bias))
+
+    try:
+        expected = torchs(x).unbind()
+    except NotImplementedError as error:
+        with pytest.raises(NotImplementedError, match=re.escape(str(error)[:60])):
+            layer(x)
+    else:
+        torch.testing.assert_close(layer(x).unbind(), expected)
 
 
 def test_parameters_are_not(take, fused):

@@ -4,6 +4,7 @@
 import copy
 import functools
 import io
+import itertools
 import pickle
 import random
 from collections import OrderedDict
@@ -19,7 +20,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.optim.swa_utils import AveragedModel
 
-from perceptriton.mlp import MLP, LinearReLU, LinearSigmoid, chains, fit, fuse_, sequential, unfuse_
+from perceptriton.mlp import MLP, LinearReLU, LinearSigmoid, LinearTanh, chains, fit, fuse_, sequential, unfuse_
 from perceptriton.mlp.chains import own_method
 from perceptriton.mlp.sequential import steps_of
 
@@ -606,6 +607,59 @@ def test_modes_and_classes_that_replace_functions(watched, width):
         torch.testing.assert_close(model(x), twin(x))
     torch.testing.assert_close(*(net(x.as_subclass(Doubled)).as_subclass(torch.Tensor) for net in (model, twin)))
     torch.testing.assert_close(*(net(Wrapped(x)).value for net in (model, twin)))
+
+
+class Wrapped:
+    """What is no tensor, and answers nothing but torch's functions."""
+
+    def __init__(self, value):
+        self.value = value
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return cls(function(*[arg.value if isinstance(arg, cls) else arg for arg in args], **(kwargs or {})))
+
+
+class Strict(torch.Tensor):
+    """A tensor that takes part in two functions, and does not even tell its shape."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function not in (F.linear, torch.tanh):
+            return NotImplemented
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Raising(Strict):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function not in (F.linear, torch.tanh):
+            raise NotImplementedError(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("kind", ["layers", "fused", "MLP"])
+@pytest.mark.parametrize(
+    ("answering", "operand"),
+    [(Wrapped, "input"), *itertools.product([Strict, Raising], ["input", "weight", "bias"])],
+)
+@pytest.mark.parametrize("width", [4, 512])
+def test_classes_that_answer_some_functions(kind, answering, operand, width):
+    fused, twin = twins_of(width)
+    model = {"layers": nn.Sequential(LinearTanh(width, width), LinearTanh(width, width)), "fused": fused}.get(
+        kind, MLP([width] * 3, "tanh", "tanh")
+    )
+    for own, given in zip(model.parameters(), twin.parameters(), strict=True):
+        own.data = given.data
+    x, as_one = torch.randn(600, width), Wrapped if answering is Wrapped else lambda t: t.as_subclass(answering)
+    results = []
+    for net in (model, twin):
+        if operand != "input":
+            net[0]._parameters[operand] = as_one(net[0]._parameters[operand].detach())
+        y = net(as_one(x) if operand == "input" else x)
+        assert type(y) is answering
+        results.append(y.value if answering is Wrapped else torch.Tensor.as_subclass(y, torch.Tensor))
+    torch.testing.assert_close(*results)
 
 
 def twins_of(width, activation=nn.Tanh):
