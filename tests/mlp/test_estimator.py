@@ -367,6 +367,8 @@ def test_errors(options, y, error, message):
 @pytest.mark.parametrize("impl", ["torch", "native"])
 def test_a_loop_that_is_asked_for_gives_the_same_numbers(impl, monkeypatch):
     """Whether compiled loops are there or not, which decides otherwise."""
+    if impl == "native":
+        pytest.importorskip("numba", reason="numba is not installed")
     x, y = blobs(3)
     estimators = []
     for seconds in (0.0, 1e9):

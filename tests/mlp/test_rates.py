@@ -362,6 +362,8 @@ def test_a_scheduler_steps_as_in_an_ordinary_loop(kind, batch_size, interval, mo
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("impl", ["torch", "native"])
 def test_a_scheduler_may_pass_below_0(impl, momentum):
+    if impl == "native":
+        pytest.importorskip("numba", reason="numba is not installed")
     models, data, _ = zip(*(problem(seed) for seed in range(2)), strict=True)
     ensemble, x, y = Ensemble.from_models(models), data[0], problem()[2]
     optimizer = torch.optim.RMSprop(ensemble.parameters(), lr=0.01, momentum=momentum)
@@ -392,6 +394,8 @@ CHANGES = {
 @pytest.mark.parametrize("impl", ["torch", "native"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_numbers_that_change_on_the_way_are_refused(change, impl, monkeypatch):
+    if impl == "native":
+        pytest.importorskip("numba", reason="numba is not installed")
     monkeypatch.setattr(run, "chunks", chunks_of(4))
     model, x, y = problem()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
