@@ -1,41 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled functions on disk: where numba puts them, and safe from damaged files, full disks and old sources."""
 
-import functools
-import hashlib
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from numba.core.caching import FunctionCache
+from numba.core import config
+from numba.core.caching import IndexDataCacheFile, NullCache
+from numba.core.compiler import CompileResult
 
-
-@functools.cache
-def _fingerprint() -> str:
-    """Of all sources in this folder. numba asks for that of the one file that holds a function."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+from . import ready
 
 
-class _Cache(FunctionCache):
-    def _index_key(self, sig, codegen) -> Any:
-        *rest, code = super()._index_key(sig, codegen)
-        return (*rest, (*code, _fingerprint()))
+class _Cache(NullCache):
+    """Of one function, in several folders: numba's own caches know one, which must take what is written to it.
 
-    def load_overload(self, sig, target_context):
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception:  # whatever a damaged file makes of itself: the function is compiled anew
-            return None
+    Nor do they ask for more sources than the file that holds a function.
+    """
 
-    def save_overload(self, sig, data):
-        with suppress(OSError):  # a disk that is full, or a folder that could be written to a moment ago
-            super().save_overload(sig, data)
+    def __init__(self, function: Any) -> None:
+        name = ready.file_name(f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}")
+        folders = ready.folders(cast(Any, config).CACHE_DIR)
+        self.files = {folder: IndexDataCacheFile(str(folder), name, ready.fingerprint()) for folder in folders}
+
+    def load_overload(self, sig, target_context) -> Any:
+        target_context.refresh()
+        key = (sig, target_context.codegen().magic_tuple())
+        for file in self.files.values():
+            with suppress(Exception):  # whatever a damaged file makes of itself: the function is compiled anew
+                if data := file.load(key):
+                    return CompileResult._rebuild(target_context, *data)
+        return None
+
+    def save_overload(self, sig, cres):
+        if cres.library.has_dynamic_globals:  # addresses of this process
+            return
+        for folder, file in self.files.items():
+            with suppress(Exception):  # a full disk, a folder that may only be read, an index that is damaged
+                folder.mkdir(parents=True, exist_ok=True)
+                file.save((sig, cres.codegen.magic_tuple()), cres._reduce())
+                return
 
 
 def cached(function: Any) -> Callable:
     """A compiled function that is kept on disk, or in this process alone where no folder can be written to."""
-    with suppress(RuntimeError, OSError):
-        function._cache = _Cache(function.py_func)
+    function._cache = _Cache(function.py_func)
     return function

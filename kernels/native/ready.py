@@ -3,8 +3,10 @@
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -44,21 +46,44 @@ def seconds(dtype: torch.dtype) -> tuple[float, ...]:
 
 def _wait(rows: int) -> float:
     source = "neurons" if rows == planning.NEURON_ROWS else "steps"
-    for folder in _folders():
-        if (folder, source) in _found or next(folder.glob(f"{source}.train-*.nbi"), None):
+    for folder in folders(os.environ.get("NUMBA_CACHE_DIR")):
+        if (folder, source) in _found or _holds(folder, f"{source}.train"):
             _found.add((folder, source))
             return planning.LOAD_SECONDS
     return planning.COMPILE_SECONDS
 
 
-def _folders() -> Iterator[Path]:
-    """Where numba keeps compiled code: there alone if it is told where, else in the first of these that takes it.
+def _holds(folder: Path, function: str) -> bool:
+    """Whether its index there is of these sources. That what it lists is for this CPU and these types is a guess."""
+    with suppress(OSError):  # there is none, or it may not be read
+        return fingerprint().encode() in (folder / f"{file_name(function)}.nbi").read_bytes()
+    return False
 
-    That what lies there is of this version is a guess.
+
+def folders(chosen: str | None) -> Iterator[Path]:
+    """Where compiled code is read, from the first that holds it, and written, to the first that takes it.
+
+    numba itself passes over folders that it cannot write to, though an administrator may have filled them.
+    chosen: where numba is told to keep code, and there alone unless that may only be read.
     """
     below = f"{FOLDER.name}_{hashlib.sha1(str(FOLDER).encode(), usedforsecurity=False).hexdigest()}"
-    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
-        yield Path(chosen, below)
-        return
+    if chosen:
+        yield (folder := Path(chosen, below))
+        there = next(filter(os.path.exists, (folder, *folder.parents)), folder)
+        if os.access(there, os.W_OK | os.X_OK):
+            return
     yield FOLDER / "__pycache__"
     yield Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "numba", below)
+
+
+def file_name(function: str) -> str:
+    """Of what is compiled of it for this Python, without a suffix."""
+    return f"{function}.{sys.implementation.cache_tag}{getattr(sys, 'abiflags', '')}"
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Of numba and all sources here, or the program that they are frozen into: what was compiled of others is stale."""
+    sources = sorted(Path(__file__).parent.glob("*.py*")) or [Path(sys.executable)]
+    versions = [found.version for found in importlib.metadata.distributions(name="numba")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources) + str(versions).encode()).hexdigest()

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled loops against the plain torch loop, which is the definition of correct, and against ordinary loops."""
 
+import ctypes
 import dataclasses
 import errno
 import itertools
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -29,10 +31,12 @@ from perceptriton.mlp import MLP, Ensemble, fit
 
 pytest.importorskip("numba", reason="numba is not installed")
 
+ROOT = Path(__file__).parents[2]
 TORCH = TrainPlan("torch", "the test says so")
 TILES = {f"{rows}x{networks}": TrainPlan("native", "the test says so", rows, networks) for rows, networks in plan.TILES}
 LANES = TILES["4x16"]
 SECONDS = ready.seconds  # which a fixture replaces
+SOURCES = ("steps", "neurons")  # of compiled loops
 EXACT = 1e-10  # two orders of the same fp64 sums over some steps
 every_tile = pytest.mark.parametrize("tile", TILES)
 
@@ -537,9 +541,12 @@ def test_what_is_ready_is_known(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nowhere"))
     (tmp_path / "__pycache__").mkdir()
     assert ready.seconds(torch.float32) == (plan.COMPILE_SECONDS, 0, plan.COMPILE_SECONDS)
-    (tmp_path / "__pycache__" / "steps.train-1.py310.nbi").touch()
+    steps, neurons = (tmp_path / "__pycache__" / f"{ready.file_name(f'{name}.train')}.nbi" for name in SOURCES)
+    steps.write_text("of other sources")
+    assert ready.seconds(torch.float32) == (plan.COMPILE_SECONDS, 0, plan.COMPILE_SECONDS)
+    steps.write_text(f"of {ready.fingerprint()}")
     assert ready.seconds(torch.float32) == (plan.COMPILE_SECONDS, 0, plan.LOAD_SECONDS)
-    (tmp_path / "__pycache__" / "neurons.train-1.py310.nbi").touch()
+    neurons.write_text(f"of {ready.fingerprint()}")
     assert ready.seconds(torch.float32) == (plan.LOAD_SECONDS, 0, plan.LOAD_SECONDS)
 
 
@@ -566,7 +573,7 @@ def test_what_numba_keeps_elsewhere_is_found(variable, monkeypatch, tmp_path):
     folder = Path(kind.from_function(lambda: None, str(source)).get_cache_path())
     assert tmp_path in folder.parents
     assert ready.seconds(torch.float32)[-1] == plan.COMPILE_SECONDS
-    (folder / "steps.train-1.py310.nbi").touch()
+    (folder / f"{ready.file_name('steps.train')}.nbi").write_text(ready.fingerprint())
     assert ready.seconds(torch.float32)[-1] == plan.LOAD_SECONDS
 
 
@@ -586,9 +593,9 @@ def train():
 """
 
 
-def start(script, folder):
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", SCRIPT + script]
+def start(script, folder, before=(), **environment):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder), "PYTHONWARNINGS": "ignore"} | environment
+    command = [*before, sys.executable, "-c", SCRIPT + script]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -601,7 +608,7 @@ def printed(process):
 @pytest.mark.more
 def test_two_processes_compile_at_once_and_a_third_reads(tmp_path):
     results = [printed(process) for process in [start("print(train())", tmp_path) for _ in range(2)]]
-    assert [path.suffix for path in sorted(tmp_path.rglob("steps.train-*"))] == [".nbc", ".nbi"]
+    assert [path.suffix for path in sorted(tmp_path.rglob("steps.train.*"))] == [".nbc", ".nbi"]
     # Where nothing can be compiled, all comes from the disk.
     script = "from numba.core import compiler; compiler.compile_extra = None; print(train())"
     results.append(printed(start(script, tmp_path)))
@@ -679,14 +686,102 @@ def test_numba_may_be_switched_off_for_others(tmp_path):
     assert printed(start(script, tmp_path)) == [printed(start("print(train())", tmp_path))[0], "1"]
 
 
-def test_code_is_kept_in_memory_where_no_folder_takes_it(monkeypatch):
+# Where root runs the tests: itself without the capability by which no folder is closed to it.
+UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override"] if hasattr(os, "getuid") and os.getuid() == 0 else []
+
+
+@pytest.fixture
+def close():
+    """close(folder): nothing below it can be written to by processes that start with UNPRIVILEGED."""
+    closed = []
+
+    def close(folder):
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(path.stat().st_mode & ~0o222)
+            closed.append(path)
+        try:
+            writable = subprocess.run([*UNPRIVILEGED, "test", "-w", folder], check=False).returncode != 1
+        except FileNotFoundError as error:
+            pytest.skip(f"nothing closes a folder here: {error}")
+        if writable:
+            pytest.skip("nothing closes a folder to this user")
+
+    yield close
+    for path in closed:
+        path.chmod(path.stat().st_mode | 0o200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["beside", "chosen"])
+def test_code_is_read_where_nothing_can_be_written(where, close, tmp_path):
+    """What an administrator has compiled, by users of that install: in a container's image, for one."""
+    package, home = tmp_path / "site" / "perceptriton", tmp_path / "home"
+    for source, target in (("mlp/_front", ""), ("kernels", "kernels"), ("mlp", "mlp")):
+        shutil.copytree(ROOT / source, package / target, ignore=shutil.ignore_patterns("__pycache__"))
+    home.mkdir()
+    path = os.pathsep.join([str(package.parent), *sys.path])
+    environment = {"PYTHONPATH": path, "HOME": str(home), "XDG_CACHE_HOME": ""}
+    folder = package / "chosen" if where == "chosen" else ""
+    compiled = printed(start("print(train())", folder, **environment))
+    close(package)
+    script = """
+from numba.core import compiler
+from perceptriton.kernels.native import ready
+compiler.compile_extra = None
+print(ready.seconds(torch.float32)[-1])
+"""
+    read = printed(start(f"{script}print(train())", folder, UNPRIVILEGED, **environment))
+    assert read == [str(plan.LOAD_SECONDS), *compiled]
+    functions = package / "kernels" / "native" / "functions.py"
+    functions.chmod(0o644)
+    functions.write_text(f"{functions.read_text()}# changed\n")
+    assert printed(start(script, folder, UNPRIVILEGED, **environment)) == [str(plan.COMPILE_SECONDS)]
+    assert list(home.iterdir()) == []
+
+
+def plus(a):
+    return a + 1
+
+
+def test_code_is_read_from_all_folders_and_written_to_one_that_takes_it(monkeypatch, tmp_path):
     from numba import njit
-    from numba.core.caching import CacheImpl
 
     from perceptriton.kernels.native import cache
 
-    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
-    assert cache.cached(njit(lambda a: a + 1))(2) == 3
+    closed, taken, other = tmp_path / "file" / "below", tmp_path / "taken", tmp_path / "other"
+    closed.parent.touch()
+    monkeypatch.setattr(ready, "folders", lambda _: [closed, taken])
+    assert cache.cached(njit(plus))(2) == 3
+    assert len(list(taken.iterdir())) == 2
+    for folders in ([taken, other], [other, taken]):
+        monkeypatch.setattr(ready, "folders", lambda _, folders=folders: folders)
+        again = cache.cached(njit(plus))
+        assert again(2) == 3
+        assert sum(again.stats.cache_hits.values()) == 1
+    assert not other.exists()
+    monkeypatch.setattr(ready, "folders", lambda _: [closed])
+    assert cache.cached(njit(plus))(2) == 3
+
+
+def test_a_chosen_folder_stands_alone_unless_it_is_closed(tmp_path):
+    (tmp_path / "file").touch()
+    beside, own = ready.folders(None)
+    alone, passed_over = tmp_path / "not" / "yet", tmp_path / "file"
+    assert [folder.parent for folder in ready.folders(str(alone))] == [alone]
+    first, *others = ready.folders(str(passed_over))
+    assert first.parent == passed_over
+    assert others == [beside, own]
+
+
+def test_addresses_of_this_process_are_not_kept(monkeypatch, tmp_path):
+    from numba import njit
+
+    from perceptriton.kernels.native import cache
+
+    absolute = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long)(abs)
+    monkeypatch.setattr(ready, "folders", lambda _: [tmp_path])
+    assert cache.cached(njit(lambda a: absolute(a)))(-3) == 3
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_and_a_damaged_file_cost_time_alone(monkeypatch, tmp_path):
@@ -695,9 +790,6 @@ def test_a_full_disk_and_a_damaged_file_cost_time_alone(monkeypatch, tmp_path):
     from perceptriton.kernels.native import cache
 
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
-
-    def plus(a):
-        return a + 1
 
     def full(*_):
         raise OSError(errno.ENOSPC, "no space left on device")
@@ -715,10 +807,13 @@ def test_a_full_disk_and_a_damaged_file_cost_time_alone(monkeypatch, tmp_path):
     again = cache.cached(njit(plus))
     assert again(2) == 3
     assert sum(again.stats.cache_hits.values()) == 1
-    monkeypatch.setattr(cache, "_fingerprint", lambda: "of other sources")
+    monkeypatch.setattr(ready, "fingerprint", lambda: "of other sources")
     other = cache.cached(njit(plus))
     assert other(2) == 3
     assert sum(other.stats.cache_hits.values()) == 0
+    (index,) = tmp_path.rglob("*.nbi")
+    index.write_bytes(b"")
+    assert cache.cached(njit(plus))(2) == 3
 
 
 def test_an_ensemble_with_rates_of_its_own():
