@@ -26,9 +26,21 @@ from .pictures import (
     surface,
     tidy,
 )
-from .problem import WAYS, contenders, network_from_seed, table
+from .problem import WAYS, contenders, network_from_seed, own_defaults, table
 from .race import Task, race
-from .text import TURNS, View, agreement, grid, loss_table, page, prediction_table, sections, short_name, timing_table
+from .text import (
+    TURNS,
+    View,
+    agreement,
+    counted,
+    grid,
+    loss_table,
+    page,
+    prediction_table,
+    sections,
+    short_name,
+    timing_table,
+)
 from .trajectory import Trajectory, outputs, trajectory_of
 
 BLOBS_SEED = 2
@@ -37,6 +49,7 @@ BLOBS_STEPS = 1000
 BLOBS_BAND = 1e-6
 
 
+@own_defaults()
 def blobs(
     steps: int = BLOBS_STEPS,
     device: torch.device | str = "cpu",
@@ -74,7 +87,7 @@ def blobs_data() -> tuple[Tensor, Tensor]:
     y = np.repeat((0, 1), 50)
     order = np.arange(100)
     random.shuffle(order)
-    return torch.tensor(x[order], dtype=torch.float32), torch.tensor(y[order, None], dtype=torch.float32)
+    return torch.from_numpy(x[order]).float(), torch.from_numpy(y[order, None]).float()
 
 
 def _intro(steps: int) -> str:
@@ -85,7 +98,7 @@ def _intro(steps: int) -> str:
         dloss/dw = mean of (p - t) x        dloss/db = mean of (p - t)
         """,
         "Fifty points around (-0.5, 0.5) are class 0, fifty around (0.5, -0.5) are class 1. "
-        f"{steps:,} steps of size 0.01 over all hundred, weights drawn with seed {BLOBS_SEED}. {TURNS}",
+        f"{counted(steps, 'step')} of size 0.01 over all hundred, weights drawn with seed {BLOBS_SEED}. {TURNS}",
     )
 
 

@@ -12,7 +12,7 @@ from ..model import MLP
 from ._xor import xor_task
 from .lesson import Count, Lesson
 from .pictures import Figure, TrainingPicture, plot_training
-from .problem import contenders, network_from_seed, table
+from .problem import contenders, network_from_seed, own_defaults, table
 from .race import HAND, Loop, Task, race
 from .text import View, agreement, fill, grid, loss_table, page, prediction_table, sections, timing_table
 from .trajectory import Trajectory, trajectory_of
@@ -52,6 +52,7 @@ class ByHand(Result):
         return [stuck] * (not self.converged) + trajectory.misses
 
 
+@own_defaults()
 def by_hand(
     steps: int = HAND_STEPS, device: torch.device | str = "cpu", *, seed: int = HAND_SEED, progress: bool = False
 ) -> ByHand:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..functional import linear_act
 from .lesson import Lesson
-from .problem import draw, table
+from .problem import draw, own_defaults, table
 from .race import FUSED, HAND
 from .text import View, grid, number, page, sections
 from .values import Result, Values, value_misses
@@ -35,6 +35,7 @@ class ChainRule(Result):
         return value_misses(self.reference, self.ways, lambda way: 0.0)
 
 
+@own_defaults()
 def chain_rule(device: torch.device | str = "cpu") -> ChainRule:
     """The derivatives of f = w x + b, with g = w x: by the chain rule, by differences, by autograd, by a fused layer.
 

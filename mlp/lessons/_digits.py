@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..model import MLP
 from .lesson import Count, Lesson
 from .pictures import INK, PALE_BLUE, VERMILION, Figure, new_figure, tidy
-from .problem import contenders, network_from_seed
+from .problem import contenders, network_from_seed, own_defaults
 from .race import FUSED, NN, Run, Task, check_steps, race
-from .text import TURNS, View, agreement, fill, grid, loss_table, page, sections, timing_table
+from .text import TURNS, View, agreement, counted, fill, grid, loss_table, page, sections, timing_table
 from .trajectory import Trajectory, outputs, trajectory_of
 from .values import Result
 
@@ -69,6 +69,7 @@ class Digits(Result):
         return found
 
 
+@own_defaults()
 def digits(
     steps: int = DIGITS_STEPS, device: torch.device | str = "cpu", *, seed: int = DIGITS_SEED, progress: bool = False
 ) -> Digits:
@@ -106,7 +107,7 @@ def digits_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         raise ImportError("the digits come with scikit-learn: install perceptriton[sklearn]") from error
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images / 16, labels, test_size=TESTED, stratify=labels, random_state=0)
-    x, x_test, y, y_test = map(torch.tensor, parts)
+    x, x_test, y, y_test = map(torch.from_numpy, parts)
     return x.float(), y, x_test.float(), y_test
 
 
@@ -120,8 +121,8 @@ def _intro(steps: int) -> str:
         loss = mean over images and digits of -t ln p - (1 - t) ln(1 - p)      t = 1 for its digit
         """,
         "A step looks at 64 images, a minibatch. 22 steps, an epoch, see each of 1,347 images once; then they are "
-        f"shuffled anew. {steps:,} steps of Adam with a learning rate of 0.01. The other 450 images are kept for the "
-        "test, since a network may know by heart what it was trained on. It must read more than "
+        f"shuffled anew. {counted(steps, 'step')} of Adam with a learning rate of 0.01. The other 450 images are kept "
+        "for the test, since a network may know by heart what it was trained on. It must read more than "
         f"{DIGITS_SHARE:.0%} of those. {TURNS} All three see the same minibatches, so the losses must agree.",
     )
 

@@ -13,9 +13,9 @@ from ..model import MLP
 from ._xor import XOR_SEED, xor_data, xor_task
 from .lesson import Count, Lesson
 from .pictures import INK, Figure, draw_classes, draw_probability, line_of, new_figure, surface
-from .problem import WAYS, contenders, draw, network_from_seed
+from .problem import WAYS, contenders, draw, network_from_seed, own_defaults
 from .race import race
-from .text import TURNS, View, fill, grid, page, sections, shown_rows, timing_table
+from .text import TURNS, View, counted, fill, grid, page, sections, shown_rows, timing_table
 from .trajectory import Trajectory, trajectory_of
 from .values import Result
 
@@ -44,6 +44,7 @@ class Gates(Result):
         return found
 
 
+@own_defaults()
 def gates(
     steps: int = GATES_STEPS,
     device: torch.device | str = "cpu",
@@ -87,7 +88,7 @@ def _intro(steps: int) -> str:
         """,
         "For AND (1 where both inputs are 1) and for OR (1 where at least one is) there is a line with the ones on its "
         "one side and the zeros on its other. For XOR (1 where exactly one is) there is none. "
-        f"{steps:,} steps for each. {TURNS}",
+        f"{counted(steps, 'step')} for each. {TURNS}",
     )
 
 

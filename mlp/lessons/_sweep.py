@@ -16,9 +16,9 @@ from ._by_hand import SOLVED
 from ._xor import XOR_BAND, XOR_SEED, xor_task
 from .lesson import Count, Lesson
 from .pictures import Figure, new_figure
-from .problem import contenders, draw, network_from_seed, table
+from .problem import contenders, draw, network_from_seed, own_defaults, table
 from .race import FitCalls, race
-from .text import View, agreement, fill, grid, loss_table, page, sections, shown_rows, timing_table
+from .text import View, agreement, counted, fill, grid, loss_table, page, sections, shown_rows, timing_table
 from .trajectory import Trajectory, trajectory_of
 from .values import Result
 
@@ -53,6 +53,7 @@ class Sweep(Result):
         return self.trajectory.misses
 
 
+@own_defaults()
 def sweep(
     steps: int = SWEEP_STEPS,
     device: torch.device | str = "cpu",
@@ -96,8 +97,8 @@ def sweep(
 def _intro(steps: int, seeds: int) -> str:
     return page(
         "Does a 2-2-1 network learn XOR? That hangs on its first weights and on the learning rate. Here "
-        f"{seeds:,} seeds at each of {len(SWEEP_RATES)} rates, {seeds * len(SWEEP_RATES):,} networks, "
-        f"take {steps:,} steps in one call of `fit`.",
+        f"{counted(seeds, 'seed')} at each of {len(SWEEP_RATES)} rates, {seeds * len(SWEEP_RATES):,} networks, "
+        f"take {counted(steps, 'step')} in one call of `fit`.",
         """
         success:  mean loss over the four cases < ln 2 / 4 = 0.1733
         """,
@@ -114,7 +115,9 @@ def _report(result: Sweep, view: View) -> str:
     best, trajectory = int(result.success[-1].argmax()), result.trajectory
     return sections(
         [
-            fill(f"Percent of {len(result.seeds):,} seeds that have learned XOR, by step and by learning rate:"),
+            fill(
+                f"Percent of {counted(len(result.seeds), 'seed')} that have learned XOR, by step and by learning rate:"
+            ),
             *grid(["step", *(f"{rate:.3g}" for rate in result.rates)], shown),
         ],
         [

@@ -13,7 +13,7 @@ from ..functional import linear_sigmoid
 from ..model import MLP
 from .lesson import Count, Lesson
 from .pictures import BLUE, INK, PALE_BLUE, Figure, new_figure
-from .problem import Build, contenders, draw, table, unfused
+from .problem import Build, contenders, draw, own_defaults, table, unfused
 from .race import FUSED, HAND, NN, FitCalls, Run, Task, race
 from .text import View, fill, grid, number, page, sections, short_name, timing_table
 from .values import Result, Values, value_misses
@@ -48,6 +48,7 @@ class WorkedStep(Result):
         return value_misses(self.reference, self.ways, lambda way: WORKED_BANDS[way.dtype] + 1e-15)
 
 
+@own_defaults()
 def worked_step(steps: int = WORKED_STEPS, device: torch.device | str = "cpu", *, progress: bool = False) -> WorkedStep:
     """One step of gradient descent on a 2-2-2 sigmoid network without biases: E = 1/2 sum (target - output)^2, lr 0.5.
 

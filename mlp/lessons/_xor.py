@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ..model import MLP
 from .lesson import Count, Lesson
 from .pictures import plot_training
-from .problem import WAYS, contenders, network_from_seed, table
+from .problem import WAYS, contenders, network_from_seed, own_defaults, table
 from .race import Task, race
-from .text import TURNS, page
+from .text import TURNS, counted, page
 from .trajectory import Trajectory, trajectory_of
 
 XOR_SEED = 777
@@ -22,6 +22,7 @@ XOR_STEPS = 10_001
 XOR_BAND = 6e-5
 
 
+@own_defaults()
 def xor(
     steps: int = XOR_STEPS,
     device: torch.device | str = "cpu",
@@ -72,8 +73,8 @@ def _intro(steps: int) -> str:
         loss = mean of -t ln p - (1 - t) ln(1 - p)      t: the right answer
         every weight: w <- w - 1 dloss/dw
         """,
-        f"{steps:,} steps over all four cases, weights drawn with seed {XOR_SEED}. The losses must be those of "
-        f"the textbook's table. {TURNS}",
+        f"{counted(steps, 'step')} over all four cases, weights drawn with seed {XOR_SEED}. The losses must be those "
+        f"of the textbook's table. {TURNS}",
     )
 
 

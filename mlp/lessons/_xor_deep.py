@@ -9,9 +9,20 @@ from ..model import MLP
 from ._xor import XOR_SEED, XOR_STEPS, xor_task
 from .lesson import Count, Lesson
 from .pictures import plot_training
-from .problem import WAYS, contenders, network_from_seed, table
+from .problem import WAYS, contenders, network_from_seed, own_defaults, table
 from .race import race
-from .text import TURNS, View, agreement, loss_table, page, prediction_table, sections, shown_rows, timing_table
+from .text import (
+    TURNS,
+    View,
+    agreement,
+    counted,
+    loss_table,
+    page,
+    prediction_table,
+    sections,
+    shown_rows,
+    timing_table,
+)
 from .trajectory import Trajectory, trajectory_of
 
 # Relative. The first is for losses on the plateau near ln 2 (to step 2000), where a step moves weights by a few units
@@ -25,6 +36,7 @@ EDGE = 0.69  # nats; where the table has no rows, a drop that has begun belongs 
 DRAWS = (0, 1, 2)
 
 
+@own_defaults()
 def xor_deep(
     steps: int = XOR_STEPS,
     device: torch.device | str = "cpu",
@@ -65,9 +77,9 @@ def _intro(steps: int, draws: int) -> str:
         through three hidden layers: at most 1/64, times the weights
         """,
         "So the loss stays at ln 2 = 0.6931, that of a guess, for thousands of steps, and then drops all at once. "
-        f"Learning rate 1, {steps:,} steps, {drawn} from seed {XOR_SEED}. Rounding decides when exactly the drop "
-        f"comes: the losses must agree to {DEEP_BANDS[0]:.0e} of their size before it, to {DEEP_BANDS[1]:.1e} after "
-        f"it. {TURNS}",
+        f"Learning rate 1, {counted(steps, 'step')}, {drawn} from seed {XOR_SEED}. Rounding decides when exactly the "
+        f"drop comes: the losses must agree to {DEEP_BANDS[0]:.0e} of their size before it, to {DEEP_BANDS[1]:.1e} "
+        f"after it. {TURNS}",
     )
 
 

@@ -2,7 +2,8 @@
 """What the lessons that train begin with: their tables, their networks and the ways in which these train."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,23 @@ _Made = TypeVar("_Made")
 def table(name: str) -> dict:
     """One of the tables in `tables/`."""
     return json.loads((REFERENCE / f"{name}.json").read_text())
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """float32 and the CPU for what is made without saying where and in which dtype, whatever the caller has set.
+
+    torch makes some of it: the weights of a layer, and the count of steps that its Adam keeps. The dtype is that of the
+    whole process meanwhile.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        # A device that is entered makes every call of torch a little slower.
+        with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def draw(seed: int, make: Callable[[], _Made]) -> _Made:

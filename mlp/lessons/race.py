@@ -74,7 +74,7 @@ class Run:
     model: nn.Module  # trained
     losses: list[float]  # at the logged steps
     seconds: float  # all steps once, the first one's compilation included where there is one
-    us_per_step: float  # microseconds, of an Ensemble per member; median over turns, or over calls but for the first
+    us_per_step: float  # microseconds, of an Ensemble per member; median over turns, or calls but for the first
     ratio: float  # the first contender's time per step over this one's; of loops the median over turns
 
 
@@ -90,6 +90,15 @@ class Loop:
         self.losses: list[float] = []
         self.batches = task.batches()
         self.clock = _Clock(task.x.device)
+
+    def warm_up(self) -> None:
+        """Takes a step and takes it back: what torch loads and compiles for it counts as seconds, not as a step's."""
+        before = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
+        with self.clock.of(0, 1):
+            self.step()
+        self.model.load_state_dict(before[0])
+        self.optimizer.load_state_dict(before[1])
+        self.batches = self.task.batches()
 
     def take(self, turn: int, turns: int, steps: range) -> None:
         """Takes these steps."""
@@ -155,7 +164,11 @@ class FitCalls:
 
     def take(self, turn: int, turns: int, steps: range) -> None:
         """Trains from the start for all steps, if this is one of its turns: none at the ends, where loops warm up."""
-        if turn in {(2 * call + 1) * turns // (2 * self.calls) for call in range(self.calls)}:
+        own = {(2 * call + 1) * turns // (2 * self.calls) for call in range(self.calls)}
+        if turn in own:
+            if len(own) == 1:
+                # No second call will tell how long the steps alone take: a short one compiles and loads for this one.
+                self._fit(1, turn)
             self.model, self.history = self._fit(self.task.steps, turn)
 
     @property
@@ -183,9 +196,11 @@ def race(task: Task, contenders: Sequence[Loop | FitCalls], progress: bool) -> t
     """
     # Turns are equally long, since the time of a short last one would be noise.
     turns = max(1, task.steps // TURN)
-    bounds = [i * task.steps // turns for i in range(turns + 1)]
+    bounds = (i * task.steps // turns for i in range(turns + 1))
     loops = [c for c in contenders if isinstance(c, Loop)]
     calls = [c for c in contenders if isinstance(c, FitCalls)]
+    for loop in loops if turns < 3 else ():  # a median of three turns does not see what is slow in the first
+        loop.warm_up()
     with closing(Bar(task.steps, wanted=False, began=time.perf_counter())) as bar:
         for turn, (start, stop) in enumerate(pairwise(bounds)):
             # Loops go first by turns, so that a steady drift favours none. A loop that follows a call of `fit` runs a
@@ -206,7 +221,7 @@ def race(task: Task, contenders: Sequence[Loop | FitCalls], progress: bool) -> t
             seconds = sum(c.clock.seconds)
             ratio = statistics.median(base[turn] / value for turn, value in us.items())
         else:
-            seconds = c.clock.seconds[0]
+            seconds = c.clock.seconds[0] if len(us) > 1 else sum(c.clock.seconds)
             # A call takes all steps, so it is compared with the median turn and not with the one it fell into.
             ratio = statistics.median(base.values()) / us_per_step
         runs.append(Run(c.name, c.path, c.model, c.losses, seconds, us_per_step, ratio))

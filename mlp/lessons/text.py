@@ -57,6 +57,10 @@ def sections(*parts: Sequence[str]) -> str:
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -132,7 +136,7 @@ def agreement(result: Trajectory, why: str = "the order in which numbers are rou
     verdict = f" All match {result.against}." if result.matches else ""
     return [
         fill(
-            f"Largest difference from {result.against}, as a share of the loss, at {len(compared)} steps: "
+            f"Largest difference from {result.against}, as a share of the loss, at {counted(len(compared), 'step')}: "
             f"{'; '.join(found)}. {why[0].upper()}{why[1:]} can make up to {allowed}.{verdict}"
         )
     ]

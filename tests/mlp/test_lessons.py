@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import tracemalloc
 import types
 
 import numpy as np
@@ -177,6 +178,7 @@ def test_xor_stops_between_logged_steps(short):
     assert short.matches
     first = lessons.xor(1)
     assert [run.losses for run in first.runs] == [run.losses[:1] for run in short.runs]
+    assert "at 1 step: " in page_of("xor", first).replace("\n", " ")
 
 
 # --- xor-deep ----------------------------------------------------------------------------------------------
@@ -657,6 +659,38 @@ def test_lessons_leave_random_numbers_alone(name):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("name", LESSONS)
+def test_lessons_make_nothing_of_the_caller_s_defaults(name):
+    needs_images(name)
+    counts = {count.name: count.default if count.choices else 2 for count in LESSONS[name].counts}
+    expected = page_of(name, LESSONS[name].run(**counts))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert page_of(name, LESSONS[name].run(**counts)) == expected
+        assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_nothing_grows_with_the_steps_before_the_first(name, monkeypatch):
+    needs_images(name)
+
+    def taken(*_):
+        raise InterruptedError(tracemalloc.get_traced_memory()[1])
+
+    monkeypatch.setattr(Loop, "take", taken)
+    for steps in (10**8, 10**20):
+        tracemalloc.start()
+        try:
+            with pytest.raises(InterruptedError) as reached:
+                TRAINING[name](steps, **{"seeds": 1} if name == "sweep" else {})
+        finally:
+            tracemalloc.stop()
+        assert reached.value.args[0] < 16e6  # a turn is 100 steps, and its number takes 40 bytes in a list
+
+
 @pytest.mark.parametrize("steps", [0, -1])
 @pytest.mark.parametrize("name", TRAINING)
 def test_lessons_refuse_no_steps(name, steps):
@@ -730,7 +764,7 @@ def test_contenders_take_turns(steps, turns):
     for name in "ab":
         assert [step for own, part in notes if own == name for step in part] == list(range(steps))
     assert [len(run.losses) for run in runs] == [len(range(0, steps, 100))] * 3
-    assert len(calls.clock.seconds) == min(turns, racing.FIT_CALLS)
+    assert len(calls.clock.seconds) == max(2, min(turns, racing.FIT_CALLS))
     for parameter, old, trained in zip(model.parameters(), before, runs[-1].model.parameters(), strict=True):
         assert torch.equal(parameter, old)
         assert not torch.equal(trained, old)
@@ -769,6 +803,36 @@ def test_units_of_a_race(monkeypatch):
     assert (a.seconds, b.seconds, c.seconds) == pytest.approx((0.028, 0.014, 1))  # the slow turn, the first call
     assert (a.us_per_step, b.us_per_step, c.us_per_step) == pytest.approx((20, 10, 4))  # neither
     assert (a.ratio, b.ratio, c.ratio) == pytest.approx((1, 2, 5))
+
+
+class SlowFirst(Loop):
+    """A loop whose steps take 20 microseconds of a simulated clock, and the first one a second more."""
+
+    def __init__(self, task, now):
+        super().__init__("a", MLP([2, 2, 1]), task)
+        self.now, self.began = now, False
+
+    def step(self):
+        self.now[0] += 20e-6 + (not self.began)
+        self.began = True
+        return super().step()
+
+
+@pytest.mark.parametrize(("steps", "calls"), [(1, 4), (199, 4), (299, 4), (299, 1)])
+def test_times_of_a_short_race_are_those_of_steps(steps, calls, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(racing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    fit, compiling = racing.fit, [1]
+
+    def compiled_once(*args, steps, **options):
+        now[0] += 4e-6 * steps + (compiling.pop() if steps and compiling else 0)
+        return fit(*args, steps=steps, **options)
+
+    monkeypatch.setattr(racing, "fit", compiled_once)
+    task = Task(*xor_data(), torch.nn.BCELoss(), lambda p: torch.optim.SGD(p, lr=1.0), steps, 100)
+    loop, fitted = race(task, [SlowFirst(task, now), FitCalls(MLP([2, 2, 1]), task, calls=calls)], False)
+    assert (loop.us_per_step, fitted.us_per_step, fitted.ratio) == pytest.approx((20, 4, 5))
+    assert (loop.seconds, fitted.seconds) == pytest.approx((1, 1), rel=0.01)  # these have what comes first too
 
 
 @pytest.mark.parametrize(("us", "wanted"), [(5_000, True), (1_000, False)], ids=["long", "short"])
