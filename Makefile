@@ -78,7 +78,7 @@ bench: $(READY) ## time layers, networks, KernelBench and training loops against
 
 .PHONY: cuda
 cuda: ## on a machine with a CUDA device: correctness, then speed (HALF=, PARTS=, OUT=); installs nothing
-	@# make makes 2 of every exit status; that of the script tells a failure (1) from no device (3).
+	@# make makes 2 of every exit status; that of the script tells a failure (1) from no device (3) and no torch (4).
 	@bash .ci/cuda $(HALF)
 
 # What a rented GPU's machine has: the key by which triton finds a kernel counts every file of its own wheel. torch brings

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`.ci/cuda` where there is no GPU: what it is told, in which order tests run, what is not reached, a rehearsal."""
 
+import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +20,12 @@ HALVES = {
 }
 
 
-def run(*arguments, **environment):
+def run(*arguments, script=SCRIPT, **environment):
     """The script, with this Python as its python3."""
     names = {name: own for name, own in os.environ.items() if name not in ("PARTS", "OUT")}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", SCRIPT, *arguments],
+        ["bash", script, *arguments],
         env=names | {"PATH": path} | environment,
         capture_output=True,
         text=True,
@@ -67,6 +69,36 @@ def test_wrong_arguments(arguments, environment, said):
     process = run(*arguments, **environment)
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("torch", "code", "said"),
+    [
+        ("raise ImportError('no torch')", 4, r"\S+: no torch; put"),
+        ("cuda, __version__ = __import__('cuda'), 2", 3, "torch 2 of"),
+    ],
+    ids=["torch", "device"],
+)
+def test_what_is_missing(torch, code, said, tmp_path):
+    own = {"torch": torch, "triton": "", "cuda": "is_available = bool"}
+    for name, text in own.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    process = run(PYTHONPATH=str(tmp_path))
+    assert (process.returncode, process.stdout) == (code, "")
+    assert re.match(f"not run: {said}", process.stderr)
+
+
+def test_a_python_without_torch_gives_way_to_that_of_the_environment(tmp_path):
+    pytest.importorskip("triton")
+    for folder, python in ((tmp_path / ".venv/bin", sys.executable), (tmp_path / "bin", f"{sys.executable} -S")):
+        folder.mkdir(parents=True)
+        (folder / "python3").write_text(f'#!/bin/sh\nexec {python} "$@"\n')
+        (folder / "python3").chmod(0o755)
+    (tmp_path / ".ci").mkdir()
+    script = shutil.copy(SCRIPT, tmp_path / ".ci")
+    process = run(script=script, PATH=f"{tmp_path}/bin:{os.environ['PATH']}", CUDA_VISIBLE_DEVICES="")
+    assert process.returncode == 3
+    assert process.stderr.startswith(f"not run: torch {importlib.metadata.version('torch')} of ")
 
 
 @pytest.mark.slow
