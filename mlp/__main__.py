@@ -39,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args = _parser().parse_args(argv)
-        code = args.run(args)
-        print(end="", flush=True)
-        return code
+        return args.run(args)
     except KeyboardInterrupt:
         return _failed("interrupted", 130)
     except BrokenPipeError:
@@ -51,9 +49,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None:
             raise
-        # As in `perceptriton doctor > file` on a full disk: an error about stdout has no file name.
+        return _failed(str(error.strerror or error), 1)
+    except _Unwritten as error:
+        # As in `perceptriton doctor > file` on a full disk.
         _close_stdout()
-        return _failed(f"the output could not be written: {error.strerror}", 1)
+        return _failed(f"the output could not be written: {error}", 1)
+
+
+class _Unwritten(Exception):
+    """What stdout does not take. Its OSError would look like any other without a file name."""
+
+
+def _say(*lines: str, end: str = "\n") -> None:
+    try:
+        print(*lines, sep="\n", end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _Unwritten(error.strerror) from error
 
 
 def _close_stdout() -> None:
@@ -67,6 +80,10 @@ def _close_stdout() -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         sys.exit(_failed(f"error: {message}", 2))
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        # argparse's own leaves it at that where it cannot be written.
+        _say(message, end="")
 
 
 def _failed(message: str, code: int) -> int:
@@ -170,20 +187,20 @@ def _picture(text: str) -> str:
 
 def _lesson(lesson: Lesson, args: argparse.Namespace) -> int:
     counts = {count.name: getattr(args, count.name) for count in lesson.counts}
-    print(lesson.intro(**counts), end="\n\n", flush=True)
+    _say(lesson.intro(**counts), end="\n\n")
     options = {"progress": True} if counts else {}
     try:
         result = lesson.run(device=args.device, **counts, **options)
     except ImportError as error:
         return _failed(str(error), 1)
-    print(lesson.report(result, View(getattr(args, "every", None), args.timing)))
+    _say(lesson.report(result, View(getattr(args, "every", None), args.timing)))
     if lesson.plot and args.plot:
         figure, _ = lesson.plot(result)
         try:
             pictures.save(figure, args.plot)
         except OSError as error:
             return _failed(f"{args.plot!r} could not be written: {error.strerror or error}", 1)
-        print(f"\nPicture: {args.plot}")
+        _say(f"\nPicture: {args.plot}")
     if not result.matches:
         return _failed(f"the reference is missed: {'; '.join(result.misses)}", 1)
     return 0
@@ -197,8 +214,8 @@ def _export_hub(args: argparse.Namespace) -> int:
     except OSError as error:
         return _failed(f"{args.directory!r} could not be written: {error.strerror or error}", 1)
     for variant, identifier in identifiers.items():
-        print(f"{variant:<16}  {identifier}")
-    print(f"\nTo load it: kernels.get_local_kernel(pathlib.Path({args.directory!r}))")
+        _say(f"{variant:<16}  {identifier}")
+    _say(f"\nTo load it: kernels.get_local_kernel(pathlib.Path({args.directory!r}))")
     return 0
 
 
@@ -210,9 +227,9 @@ def _build(args: argparse.Namespace) -> int:
             return _failed(f"error: argument --{name}: of a network, whose --sizes are not given", 2)
     if reason := ready.refusal():
         return _failed(reason, 1)
-    print("compiling the training loops for this CPU, or reading them from disk", flush=True)
+    _say("compiling the training loops for this CPU, or reading them from disk")
     for kind, seconds in compile_all():
-        print(f"{kind:<40}  {seconds:4.1f} s", flush=True)
+        _say(f"{kind:<40}  {seconds:4.1f} s")
     return 0
 
 
@@ -227,20 +244,22 @@ def _build_kernels(args: argparse.Namespace) -> int:
         return _failed(reason, 1)
     rows, precision = args.rows or (32, 65536), devices.fp32_precision(device)
     order = ahead.Order(args.sizes, dtype, precision, activation, rows, device, args.chip is None)
-    print(f"compiling for sm_{device.arch}, or finding in triton's cache, {doctor.triton_cache()}", flush=True)
+    _say(f"compiling for sm_{device.arch}, or finding in triton's cache, {doctor.triton_cache()}")
     kernel = None
     try:
         for kernel in ahead.build(order):
-            print(f"{kernel.name:<32}{kernel.rows:>10,} rows  {kernel.seconds:5.1f} s", flush=True)
+            _say(f"{kernel.name:<32}{kernel.rows:>10,} rows  {kernel.seconds:5.1f} s")
+    except (BrokenPipeError, _Unwritten):
+        raise
     except Exception as error:  # whatever triton, gcc or ptxas says
         return _failed(f"{type(error).__name__}: {error}", 1)
     if kernel is None:
-        print("none: torch's own products take all layers")
+        _say("none: torch's own products take all layers")
     return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    print(*doctor.report(), sep="\n")
+    _say(*doctor.report())
     return 0
 
 

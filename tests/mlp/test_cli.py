@@ -234,6 +234,15 @@ def test_a_picture_without_matplotlib_is_refused(monkeypatch, capsys):
     assert "install perceptriton[cli]" in capsys.readouterr().err
 
 
+def test_an_error_that_is_not_the_output_s_is_not_called_one(monkeypatch, capsys):
+    def homeless(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    run_instead("xor", homeless, monkeypatch)
+    assert main(["lesson", "xor"]) == 1
+    assert capsys.readouterr().err == "perceptriton: No usable temporary directory found in ['/tmp']\n"
+
+
 def test_interrupt(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -319,8 +328,8 @@ def test_what_is_missed_without_numba_is_said(monkeypatch, capsys):
     assert re.search(r"^numba +not installed: small networks train slowly", capsys.readouterr().out, re.M)
 
 
-def run_doctor(*flags, **options):
-    return subprocess.run([sys.executable, *flags, "-m", "perceptriton.mlp", "doctor"], timeout=120, **options)
+def run_doctor(*flags, command="doctor", **options):
+    return subprocess.run([sys.executable, *flags, "-m", "perceptriton.mlp", command], timeout=120, **options)
 
 
 @pytest.mark.slow
@@ -351,9 +360,10 @@ def test_doctor_runs_anywhere_and_imports_neither_triton_nor_matplotlib(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
-def test_output_onto_a_full_disk_is_a_failure():
+@pytest.mark.parametrize("command", ["doctor", "--version", "--help"])
+def test_output_onto_a_full_disk_is_a_failure(command):
     with open("/dev/full", "w") as stdout:
-        run = run_doctor(stdout=stdout, stderr=subprocess.PIPE, text=True)
+        run = run_doctor(command=command, stdout=stdout, stderr=subprocess.PIPE, text=True)
     assert run.returncode == 1
     assert run.stderr == "perceptriton: the output could not be written: No space left on device\n"
 
