@@ -31,6 +31,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
+    zip_safe=False,  # tables are read as files
     package_dir={"perceptriton": "mlp/_front", "perceptriton.kernels": "kernels", "perceptriton.mlp": "mlp"},
     packages=[
         "perceptriton",

@@ -24,7 +24,8 @@ class Device:
     or "Intel AMX". triton: whether kernels can be launched there; refusal: why not, where that is known. name: of a
     CUDA device, as its driver tells it; by that, tables of measurements are found.
 
-    Raises TypeError for an arch that is no int, ValueError for one below 10 of a CUDA device.
+    Raises TypeError for an arch that is no int, ValueError for one below 10 of a CUDA device; 0, which tells nothing of
+    it, is one where triton is False.
     """
 
     kind: str
@@ -38,7 +39,7 @@ class Device:
     def __post_init__(self) -> None:
         if not isinstance(self.arch, int):
             raise TypeError(f"arch must be an int, 10 * major + minor, not {self.arch!r}")
-        if self.kind == "cuda" and self.triton and self.arch < 10:
+        if self.kind == "cuda" and self.arch < 10 and (self.triton or self.arch):
             raise ValueError(f"arch must be 10 * major + minor, at least 10, not {self.arch}")
 
 

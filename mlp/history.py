@@ -107,8 +107,10 @@ class History:
         if not 0 <= low <= high <= 1:
             raise ValueError(f"quantiles must be two in order within [0, 1], not {quantiles}")
         if axes is None:
-            from matplotlib.figure import Figure
-
+            try:
+                from matplotlib.figure import Figure
+            except ImportError as error:
+                raise ImportError("plots need matplotlib: install perceptriton[cli]") from error
             axes = Figure(layout="constrained").subplots()
         series = {"training": (self.steps, self.loss)}
         if "loss" in self.validation:

@@ -56,4 +56,4 @@ def device_refusal(m: int, k: int, n: int, dtype: str, device: Device) -> str | 
         return f"{m} rows: their tiles would be counted beyond 32 bits"
     if n > MOST_COLUMNS:
         return f"{n} out_features: more blocks of columns than a launch may have"
-    return None if device.triton else device.refusal or "triton is not installed"
+    return None if device.triton else device.refusal or "its description says triton=False"

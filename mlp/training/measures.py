@@ -94,7 +94,7 @@ def _maps(measure: object) -> bool:
 
 def _number(value: object, name: str) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must return a tensor with one number, not a {type(value).__name__}")
+        raise TypeError(f"{name} must return a tensor with one number, not {type(value).__name__}")
     if value.numel() != 1:
         raise ValueError(f"{name} must return a tensor with one number, not one of shape {tuple(value.shape)}")
     return value.reshape(())

@@ -33,7 +33,9 @@ def check_members(per_member: object, model: nn.Module, optimizer: torch.optim.O
     if not isinstance(per_member, Mapping):
         raise TypeError(f"per_member must be a dict, not {type(per_member).__name__}")
     if not isinstance(model, Ensemble):
-        raise TypeError(f"per_member is for the members of an Ensemble, and the model is a {type(model).__name__}")
+        raise TypeError(
+            f"per_member is for the members of an Ensemble, and the model is of type {type(model).__name__}"
+        )
     for name, value in per_member.items():
         if name == "lr":
             raise ValueError("per_member holds 'lr', but rates of each member are the argument lr")

@@ -77,7 +77,7 @@ def fit_sharded(
         raise TypeError(f"ensemble must be an Ensemble, not {type(ensemble).__name__}")
     for name, make in (("optimizer", optimizer), ("scheduler", scheduler)):
         if not callable(make) and (name, make) != ("scheduler", None):
-            raise TypeError(f"{name} must be a function that makes one for a share, not a {type(make).__name__}")
+            raise TypeError(f"{name} must be a function that makes one for a share, not {type(make).__name__}")
     began = time.perf_counter()
     # Every rank checks the whole ensemble: after an error on one rank alone, the others would wait for it forever.
     check_watch(ensemble, criterion, validation, evaluate_every, metrics, stop, log_every)

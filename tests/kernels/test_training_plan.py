@@ -92,7 +92,7 @@ def test_a_block_takes_as_many_samples_as_the_batch_has_and_as_fit_beside_the_we
     [
         ({"device": CPU, "impl": "lane"}, "no kernels for the CPU"),
         ({"device": CPU, "impl": "torch"}, 'impl="torch"'),
-        ({"device": dataclasses.replace(H200, triton=False)}, "triton is not installed"),
+        ({"device": dataclasses.replace(H200, triton=False)}, "its description says triton=False"),
         ({"device": Device("cuda", 75, 40, triton=True)}, "compute capability 7.5"),
         ({"device": Device("mps")}, "mps"),
         ({"dtype": "float64"}, "float64: whole loops take float32"),

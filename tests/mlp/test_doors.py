@@ -38,12 +38,12 @@ MISTAKES = {
     "optimizer": (
         lambda: fit_sharded(NETS, X, Y, optimizer=SGD, **SHARDED),
         TypeError,
-        "optimizer must be a function that makes one for a share, not a SGD",
+        "optimizer must be a function that makes one for a share, not SGD",
     ),
     "scheduler": (
         lambda: fit_sharded(NETS, X, Y, optimizer=lambda p: SGD, scheduler="cosine", **SHARDED),
         TypeError,
-        "scheduler must be a function that makes one for a share, not a str",
+        "scheduler must be a function that makes one for a share, not str",
     ),
     "warmup": (lambda: warmup(MLP([4, 1]), np.ones((2, 4))), TypeError, "inputs\\[0\\] must be a Tensor, not ndarray"),
     "report": (
@@ -58,6 +58,8 @@ MISTAKES = {
     ),
     "capability": (lambda: Device("cuda", arch=9.0, triton=True), TypeError, "arch must be an int, .*, not 9.0"),
     "major": (lambda: Device("cuda", arch=9, triton=True), ValueError, "arch must be .*, at least 10, not 9"),
+    "major-alone": (lambda: Device("cuda", arch=9), ValueError, "arch must be .*, at least 10, not 9"),
+    "no-arch": (lambda: Device("cuda", triton=True), ValueError, "arch must be .*, at least 10, not 0"),
 }
 
 

@@ -932,7 +932,7 @@ BAD = {
     "lane": bad(NotImplementedError, r"^impl='lane': ", impl="lane"),
     "block": bad(NotImplementedError, r"^impl='block': ", impl="block"),
     "graph": bad(NotImplementedError, r"^impl='graph': cpu: only a CUDA device", impl="graph"),
-    "criterion-returns": bad(TypeError, r"^criterion must return a tensor .* not a float$", criterion=lambda p, t: 0.0),
+    "criterion-returns": bad(TypeError, r"^criterion must return a tensor .* not float$", criterion=lambda p, t: 0.0),
     "criterion-shape": bad(
         ValueError, r"one number, not one of shape \(5, 2\)$", criterion=nn.BCELoss(reduction="none")
     ),

@@ -1044,7 +1044,15 @@ REGIMES = {
     "gpu-empty": ((0, 4), (4, 4), torch.float32, H100, "aten", "aten", "nothing to compute"),
     "gpu-fp64": ((4, 4), (4, 4), torch.float64, H100, "aten", "aten", "float64"),
     "mps": ((64, 64), (64, 64), torch.float32, Device("mps"), "aten", "aten", "no kernels for mps devices"),
-    "no-triton": ((4, 2), (1, 2), torch.float32, Device("cuda", 90, 132), "aten", "aten", "triton is not installed"),
+    "no-triton": (
+        (4, 2),
+        (1, 2),
+        torch.float32,
+        Device("cuda", 90, 132),
+        "aten",
+        "aten",
+        "its description says triton=False",
+    ),
 }
 
 

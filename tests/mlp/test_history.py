@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 import re
+import sys
 
 import pytest
 import torch
@@ -159,3 +160,9 @@ def test_curves(history):
     with pytest.raises(ValueError, match=r"^quantiles must be two in order within \[0, 1\], not \(0.9, 0.1\)$"):
         history.plot(quantiles=(0.9, 0.1))
     assert len(History([], torch.empty(0), 0.0, "torch").plot().lines) == 0
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"^plots need matplotlib: install perceptriton\[cli\]$"):
+        SINGLE.plot()

@@ -388,7 +388,9 @@ def test_errors_name_the_argument_and_leave_the_ensemble(case):
 def test_one_network_has_no_members():
     model = MLP([3, 2])
     options = {"criterion": nn.BCELoss(), "optimizer": torch.optim.SGD(model.parameters(), 0.1), "steps": 1}
-    with pytest.raises(TypeError, match=r"^per_member is for the members of an Ensemble, and the model is a MLP$"):
+    with pytest.raises(
+        TypeError, match=r"^per_member is for the members of an Ensemble, and the model is of type MLP$"
+    ):
         fit(model, torch.ones(6, 3), torch.ones(6, 2), per_member={"momentum": torch.ones(1)}, **options)
 
 
