@@ -54,7 +54,7 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
             if id(p) not in own:
                 raise ValueError(f"optimizer holds a parameter {tuple(p.shape)} that is none of the model's {len(own)}")
     if isinstance(model, Ensemble) and isinstance(optimizer, MIXING):
-        own = f"a {type(optimizer).__name__} looks at whole tensors, and would mix the members"
+        own = f"{type(optimizer).__name__} looks at whole tensors, and would mix the members"
         raise ValueError(f"optimizer of an Ensemble must update each element by itself: {own}")
     check_samples(model, criterion, x, y)
     if lr is not None:

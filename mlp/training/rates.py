@@ -52,7 +52,7 @@ class Schedule:
         if isinstance(value, Real) and not isinstance(value, bool):
             return torch.tensor([float(value)], dtype=torch.float64, device=device)
         if not isinstance(value, Tensor):
-            raise TypeError(f"lr({step}) must return a float or a tensor, not a {type(value).__name__}")
+            raise TypeError(f"lr({step}) must return a float or a tensor, not {type(value).__name__}")
         if value.shape not in ((), (1,), (self.members,)):
             raise ValueError(f"lr({step}) returned a tensor {tuple(value.shape)}, neither () nor ({self.members},)")
         return value.detach().to(device, torch.float64).view(-1)
@@ -128,15 +128,17 @@ def check_rates(lr: object, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def check_scheduler(scheduler: object, interval: str, optimizer: torch.optim.Optimizer, lr: object) -> None:
+    if interval not in ("epoch", "step"):
+        raise ValueError(f'scheduler_interval must be "epoch" or "step", not {interval!r}')
+    if scheduler is None:
+        return
     if lr is not None:
         raise ValueError("lr and scheduler both say what the rate of a step is: give one of them")
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
         kind = type(scheduler).__name__
-        raise TypeError(f"scheduler must be an LRScheduler that steps without looking at a loss, not a {kind}")
+        raise TypeError(f"scheduler must be an LRScheduler that steps without looking at a loss, not {kind}")
     if scheduler.optimizer is not optimizer:
         raise ValueError(f"scheduler is not this {type(optimizer).__name__}'s, but another optimizer's")
-    if interval not in ("epoch", "step"):
-        raise ValueError(f'scheduler_interval must be "epoch" or "step", not {interval!r}')
 
 
 def share_of(lr: Rates | None, members: slice, count: int) -> Rates | None:

@@ -241,8 +241,8 @@ def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, own
     weight = None if weight is None else weight.detach()
     members, samples = (len(model), x.shape[-2]) if isinstance(model, Ensemble) else (1, x.shape[0])
     schedule = None
+    check_scheduler(scheduler, interval, optimizer, lr)
     if scheduler is not None:
-        check_scheduler(scheduler, interval, optimizer, lr)
         schedule = Scheduled(scheduler, -(-samples // (batch_size or samples)) if interval == "epoch" else 1)
     elif lr is not None and not (isinstance(lr, Tensor) and lr.dim() == 1):
         schedule = Schedule(lr, members)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,9 @@ class EarlyStopping:
             raise TypeError(f"patience must be an int or None, not {self.patience!r}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1, not {self.patience}")
-        if not self.threshold >= 0:
+        if not isinstance(self.threshold, Real):
+            raise TypeError(f"threshold must be a number, not {self.threshold!r}")
+        if not float(self.threshold) >= 0:
             raise ValueError(f"threshold must not be negative, not {self.threshold}")
         if self.maximize is None and self.metric not in ("loss", "training_loss", "accuracy"):
             raise ValueError(f"maximize must be True or False for the metric {self.metric!r}")

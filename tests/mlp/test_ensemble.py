@@ -527,7 +527,7 @@ def test_optimizers_that_would_mix_members():
     for name in {"LBFGS", "Adafactor", "Muon"} & {*dir(torch.optim)}:
         optimizer = torch.optim.SGD(ensemble.parameters())
         optimizer.__class__ = getattr(torch.optim, name)  # Muon itself takes no biases
-        with pytest.raises(ValueError, match=rf"^optimizer of an Ensemble must .* itself: a {name} looks at whole"):
+        with pytest.raises(ValueError, match=rf"^optimizer of an Ensemble must .* itself: {name} looks at whole"):
             fit(ensemble, x, y, optimizer=optimizer, **options)
     with pytest.warns(UserWarning, match=r"is a Foreign; members stay apart only if it updates each element"):
         fit(ensemble, x, y, optimizer=Foreign(ensemble.parameters()), **options)

@@ -243,7 +243,7 @@ ENSEMBLE = {
         TypeError,
         r"^lr must be a floating point tensor, not torch.int64",
     ),
-    "returns": (lambda step: "0.1", TypeError, r"^lr\(0\) must return a float or a tensor, not a str$"),
+    "returns": (lambda step: "0.1", TypeError, r"^lr\(0\) must return a float or a tensor, not str$"),
     "returns-shape": (
         lambda step: torch.ones(2),
         ValueError,
@@ -428,9 +428,10 @@ def test_a_scheduler_is_where_the_model_is_after_an_interrupted_chunk(monkeypatc
 
 @pytest.mark.parametrize(("options", "error", "message"), [
     ({"lr": falling}, ValueError, r"^lr and scheduler both say what the rate of a step is: give one of them$"),
-    ({"scheduler": 3}, TypeError, r"^scheduler must be an LRScheduler .*, not a int$"),
-    ({"scheduler": L.ReduceLROnPlateau}, TypeError, r"^scheduler must be .*, not a ReduceLROnPlateau$"),
+    ({"scheduler": 3}, TypeError, r"^scheduler must be an LRScheduler .*, not int$"),
+    ({"scheduler": L.ReduceLROnPlateau}, TypeError, r"^scheduler must be .*, not ReduceLROnPlateau$"),
     ({"scheduler": "other"}, ValueError, r"^scheduler is not this SGD's, but another optimizer's$"),
+    ({"scheduler": None, "scheduler_interval": "x"}, ValueError, r'^scheduler_interval must be .*, not \'x\'$'),
     ({"scheduler_interval": "batch"}, ValueError, r'^scheduler_interval must be "epoch" or "step", not \'batch\'$'),
 ])  # fmt: skip
 def test_schedulers_that_are_refused(options, error, message):

@@ -435,6 +435,7 @@ def test_errors(case):
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     ({"patience": 0}, ValueError, r"^patience must be at least 1, not 0$"),
     ({"patience": 1.5}, TypeError, r"^patience must be an int or None, not 1.5$"),
+    ({"threshold": "a"}, TypeError, r"^threshold must be a number, not 'a'$"),
     ({"threshold": -1.0}, ValueError, r"^threshold must not be negative, not -1.0$"),
     ({"threshold": float("nan")}, ValueError, r"^threshold must not be negative, not nan$"),
     ({"metric": "distance"}, ValueError, r"^maximize must be True or False for the metric 'distance'$"),
