@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -81,9 +81,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         sys.exit(_failed(f"error: {message}", 2))
 
-    def _print_message(self, message: str, file: object = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         # argparse's own leaves it at that where it cannot be written.
-        _say(message, end="")
+        if file in (None, sys.stdout):
+            _say(message, end="")
+        else:
+            super()._print_message(message, file)
 
 
 def _failed(message: str, code: int) -> int:

@@ -29,16 +29,25 @@ class _Cache(NullCache):
         for file in self.files.values():
             with suppress(Exception):  # whatever a damaged file makes of itself: the function is compiled anew
                 if data := file.load(key):
-                    return CompileResult._rebuild(target_context, *data)
+                    found = CompileResult._rebuild(target_context, *data)
+                    if found.signature.args == sig:  # else two processes have given two kinds one file's name
+                        return found
         return None
 
     def save_overload(self, sig, cres):
         if cres.library.has_dynamic_globals:  # addresses of this process
             return
         for folder, file in self.files.items():
-            with suppress(Exception):  # a full disk, a folder that may only be read, an index that is damaged
+            with suppress(Exception):  # a full disk, a folder that may only be read
                 folder.mkdir(parents=True, exist_ok=True)
-                file.save((sig, cres.codegen.magic_tuple()), cres._reduce())
+                entry = (sig, cres.codegen.magic_tuple()), cres._reduce()
+                try:
+                    file.save(*entry)
+                except OSError:
+                    raise
+                except Exception:  # an index that is damaged
+                    file.flush()
+                    file.save(*entry)
                 return
 
 

@@ -176,7 +176,7 @@ class FusedMLP(BaseEstimator):
         """The indices that are held back, with as many of each class as there are in all, and the others."""
         stratify = targets if isinstance(self, ClassifierMixin) and targets.size == len(targets) else None
         seed = int(torch.randint(2**31 - 1, (), generator=generator, device="cpu"))
-        options = {"test_size": self.validation_fraction, "random_state": seed, "stratify": stratify}
+        options = {"test_size": float(self.validation_fraction), "random_state": seed, "stratify": stratify}
         return train_test_split(np.arange(len(targets)), **options)[::-1]
 
     @torch.no_grad()

@@ -59,7 +59,10 @@ class FusedMLPClassifier(ClassifierMixin, FusedMLP):
 
     @whole
     def partial_fit(self, X, y, sample_weight=None, classes=None):
-        """One epoch more, the first call's included. classes: all labels that there are, which that call needs."""
+        """One epoch more, the first call's included.
+
+        classes: all labels that there are, which that call needs; for indicator matrices the numbers of the columns.
+        """
         if not hasattr(self, "model_") and classes is None:
             raise ValueError("classes must be given to the first call of partial_fit, not None")
         return self._fit(X, y, sample_weight, classes, more=True)

@@ -8,7 +8,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels import eligibility, small
+from ...kernels import small
 from ...kernels.activations import ACTIVATIONS
 from ...kernels.records import IMPLS, NotCompiledError
 
@@ -64,10 +64,10 @@ def is_for_torch(error: Exception, x, weights, biases, activations, impl) -> boo
     """Whether torch's own operations take a call that failed with this error, one of ERRORS.
 
     They do while torch.fx traces: x is a symbol then, without a shape to plan with or to check. They do for a nested x,
-    which has no shape, and under classes and modes that answer some of torch's functions themselves, and may answer no
-    others: those of per-sample gradients do not tell a device. They do too while a CUDA graph is captured whose kernels
-    are not compiled, if an eager call of this size launches none: whoever has warmed up on the default stream has done
-    all that `torch.nn` asks for.
+    which has no shape, and for classes that answer some of torch's functions themselves, and may answer no others:
+    those of per-sample gradients do not tell a device. They do too while a CUDA graph is captured whose kernels are not
+    compiled, if an eager call of this size launches none: whoever has warmed up on the default stream has done all that
+    `torch.nn` asks for.
     """
     if impl not in IMPLS or not all(isinstance(act, str) and act in ACTIVATIONS for act in activations):
         return False
@@ -77,7 +77,7 @@ def is_for_torch(error: Exception, x, weights, biases, activations, impl) -> boo
         return True
     if impl != "triton":
         tensors = [tensor for given in (weights, biases) if isinstance(given, Sequence) for tensor in given]
-        if any(map(_answers_itself, (x, *tensors))) or eligibility.functions_are_watched():
+        if any(map(_answers_itself, (x, *tensors))):
             return True
         if getattr(x, "is_nested", False):
             return True

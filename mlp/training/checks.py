@@ -53,7 +53,7 @@ def check_arguments(model, x, y, criterion, optimizer, steps, batch_size, log_ev
         for p in group["params"]:
             if id(p) not in own:
                 raise ValueError(f"optimizer holds a parameter {tuple(p.shape)} that is none of the model's {len(own)}")
-    if isinstance(model, Ensemble) and isinstance(optimizer, MIXING):
+    if isinstance(model, Ensemble) and len(model) > 1 and isinstance(optimizer, MIXING):
         own = f"{type(optimizer).__name__} looks at whole tensors, and would mix the members"
         raise ValueError(f"optimizer of an Ensemble must update each element by itself: {own}")
     check_samples(model, criterion, x, y)

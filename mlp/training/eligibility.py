@@ -81,6 +81,11 @@ def _network(model: nn.Module) -> Network:
     return Network(model.sizes, *options, tuple(in_order(model)), len(model))
 
 
+_FLAGS = ("amsgrad", "centered", "maximize", "differentiable", "capturable")
+# What `_optimizer_fields` reads of an optimizer's group, but for the rate.
+READ = (*_FLAGS, "momentum", "dampening", "nesterov", "weight_decay", "alpha", "betas", "eps", "decoupled_weight_decay")
+
+
 def _optimizer_fields(optimizer: torch.optim.Optimizer, network: Network) -> tuple[dict[str, Any], float]:
     """(fields of TrainConfig, learning rate). Raises Refused where the optimizer's steps cannot be written out."""
     kind = type(optimizer)
@@ -98,7 +103,7 @@ def _optimizer_fields(optimizer: torch.optim.Optimizer, network: Network) -> tup
     own_step = "step" in optimizer.__dict__ and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
     if own_step or "zero_grad" in optimizer.__dict__:
         raise Refused("the optimizer has a step or zero_grad of its own")
-    for flag in ("amsgrad", "centered", "maximize", "differentiable", "capturable"):
+    for flag in _FLAGS:
         if group.get(flag):
             raise Refused(f"the optimizer has {flag}=True")
     rate = group["lr"].item() if isinstance(group["lr"], Tensor) else float(group["lr"])

@@ -15,7 +15,7 @@ from ..as_network import Refused
 from ..ensemble import Ensemble
 from ..history import History
 from .checks import check_arguments, check_numbers, check_resume, check_weight, plain_int
-from .eligibility import check_validation, fast_job
+from .eligibility import READ, check_validation, fast_job
 from .jobs import FastJob, GeneralJob, Job
 from .measures import Measure
 from .members import PerMember, check_members
@@ -156,12 +156,12 @@ def fit(
         most = partial(watch.most, every)
     bar = Bar(steps, progress, began)
     own_rate = lr is None and scheduler is None
-    numbers = _numbers(optimizer, own_rate)
+    numbers = _numbers(optimizer, own_rate) if isinstance(job, FastJob) else {}
 
     def check_optimizer() -> None:
-        now = _numbers(optimizer, own_rate) if isinstance(job, FastJob) else numbers
-        for name in [name for name in numbers | now if now.get(name) != numbers.get(name)]:
-            change = f"from {numbers.get(name)} to {now.get(name)}"
+        now = _numbers(optimizer, own_rate) if isinstance(job, FastJob) else {}
+        for name in [name for name in numbers if now.get(name) != numbers[name]]:
+            change = f"from {numbers[name]} to {now.get(name)}"
             how = "rates change by a scheduler or a function as lr, other numbers between calls"
             raise RuntimeError(f"optimizer's {name} was changed while fit ran, {change}: {how}")
 
@@ -222,11 +222,17 @@ def fit(
     return history()
 
 
-def _numbers(optimizer: torch.optim.Optimizer, own_rate: bool) -> dict[str, Any]:
-    """What the first group of the optimizer says. own_rate: its rate too."""
-    group = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
-    rate = group.pop("lr", None)
-    return group | ({"lr": rate.item() if isinstance(rate, Tensor) else rate} if own_rate else {})
+def _numbers(optimizer: torch.optim.Optimizer, own_rate: bool) -> dict[str, str]:
+    """What the fast loops have read of the optimizer's group, as words, in which NaN is NaN. own_rate: its rate too."""
+    group = optimizer.param_groups[0]
+    names = [name for name in READ if name in group] + ["lr"] * own_rate
+    return {name: str(_plain(group[name])) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def prepare(model, x, y, criterion, optimizer, steps, batch_size, log_every, own, generator, nan, impl) -> Job:

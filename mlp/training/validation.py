@@ -190,7 +190,7 @@ class Watch:
             raise ValueError(f"resume is of a run that evaluated {told}, not {asked}")
         if self.stop is not None and (
             not {"best", "best_at"} <= history.state.keys()
-            or len(history.state["best_values"]) != len(self.kept) * self.keeps * bool(history.evaluated)
+            or (history.evaluated and len(history.state["best_values"]) != len(self.kept) * self.keeps)
         ):
             raise ValueError("resume is of a run without this stop, which knows neither what was best nor for how long")
         self.evaluated += history.evaluated
@@ -200,7 +200,7 @@ class Watch:
             state, stopped = history.state, history.stopped
             self.best, self.waited, self.best_at = (state[name].clone() for name in ("best", "waited", "best_at"))
             self.stopped = stopped.clone().view(-1) if stopped is not None else self.stopped
-            kept = zip(self.kept, state["best_values"], strict=False)  # none before the first evaluation
+            kept = zip(self.kept, state["best_values"], strict=True) if history.evaluated and self.keeps else ()
             self.best_values = [given.to(own, copy=True) for own, given in kept]
 
     @torch.no_grad()

@@ -812,8 +812,13 @@ def test_a_full_disk_and_a_damaged_file_cost_time_alone(monkeypatch, tmp_path):
     assert other(2) == 3
     assert sum(other.stats.cache_hits.values()) == 0
     (index,) = tmp_path.rglob("*.nbi")
-    index.write_bytes(b"")
-    assert cache.cached(njit(plus))(2) == 3
+    whole = index.read_bytes()
+    for damaged in (b"", whole[:40], whole[:-9]):
+        index.write_bytes(damaged)
+        assert cache.cached(njit(plus))(2) == 3
+        again = cache.cached(njit(plus))
+        assert again(2) == 3
+        assert sum(again.stats.cache_hits.values()) == 1
 
 
 def test_an_ensemble_with_rates_of_its_own():

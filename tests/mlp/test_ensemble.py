@@ -529,6 +529,9 @@ def test_optimizers_that_would_mix_members():
         optimizer.__class__ = getattr(torch.optim, name)  # Muon itself takes no biases
         with pytest.raises(ValueError, match=rf"^optimizer of an Ensemble must .* itself: {name} looks at whole"):
             fit(ensemble, x, y, optimizer=optimizer, **options)
+    alone = Ensemble(1, [3, 2])  # whose one member has none to be mixed with
+    with pytest.warns(UserWarning, match=r"the optimizer is a LBFGS$"):
+        fit(alone, x, y, optimizer=torch.optim.LBFGS(alone.parameters()), **options)
     with pytest.warns(UserWarning, match=r"is a Foreign; members stay apart only if it updates each element"):
         fit(ensemble, x, y, optimizer=Foreign(ensemble.parameters()), **options)
 

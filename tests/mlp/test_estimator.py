@@ -2,6 +2,7 @@
 """The scikit-learn estimators: scikit-learn's own checks, and that they are `MLP` and `fit` and nothing else."""
 
 import copy
+import fractions
 import functools
 import importlib
 import sys
@@ -376,6 +377,13 @@ def test_a_loop_that_is_asked_for_gives_the_same_numbers(impl, monkeypatch):
         options = {"activation": "relu", "max_iter": 20, "n_iter_no_change": None, "random_state": 0}
         estimators.append(FusedMLPClassifier((8,), impl=impl, **options).fit(x, y))
     assert np.array_equal(*(estimator.predict_proba(x) for estimator in estimators))
+
+
+@pytest.mark.parametrize("share", [np.float32(0.25), fractions.Fraction(1, 4)])
+def test_a_share_may_be_any_number(share):
+    x, y = blobs(3)
+    options = {"early_stopping": True, "validation_fraction": share, "max_iter": 2, "random_state": 0}
+    assert len(FusedMLPClassifier((4,), **options).fit(x, y).validation_scores_) == 2
 
 
 def test_a_refused_fit_leaves_the_one_before():

@@ -406,6 +406,30 @@ def test_numbers_that_change_on_the_way_are_refused(change, impl, monkeypatch):
     fit(model, x, y, **options | {"criterion": absolute, "steps": 2})  # which an ordinary loop sees
 
 
+HARMLESS = {
+    "nan": lambda o: o.param_groups[0].update(lr=math.nan),
+    "tensor-nan": lambda o: o.param_groups[0].update(lr=torch.tensor(math.nan)),
+    "extra-tensor": lambda o: o.param_groups[0].update(extra=torch.ones(3)),
+    "extra-nan": lambda o: o.param_groups[0].update(extra=math.nan),
+}
+
+
+@pytest.mark.parametrize("prepare", HARMLESS.values(), ids=HARMLESS)
+def test_numbers_that_stay_are_no_change(prepare, monkeypatch):
+    monkeypatch.setattr(run, "chunks", chunks_of(2))
+    model, x, y = problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.5)
+    prepare(optimizer)
+
+    def checkpoint(history):
+        optimizer.param_groups[0]["seen"] = torch.ones(history.steps_taken)
+        L.StepLR(optimizer, 1)  # which writes initial_lr
+        optimizer.param_groups[0]["momentum"] = torch.tensor(0.5).item()
+
+    options = {"criterion": nn.MSELoss(), "optimizer": optimizer, "steps": 8, "checkpoint": checkpoint}
+    assert fit(model, x, y, **options).path == "torch"
+
+
 def test_a_last_checkpoint_may_set_the_rate():
     model, x, y = problem()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
