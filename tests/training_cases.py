@@ -98,6 +98,12 @@ def torch_optimizer(config, parameters, lr, **options):
     return kind(parameters, betas=(config.beta1, config.beta2), **options)
 
 
+def needs_numba(impl):
+    """Skips a test of compiled loops where there can be none."""
+    if impl == "native":
+        pytest.importorskip("numba", reason="numba is not installed")
+
+
 def two_ranks(script, folder):
     """What each of two processes of torch.distributed has saved that run `script` RANK RANKS STORE OUT."""
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}

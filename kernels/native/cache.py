@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled functions on disk: where numba puts them, and safe from damaged files, full disks and old sources."""
+"""Compiled functions on disk: where `ready.folders` has them, safe from damaged files, full disks and old sources."""
 
 from collections.abc import Callable
 from contextlib import suppress

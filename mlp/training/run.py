@@ -155,11 +155,13 @@ def fit(
         take = partial(job.run, review=partial(watch.review, every, steps, log_every, job))
         most = partial(watch.most, every)
     bar = Bar(steps, progress, began)
+    # An ordinary loop sees what changes.
     own_rate = lr is None and scheduler is None
-    numbers = _numbers(optimizer, own_rate) if isinstance(job, FastJob) else {}
+    read = partial(_numbers, optimizer, own_rate) if isinstance(job, FastJob) else dict[str, str]
+    numbers = read()
 
     def check_optimizer() -> None:
-        now = _numbers(optimizer, own_rate) if isinstance(job, FastJob) else {}
+        now = read()
         for name in [name for name in numbers if now.get(name) != numbers[name]]:
             change = f"from {numbers[name]} to {now.get(name)}"
             how = "rates change by a scheduler or a function as lr, other numbers between calls"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import ACTIVATIONS, FUZZ_BUDGET, FUZZ_SEED, core, same_bits
 from torch import nn
-from training_cases import chunks_of, make, ordinary, relative, values
+from training_cases import chunks_of, make, needs_numba, ordinary, relative, values
 
 from perceptriton.kernels import plan
 from perceptriton.kernels.records import LoopPlan, TrainPlan
@@ -138,8 +138,7 @@ def chosen(monkeypatch, name, members):
     layout = "matrices" if (layout == "joint") == ((members or 1) > 1) else layout
     monkeypatch.setattr(plan, "train", lambda *_, **__: found)
     monkeypatch.setattr(plan, "train_loop", lambda *_: LoopPlan(layout, True, "the test says so"))
-    if found.impl == "native":
-        pytest.importorskip("numba", reason="numba is not installed")
+    needs_numba(found.impl)
     return found.impl
 
 
@@ -522,8 +521,7 @@ def test_targets_of_another_dtype_are_what_torch_says(kind):
 
 @pytest.mark.parametrize("impl", ["torch", "native"])
 def test_weights_of_samples_may_want_gradients(impl):
-    if impl == "native":
-        pytest.importorskip("numba", reason="numba is not installed")
+    needs_numba(impl)
     ends = []
     for wants in (False, True):
         model, x, y = make((3, 4, 1), "tanh", "sigmoid", True, 8)

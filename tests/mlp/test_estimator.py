@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from training_cases import needs_numba
 
 from perceptriton.mlp import Ensemble, fit
 
@@ -368,8 +369,7 @@ def test_errors(options, y, error, message):
 @pytest.mark.parametrize("impl", ["torch", "native"])
 def test_a_loop_that_is_asked_for_gives_the_same_numbers(impl, monkeypatch):
     """Whether compiled loops are there or not, which decides otherwise."""
-    if impl == "native":
-        pytest.importorskip("numba", reason="numba is not installed")
+    needs_numba(impl)
     x, y = blobs(3)
     estimators = []
     for seconds in (0.0, 1e9):

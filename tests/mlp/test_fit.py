@@ -30,6 +30,7 @@ from training_cases import (
     interrupt_after,
     make,
     make_net,
+    needs_numba,
     ordinary,
     relative,
     state_of,
@@ -1050,8 +1051,7 @@ def test_an_ensemble_is_no_sequential():
 
 def device_of(impl, request):
     """Where an implementation runs; skips where it cannot."""
-    if impl == "native":
-        pytest.importorskip("numba", reason="numba is not installed")
+    needs_numba(impl)
     return "cpu" if impl in ("torch", "native") else request.getfixturevalue("device")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import negated, same_bits
 from torch import nn
-from training_cases import chunks_of, make, ordinary, relative, state_of, values
+from training_cases import chunks_of, make, needs_numba, ordinary, relative, state_of, values
 
 from perceptriton.mlp import MLP, Ensemble, fit, fit_sharded
 from perceptriton.mlp.ensemble import in_order
@@ -34,8 +34,7 @@ KINDS = {
 
 @pytest.fixture(params=["torch", "native"])
 def impl(request):
-    if request.param == "native":
-        pytest.importorskip("numba", reason="numba is not installed")
+    needs_numba(request.param)
     return request.param
 
 

@@ -9,7 +9,17 @@ import pytest
 import torch
 from cases import same_bits
 from torch import nn
-from training_cases import OPTIMIZERS, assert_same_state, chunks_of, interrupt_after, make, ordinary, relative, values
+from training_cases import (
+    OPTIMIZERS,
+    assert_same_state,
+    chunks_of,
+    interrupt_after,
+    make,
+    needs_numba,
+    ordinary,
+    relative,
+    values,
+)
 
 from perceptriton.mlp import MLP, EarlyStopping, Ensemble, fit, fit_sharded
 from perceptriton.mlp.training import run, validation
@@ -111,8 +121,7 @@ def test_the_rates_are_given_back_after_an_error():
 @pytest.mark.parametrize("impl", ["torch", "native", "general"])
 @pytest.mark.parametrize("schedule", ["function", "tensor"])
 def test_chunks_of_any_size_change_no_bit(monkeypatch, schedule, impl):
-    if impl == "native":
-        pytest.importorskip("numba", reason="numba is not installed")
+    needs_numba(impl)
     results, calls = [], []
 
     def counted(step):
@@ -150,8 +159,7 @@ OF_MEMBERS = {
 @pytest.mark.parametrize("impl", ["torch", "native"])
 @pytest.mark.parametrize("schedule", OF_MEMBERS)
 def test_members_have_schedules(schedule, impl):
-    if impl == "native":
-        pytest.importorskip("numba", reason="numba is not installed")
+    needs_numba(impl)
     given = OF_MEMBERS[schedule]
     models = [problem(seed)[0] for seed in range(4)]
     _, x, y = problem()
@@ -362,8 +370,7 @@ def test_a_scheduler_steps_as_in_an_ordinary_loop(kind, batch_size, interval, mo
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("impl", ["torch", "native"])
 def test_a_scheduler_may_pass_below_0(impl, momentum):
-    if impl == "native":
-        pytest.importorskip("numba", reason="numba is not installed")
+    needs_numba(impl)
     models, data, _ = zip(*(problem(seed) for seed in range(2)), strict=True)
     ensemble, x, y = Ensemble.from_models(models), data[0], problem()[2]
     optimizer = torch.optim.RMSprop(ensemble.parameters(), lr=0.01, momentum=momentum)
@@ -394,8 +401,7 @@ CHANGES = {
 @pytest.mark.parametrize("impl", ["torch", "native"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_numbers_that_change_on_the_way_are_refused(change, impl, monkeypatch):
-    if impl == "native":
-        pytest.importorskip("numba", reason="numba is not installed")
+    needs_numba(impl)
     monkeypatch.setattr(run, "chunks", chunks_of(4))
     model, x, y = problem()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)

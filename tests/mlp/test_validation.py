@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import same_bits
 from torch import nn
-from training_cases import chunks_of, make, relative, values
+from training_cases import chunks_of, make, needs_numba, relative, values
 
 from perceptriton.mlp import MLP, EarlyStopping, Ensemble, fit
 from perceptriton.mlp.ensemble import in_order
@@ -209,8 +209,7 @@ def test_the_training_loss_may_be_the_one_to_watch(path, every, log_every, monke
 @pytest.mark.parametrize("path", ["torch", "general", "native"])
 @pytest.mark.parametrize("steps", [20, 21, 22])
 def test_a_run_that_ends_before_another_loss_was_logged_is_not_judged(path, steps):
-    if path == "native":
-        pytest.importorskip("numba", reason="numba is not installed")
+    needs_numba(path)
     model, x, y, *_ = problem()
     net = nn.Sequential(*model, nn.Dropout(0.0)) if path == "general" else model
     stop, options = EarlyStopping(1, metric="training_loss"), {"evaluate_every": 10, "log_every": 3, "steps": steps}
